@@ -94,7 +94,7 @@ MUTANTS = (
     ),
     Mutant(
         "prompts without images stop methods that rank by attention among visual tokens",
-        "ops/score.py", "asked = weight.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)", "asked = weight.sum(1, keepdim=True)",
+        "ops/score.py", "total_weight = weight.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)", "total_weight = weight.sum(1, keepdim=True)",
         "tests/test_invariants.py tests/test_ops.py", "(padded and fitprune) or (order and fitprune) or query_attention",
     ),
     Mutant(

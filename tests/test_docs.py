@@ -31,7 +31,7 @@ from duet_vlm.evaluation import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
-GOING_ON = {f"docs/{page}.md" for page in ("measure", "trained-compressors", "tutorial", "works-with")}  # with the model that a reader has by then
+GOING_ON = {f"docs/{page}.md" for page in ("measure", "trained-compressors", "families")}  # with the model that a reader has by then
 READ = [*PAGES, "PAPERS.md", "benchmarks/README.md", "benchmarks/gpu/README.md", "docs/configs/README.md"]
 DEMO = sorted((ROOT / "src/duet_vlm/evaluation/tiny/demo").glob("*.png"))
 

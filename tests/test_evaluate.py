@@ -754,7 +754,6 @@ def run_cli(*words: str) -> Any:
         (["--limit", "2", "--methods", "duet[merge=sum]"], "merge='sum'"),
         (["--limit", "2", "--budgets", "1.5"], "--budget 1.5"),
         (["--limit", "2", "--seeds", "-1"], "--seeds -1"),
-        (["--limit", "2", "--harness", "other"], "--harness other"),
         (["--experiment", "gone.json"], "gone.json: cannot be read"),
     ],
 )

@@ -34,7 +34,13 @@ import links  # noqa: E402
 import measured  # noqa: E402
 import reference  # noqa: E402
 
-CONFIG = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+
+class ConfigLoader(yaml.SafeLoader):
+    """Reads mkdocs.yml, in which a function is given by its name."""
+
+
+ConfigLoader.add_multi_constructor("tag:yaml.org,2002:python/name:", lambda loader, name, node: name)
+CONFIG = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader=ConfigLoader)  # safe: it makes nothing but plain values
 SHIPPED = [row for row in rows("methods") if duet_vlm.get_method(row["name"]).__module__.startswith("duet_vlm.")]
 NOTEBOOKS = sorted((ROOT / "docs/notebooks").glob("*.py"))
 

@@ -20,7 +20,8 @@ from duet_vlm.evaluation.tasks import accepted
 
 ROOT = Path(__file__).resolve().parent.parent
 
-WRITTEN = (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md"), *(ROOT / "lab").rglob("*.md"))
+
+WRITTEN = (*ROOT.glob("*.md"), *(page for folder in ("docs", "benchmarks", "lab", "comparison") for page in (ROOT / folder).rglob("*.md")))
 MARKED = sorted(str(page.relative_to(ROOT)) for page in WRITTEN if "<!-- table" in page.read_text())
 NUMBERED = sorted(str(page.relative_to(ROOT)) for page in WRITTEN if re.search(r"<!--\s*/?n\b", page.read_text()))
 NUMBER = re.compile(r"<!-- n ([^\n]*?) -->([^\n]*?)<!-- /n -->")
@@ -181,7 +182,7 @@ def usual(row: dict[str, Any]) -> bool:
 
 def test_how_much_each_method_keeps() -> None:
     """Every cell against the run whose settings are the method's own; nothing that was measured is left out."""
-    head, rows = cells(blocks("docs/which-method.md")["which"])
+    head, rows = cells(blocks("docs/choose.md")["which"])
     columns = [(title.split()[0], float(title.split()[1].rstrip("%")) / 100) for title in head[1:]]
     truth = {(task, row["method"], row["beside"]): row for task, _ in columns for row in runs(task) if usual(row)}
     compared = set()
@@ -200,9 +201,9 @@ def test_how_much_each_method_keeps() -> None:
 @pytest.mark.parametrize(
     "page, block, task",
     [
-        ("docs/tiny-chain.md", "page_kinds", "tiny-page"),
+        ("lab/NOTEBOOK.md", "page_kinds", "tiny-page"),
         ("docs/comparison.md", "kinds_chain", "tiny-chain"),
-        ("docs/comparison-look-ups.md", "kinds_crowded", "tiny-crowded"),
+        ("lab/NOTEBOOK.md", "kinds_crowded", "tiny-crowded"),
     ],
 )
 def test_kinds_of_questions(page: str, block: str, task: str) -> None:
@@ -217,7 +218,7 @@ def test_kinds_of_questions(page: str, block: str, task: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "page, block, task", [("docs/comparison.md", "kept_chain", "tiny-chain"), ("docs/comparison-look-ups.md", "kept_tiny", "tiny")]
+    "page, block, task", [("docs/comparison.md", "kept_chain", "tiny-chain"), ("lab/NOTEBOOK.md", "kept_tiny", "tiny")]
 )
 def test_how_much_is_kept_at_every_budget(page: str, block: str, task: str) -> None:
     head, rows = cells(blocks(page)[block])

@@ -451,7 +451,6 @@ def test_pieces_of_what_is_no_clip(tmp_path: Path) -> None:
         (["run", "-i", picture, "-p", "x", "--still-frames", 0], "--still-frames 0.0: no clip is shown; give --video"),
         (["bench", "--chunk-frames", 4, "--still-frames", 0.1], "--chunk-frames 4 and --still-frames 0.1: no clip is shown; give --frames"),
         (["eval", "--chunk-frames", 4, "-o", tmp_path / "o"], "no clip is shown; take tasks with clips in place of --tasks tiny"),
-        (["eval", "--harness", "lmms-eval", "--still-frames", 0], "--chunk-frames and --still-frames need the own harness"),
         (["eval", "--experiment", path, "--still-frames", 0], "says what is asked: leave out --still-frames"),
         (["generate", "--data", tmp_path, "-p", "x", "-b", 64, "-o", tmp_path / "o", "--chunk-frames", 4], 'give --data with "video" in its lines'),
         (["run", "--video", path, "-p", "x", "--method", "duet", "-b", 64, "--chunk-frames", 4], "llava takes no clips, so frames"),

@@ -191,7 +191,7 @@ def index(measured: list[Cell]) -> str:
         "# Catalogue of methods",
         "One page each: a picture, how to try it, settings, idea, cost, numbers, and what differs from the authors' code. "
         "A click on a column's head sorts. Accuracies are those of [embedded toy tasks](../comparison.md); a dash: not "
-        "measured there; infeasible: the budget is below the method's floor. [Which method when](../which-method.md), "
+        "measured there; infeasible: the budget is below the method's floor. [Which method when](../choose.md#which-method-when), "
         "[how they spend a budget](../methods.md), [all numbers](../results.md).",
         filtered("\n\n".join(parts)),
     ]) + "\n"  # fmt: skip

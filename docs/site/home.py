@@ -18,7 +18,7 @@ CARDS: dict[str, tuple[str, dict[str, str]]] = {  # I want to ... -> in a senten
     ),
     "choose a method and a budget": (
         "Let your model and your questions decide, or start from what was measured.",
-        {"Find both": "tune.md", "which method when": "which-method.md", "budgets": "choose-a-budget.md"},
+        {"Method and budget": "choose.md", "drop curve": "drop-curve.md"},
     ),
     "see what is lost": (
         "Every method at equal numbers of tokens, with intervals.",
@@ -26,11 +26,11 @@ CARDS: dict[str, tuple[str, dict[str, str]]] = {  # I want to ... -> in a senten
     ),
     "serve a faster model": (
         "vLLM, the server of transformers, many prompts at once.",
-        {"Serve": "serve.md", "batches": "batches.md", "families": "families.md"},
+        {"Serve": "serve.md", "many prompts": "evaluate.md#many-prompts", "families": "families.md"},
     ),
     "ask about clips": (
         "Frames that repeat need no tokens of their own, and the tower can read less, too.",
-        {"Video": "video.md", "clips from files": "clips-from-files.md", "in the tower": "reduce-in-the-tower.md"},
+        {"Video": "video.md", "clips from files": "video.md#clips-from-files", "in the tower": "reduce-in-the-tower.md"},
     ),
     "train with fewer tokens": (
         "Stock trainers, adapters, and modules that learn to compress.",
@@ -46,7 +46,7 @@ CARDS: dict[str, tuple[str, dict[str, str]]] = {  # I want to ... -> in a senten
     ),
     "know the limits": (
         "What is refused, what goes wrong, and what to do then.",
-        {"Questions and trouble": "faq.md", "works with": "works-with.md"},
+        {"Questions and trouble": "faq.md", "works with": "families.md#works-with"},
     ),
 }
 

@@ -15,7 +15,7 @@ BROUGHT = {  # pages that lie outside of docs/ -> where the site has them
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "security.md",
     "benchmarks/README.md": "benchmarks.md",
-    "lab/NOTES.md": "benchmark-notes.md",
+    "lab/NOTEBOOK.md": "notebook.md",
     "benchmarks/gpu/README.md": "benchmarks-gpu.md",
     "lab/comparison/tiny-chain/README.md": "comparison-tiny-chain.md",
     "lab/comparison/checkpoints/README.md": "comparison-checkpoints.md",

@@ -55,15 +55,15 @@ def main() -> None:
     times = None
     for repetition in range(asked.repetitions):
         one = asker(str(repetition), repetition)
-        if times is not None and "times" not in one.diary.batches:
-            one.diary.add("times", times)
+        if times is not None and "times" not in one.journal.batches:
+            one.journal.add("times", times)
         try:
             found = search(one, asked.questions, runs, Goal(keep=asked.keep), rounds=7)
         except ValueError as error:  # too few questions that the full model answers right
             rows.append({"repetition": repetition, "chosen": None, "why": str(error)})
             continue
         assert found is not None
-        times = times or one.diary.batches["times"]
+        times = times or one.journal.batches["times"]
         row: dict[str, Any] = {"repetition": repetition, "chosen": found["chosen"]}
         if found["chosen"] is not None:
             (run,) = [run for run in runs if run.id == found["chosen"]]

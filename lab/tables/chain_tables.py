@@ -1,4 +1,4 @@
-"""The tables of docs/tiny-chain.md: how the embedded model learned, and whether it is fit to compare methods on."""
+"""Tables of lab/NOTEBOOK.md: how the embedded model learned, and whether it is fit to compare methods on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of docs/tiny-chain.md about pages of four crops."""
+"""Tables of lab/NOTEBOOK.md about pages of four crops."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ import scale_tables
 from folders import ROOT, SPEED
 
 import duet_vlm
-from duet_vlm.api import catalogue as lists
+from duet_vlm.api import catalogue
 from duet_vlm.cli.models import cell
 from duet_vlm.evaluation.report import columns
 from duet_vlm.models.lookup import support
@@ -203,10 +203,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     **scale_tables.BLOCKS,
 }
 PAGES = (
-    "README.md", "docs/clips-from-files.md", "docs/methods.md", "docs/families.md", "docs/comparison.md", "docs/comparison-look-ups.md",
-    "docs/drop-curve.md", "docs/reduce-in-the-tower.md", "docs/tiny-chain.md", "docs/train-with-reduction.md", "docs/video.md", "docs/measure.md",
-    "docs/scale.md", "docs/which-method.md", "docs/works-with.md", "docs/trained-compressors.md", "docs/serve.md", "docs/tune.md",
-    "benchmarks/README.md", "lab/NOTES.md",
+    "README.md", "docs/choose.md", "docs/comparison.md", "docs/drop-curve.md", "docs/families.md", "docs/measure.md", "docs/methods.md",
+    "docs/reduce-in-the-tower.md", "docs/serve.md", "docs/train-with-reduction.md", "docs/trained-compressors.md", "docs/video.md",
+    "benchmarks/README.md", "lab/NOTEBOOK.md",
 )  # fmt: skip
 
 
@@ -255,10 +254,10 @@ def main() -> int:
             stale.append(page)
             if not check:
                 (ROOT / page).write_text(text)
-    if lists.FILE.read_text() != lists.content():
-        stale.append(lists.FILE.name)
+    if catalogue.FILE.read_text() != catalogue.content():
+        stale.append(catalogue.FILE.name)
         if not check:
-            lists.FILE.write_text(lists.content())
+            catalogue.FILE.write_text(catalogue.content())
     agreed = "all tables, numbers and lists agree with what they are made from"
     print(f"{'differ' if check else 'rewritten'}: {', '.join(stale)}" if stale else agreed)
     return int(check and bool(stale))

@@ -1,4 +1,4 @@
-"""The table of docs/tune.md: how often the choice of a search holds."""
+"""A table of docs/choose.md: how often the choice of a search holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of docs/video.md, from the result files under lab/comparison/tiny-video and tiny-long, and that of docs/clips-from-files.md."""
+"""Tables of docs/video.md and lab/NOTEBOOK.md, from the result files under lab/comparison/tiny-video and tiny-long."""
 
 from __future__ import annotations
 

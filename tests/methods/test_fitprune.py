@@ -10,7 +10,7 @@ from method_views import decoder_view
 
 import duet_vlm
 from duet_vlm.methods.fitprune import FitPrune
-from duet_vlm.ops.fitting import fitted, left_after
+from duet_vlm.ops.fitting import fitted, counts_after_layers
 
 
 def test_fitprune_keeps_the_largest_products() -> None:
@@ -65,7 +65,7 @@ def slow_left(cross: list[list[float]], own: list[list[float]], part: float) -> 
 def test_fitting_equals_loops(part: float) -> None:
     draw = torch.Generator().manual_seed(3)
     cross, own = (torch.rand(4, 17, generator=draw, dtype=torch.float64) ** 3 for _ in range(2))
-    found = left_after(cross, own, part)
+    found = counts_after_layers(cross, own, part)
     assert found == slow_left(cross.tolist(), own.tolist(), part) and found[-1] < 17
 
 

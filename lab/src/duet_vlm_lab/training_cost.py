@@ -24,7 +24,7 @@ LLAVA_7B = DecoderDims(32, 4096, 32, 32, 128, 11008, 32064), VisionDims(24, 1024
 
 @dataclass(frozen=True)
 class TrainedParts:
-    """What an optimiser step changes. As it stands: LLaVA's second stage; with ``decoder=False`` its first.
+    """Weights that an optimiser step changes. The defaults are LLaVA's second stage; with ``decoder=False`` its first.
 
     Attributes
     ----------
@@ -54,12 +54,12 @@ class TrainedParts:
 
     @property
     def through_tower(self) -> bool:
-        """Whether a gradient runs through the tower's layers."""
+        """True if a gradient runs through the tower's layers."""
         return self.tower or self.input_gradients
 
     @property
     def below_decoder(self) -> bool:
-        """Whether what enters the decoder's first layer needs a gradient; embeddings are trained with the decoder."""
+        """True if the input of the decoder's first layer needs a gradient; embeddings are trained with the decoder."""
         return self.through_tower or self.projector or self.decoder
 
 

@@ -1,1 +1,1 @@
-"""What users call: attach a method to a model, load, save, calibrate, stream."""
+"""The calls of users: attach a method to a model, load, save, calibrate, stream."""

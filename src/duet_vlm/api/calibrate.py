@@ -18,7 +18,7 @@ from duet_vlm.runtime.compatibility import facts
 
 
 def calibrate(model: nn.Module, method: str, prompts: Iterable[Mapping[str, Any]], path: str | Path | None = None) -> Calibration:
-    """What ``method`` ("fitprune": its table; "d2pruner": the attention that positions get) wants to know about ``model``.
+    """Calibrate ``method`` on ``model`` ("fitprune": its table; "d2pruner": the attention that positions get).
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ def calibrate(model: nn.Module, method: str, prompts: Iterable[Mapping[str, Any]
 
 
 def observer_of(method: str) -> Observer:
-    """What looks at a model for a method.
+    """The observer that calibrates a method.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""What ``methods``, ``presets`` and ``models`` print, kept as data beside this file: making it anew takes torch, which takes seconds to load.
+"""Lists that ``methods``, ``presets`` and ``models`` print, kept as data beside this file, since making them takes torch, which takes seconds to load.
 
 ``make tables`` writes the file, a test holds it equal to what the package says of itself. Where more is installed than the package ships
 (methods of other packages, a file that somebody adds to the source), the package is asked.
@@ -107,7 +107,7 @@ def check_settings(text: str, settings: Mapping[str, Any]) -> None:
 
 
 def needs_budget(text: str, settings: Iterable[str]) -> bool:
-    """Whether a method has nothing in place of a budget among these settings; False where only the method itself can tell."""
+    """True if a method has nothing in place of a budget among these settings; False where only the method itself can tell."""
     parts = text.split("+")
     given = {name for setting in settings for name in (setting, *(setting.removeprefix(f"{part}_") for part in parts))}
     found = {row["name"]: row["instead"] for row in rows("methods")}
@@ -137,7 +137,7 @@ def unknown(name: str, given: str, known: Iterable[str]) -> ValueError:
 
 
 def content() -> str:
-    """What the file has to hold, from the package itself."""
+    """Text of the file, made from the package itself."""
     own = [row for row in _methods() if duet_vlm.get_method(row["name"]).__module__.startswith("duet_vlm.")]  # other packages differ by machine
     found = {"files": {name: _files(name) for name in FOLDERS}, "methods": own, "presets": _presets(), "models": _models()}
     return json.dumps(found, indent=1) + "\n"
@@ -192,7 +192,7 @@ def _instead(usual: duet_vlm.Reducer) -> list[str]:
 
 
 def _paragraphs(cls: type[duet_vlm.Reducer], wanted: Callable[[str], bool]) -> str:
-    """What a method's docstring says in front of its parameters, or (of the rest) in the paragraphs that are wanted."""
+    """Paragraphs of a method's docstring before its parameters, or (of the rest) in the paragraphs that are wanted."""
     whole = [" ".join(text.split()) for text in (inspect.getdoc(cls) or "").split("\n\n")]
     first = next((i for i, text in enumerate(whole) if text.startswith(("Parameters", "Cost", "Differences", "From the paper"))), len(whole))
     told = [text for text in whole[:first] if wanted(text)] or [text for text in whole[first:] if wanted(text)][:1]
@@ -200,7 +200,7 @@ def _paragraphs(cls: type[duet_vlm.Reducer], wanted: Callable[[str], bool]) -> s
 
 
 def _refusing(cls: type[duet_vlm.Reducer]) -> list[dict[str, Any]]:
-    """Why families cannot run a method with its usual settings, or a preset of its authors' code, as far as that is known without a model."""
+    """Reasons why families cannot run a method with its usual settings, or a preset of its authors' code, as far as that is known without a model."""
     from duet_vlm.models.lookup import families
 
     presets = [name for name in dir(cls) if name.startswith("official")]

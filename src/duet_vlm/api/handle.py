@@ -1,4 +1,4 @@
-"""What attach() returns: the user's verbs."""
+"""The handle that ``attach`` returns."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from duet_vlm.utils.hooks import Hooks
 
 
 class Handle:
-    """What ``attach`` returns; a context manager that detaches at its end.
+    """Handle of an attached model, as ``attach`` returns it; a context manager that detaches at its end.
 
     A call (``generate()``, ``forward``) runs to its end by the settings that it began with, in every thread. ``paused()`` belongs to the
     thread (the context) that asked for it, ``report()``, ``trace`` and ``slots`` to the last call of the thread that reads them; a thread that
@@ -140,11 +140,11 @@ class Handle:
 
     @property
     def installed(self) -> bool:
-        """Whether the hooks are on the model: until ``detach()``, and until the calls that ran then have ended."""
+        """True while the hooks are on the model: until ``detach()``, and until the calls that ran then have ended."""
         return not self._tracker.detached
 
     def dropping(self, tokens: int, left: int) -> TowerStages:
-        """Where a picture of ``tokens`` loses some of them in the tower, if ``left`` are to be left behind it, and how many are left then."""
+        """Stages at which a picture of ``tokens`` loses some in the tower if ``left`` are to be left, and the numbers left."""
         return blocks_to_cut(self.adapter, self.reducer, tokens, left)
 
     def __enter__(self) -> Handle:
@@ -197,7 +197,7 @@ class Handle:
         return self
 
     def plan(self, tokens: int) -> SpanPlan:
-        """What the current settings make of a span of ``tokens`` visual tokens."""
+        """The plan that the current settings make of a span of ``tokens`` visual tokens."""
         return self._tracker.config.plan(tokens)
 
     def static_cache(self, cache: Any, max_new_tokens: int) -> Any:
@@ -251,12 +251,12 @@ class Handle:
         return selection_cost(self.adapter, self.reducer, samples, self.projects_all)
 
     def reads_layers(self, layers: Iterable[nn.Module]) -> bool:
-        """Whether the method takes signals from any of these layers of the vision tower."""
+        """True if the method takes signals from any of these layers of the vision tower."""
         return named_layers(self.adapter, self.reducer).requested(layers)
 
     @property
     def projects_all(self) -> bool:
-        """Whether the projector runs on every visual token, and not only on those that enter the decoder."""
+        """True if the projector runs on every visual token, and not only on those that enter the decoder."""
         return self._projects_all(self.reducer)
 
     @property

@@ -1,4 +1,4 @@
-"""What a run leaves for its report: which rows entered, what tower, projector and layers really processed, what the selection cost."""
+"""Numbers of a run for its report: rows that entered, rows that tower, projector and layers processed, cost of the selection."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def sample_counts(run: PromptState, per_token: int) -> list[SampleCounts]:
 
 
 def _of_span(encoded: EncodedFeatures, number: int, name: str, per_token: int) -> tuple[TowerStages, ...]:
-    """Where patches of each picture of a span leave the tower."""
+    """Stages at which patches of each picture of a span leave the tower."""
     if encoded.tower_state is None:
         return ((),) * len(encoded.tokens_per_crop[number])
     first = sum(map(len, encoded.tokens_per_crop[:number]))
@@ -71,7 +71,7 @@ def _mean_kept(span: SpanTrace, depth: int) -> float:
 
 
 def decoder_terms(adapter: Adapter, reducer: Reducer, samples: Sequence[SampleCounts]) -> dict[str, Any]:
-    """What ``make_report`` and ``Workload`` want to know of a method inside the decoder: ``deciding``, ``products``, ``cut``, ``behind``."""
+    """Arguments of ``make_report`` and ``Workload`` about a method inside the decoder: ``deciding``, ``products``, ``cut``, ``scores_after_drop``."""
     shape = adapter.decoder_dims()
 
     def of(sample: SampleCounts) -> int:
@@ -79,8 +79,8 @@ def decoder_terms(adapter: Adapter, reducer: Reducer, samples: Sequence[SampleCo
         return deciding_flops(reducer, visual, [sample.text + n for n in visual], sample.queries, shape) if sample.plans else 0
 
     products, cut = Input.SCORES in reducer.requires, reducer.trim_kv_cache
-    behind = reducer.score_layer_offset > 0
-    return {"deciding": sum(map(of, samples)), "products": products, "cut": cut, "behind": behind}
+    scores_after_drop = reducer.score_layer_offset > 0
+    return {"deciding": sum(map(of, samples)), "products": products, "cut": cut, "scores_after_drop": scores_after_drop}
 
 
 def selection_cost(adapter: Adapter, reducer: Reducer, samples: Sequence[SampleCounts], projects_all: bool) -> tuple[int, int]:
@@ -110,6 +110,6 @@ def _encoded(sample: SampleCounts, still: bool) -> list[tuple[Any, ...]]:
     """Of the pictures of a sample, or of its clips: plan, parts as V2V sees them and as the tower does, steps of time, parts that signals are made of
     and their spare patches, rows that the projector works on."""
     of, sizes = sample.still or (False,) * len(sample.plans), sample.sizes or sample.tokens_per_crop
-    spare = sample.went(sample.wasted())
+    spare = sample.encoded_parts(sample.spare_patches())
     every = zip(of, sample.plans, sizes, sample.tokens_per_crop, sample.steps, sample.encoded, spare, sample.reaching_projector(), strict=True)
     return [tuple(row) for kind, *row in every if kind == still]

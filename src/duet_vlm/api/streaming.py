@@ -129,7 +129,7 @@ class StreamingVideo:
         self._last, self.steps = unit[-1].clone(), self.steps + len(unit)
 
     def inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """What ``generate`` and ``forward`` of the model take for a question about all that came so far.
+        """Arguments of ``generate`` and ``forward`` for a question about all frames so far.
 
         Parameters
         ----------

@@ -1,4 +1,4 @@
-"""What the controls of a method say, as text, and the method with its settings that they mean."""
+"""Controls of a method: their text, and the method with settings that they stand for."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ChosenMethod:
 
     @property
     def label(self) -> str:
-        """What a column is called."""
+        """Title of a column."""
         budget = self.budget
         words = "" if budget is None else f" at {budget:.4g} tokens" if isinstance(budget, int) else f" at {100 * budget:.4g} %"
         return self.method + words
@@ -120,7 +120,7 @@ def starting(method: str | Reducer | None, budget: Budget | None, settings: Mapp
 
 
 def _setting(method: str, name: str) -> str | None:
-    """What a setting is called in a method: by its own name, or behind the part's that has it."""
+    """Name of a setting in a method: its own, or with the name of the part that has it before it."""
     fields = getattr(duet_vlm.get_method(method), "__dataclass_fields__", {})
     return next((field for field in fields if field == name or field.endswith(f"_{name}")), None)
 

@@ -22,7 +22,7 @@ Scores = list[dict[int, float] | None]
 
 @dataclass(frozen=True)
 class DepthStep:
-    """What the slider shows: a line, a smaller one, the patches, and the scores that decided (None where none did)."""
+    """One position of the slider: a line, a smaller one, the patches, and the scores that decided (None where none did)."""
 
     title: str
     note: str
@@ -42,7 +42,7 @@ class DepthStrip:
 
 @dataclass(frozen=True)
 class DepthView:
-    """What one answer did with what was shown, through the depth of a decoder of ``depth`` layers: one span, or a span for each tile or frame."""
+    """Tokens of one answer through the depth of a decoder of ``depth`` layers: one span, or a span for each tile or frame."""
 
     strips: tuple[DepthStrip, ...]
     depth: int
@@ -71,7 +71,7 @@ class DepthView:
         return next(some_gone, 0)
 
     def story(self, x: float, y: float, layer: int) -> str:
-        """What has become of the patch at a place of that picture, given as shares of its width and height."""
+        """The fate of the patch at a place of that picture, given as shares of its width and height."""
         across = min(ACROSS, self._pictures)
         down = -(-self._pictures // across)
         column, row = min(int(x * across), across - 1), min(int(y * down), down - 1)

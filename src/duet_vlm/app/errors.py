@@ -1,4 +1,4 @@
-"""What went wrong, in a sentence for the page."""
+"""Errors as sentences for the page."""
 
 from __future__ import annotations
 

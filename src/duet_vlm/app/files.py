@@ -1,4 +1,4 @@
-"""What was dropped on the page: a picture or a clip, opened with the limits of the command line."""
+"""Uploads of the page: a picture or a clip, opened with the limits of the command line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LONGEST_QUESTION = 4000  # letters
 
 @dataclass(frozen=True)
 class Uploads:
-    """What is asked about: one picture, or one clip."""
+    """The subject of a question: one picture, or one clip."""
 
     pictures: tuple[Image.Image, ...]
     clips: tuple[VideoFrames, ...]
@@ -49,7 +49,7 @@ def open_uploads(path: Path | None, loaded: LoadedModel) -> Uploads:
 
 
 def is_clip(path: Path) -> bool:
-    """Whether a file's name says that it is a clip; all else is read as a picture."""
+    """True if a file's name says that it is a clip; all else is read as a picture."""
     return (mimetypes.guess_type(path.name)[0] or "").startswith("video/") or path.suffix.lower() in (".mkv", ".webm", ".m4v")
 
 

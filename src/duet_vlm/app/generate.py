@@ -29,7 +29,7 @@ FULL = "full model"
 
 @dataclass(frozen=True)
 class StreamedText:
-    """What a side has said so far: ``tokens`` of answer, seconds to the ``first`` of them; ``error`` where it could not go on."""
+    """The answer of a side so far: ``tokens`` of answer, seconds to the ``first`` of them; ``error`` where it could not go on."""
 
     name: str
     text: str = ""
@@ -41,7 +41,7 @@ class StreamedText:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a reduced side did with the spans of the prompt: its trace, the scores that decided by stage, the report,
+    """A reduced side's treatment of the spans of the prompt: its trace, the scores that decided by stage, the report,
     layers of the decoder, and by how much its prefill is faster if time follows FLOPs (``bound``)."""
 
     traces: list[SpanTrace]
@@ -78,7 +78,7 @@ class AppSide:
             self.inputs.pop("salient_mask", None)
 
     def seen(self) -> RunRecord:
-        """What the last answer kept, and, from a second look at the prompt, the scores that decided. A full model has nothing to show."""
+        """Tokens that the last answer kept, and, from a second look at the prompt, the scores that decided. A full model has nothing to show."""
         from duet_vlm.viz import ScoreRecorder
 
         assert self.handle is not None
@@ -108,7 +108,7 @@ def _attached(model: nn.Module, loaded: LoadedModel, method: Any, asked: ChosenM
 
 
 def answers(sides: Sequence[AppSide], longest: int) -> Iterator[list[StreamedText]]:
-    """What every side has said, again and again until all have ended; at most ``longest`` tokens each. Ending the iteration ends the answers."""
+    """Yield the answers of every side, again and again until all have ended; at most ``longest`` tokens each. Ending the iteration ends the answers."""
     stop = threading.Event()
     begun = [threading.Event() for _ in sides]  # the first token is there, or never comes
     writers = [_Writer(side, longest, begun, number, stop) for number, side in enumerate(sides)]

@@ -302,7 +302,7 @@ class AppPage:
         return found
 
     def _shown(self, walks: Sequence[tuple[str, DepthView] | None], layer: int) -> list[Any]:
-        """What stands in the views of both methods, each a name and a walk."""
+        """Content of the views of both methods, each a name and a walk."""
         found: list[Any] = []
         for one in walks:
             if one is None:
@@ -359,7 +359,7 @@ def _status(words: str, busy: bool = False) -> str:
 
 
 def _on_slider(budget: str) -> tuple[int, str]:
-    """Where the slider of a budget stands, and what the box beside it holds: nothing where the slider says all."""
+    """Position of a budget's slider, and the text of the box beside it: empty where the slider says all."""
     try:
         percent = 100 * float(budget) if "." in budget else 22.0
     except ValueError:

@@ -1,4 +1,5 @@
-"""``duet-vlm bench``: measure a model against itself: the full model, methods and floors in turns, stage by stage."""
+"""``duet-vlm bench``: measure a model against itself: the full model, methods and baselines in turns, stage by
+stage."""
 
 from __future__ import annotations
 
@@ -84,7 +85,7 @@ def bench(
 
 
 def _writable(out: Path | None, plots: Path | None) -> None:
-    """What would fail at the end of the measurement fails here."""
+    """Check now that the outputs can be written at the end."""
     if out is not None and out.is_dir():
         raise ValueError(f"--out {out}: is a folder; give a file to write JSON to")
     if out is not None:
@@ -107,7 +108,7 @@ def _methods(given: list[str] | None) -> list[tuple[str, int | float | None, tup
 
 
 def _model(name: str, config_only: Path | None, device: str | None, dtype: str | None) -> tuple[Any, str, str]:
-    """The model to run, where, and what it is called."""
+    """The model to run, its device, and its name."""
     import torch
 
     from duet_vlm.api.loading import device_for, load

@@ -1,6 +1,7 @@
-"""``duet-vlm budget``: what a budget means for a model, before anything runs. Reads the config only, never the weights.
+"""``duet-vlm budget``: the plan of a budget for a model, before anything runs. Reads the config only, never the
+weights.
 
-With ``--device`` also what that device would make of it: seconds, tokens per second, memory, devices for a load, by budget.
+With ``--device`` also predictions for that device: seconds, tokens per second, memory, devices for a load, by budget.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``duet-vlm calibrate``: learn about a model what a method wants to know before it runs on it."""
+"""``duet-vlm calibrate``: measure on a model the statistics that a method needs before it runs on it."""
 
 from __future__ import annotations
 

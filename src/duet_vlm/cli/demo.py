@@ -1,4 +1,5 @@
-"""``duet-vlm demo``: the embedded model on its shipped pictures, in full and at three budgets, with time, reports and pictures."""
+"""``duet-vlm demo``: the embedded model on its shipped images, in full and at three budgets, with time, reports and
+pictures."""
 
 from __future__ import annotations
 
@@ -31,7 +32,21 @@ FIRST = "demo.png"  # the picture to look at first
 
 @dataclass
 class DemoColumn:
-    """What one setting answered (question by question) and what it cost."""
+    """Answers of one setting (question by question), and their cost.
+
+    Attributes
+    ----------
+    name : str
+        Title of the column.
+    budget : int or float or None
+        The budget; None for the full model.
+    answers : list of str
+        One answer per question.
+    report : Report or None
+        Its costs.
+    speed_up : float
+        Speed-up of the prefill.
+    """
 
     name: str
     budget: float | None
@@ -42,7 +57,8 @@ class DemoColumn:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """A model this small gains little from threads, and one of them makes times steadier on a busy machine."""
+    """Run on one thread: a model this small gains little from threads, and a single one makes times steadier on a busy
+    machine."""
     import torch
 
     before = torch.get_num_threads()

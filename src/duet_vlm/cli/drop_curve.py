@@ -44,10 +44,10 @@ def drop_curve(
     json_: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Measure what is lost when all visual tokens leave in front of each layer, and propose schedules.
+    """Measure what is lost when all visual tokens are dropped before each layer, and propose schedules.
 
-    Questions without answers are judged by the full model's own. With --budget the proposals are measured beside the fixed schedules, on the
-    same questions. Start the same command again after a kill and it goes on where it stopped.
+    Questions without answers are judged by the full model's own. With --budget the proposals are measured beside the
+    fixed schedules, on the same questions. Start the same command again after a kill and it continues where it stopped.
     """
     with friendly(debug, json_, GOES_ON):
         plain_name("--name", name)

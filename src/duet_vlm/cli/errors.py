@@ -63,12 +63,12 @@ def one_line(error: BaseException) -> str:
 
 
 def folder_for(option: str, folder: Path) -> Path:
-    """A folder to write to, made if missing. Asked for before the work, so that hours are not lost at their end.
+    """A folder to write to, made if missing. Checked before the work, so that hours are not lost at their end.
 
     Raises
     ------
     ValueError
-        If nothing can be written there; names the option, the folder and the reason.
+        If nothing can be written to it; names the option, the folder and the reason.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{option} {folder}: is a file; give a folder")
@@ -83,12 +83,12 @@ def folder_for(option: str, folder: Path) -> Path:
 
 
 def plain_name(option: str, name: str | None) -> None:
-    """Refuse what cannot be the name of a file."""
+    """Refuse a text that cannot be the name of a file."""
     if name is not None and not re.fullmatch(r"[\w.+=@-]+", name):
         raise ValueError(f"{option} {name}: give a plain word, it becomes the name of files")
 
 
 def _silence_stdout() -> None:
-    """Nothing is left to be written at exit, where Python would complain again."""
+    """Redirect stdout, so that nothing is written at exit, where Python would complain again."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

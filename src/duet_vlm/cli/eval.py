@@ -10,7 +10,7 @@ import typer
 
 from duet_vlm.api.catalogue import check_settings, chosen
 from duet_vlm.api.loading import check_model
-from duet_vlm.cli.errors import GOES_ON, folder_for, friendly, plain_name
+from duet_vlm.cli.errors import GOES_ON, friendly, plain_name
 from duet_vlm.cli.options import (
     SEVERAL,
     AsJson,
@@ -76,23 +76,20 @@ def evaluate(
     name: Annotated[str | None, typer.Option("--name", help="What the result is called. Default: eval, or the experiment file's name.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for TASK/experiments and TASK/results.")] = OUT,
     restart: Annotated[bool, typer.Option("--restart", help="Drop an unfinished or finished result of that name and begin anew.")] = False,
-    harness: Annotated[str, typer.Option("--harness", help="'own' or 'lmms-eval' (then --tasks are its tasks).")] = "own",
     device: Device = None,
     json_: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Measure accuracy, tokens, FLOPs, KV bytes and prefill time of methods and budgets, beside the full model, on the same questions.
+    """Measure accuracy, tokens, FLOPs, KV bytes and prefill time of methods and budgets, beside the full model, on the
+    same questions.
 
-    All GPUs of the machine are used. Start the same command again after a kill and it goes on where it stopped.
+    All GPUs of the machine are used. Start the same command again after a kill and it continues where it stopped.
     """
     with friendly(debug, json_, GOES_ON):
+        from duet_vlm.cli.eval_jobs import JobOptions, check_tasks, run_job, tell_progress
         from duet_vlm.evaluation.experiment import read
 
         plain_name("--name", name)
-        if harness not in ("own", "lmms-eval"):
-            raise ValueError(f"--harness {harness}: give 'own' or 'lmms-eval'")
-        if harness == "lmms-eval" and (oracle or experiment is not None):
-            raise ValueError("--oracle and --experiment need the own harness: lmms-eval's tasks do not say which tokens an answer needs")
         asked: dict[str, Any] = {"--tasks": tasks, "--model": model, "--methods": methods, "--budgets": budgets, "--presets": presets}
         asked |= {"--oracle": oracle, "--seeds": seeds, "--limit": limit, "--against": against, "--batch": batch}
         asked |= {"--chunk-frames": chunk_frames, "--still-frames": still_frames}
@@ -103,24 +100,16 @@ def evaluate(
             jobs = [read(experiment)]
         else:
             cells, numbers, questions = _cells(methods, budgets, presets, oracle), seeds_of(seeds), limit_of(limit)
-            names = several(tasks) if harness == "lmms-eval" else [str(path) for path in several_paths(list(map(Path, tasks or [])))]
-            pieces = _pieces(chunk_frames, still_frames, names or ["tiny"], harness)
+            names = [str(path) for path in several_paths(list(map(Path, tasks or [])))]
+            pieces = _pieces(chunk_frames, still_frames, names or ["tiny"])
             jobs = [_job(task, model, cells, numbers, questions, against, batch, pieces) for task in names or ["tiny"]]
-        if harness == "lmms-eval":
-            from duet_vlm.cli.harness import through_lmms_eval
-
-            folder = folder_for("--out", out / "lmms-eval")
-            said = through_lmms_eval(jobs[0], [job.task for job in jobs], device, folder, restart, json_)
-        else:
-            from duet_vlm.cli.eval_jobs import JobOptions, check_tasks, run_job, tell_progress
-
-            for job in jobs:
-                check_model(job.model)
-            check_tasks(jobs)
-            wanted = JobOptions.checked(out, restart, workers, timing_rounds, device, json_)
-            title = name or ("eval" if experiment is None else experiment.stem)
-            results = [run_job(job, title, wanted) for job in jobs]
-            said = [tell_progress(file, found) for file, found in results if found is not None]
+        for job in jobs:
+            check_model(job.model)
+        check_tasks(jobs)
+        wanted = JobOptions.checked(out, restart, workers, timing_rounds, device, json_)
+        title = name or ("eval" if experiment is None else experiment.stem)
+        results = [run_job(job, title, wanted) for job in jobs]
+        said = [tell_progress(file, found) for file, found in results if found is not None]
         if json_:
             print(json.dumps({"results": said}))
 
@@ -144,13 +133,11 @@ def _job(
     return job
 
 
-def _pieces(chunk_frames: int | None, still_frames: float | None, names: list[str], harness: str) -> dict[str, Any]:
+def _pieces(chunk_frames: int | None, still_frames: float | None, names: list[str]) -> dict[str, Any]:
     from duet_vlm.evaluation.tasks import task
 
     if chunk_frames is None and still_frames is None:
         return {}
-    if harness == "lmms-eval":
-        raise ValueError("--chunk-frames and --still-frames need the own harness: leave them out, or leave out --harness")
     without = [name for name in names if not task(name).clips]
     return pieces_of(chunk_frames, still_frames, not without, f"take tasks with clips in place of --tasks {','.join(without)}")
 

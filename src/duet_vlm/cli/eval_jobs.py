@@ -22,7 +22,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class JobOptions:
-    """How to measure. ``out``: folder for TASK/experiments and TASK/results; ``quiet``: print nothing; ``place``: which of a launcher's processes."""
+    """Options of a measurement.
+
+    Attributes
+    ----------
+    out : Path
+        Folder for TASK/experiments and TASK/results.
+    restart : bool
+        Delete an earlier result of the name.
+    workers : int
+        Processes that answer.
+    timing_rounds : int
+        Rounds of the prefill timing.
+    device : str or None
+        Device.
+    quiet : bool
+        Print nothing.
+    worker : WorkerRank
+        Rank of this process among those of a launcher.
+    """
 
     out: Path
     restart: bool
@@ -30,29 +48,29 @@ class JobOptions:
     timing_rounds: int
     device: str
     quiet: bool
-    place: WorkerRank
+    worker: WorkerRank
 
     @staticmethod
     def checked(out: Path, restart: bool, workers: int | None, timing_rounds: int, device: str | None, quiet: bool) -> JobOptions:
-        """With a device that is there, a folder that can be written to, and the usual number of processes."""
+        """Options with an existing device, a writable folder, and the default number of processes."""
         from duet_vlm.api.loading import device_for
         from duet_vlm.evaluation.distributed import WorkerRank, gpus
 
-        place = WorkerRank.here()
-        where = device_for(place.device(device, gpus()))
+        worker = WorkerRank.here()
+        where = device_for(worker.device(device, gpus()))
         if restart:
-            place.check_restart(f"result and .parts folder of that name in {out}/TASK/results")
-        if place.world > 1 and (workers or 1) > 1:
-            raise ValueError(f"--workers {workers}: a launcher has started {place.world} processes; have it start more of them instead")
-        if place.world > 1:
+            worker.check_restart(f"result and .parts folder of that name in {out}/TASK/results")
+        if worker.world > 1 and (workers or 1) > 1:
+            raise ValueError(f"--workers {workers}: a launcher has started {worker.world} processes; have it start more of them instead")
+        if worker.world > 1:
             usual = 1
         else:
             usual = os.cpu_count() or 1 if where.startswith("cpu") else max(1, gpus()) if where == "cuda" else 1
-        return JobOptions(folder_for("--out", out), restart, workers or usual, timing_rounds, where, quiet, place)
+        return JobOptions(folder_for("--out", out), restart, workers or usual, timing_rounds, where, quiet, worker)
 
 
 def check_tasks(jobs: list[Experiment]) -> None:
-    """All tasks are looked at before the first one takes its time."""
+    """Check all tasks before the first one takes its time."""
     from duet_vlm.evaluation.tasks import task
 
     names = []
@@ -66,7 +84,8 @@ def check_tasks(jobs: list[Experiment]) -> None:
 
 
 def run_job(job: Experiment, name: str, wanted: JobOptions) -> tuple[Path, dict[str, Any] | None]:
-    """One experiment, from its journals to its result file; what is finished is read again. No result where other processes are not done yet."""
+    """One experiment, from its journals to its result file; a finished one is loaded. No result where other processes
+    are not done yet."""
     from duet_vlm.evaluation.console import show
     from duet_vlm.evaluation.journal import alone
     from duet_vlm.evaluation.results import load, save
@@ -77,7 +96,7 @@ def run_job(job: Experiment, name: str, wanted: JobOptions) -> tuple[Path, dict[
     result, journals = folder / "results" / f"{name}.json", folder / "results" / f"{name}.parts"
     made = False
     try:
-        with alone(journals / f"{wanted.place.rank}.jsonl"):
+        with alone(journals / f"{wanted.worker.rank}.jsonl"):
             if wanted.restart:
                 result.unlink(missing_ok=True)
                 for journal in journals.glob("*.jsonl"):
@@ -95,7 +114,7 @@ def run_job(job: Experiment, name: str, wanted: JobOptions) -> tuple[Path, dict[
     found = load(result) if result.exists() else None
     if not wanted.quiet:
         if found is None:
-            typer.echo(f"{wanted.place} is done; {result} is written by the last of them", err=True)
+            typer.echo(f"{wanted.worker} is done; {result} is written by the last of them", err=True)
         elif made:
             show(found)
             typer.echo(f"written: {result}\nnext: duet-vlm report {result}")
@@ -124,13 +143,14 @@ def _made(job: Experiment, name: str, result: Path, journals: Path, wanted: JobO
             save(result, answers.result(name, wanted.timing_rounds))
             return True
     except HeldError:
-        if wanted.place.world == 1:
+        if wanted.worker.world == 1:
             raise
         return False
 
 
 def _tidy(result: Path, journals: Path) -> None:
-    """Remove journals that are no longer needed. The result is written before, so that who finds them gone finds that."""
+    """Remove journals that are no longer needed. The result is written before, so that a process that misses them finds
+    the result."""
     if result.exists():
         shutil.rmtree(journals, ignore_errors=True)
     else:
@@ -150,14 +170,14 @@ def _asked(job: Experiment, journals: Path, wanted: JobOptions, over: Callable[[
     bar = progress.add_task(f"{job.task}: batches of {job.batch}", total=None)
 
     def advance(done: int, total: int) -> None:
-        if wanted.place.world > 1:
-            typer.echo(f"{wanted.place}: {done} of {total} batches of {job.task}", err=True)
+        if wanted.worker.world > 1:
+            typer.echo(f"{wanted.worker}: {done} of {total} batches of {job.task}", err=True)
             return
         progress.start()  # nothing is shown before everything has been found right
         progress.update(bar, completed=done, total=total)
 
     try:
-        return gather(job, journals, device=wanted.device, workers=wanted.workers, place=wanted.place, advance=advance, over=over)
+        return gather(job, journals, device=wanted.device, workers=wanted.workers, worker=wanted.worker, advance=advance, over=over)
     finally:
         if progress.live.is_started:
             progress.stop()

@@ -1,4 +1,5 @@
-"""What a device makes of a budget: the second half of ``duet-vlm budget``. Predictions from shapes; everything assumed is printed."""
+"""Predictions for a device: the second half of ``duet-vlm budget``. Computed from shapes; every assumption is
+printed."""
 
 from __future__ import annotations
 
@@ -23,7 +24,23 @@ TOKENS = 1296  # of an image of 1,008 x 1,008 pixels in Qwen2.5-VL, where the fa
 
 @dataclass(frozen=True)
 class Fleet:
-    """A device, a batch of equal requests of ``text`` tokens and one image, ``new`` tokens to write, and a load in requests per second."""
+    """A load on devices.
+
+    Attributes
+    ----------
+    device : Device
+        The device.
+    dtype : str
+        Precision.
+    batch : int
+        Equal requests at a time.
+    text, new : int
+        Text tokens of a request with one image, and tokens to write.
+    requests : float
+        Requests per second to serve.
+    assumed : Assumptions
+        Efficiencies.
+    """
 
     device: Device
     dtype: str
@@ -118,7 +135,7 @@ class Fleet:
         )
 
     def _lines(self, full: Prediction | None) -> list[tuple[str, Callable[[dict[str, Any], Prediction], str]]]:
-        """What the table says of each budget."""
+        """Lines of the table for each budget."""
         return [
             ("mean visual tokens", lambda row, _: f"{row['mean_tokens']:.1f}"),
             ("vision", lambda _, p: _ms(p.vision.seconds)),

@@ -40,7 +40,7 @@ def generate(
 
     if prompt is not None and not prompt.strip():
         raise ValueError("--prompt is empty: write a question")
-    asked, place = prompts(data, prompt), WorkerRank.here()
+    asked, worker = prompts(data, prompt), WorkerRank.here()
     reduction.check_budget(model)
     pieces = pieces_of(chunk_frames, still_frames, asked.clips, 'give --data with "video" in its lines')
     folder_for("--out", out.parent)
@@ -48,22 +48,22 @@ def generate(
     from duet_vlm.evaluation.generate import generate as answers
 
     if restart:
-        place.check_restart(f"{out}.parts")
+        worker.check_restart(f"{out}.parts")
         shutil.rmtree(f"{out}.parts", ignore_errors=True)
         out.unlink(missing_ok=True)
-    loaded = load(model, place.device(device, gpus()))
+    loaded = load(model, worker.device(device, gpus()))
 
     def advance(done: int, total: int) -> None:
         if not json_:
-            typer.echo(f"{place}: {done} of {total} batches", err=True)
+            typer.echo(f"{worker}: {done} of {total} batches", err=True)
 
     def attach() -> Handle:
         return reduction.attach(loaded.model, loaded.processor, **pieces)
 
-    complete = answers(loaded, asked, out, attach, batch=batch, max_new_tokens=max_new_tokens, place=place, advance=advance)
+    complete = answers(loaded, asked, out, attach, batch=batch, max_new_tokens=max_new_tokens, worker=worker, advance=advance)
     if json_:
-        print(f'{{"complete": {str(complete).lower()}, "rank": {place.rank}, "world": {place.world}}}')
+        print(f'{{"complete": {str(complete).lower()}, "rank": {worker.rank}, "world": {worker.world}}}')
     elif complete:
         typer.echo(f"written: {out} ({len(asked.names)} answers)")
     else:
-        typer.echo(f"rank {place.rank} is done; others are not, and the last of them writes {out}", err=True)
+        typer.echo(f"rank {worker.rank} is done; others are not, and the last of them writes {out}", err=True)

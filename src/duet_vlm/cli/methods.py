@@ -39,7 +39,7 @@ def methods(
 
 
 def _more(row: dict[str, Any]) -> list[str]:
-    """What is told of a method that was asked for by name."""
+    """Details of a method that was named."""
     told = [escape(row["idea"]), escape(row["cost"]), f"needs: {', '.join(row['needs']) or 'nothing of the model'}"]
     told += [f"settings: {', '.join(row['settings'])}"]
     for case in row["families_without"]:

@@ -44,12 +44,13 @@ def new_method(
 
 
 def written(name: str, where: str, paper: str, clone: Path) -> dict[Path, str]:
-    """The files of a clone as they will be, by their paths; nothing is written yet.
+    """The new contents of the files of a clone, by their paths; nothing is written yet.
 
     Raises
     ------
     ValueError
-        A name that is none or is taken, a place that is none, a paper that does not fit into a line of a table, a folder that is no clone.
+        An invalid or taken name, an unknown stage, a paper that does not fit into a line of a table, a folder that is
+        no clone.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f"{name}: use lower-case letters, digits and underscores, e.g. my_method")

@@ -1,4 +1,4 @@
-"""Options that several verbs share, and how their text becomes values. Nothing here loads torch before a verb runs."""
+"""Options that several verbs share, and the parsing of their text. Nothing here loads torch before a verb runs."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _separated(text: str) -> list[str]:
 
 
 def several_paths(values: Sequence[Path] | None) -> list[Path]:
-    """As ``several``, of files: a comma in the name of a file that is there separates nothing."""
+    """As ``several``, for files: a comma in the name of an existing file separates nothing."""
     return [path for value in values or () for path in ([value] if value.exists() else map(Path, _separated(str(value))))]
 
 
@@ -120,7 +120,7 @@ def counts(option: str, values: Sequence[str] | None, default: int) -> tuple[int
     Raises
     ------
     ValueError
-        If one is none.
+        If a text is no such count.
     """
     found = several(values) or [str(default)]
     for text in found:
@@ -131,7 +131,20 @@ def counts(option: str, values: Sequence[str] | None, default: int) -> tuple[int
 
 @dataclass(frozen=True)
 class VisualInputs:
-    """What a prompt shows: pictures, then clips, as the options name them. Files that cannot be right are refused before a model is loaded."""
+    """Images and videos of a prompt, as the options name them. Files that cannot be right are refused before a model is
+    loaded.
+
+    Attributes
+    ----------
+    images, videos : tuple of Path
+        Files of images, then of videos.
+    frames : int or None
+        Frames of each video.
+    fps : float or None
+        Frames per second of each video.
+    paths : tuple of Path
+        All files.
+    """
 
     images: list[Image.Image]
     videos: list[Path]
@@ -162,18 +175,18 @@ class VisualInputs:
         return cls([open_image(path) for path in pictures], clips, frames, fps, [*pictures, *clips])
 
     def clips(self, loaded: LoadedModel) -> list[VideoFrames]:
-        """The clips, with as many frames as the user or the model wants."""
+        """The videos, with the number of frames of the user or the model."""
         frames = loaded.frames if self.frames is None and self.fps is None else self.frames
         return [decode(path, frames, self.fps) for path in self.videos]
 
 
 def pieces_of(chunk_frames: int | None, still_frames: float | None, clips: bool, remedy: str) -> dict[str, Any]:
-    """What ``attach`` is told about how clips go through the vision tower.
+    """Arguments of ``attach`` for the chunks of videos.
 
     Raises
     ------
     ValueError
-        If anything is said where no ``clips`` are shown; ``remedy`` says what to give.
+        If an option is given without ``clips``; ``remedy`` says what to give.
     """
     given = {"--chunk-frames": chunk_frames, "--still-frames": still_frames}
     found = {option: value for option, value in given.items() if value is not None}
@@ -183,7 +196,7 @@ def pieces_of(chunk_frames: int | None, still_frames: float | None, clips: bool,
 
 
 def budget_of(text: str | None) -> int | float | None:
-    """``64`` is a token count, ``0.22`` and ``22%`` are fractions; ``1`` is said to be one token.
+    """Parse a budget: ``64`` is a token count, ``0.22`` and ``22%`` are fractions; ``1`` is one token, with a message.
 
     Raises
     ------
@@ -223,7 +236,8 @@ def settings_of(pairs: list[str] | None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Reduction:
-    """What the options of one command line ask for, ready to be attached; ``method`` None is what the model remembers, else duet."""
+    """The reduction of one command line, ready to be attached; ``method`` None is the one saved with the model, else
+    duet."""
 
     preset: str | None
     method: str | Reducer | None
@@ -231,7 +245,7 @@ class Reduction:
     fields: dict[str, Any]
 
     def label_on(self, handle: Handle) -> str:
-        """What it is called."""
+        """Title of the reduction under a handle."""
         return self.preset or handle.reducer.name
 
     def attach(self, model: nn.Module, processor: Any = None, **pieces: Any) -> Handle:
@@ -314,7 +328,7 @@ def reductions_of(
     Raises
     ------
     ValueError
-        A preset beside other choices, an unknown method or preset, a budget or a setting that does not read as one.
+        A preset beside other choices, an unknown method or preset, a budget or a setting that cannot be parsed.
     """
     name, published = one("--method", method), one("--preset", preset)
     if published is None:

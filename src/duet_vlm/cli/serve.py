@@ -130,7 +130,7 @@ def _flags(model: str, given: dict[str, Any]) -> list[str]:
 
 
 def _config(model: str) -> dict[str, Any]:
-    """The model's config.json; of a hub id it is fetched, where it is not on this machine yet."""
+    """The model's config.json; of a hub id it is fetched, if it is not on this machine yet."""
     place, local = source(model)
     if not local:
         from huggingface_hub import hf_hub_download
@@ -157,7 +157,7 @@ def _check_installed() -> None:
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise a ValueError where nothing can listen there."""
+    """Raise a ValueError if the port cannot be listened on."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

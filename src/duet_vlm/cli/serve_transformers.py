@@ -1,7 +1,8 @@
-"""``duet-vlm serve --backend transformers``: transformers' own server, with both stages of a method on the one model that it serves.
+"""``duet-vlm serve --backend transformers``: transformers' own server, with both stages of a method on the one model
+that it serves.
 
-The server, its API and its queue are transformers'; here its model is attached to, and what it would let anybody do is closed: other models,
-pictures by URL, requests without the key.
+The server, its API and its queue are transformers'; here its model is attached to, and unwanted access is closed: other
+models, images by URL, requests without the key.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def _attaching(manager: type[Any], place: str, reduction: Reduction) -> type[Any
 
 
 class Guard:
-    """What stands in front of every request but /health, as ASGI has it: the path is the scope's, which no header can change.
+    """Checks every request but /health, as an ASGI application: the path is the scope's, which no header can change.
 
     Refused are requests without the key, larger than ``MOST_MB``, nested deeper than ``DEEPEST``, for a transcription, and, unless
     ``fetch_urls``, with pictures, clips or sounds that are not part of them. What fails behind it is logged and answered in ``LONGEST`` letters:
@@ -171,7 +172,7 @@ def _short(text: str) -> str:
 
 
 def read(body: bytes) -> Any:
-    """The JSON of a request; None where it has none, of which the server says what is wrong with it.
+    """The JSON of a request; None where it has none, for which the server has its own error.
 
     Raises
     ------
@@ -194,10 +195,10 @@ def read(body: bytes) -> Any:
 
 
 def remote(body: bytes) -> str | None:
-    """The first picture, clip or sound of a request that is not part of it, or may not be; None where all are.
+    """The first image, video or sound of a request that is not part of it, or may not be; None where all are.
 
-    Part of it is a text that begins with ``data:``, or an object with such a ``url``. All else under the keys that transformers opens is refused,
-    wherever they stand, but in descriptions of ``tools``, which are text to it.
+    Part of it is a text that begins with ``data:``, or an object with such a ``url``. All else under the keys that
+    transformers opens is refused, at any depth, except in descriptions of ``tools``, which are text.
     """
     found = read(body)
     if isinstance(found, dict):
@@ -206,7 +207,7 @@ def remote(body: bytes) -> str | None:
 
 
 def _opened(value: Any) -> Iterator[tuple[str, Any]]:
-    """What would be opened from elsewhere, with its key."""
+    """Values that would be opened from elsewhere, each with its key."""
     if isinstance(value, dict):
         if "processor_kwargs" in value:  # more doors to the same: images, videos, load_audio_from_video
             yield "processor_kwargs", value["processor_kwargs"]

@@ -1,4 +1,4 @@
-"""``duet-vlm run --chunk-frames`` without a method: a clip of any length in bounded memory."""
+"""``duet-vlm run --chunk-frames`` without a method: a video of any length in bounded memory."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from duet_vlm.inputs.video import frame_numbers, pieces
 
 
 def check_streamed(shown: VisualInputs, reduction: Reduction, compare: bool, still: float | None) -> None:
-    """Refuse what a clip that is held as it comes cannot be combined with.
+    """Refuse options that a streamed video cannot be combined with.
 
     Raises
     ------
     ValueError
-        Pictures, several clips, settings of a method, a budget that is no number of tokens, a comparison with the full model, still frames.
+        Images, several videos, settings of a method, a budget that is no number of tokens, a comparison with the full
+        model, still frames.
     """
     remedy = "or name a --method, which chooses among all tokens of the clip"
     if shown.images or len(shown.videos) != 1:
@@ -36,7 +37,7 @@ def check_streamed(shown: VisualInputs, reduction: Reduction, compare: bool, sti
 
 
 def streamed(loaded: LoadedModel, shown: VisualInputs, prompt: str, size: int, budget: int, max_new_tokens: int, json_: bool) -> None:
-    """Answer a question about one clip, ``size`` frames of which go through the vision tower at a time."""
+    """Answer a question about one video, ``size`` frames of which go through the vision tower at a time."""
     from duet_vlm.api.streaming import StreamingVideo
 
     together = int(getattr(getattr(loaded.model.config, "vision_config", None), "temporal_patch_size", 1) or 1)
@@ -63,7 +64,7 @@ def streamed(loaded: LoadedModel, shown: VisualInputs, prompt: str, size: int, b
 
 
 def _bar() -> Progress:
-    """How far the clip is read and how many tokens are held, on a terminal."""
+    """Progress of the video and number of kept tokens, on a terminal."""
     console = Console(stderr=True)
     held = TextColumn("{task.fields[held]} visual tokens held")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), held, TimeElapsedColumn(), TimeRemainingColumn())

@@ -1,4 +1,4 @@
-"""A greedy answer, written as it comes and timed."""
+"""A greedy answer, written while it is decoded, and timed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from duet_vlm.api.loading import LoadedModel
 
 @dataclass(frozen=True)
 class TimedAnswer:
-    """What was said, in how many ``tokens``; seconds to the first of them and to the last."""
+    """The text of an answer, its ``tokens``, and the seconds to the first and to the last of them."""
 
     text: str
     tokens: int
@@ -24,7 +24,8 @@ class TimedAnswer:
 
 
 def timed_answer(loaded: LoadedModel, inputs: Any, max_new_tokens: int, show: bool) -> TimedAnswer:
-    """Greedy answer of the model as it stands, to token ids or to embeddings; with ``show`` it is written to stdout as it comes."""
+    """Greedy answer of the model in its current state, to token ids or to embeddings; with ``show`` it is written to
+    stdout while it is decoded."""
     from transformers import TextStreamer
 
     class Screen(TextStreamer):

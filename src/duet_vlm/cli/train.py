@@ -66,7 +66,7 @@ def train(
 ) -> None:
     """Train a model under the reduction it will run with. The checkpoint remembers it.
 
-    Start the same command again after a kill and it goes on from the last checkpoint. On several GPUs:
+    Start the same command again after a kill and it continues from the last checkpoint. On several GPUs:
     'accelerate launch -m duet_vlm.cli.main train ...'.
     """
     with friendly(debug, json_, GOES_ON):

@@ -68,7 +68,8 @@ def tune(
 ) -> None:
     """Find the cheapest method and budget that keep a model's answers, on your questions. Labels are optional.
 
-    Without labels the full model's own answers are held to be right. Start the same command again after a kill and it goes on where it stopped.
+    Without labels the full model's own answers are held to be right. Start the same command again after a kill and it
+    continues where it stopped.
     """
     with friendly(debug, json_, GOES_ON):
         plain_name("--name", name)
@@ -179,7 +180,7 @@ def _span(seconds: float) -> str:
 
 
 def _write(result: dict[str, Any], folder: Path, as_json: bool, model: str, clips: bool) -> None:
-    """Files and the screen."""
+    """Write the files and show the result."""
     from rich.box import SIMPLE
     from rich.markup import escape
     from rich.table import Table

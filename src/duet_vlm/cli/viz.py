@@ -52,7 +52,7 @@ def overlay(
 
 
 def clip_overlay(loaded: LoadedModel, inputs: Any, clip: VideoFrames, number: int, trace: SpanTrace, title: str, lines: Sequence[str]) -> Image.Image:
-    """The drawing of clip ``number`` of a one-sample call."""
+    """The drawing of video ``number`` of a one-sample call."""
     from duet_vlm.viz import draw, film, frame_pictures, on_film
 
     frames, steps = frame_pictures(clip.frames, inputs, number, loaded.processor)
@@ -60,7 +60,7 @@ def clip_overlay(loaded: LoadedModel, inputs: Any, clip: VideoFrames, number: in
 
 
 def file_name(reduction: Reduction, handle: Handle) -> str:
-    """What tells the pictures of one reduction from those of another, as a piece of a file's name: method, budget, and settings by hand."""
+    """Part of a file's name that is unique to a reduction: method, budget, and settings by hand."""
     budget = None if handle.budget is None else f"{handle.budget:g}"
     settings = [f"{key}={value}" for key, value in reduction.fields.items()]
     words = [f"preset-{reduction.preset}"] if reduction.preset else [handle.reducer.name, *([budget] if budget else []), *settings]
@@ -121,7 +121,7 @@ def viz(
 
 
 def beside(reduction: Reduction, text: str) -> Reduction:
-    """What ``--compare`` names: another method, another budget, or both (``fastv@0.11``); the rest as in ``reduction``.
+    """The reduction that ``--compare`` names: another method, another budget, or both (``fastv@0.11``); the rest as in ``reduction``.
 
     Raises
     ------
@@ -142,7 +142,7 @@ def beside(reduction: Reduction, text: str) -> Reduction:
 def _view(
     loaded: LoadedModel, shown: VisualInputs, clips: list[VideoFrames], reduction: Reduction, prompt: str, full: str, longest: int
 ) -> tuple[str, list[Image.Image], dict[str, Any]]:
-    """One reduction: its name, a sheet for each image and clip, and what it said."""
+    """One reduction: its name, a sheet for each image and video, and its answer."""
     from duet_vlm import attach
     from duet_vlm.viz import ScoreRecorder
 

@@ -19,7 +19,7 @@ WIDTH = 150  # where the output goes to a file
 
 
 def console(usual: int = WIDTH) -> Console:
-    """As wide as the terminal; where the output goes elsewhere as wide as COLUMNS says, else ``usual``."""
+    """As wide as the terminal; where the output goes elsewhere as wide as COLUMNS says, else ``default_width``."""
     found = Console(highlight=False)
     return found if found.is_terminal or os.environ.get("COLUMNS", "").isdecimal() else Console(highlight=False, width=usual)
 
@@ -58,7 +58,7 @@ def title(run: dict[str, Any]) -> str:
 
 
 def settings(run: dict[str, Any]) -> str:
-    """What the budget was solved to (layer counts, merged rows), and what is set differently from the method's defaults."""
+    """The solved budget (layer counts, merged tokens), and settings other than the method's defaults."""
     words = []
     if run["solved"]:
         words.append(run_lengths(run["solved"]["counts"]) + f" of {run['solved']['tokens']}")
@@ -70,7 +70,7 @@ def settings(run: dict[str, Any]) -> str:
 
 
 def _defaults(method: str) -> dict[str, Any]:
-    """Of a method or composition; nothing for one that is not installed here."""
+    """Default settings of a method or composition; nothing for one that is not installed here."""
     try:
         return {f.name: f.default for f in fields(duet_vlm.get_method(method)) if f.default is not MISSING}
     except ValueError:

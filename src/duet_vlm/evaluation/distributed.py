@@ -1,7 +1,8 @@
-"""Work among the processes that a launcher starts (``accelerate launch``, torchrun), who share nothing but a folder.
+"""Work shared among the processes of a launcher (``accelerate launch``, torchrun), which share nothing but a folder.
 
-Work is cut into parts that do not depend on the number of processes. Process r of n does every n-th part and records it in a journal of its own, so
-nobody waits for anybody, and what a killed process had not recorded is found by the next start, with as many processes as there are then.
+Work is cut into parts that do not depend on the number of processes. Process r of n does every n-th part and records it
+in a journal of its own, so no process waits for another, and parts that a killed process had not recorded are found by
+the next start, with any number of processes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Work = Callable[[dict[str, list[str]]], Generator[tuple[str, Page], None, None]]
 
 @dataclass(frozen=True)
 class WorkerRank:
-    """Which process this is (``rank`` of ``world``), and on its machine (``local``)."""
+    """Rank of this process (``rank`` of ``world``), and its number on its machine (``local``)."""
 
     rank: int = 0
     world: int = 1
@@ -29,7 +30,7 @@ class WorkerRank:
 
     @classmethod
     def here(cls, environment: Mapping[str, str] = os.environ) -> WorkerRank:
-        """As ``accelerate launch`` and torchrun say it; alone where nobody does.
+        """The rank in the variables of ``accelerate launch`` and torchrun; a single process without them.
 
         Raises
         ------
@@ -43,16 +44,16 @@ class WorkerRank:
         return cls(*map(int, given.values()))
 
     def device(self, asked: str | None, gpus: int) -> str | None:
-        """A GPU of its own for each process of a machine, unless one is asked for by number."""
+        """A GPU of its own for each process of a machine, unless ``requested`` names one by number."""
         return f"cuda:{self.local % gpus}" if asked in (None, "cuda") and gpus and self.world > 1 else asked
 
     def check_restart(self, files: str) -> None:
-        """Refuse to begin anew where others may be at work already; ``files`` is what to remove instead."""
+        """Refuse to begin anew where others may be at work already; ``files`` is to be removed instead."""
         if self.world > 1:
             raise ValueError(f"--restart: {self.world} processes would delete each other's answers; remove {files} before you launch them")
 
     def check_alone(self, verb: str) -> None:
-        """Refuse to run a verb ``world`` times that has nothing to share."""
+        """Refuse to run a verb in ``world`` processes that has nothing to share."""
         if self.world > 1:
             raise ValueError(
                 f"WORLD_SIZE={self.world}: the steps of duet-vlm {verb} depend on each other and are not shared among processes of a launcher; "
@@ -64,15 +65,15 @@ ALONE = WorkerRank()
 
 
 def gpus() -> int:
-    """How many CUDA devices this process sees."""
+    """Number of CUDA devices of this process."""
     import torch
 
     return torch.cuda.device_count()
 
 
 def recorded(
-    diary: Journal,
-    place: WorkerRank,
+    journal: Journal,
+    worker: WorkerRank,
     parts: Sequence[str],
     runs: Sequence[str],
     work: Work,
@@ -80,36 +81,40 @@ def recorded(
     advance: Callable[[int, int], None],
     over: Callable[[], bool] = lambda: False,
 ) -> dict[str, Page] | None:
-    """Do what nobody has recorded of this process's share, and return what all processes have; None as long as a part is missing.
+    """Do the unrecorded parts of this process's share, and return the pages of all processes; None as long as a part is
+    missing.
 
     Parameters
     ----------
-    diary : Journal
+    journal : Journal
         Of this process, in a folder with those of all others.
+    worker : WorkerRank
+        The rank of this process.
     parts, runs : sequence of str
         All parts, of all processes in the same order; each is to have a page with these runs.
     work : callable
-        Given the runs that each part of the share lacks, yields parts and their pages, each of which is on the disk before the next is made.
+        Given the runs that each part of the share lacks, yields parts and their pages, each of which is on the disk
+        before the next is made.
     advance : callable
-        Told (recorded parts, all parts) of this process's share.
+        Called with (recorded parts, all parts) of this process's share.
     over : callable
-        Whether somebody has finished the job and removed the journals: asked after they were read.
+        Returns True if another process has finished the job and removed the journals: called after they were read.
 
     Raises
     ------
     ValueError
         Journals about something else.
     """
-    mine, known = parts[place.rank :: place.world], diary.together()
+    mine, known = parts[worker.rank :: worker.world], journal.together()
     if over():
         return None
     todo = {part: lacking for part in mine if (lacking := _lacking(runs, known.get(part)))}
     advance(len(mine) - len(todo), len(mine))
     with contextlib.closing(work(todo)) as made:
         for done, (part, page) in enumerate(made, 1):
-            diary.add(part, page)
+            journal.add(part, page)
             advance(len(mine) - len(todo) + done, len(mine))
-    found = diary.together()
+    found = journal.together()
     return None if any(_lacking(runs, found.get(part)) for part in parts) else found
 
 

@@ -1,7 +1,7 @@
-"""The drop curve: what a model still answers when all its visual tokens leave in front of one layer, and the schedules that follow from it.
+"""The drop curve: accuracy when all visual tokens are dropped before one layer, and the schedules that follow from it.
 
-Nothing is chosen among tokens here, so the curve is a property of the model and the questions alone: where it is flat, tokens are read no
-more, and a method that drops them there loses nothing.
+No choice among tokens is made here, so the curve is a property of the model and the questions alone: where it is flat,
+tokens are no longer used, and a method that drops them there loses nothing.
 """
 
 from __future__ import annotations
@@ -43,7 +43,19 @@ FIXED: dict[str, Callable[[int], Schedule]] = {PAPER: paper_schedule, DEEP: deep
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Without any visual token from ``layer`` on: accuracy, its difference to the full model with a paired 95 % interval, and by kind."""
+    """Result without any visual token from one layer on.
+
+    Attributes
+    ----------
+    layer : int
+        The layer before which all visual tokens are dropped.
+    accuracy, difference : float
+        Accuracy, and its difference to the full model.
+    interval : (float, float)
+        Paired 95 % interval of the difference.
+    kinds : dict of str to float
+        Accuracy by kind of question.
+    """
 
     layer: int
     accuracy: float
@@ -62,7 +74,8 @@ class DropCurve:
     points: tuple[CurvePoint, ...]
 
     def needed_until(self, tolerance: float = TOLERANCE) -> int:
-        """The first measured layer from which on no more than ``tolerance`` of accuracy is lost anywhere; the depth where there is none."""
+        """The first measured layer from which on at most ``tolerance`` of accuracy is lost anywhere; the depth where
+        there is none."""
         first = self.depth
         for point in reversed(self.points):
             if point.difference < -tolerance:
@@ -71,8 +84,11 @@ class DropCurve:
         return first
 
     def needs(self) -> list[float]:
-        """What share of the reading is still to be done at the input of each layer, in [0, 1] and never rising: of what is lost without any
-        picture (at the first layer measured), what is lost without one from that layer on; between measured layers a straight line."""
+        """Share of the visual information still needed at the input of each layer, in [0, 1] and never rising.
+
+        Of the accuracy that is lost without any image (at the first layer measured), the part that is lost without one
+        from that layer on; between measured layers a straight line.
+        """
         lost = falling(np.array([max(0.0, -point.difference) for point in self.points]))
         layers = np.array([0, *(point.layer for point in self.points), self.depth])
         most = float(lost[0]) if len(lost) else 0.0
@@ -81,12 +97,12 @@ class DropCurve:
 
 
 def layers_of(depth: int, wanted: Sequence[int] = ()) -> tuple[int, ...]:
-    """The layers to measure: those ``wanted``, else all, or ``POINTS`` spread over a deep decoder.
+    """The layers to measure: ``requested`` if given, else all, or ``POINTS`` spread over a deep decoder.
 
     Raises
     ------
     ValueError
-        Layers that the decoder does not have, or in front of which nothing has been read.
+        Layers that the decoder does not have, or the first one, before which no visual token was used.
     """
     wrong = [layer for layer in wanted if not 1 <= layer < depth]
     if wrong:
@@ -102,7 +118,7 @@ def drops(layers: Sequence[int]) -> Cells:
 
 
 def curve_of(result: dict[str, Any]) -> DropCurve | None:
-    """The curve that a result holds, None where it holds none."""
+    """The curve of a result, None if the result has none."""
     full, *rows = result["runs"]
     points = [_point(row) for row in rows if _measures(row)]
     if not points or "layers" not in result["model"]:
@@ -112,7 +128,7 @@ def curve_of(result: dict[str, Any]) -> DropCurve | None:
 
 
 def _measures(row: dict[str, Any]) -> bool:
-    """Whether a row is a point of the curve: anybody may give a run such a label."""
+    """True if a row is a point of the curve, not only labelled like one."""
     if not row["label"].startswith(LABEL) or row["status"] != "ok" or not row.get("against"):
         return False
     stages: list[Any] = row["settings"].get("schedule") or []
@@ -127,8 +143,9 @@ def _point(row: dict[str, Any]) -> CurvePoint:
 def proposals(curve: DropCurve, tolerance: float = TOLERANCE) -> dict[str, Schedule]:
     """Schedules that the curve suggests, by name.
 
-    ``cut`` keeps everything until nothing is needed any more. ``as needed`` keeps 60, 30, 10 % of what entered as soon as no more than that
-    share of the reading is left, ``slower`` as soon as its root is no more than that; both drop the rest where ``cut`` does.
+    ``cut`` keeps everything until nothing is needed any more. ``as needed`` keeps 60, 30, 10 % of the entering tokens
+    as soon as no more than that share is still needed, ``slower`` as soon as its root is no more than that; both drop
+    the rest where ``cut`` does.
     """
     end, needs = curve.needed_until(tolerance), curve.needs()
     cut: dict[int, float] = {} if end == curve.depth else {end: 0.0}
@@ -145,7 +162,7 @@ def proposals(curve: DropCurve, tolerance: float = TOLERANCE) -> dict[str, Sched
 
 
 def check_takes_schedules(method: str, depth: int) -> None:
-    """Refuse a method that no schedule can be given beside a budget: said before hours of measuring."""
+    """Refuse, before hours of measuring, a method that takes no schedule beside a budget."""
     made: Any = duet_vlm.get_method(method)  # whose settings are its own
     try:
         made(schedule=((depth - 1, 0.0),)).plan(1000, depth, 0.5)
@@ -156,7 +173,7 @@ def check_takes_schedules(method: str, depth: int) -> None:
 
 
 def contest(curve: DropCurve, method: str, budgets: Sequence[float | int], tolerance: float = TOLERANCE) -> Cells:
-    """The runs that decide: ``method`` at each budget with every schedule that is suggested, and with the two fixed ones."""
+    """The deciding runs: ``method`` at each budget with every suggested schedule, and with the two fixed ones."""
     schedules: dict[Schedule, str] = {}
     for name, schedule in {**{name: fixed(curve.depth) for name, fixed in FIXED.items()}, **proposals(curve, tolerance)}.items():
         schedules.setdefault(schedule, name)
@@ -167,7 +184,7 @@ def contest(curve: DropCurve, method: str, budgets: Sequence[float | int], toler
 
 
 def winners(result: dict[str, Any]) -> dict[float | int, dict[str, Any]]:
-    """The best row at each budget; of equals the one that came first, so a fixed schedule stays unless another is better."""
+    """The best row at each budget; of equals the first one, so a fixed schedule is kept unless another is better."""
     best: dict[float | int, dict[str, Any]] = {}
     for row in result["runs"][1:]:
         if row["status"] == "ok" and (row["budget"] not in best or row["accuracy"] > best[row["budget"]]["accuracy"]):

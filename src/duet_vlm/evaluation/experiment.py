@@ -1,4 +1,4 @@
-"""What is to be measured: which runs, on which questions. Written as JSON, so that a result can be made again."""
+"""Experiments: the runs to measure and their questions. Written as JSON, so that a result can be reproduced."""
 
 from __future__ import annotations
 
@@ -21,9 +21,22 @@ AGAINST = "duet"
 class ExperimentCell:
     """One method with its settings at one budget.
 
-    ``preset`` names a preset instead (then ``method`` is its method and ``budget`` None). ``label`` is what tables call it; ``beside`` is
-    the budget of the reference row that it is tested against (its own, unless its counts are set by hand). ``pieces``: how clips go through the
-    vision tower.
+    Attributes
+    ----------
+    method : str
+        The method.
+    budget : int or float or None
+        Its budget.
+    settings : dict
+        Its settings other than the defaults.
+    label : str
+        Its name in tables.
+    preset : str or None
+        A preset instead (then ``method`` is its method and ``budget`` None).
+    beside : int or float or None
+        Budget of the reference row that it is tested against (its own, unless its counts are set by hand).
+    pieces : dict
+        Options of ``attach`` for the chunks of videos.
     """
 
     method: str
@@ -47,19 +60,22 @@ class ExperimentCell:
 class Experiment:
     """A comparison on one task.
 
-    Parameters
+    Attributes
     ----------
     task, model : str
         A task of :mod:`duet_vlm.evaluation.tasks`; a model as ``duet-vlm --model`` takes it.
     cells : tuple of dict
-        Each with ``method`` (or ``preset``), and optionally ``budgets``, ``settings``, ``label`` and ``beside`` (see :class:`Run`). The full
-        model is always run first.
+        Each with ``method`` (or ``preset``), and optionally ``budgets``, ``settings``, ``label`` and ``beside`` (see
+        :class:`ExperimentCell`). The full model is always run first.
     seeds : tuple of int
-        Streams of questions; ``limit`` questions are asked of each (None: all that the task has).
+        Streams of questions.
+    limit : int or None
+        Number of questions of each seed (None: all that the task has).
     batch : int
-        Questions per batch. Which questions share a batch depends on nothing else.
+        Questions per batch. The questions of a batch depend on nothing else.
     against : str
-        Label of the cell that all others are tested against, budget by budget. Where nothing is called as the default, nothing is tested.
+        Label of the cell that all others are tested against, budget by budget. Without a cell of the default label,
+        nothing is tested.
     chunk_frames, still_frames : optional
         As ``attach`` takes them, of every run but the full model.
     """
@@ -95,7 +111,7 @@ class Experiment:
             self.check_against()
 
     def check_against(self) -> None:
-        """Refuse a reference that is not run."""
+        """Refuse a reference that is not among the runs."""
         labels = dict.fromkeys(run.label for run in self.runs())
         if self.against not in labels:
             raise ValueError(f"against {self.against!r}: no run is called so{did_you_mean(self.against, labels)}; there are {', '.join(labels)}")
@@ -121,7 +137,7 @@ class Experiment:
 
     @property
     def pieces(self) -> dict[str, Any]:
-        """What is said of how clips go through the vision tower."""
+        """Options of ``attach`` for the chunks of videos."""
         given = {"chunk_frames": self.chunk_frames, "still_frames": self.still_frames}
         return {name: value for name, value in given.items() if value is not None}
 
@@ -131,7 +147,7 @@ class Experiment:
 
 
 def _frozen(value: Any) -> Any:
-    """JSON has lists only; the settings of methods are hashable."""
+    """Lists of JSON as tuples: the settings of methods are hashable."""
     return tuple(_frozen(item) for item in value) if isinstance(value, list | tuple) else value
 
 
@@ -141,7 +157,7 @@ def from_json(data: Any, where: str) -> Experiment:
     Raises
     ------
     ValueError
-        Naming ``where`` and what is wrong with it.
+        Naming ``where`` and the fault.
     """
     known = {item.name for item in dataclasses.fields(Experiment)}
     if not isinstance(data, dict) or not {"task", "cells"} <= set(data):
@@ -159,7 +175,7 @@ def from_json(data: Any, where: str) -> Experiment:
 
 
 def read(path: Path) -> Experiment:
-    """An experiment file; ``ValueError`` names the file and what is wrong."""
+    """An experiment file; ``ValueError`` names the file and the fault."""
     try:
         data = json.loads(path.read_text())
     except OSError as error:
@@ -173,13 +189,14 @@ CELL = re.compile(r"(?P<method>[\w.+/\\:~-]+)(\[(?P<settings>[^\]]*)\])?")
 
 
 def cells_of(text: str) -> list[tuple[str, list[str]]]:
-    """``duet,random[follow=duet]`` -> [("duet", []), ("random", ["follow=duet"])]. Settings inside brackets are split at ``;``. A method may be the
-    path of a file that holds one (``out/duet.json``).
+    """Parse ``duet,random[follow=duet]`` to [("duet", []), ("random", ["follow=duet"])].
+
+    Settings inside brackets are split at ``;``. A method may be the path of a file that holds one (``out/duet.json``).
 
     Raises
     ------
     ValueError
-        If the text does not read like that.
+        If the text has another form.
     """
     out = []
     for part in re.split(r",(?![^\[]*\])", text):

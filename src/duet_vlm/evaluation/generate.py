@@ -1,7 +1,7 @@
-"""Answers to many prompts, written to a file: resumable, and shared among processes without a word between them.
+"""Answers to many prompts, written to a file: resumable, and shared among processes without communication.
 
-Prompts are put into batches in their order, the same however many processes there are (:mod:`duet_vlm.evaluation.distributed`). Who finds all of them
-recorded writes the file.
+Prompts are put into batches in their order, the same however many processes there are
+(:mod:`duet_vlm.evaluation.distributed`). The process that finds all of them recorded writes the file.
 """
 
 from __future__ import annotations
@@ -38,53 +38,57 @@ def generate(
     *,
     batch: int,
     max_new_tokens: int,
-    place: WorkerRank,
+    worker: WorkerRank,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> bool:
-    """Answer what nobody has answered yet of this process's share; whether ``out`` is complete then.
+    """Answer the unanswered prompts of this process's share; True if ``out`` is complete then.
 
     Parameters
     ----------
     out : Path
-        JSON lines in the order of the prompts: id, question and answer, or error where a picture or the budget makes one impossible. Journals
-        are kept beside it in ``OUT.parts``.
+        JSON lines in the order of the prompts: id, question and answer, or error where an image or the budget makes one
+        impossible. Journals are kept beside it in ``OUT.parts``.
     attach : callable
-        Puts the reduction on the model.
+        Attaches the reduction to the model.
+    worker : WorkerRank
+        The rank of this process.
     advance : callable
-        Told (recorded batches, all batches) of this process's share.
+        Called with (recorded batches, all batches) of this process's share.
 
     Raises
     ------
     ValueError
-        Journals of other prompts, another model or other settings; two processes of the same rank at once; clips for a model that takes none.
+        Journals of other prompts, another model or other settings; two processes of the same rank at once; videos for a
+        model that takes none.
     """
     if asked.clips and not loaded.takes_clips:
         raise ValueError(f"--data shows clips, and --model {loaded.name} takes pictures only; 'duet-vlm models' says who takes clips")
     batches = {str(first // batch): range(first, min(first + batch, len(asked.names))) for first in range(0, len(asked.names), batch)}
-    journal = out.with_name(f"{out.name}.parts") / f"{place.rank}.jsonl"
-    with attach() as handle, torch.no_grad(), alone(journal):
+    path = out.with_name(f"{out.name}.parts") / f"{worker.rank}.jsonl"
+    with attach() as handle, torch.no_grad(), alone(path):
         method: Row = {"method": handle.reducer.name, "budget": handle.budget, "settings": json.loads(json.dumps(handle.reducer.settings()))}
         versions = {"duet_vlm": duet_vlm.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
         pieces = {"chunk_frames": handle.chunks.chunk_frames, "still_frames": handle.chunks.still_frames}
         given = {"batch": batch, "max_new_tokens": max_new_tokens} | {name: value for name, value in pieces.items() if value is not None}
-        diary = Journal(journal, {CONTENTS: asked.mark, "model": model_facts(loaded), "reduction": method, "options": given, "versions": versions})
+        journal = Journal(path, {CONTENTS: asked.mark, "model": model_facts(loaded), "reduction": method, "options": given, "versions": versions})
 
         def work(todo: dict[str, list[str]]) -> Generator[tuple[str, Page], None, None]:
             for part in todo:
                 yield part, {"questions": [], "runs": {RUN: _answers(loaded, handle, asked, batches[part], max_new_tokens)}}
 
-        found = recorded(diary, place, list(batches), [RUN], work, advance=advance)
+        found = recorded(journal, worker, list(batches), [RUN], work, advance=advance)
     if found is None:
         return False
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for part in batches for row in found[part]["runs"][RUN])
-    beside = out.with_name(f".{out.name}.{place.rank}")
+    beside = out.with_name(f".{out.name}.{worker.rank}")
     beside.write_text(text, encoding="utf-8")
     os.replace(beside, out)  # whoever else finds everything writes the same
     return True
 
 
 def _answers(loaded: LoadedModel, handle: Handle, asked: Prompts, numbers: Sequence[int], max_new_tokens: int) -> list[Row]:
-    """One row for each prompt of a batch. What makes one impossible is said in its row, and the others are answered."""
+    """One row for each prompt of a batch. An impossible prompt gets its error in its row, and the others are
+    answered."""
     rows: list[Row] = [{"id": asked.names[number], "question": asked.texts[number]} for number in numbers]
     questions: dict[int, TaskQuestion] = {}
     for i, number in enumerate(numbers):

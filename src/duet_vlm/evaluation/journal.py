@@ -1,7 +1,7 @@
-"""The record of running work: one line per finished batch, so that a killed run goes on where it stopped.
+"""The record of running work: one line per finished batch, so that a killed run continues where it stopped.
 
-A batch may have several lines: runs that were added to the experiment later are asked alone. Processes that share work have a journal each, in
-one folder: each writes to its own and reads all.
+A batch may have several lines: runs that were added to the experiment later are answered alone. Processes that share
+work have a journal each, in one folder: each writes to its own and reads all.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ CONTENTS = "contents of questions and pictures"  # of a subject, where they are 
 
 
 class HeldError(ValueError):
-    """Another process is at it."""
+    """Another process holds the lock."""
 
 
 @contextlib.contextmanager
 def alone(journal: Path) -> Iterator[None]:
-    """Nobody else writes to ``journal`` meanwhile: a second process is refused at once.
+    """Exclusive access to ``journal``: a second process is refused at once.
 
-    What is held is a lock of the operating system on a file beside the journal. It ends with the process however that ends, so a file that a
-    kill leaves behind stops nobody.
+    The lock is one of the operating system, on a file beside the journal. It ends with the process however that ends,
+    so a file from a killed process blocks nothing.
 
     Raises
     ------
@@ -51,7 +51,7 @@ def alone(journal: Path) -> Iterator[None]:
 
 
 def _locked(path: Path) -> IO[str]:
-    """The file, open and locked; one that its owner deletes while we wait for it is asked for again."""
+    """The file, open and locked; if its owner deletes it meanwhile, it is opened again."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -78,14 +78,15 @@ def _locked(path: Path) -> IO[str]:
 
 
 class Journal:
-    """Append-only JSON lines. The first line says what is being measured; a half-written last line (a kill) is cut off.
+    """Append-only JSON lines. The first line describes the measurement; a half-written last line (a kill) is cut off.
 
     Parameters
     ----------
     path : Path
         The file; made with its folder if missing.
     subject : dict
-        What is measured, apart from the runs, and by what (questions, model, versions, source code). A file about something else is refused.
+        The measurement apart from the runs, and its tools (questions, model, versions, source code). A file about
+        something else is refused.
     """
 
     def __init__(self, path: Path, subject: dict[str, Any]) -> None:
@@ -107,7 +108,8 @@ class Journal:
         self._write({"batch": batch, "page": page})
 
     def together(self) -> dict[str, Page]:
-        """What this journal and all others of its folder (``*.jsonl``) hold by now; a process may be in the middle of a line in its own."""
+        """Pages of this journal and all others of its folder (``*.jsonl``) by now; another process may be in the middle
+        of a line."""
         found: dict[str, Page] = {}
         for path in sorted(self.path.parent.glob("*.jsonl")):
             if lines := _read(path)[0]:
@@ -138,7 +140,7 @@ def _join(batches: dict[str, Page], batch: str, page: Page) -> None:
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The whole lines of a journal, and the bytes that they take; nothing of one that is not there, or is removed."""
+    """The complete lines of a journal, and their bytes; nothing of a file that is missing or was removed."""
     try:
         text = path.read_text()
     except FileNotFoundError:

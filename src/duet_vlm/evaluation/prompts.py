@@ -1,4 +1,4 @@
-"""What is asked: the prompts of a file or a folder, read and checked before a model is loaded."""
+"""Prompts of a file or a folder, read and checked before a model is loaded."""
 
 from __future__ import annotations
 

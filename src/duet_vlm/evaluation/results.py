@@ -1,4 +1,4 @@
-"""Result files: everything that a table, a plot or a second look needs, in one JSON file that says how it came about."""
+"""Result files: everything that a table, a plot or a later analysis needs, in one JSON file with its origin."""
 
 from __future__ import annotations
 
@@ -76,7 +76,8 @@ def unpack(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def environment(device: str, dtype: str, workers: int, code: Source | None = None) -> dict[str, Any]:
-    """Where and with what a result was made; ``code`` is the package as it lies there now, unless given."""
+    """Machine and versions that a result was made with; ``code`` is the package as it is on the disk now, unless
+    given."""
     import torch
     import transformers
 
@@ -101,7 +102,7 @@ def environment(device: str, dtype: str, workers: int, code: Source | None = Non
 
 
 def cpu_name() -> str:
-    """As Linux tells it, else as Python does."""
+    """The processor's name as Linux gives it, else as Python does."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -51,22 +51,39 @@ class QuestionBatch:
 
 @dataclass(frozen=True)
 class BatchJob:
-    """Runs that a batch still lacks."""
+    """A batch and the runs that it still lacks."""
 
     batch: QuestionBatch
     runs: list[ExperimentCell]
 
 
 def batches(experiment: Experiment, asked: Task) -> list[QuestionBatch]:
-    """The same batches however many processes there are and wherever a run was interrupted."""
+    """The batches of an experiment: the same however many processes there are and wherever a run was interrupted."""
     count, size = asked.count(experiment.limit), experiment.batch
     return [QuestionBatch(seed, first, min(first + size, count)) for seed in experiment.seeds for first in range(0, count, size)]
 
 
 @dataclass(frozen=True)
 class RunAnswers:
-    """All answers of an experiment, with the model that is to be timed. ``pages`` are those of all batches in their order, ``infeasible`` the runs
-    that gave none, ``contents`` the digest of the questions."""
+    """All answers of an experiment, with the model that is to be timed.
+
+    Attributes
+    ----------
+    experiment : Experiment
+        The experiment.
+    loaded : LoadedModel
+        Its model.
+    pages : list of Page
+        Pages of all batches in their order.
+    infeasible : dict of str to Outcome
+        The runs whose budget was infeasible.
+    code : Source
+        The code that answered.
+    processes : int
+        Number of processes that answered.
+    contents : str or None
+        Digest of the questions.
+    """
 
     experiment: Experiment
     loaded: LoadedModel
@@ -77,7 +94,8 @@ class RunAnswers:
     contents: str | None = None
 
     def result(self, name: str, timing_rounds: int) -> dict[str, Any]:
-        """What a result file holds (see :mod:`duet_vlm.evaluation.results`); ``timing_rounds`` as of :func:`run_experiment`."""
+        """The content of a result file (see :mod:`duet_vlm.evaluation.results`); ``timing_rounds`` as of
+        :func:`run_experiment`."""
         experiment, loaded = self.experiment, self.loaded
         asked, runs = task(experiment.task), experiment.runs()
         possible = [run for run in runs if run.id not in self.infeasible]
@@ -126,9 +144,9 @@ def run_experiment(
     Parameters
     ----------
     name : str
-        What the result is called.
+        Name of the result.
     timing_rounds : int
-        Rounds of the prefill timing; 0 leaves it out.
+        Rounds of the prefill timing; 0 omits it.
 
     The other parameters and the errors are those of :func:`gather`.
     """
@@ -143,28 +161,30 @@ def gather(
     *,
     device: str | None = None,
     workers: int = 1,
-    place: WorkerRank = ALONE,
+    worker: WorkerRank = ALONE,
     advance: Callable[[int, int], None] = lambda done, total: None,
     over: Callable[[], bool] = lambda: False,
 ) -> RunAnswers | None:
-    """Answer this process's share of the questions; all answers, or None as long as other processes have not answered theirs.
+    """Answer this process's share of the questions; return all answers, or None as long as other processes have not
+    answered theirs.
 
     Parameters
     ----------
     journals : Path
-        Folder with the record of finished batches, a file for each ``place``; a second call goes on from it, also with other runs on the same
-        questions. One process writes to a file at a time: hold ``journal.alone`` where another may start.
+        Folder with the record of finished batches, a file for each ``worker``; a second call continues from it, also
+        with other runs on the same questions. One process writes to a file at a time: hold ``journal.alone`` where
+        another may start.
     device : str, optional
         cuda where there is one, unless given.
     workers : int
-        Processes that answer questions, each with one thread and its own copy of the model, on the GPUs of the machine in turn; 1 works in
-        this process.
-    place : Place
-        Which of the processes that share the questions this is.
+        Processes that answer questions, each with one thread and its own copy of the model, on the GPUs of the machine
+        in turn; 1 works in this process.
+    worker : WorkerRank
+        The rank of this process among those that share the questions.
     advance : callable
-        Told (finished batches, all batches) of this process's share now and then.
+        Called with (finished batches, all batches) of this process's share now and then.
     over : callable
-        Whether the result is there already, made by another process.
+        Returns True if the result exists already, made by another process.
 
     Raises
     ------
@@ -191,20 +211,21 @@ def gather(
     subject = {"questions": questions, "model": model_facts(loaded), "versions": versions, "source code": code.files}
     if (contents := asked.digest(asked.count(experiment.limit))) is not None:
         subject[CONTENTS] = contents
-    diary = Journal(journals / f"{place.rank}.jsonl", subject)
+    journal = Journal(journals / f"{worker.rank}.jsonl", subject)
 
     def work(lacking: dict[str, list[str]]) -> Generator[tuple[str, Page], None, None]:
         jobs = [BatchJob(todo[name], [possible[run] for run in missing]) for name, missing in lacking.items()]
         return _answered(experiment, jobs, asked, loaded, device, workers, journals)
 
-    found = recorded(diary, place, list(todo), list(possible), work, advance=advance, over=over)
+    found = recorded(journal, worker, list(todo), list(possible), work, advance=advance, over=over)
     if found is None:
         return None
-    return RunAnswers(experiment, loaded, [found[name] for name in todo], infeasible, code, max(workers, place.world), contents)
+    return RunAnswers(experiment, loaded, [found[name] for name in todo], infeasible, code, max(workers, worker.world), contents)
 
 
 def preflight(loaded: LoadedModel, runs: list[ExperimentCell], first: list[TaskQuestion]) -> dict[str, Outcome]:
-    """Attach every run once before anything long begins: what is infeasible is noted, any other error ends the experiment here.
+    """Attach every run once before anything long begins: infeasible runs are noted, any other error ends the experiment
+    here.
 
     Raises
     ------
@@ -262,13 +283,13 @@ def _answered(
 
 
 def devices_of(device: str | None, workers: int, gpus: int) -> list[str | None]:
-    """Where each worker runs: on the ``gpus`` of the machine in turn, if GPUs are meant without a number."""
+    """Device of each worker: the ``gpus`` of the machine in turn, if GPUs are meant without a number."""
     return [f"cuda:{number % gpus}" if device in (None, "cuda") and gpus else device for number in range(workers)]
 
 
 @contextlib.contextmanager
 def _aside(loaded: LoadedModel) -> Iterator[None]:
-    """While workers answer, this process's model leaves its GPU to theirs; it is timed afterwards."""
+    """Move this process's model off its GPU while workers answer; it is timed afterwards."""
     where = next(loaded.model.parameters()).device
     loaded.model.to("cpu")
     if where.type == "cuda":

@@ -1,4 +1,4 @@
-"""One batch of questions through every run of an experiment: answers, and what they cost."""
+"""One batch of questions through every run of an experiment: answers, and their cost."""
 
 from __future__ import annotations
 
@@ -21,11 +21,25 @@ from duet_vlm.reducers.inputs import VISION_LAYER_INPUTS
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run made of one batch. Sums over its questions, except ``answers``; ``floor`` is set where the budget was infeasible.
-    ``spans`` counts pictures and clips.
+    """Result of one run on one batch: sums over its questions, except ``answers``.
 
-    ``recalls`` counts questions with known needed tokens, and sums the shares of these that are alive at the decoder's entry, alive or
-    merged there, and alive in the middle of the decoder.
+    Attributes
+    ----------
+    answers : tuple of str
+        One answer per question.
+    spans : int
+        Number of images and videos.
+    unreduced, nominal, measured : float
+        Visual tokens: before any reduction, as planned, and as measured.
+    flops, full_flops, kv_bytes, full_kv_bytes : float
+        Cost of the run, and of the full model.
+    recalls : (float, float, float, float) or None
+        Number of questions with known needed tokens, and sums of the shares of these tokens that are kept at the
+        decoder's entry, kept or merged there, and kept in the middle of the decoder.
+    floor : float or None
+        The method's smallest mean token count, where the budget was infeasible.
+    message : str or None
+        The error of an infeasible run.
     """
 
     answers: tuple[str, ...] = ()
@@ -43,7 +57,7 @@ class Outcome:
 
 
 def method_of(run: ExperimentCell) -> Reducer:
-    """What a run's settings are set on: a preset or a method of the registry."""
+    """The method whose settings a run sets: a preset or a method of the registry."""
     if run.preset:
         return duet_vlm.preset(run.preset)
     return duet_vlm.get_method(run.method)()
@@ -51,7 +65,7 @@ def method_of(run: ExperimentCell) -> Reducer:
 
 @contextlib.contextmanager
 def attached(loaded: LoadedModel, run: ExperimentCell, questions: Sequence[TaskQuestion]) -> Iterator[duet_vlm.Handle]:
-    """The model with a run's method on it; the oracle is given what these questions need."""
+    """The model with a run's method attached; the oracle receives the needed tokens of these questions."""
     told: dict[str, Any] = {"needed": tuple(part for q in questions for part in needed_parts(q))} if run.method == ORACLE else {}
     processor = loaded.processor if run.settings.get("text_query") == "salient" else None
     with duet_vlm.attach(loaded.model, method_of(run), budget=run.budget, processor=processor, **run.settings | run.pieces, **told) as handle:
@@ -70,8 +84,11 @@ def inputs_of(loaded: LoadedModel, questions: Sequence[TaskQuestion], salient: b
 
 
 def answer(loaded: LoadedModel, runs: Sequence[ExperimentCell], questions: Sequence[TaskQuestion], max_new_tokens: int) -> dict[str, Outcome]:
-    """Every run on one batch. Inputs are made once, except for runs whose processor marks salient words; so are lower vision layers, but of clips,
-    which may go through the tower in pieces."""
+    """Answers of every run to one batch.
+
+    Inputs are made once, except for runs whose processor marks salient words; so are the lower vision layers, except
+    for videos, which may pass through the tower in chunks.
+    """
     plain, shared = inputs_of(loaded, questions), None if any(q.videos for q in questions) else SharedVision(loaded.model)
     out = {}
     for run in runs:
@@ -88,12 +105,14 @@ def answer(loaded: LoadedModel, runs: Sequence[ExperimentCell], questions: Seque
 
 
 def sharing(shared: SharedVision | None, reducer: Reducer) -> contextlib.AbstractContextManager[None]:
-    """Lend the lower vision layers, if they are shared, to a method that neither looks at them nor runs them on fewer rows."""
+    """Share the lower vision layers with a method that neither takes signals from them nor runs them on fewer
+    patches."""
     return contextlib.nullcontext() if shared is None or reads_elsewhere(reducer) else shared.reused()
 
 
 def reads_elsewhere(reducer: Reducer) -> bool:
-    """Whether a method looks at other vision layers than most do by default, or runs them on fewer rows."""
+    """True if a method takes signals from other vision layers than the default ones, or runs layers on fewer
+    patches."""
     if not isinstance(reducer, EncoderReducer):
         return False
     return reducer.reduces_in_tower or (bool(reducer.requires & VISION_LAYER_INPUTS) and set(reducer.signal_layers) != {None})
@@ -116,7 +135,7 @@ def _outcome(handle: duet_vlm.Handle, said: list[str], questions: Sequence[TaskQ
 
 
 def needed_parts(question: TaskQuestion) -> list[Any]:
-    """What a question needs of each of its pictures or clips, which are of one size; None where it does not know."""
+    """Needed tokens of each image or video of a question, which are of one size; None where they are unknown."""
     if question.needed is None:
         return [None]
     return np.split(np.asarray(question.needed), len(question.images) + len(question.videos))
@@ -141,5 +160,5 @@ def _recalls(handle: duet_vlm.Handle, questions: Sequence[TaskQuestion]) -> tupl
 
 
 def alive(span: SpanTrace, layer: int) -> set[int]:
-    """Tokens of a span that decoder layer ``layer`` reads."""
+    """Tokens of a span at the input of decoder layer ``layer``."""
     return set([stage for stage in span.stages if stage.layer <= layer][-1].kept)

@@ -1,7 +1,7 @@
-"""Compute once per batch what is the same for all runs: the lower layers of the vision tower.
+"""The computation that is the same for all runs of a batch, done once: the lower layers of the vision tower.
 
-They see nothing but the pixels, and no method looks at them, so a dozen methods on one batch need not repeat them. Answers are bit-equal
-to those without sharing (a test compares). Timing never happens inside.
+They depend on the pixels alone, and no method takes signals from them, so a dozen methods on one batch need not repeat
+them. Answers are bit-equal to those without sharing (a test compares). Timing never happens inside.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from duet_vlm.models.lookup import adapter_for
 
 
 class SharedVision:
-    """The lower vision layers of a model, for calls that all bring the same pictures."""
+    """The lower vision layers of a model, for calls with the same images."""
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = list(adapter_for(model).layers_before_signals())

@@ -1,4 +1,4 @@
-"""Which code answers: its commit, and a digest of its files."""
+"""The code that answers: its commit, and a digest of its files."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ PACKAGE = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Source:
-    """``commit`` is short, ends with ``+changes`` where the package differs from it, and is None outside of a git checkout. ``files`` is a
-    digest of every Python file of the package: two states of the code that differ in one character differ in it, committed or not."""
+    """Identity of the package's code.
+
+    ``commit`` is short, ends with ``+changes`` where the package differs from it, and is None outside of a git
+    checkout. ``files`` is a digest of every Python file of the package: two states of the code that differ in one
+    character differ in it, committed or not.
+    """
 
     commit: str | None
     files: str
 
     @property
     def clean(self) -> bool:
-        """Whether the commit alone says which code this is."""
+        """True if the commit alone identifies the code."""
         return self.commit is not None and not self.commit.endswith(CHANGED)
 
     def until(self, end: Source) -> Source:
@@ -45,7 +49,7 @@ def source(package: Path = PACKAGE) -> Source:
 
 
 def unclean(commit: str | None) -> str:
-    """A warning if no commit has the code that gave a result, else nothing."""
+    """A warning if no commit has the code of a result, else nothing."""
     if not (commit or "").endswith(CHANGED):
         return ""
     return "Not reproducible yet: measured with changes that no commit has. Commit them and measure again before you publish."

@@ -20,10 +20,11 @@ def mean_interval(hits: np.ndarray) -> tuple[float, float]:
 
 
 def kept_interval(hits: np.ndarray, full: np.ndarray) -> tuple[float, float] | None:
-    """95 % score interval (Nam and Blackwelder 2002) of the share of the full model's accuracy that is kept; both [questions] bool.
+    """95 % score interval (Nam and Blackwelder 2002) of the share of the full model's accuracy that is kept; both
+    [questions] bool.
 
-    It holds where few answers differ, or none: what leaves no trace in 200 questions may be there all the same. None where the full model gets
-    nothing right.
+    It holds where few answers differ, or none: an effect without trace in 200 questions may exist all the same. None
+    where the full model has no right answer.
     """
     both, won, lost = _counts(hits, full)
     if both + lost == 0:
@@ -82,14 +83,14 @@ def resampled(samples: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarr
 
 
 def _counts(hits: np.ndarray, other: np.ndarray) -> tuple[int, int, int]:
-    """Questions that both answer, only the first, only the other; a share of a question is no answer."""
+    """Questions that both answer, only the first, only the other; fractions of answers are refused."""
     if hits.dtype != bool or other.dtype != bool:
         raise TypeError(f"give answers as bool, right or wrong, got {hits.dtype} and {other.dtype}; means of several are for resampled()")
     return int((hits & other).sum()), int((hits & ~other).sum()), int((other & ~hits).sum())
 
 
 def _edge(beyond: Callable[[float], float], start: float, end: float) -> float:
-    """Where ``beyond`` becomes positive on the way from ``start``; ``end`` where it does not."""
+    """The point where ``beyond`` becomes positive on the way from ``start``; ``end`` where it does not."""
     from scipy.optimize import brentq
 
     near = start + (end - start) * 1e-9  # at the start itself there may be no variance
@@ -114,7 +115,7 @@ def adjusted(p_values: list[float]) -> list[float]:
 
 
 def falling(values: np.ndarray) -> np.ndarray:
-    """The sequence without a rise that is nearest to ``values`` (isotonic regression, least squares)."""
+    """The non-increasing sequence that is nearest to ``values`` (isotonic regression, least squares)."""
     from scipy.optimize import isotonic_regression
 
     return isotonic_regression(values, increasing=False).x

@@ -1,4 +1,4 @@
-"""From the outcomes of all batches to the rows of a result."""
+"""Rows of a result from the outcomes of all batches."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def summarize(
 
 
 def restated(result: dict[str, Any]) -> dict[str, Any]:
-    """A result whose statistics are made anew from its predictions: of a file that an earlier version wrote."""
+    """A result whose statistics are computed again from its predictions, for a file of an earlier version."""
     found, asked = unpack(result), result["experiment"]
     hits = {key: np.array([accepted(a, gold) for a, gold in zip(said, found["gold"], strict=True)]) for key, said in found["answers"].items()}
     rows: Rows = copy.deepcopy(result["runs"])
@@ -67,7 +67,7 @@ def restated(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _accuracy(seeds: Sequence[int], kinds_of: Sequence[str], hits: np.ndarray, full: np.ndarray, itself: bool) -> dict[str, Any]:
-    """``itself``: this is the full model, of which it keeps everything whatever the questions."""
+    """Accuracy and share kept; ``itself``: this is the full model, which keeps everything whatever the questions."""
     kinds = np.array(kinds_of)
     per_seed = len(hits) // len(seeds)
 
@@ -118,7 +118,7 @@ def _recall(parts: Sequence[Outcome]) -> dict[str, float] | None:
 
 
 def _compare(rows: Rows, hits: dict[str, np.ndarray], label: str) -> None:
-    """The difference of every run to the reference (``label``) and to the oracle at the budget that it stands beside."""
+    """Difference of every run to the reference (``label``) and to the oracle at the budget ``beside``."""
     done = [row for row in rows if row["status"] == "ok"]
     reference = {row["budget"]: row for row in done if row["label"] == label}
     oracle = {row["budget"]: row for row in done if row["method"] == ORACLE}

@@ -25,10 +25,24 @@ from duet_vlm.utils.suggest import did_you_mean
 
 @dataclass(frozen=True)
 class TaskQuestion:
-    """One question.
+    """One question. A video is its frames.
 
-    ``id`` is unique within a task; ``answers`` is empty where nobody has given one (then the full model's is held to be right); ``needed`` marks
-    the visual tokens that the answer needs (None where the task does not say). A clip is its frames.
+    Attributes
+    ----------
+    id : str
+        Unique within a task.
+    images : tuple of PIL.Image.Image
+        Its images.
+    text : str
+        The question.
+    answers : tuple of str
+        Accepted answers; empty where there are none (then the full model's answer counts as right).
+    kind : str
+        Its kind, for tables.
+    needed : array or None
+        Mask of the visual tokens that the answer needs (None where the task does not know).
+    videos : tuple of tuple of PIL.Image.Image
+        Its videos.
     """
 
     id: str
@@ -42,8 +56,23 @@ class TaskQuestion:
 
 @dataclass(frozen=True)
 class Task:
-    """``ask(seed, index)`` gives a question; ``size`` is how many there are per seed (None: no end); ``clips``: some questions show one.
-    ``digest(count)`` changes with what the first so many questions and their files hold; None where questions are drawn."""
+    """A stream of questions.
+
+    Attributes
+    ----------
+    name : str
+        Its name.
+    ask : callable
+        ``ask(seed, index)`` makes a question.
+    size : int or None
+        Questions per seed (None: without end).
+    max_new_tokens : int
+        Length of an answer.
+    clips : bool
+        Some questions show a video.
+    digest : callable
+        ``digest(count)``: digest of the first ``count`` questions and their files; None where questions are drawn.
+    """
 
     name: str
     ask: Callable[[int, int], TaskQuestion]
@@ -110,7 +139,7 @@ def task(name: str) -> Task:
 
 
 def right(question: TaskQuestion, said: str) -> bool:
-    """Whether an answer is among the accepted ones."""
+    """True if an answer is among the accepted ones."""
     return accepted(said, question.answers)
 
 

@@ -38,7 +38,7 @@ class Worker:
         return cls(name, process, ours)
 
     def reply(self, kept: str) -> Any:
-        """What it made of its task; None once it has started."""
+        """The worker's reply to its task; None once it has started."""
         try:
             found = self.pipe.recv()
         except (EOFError, OSError) as error:  # also in the middle of a message
@@ -135,7 +135,7 @@ def _portable(error: Exception) -> Exception:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed has nobody to work for."""
+    """End the worker if its parent was killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None  # this is a worker
     parent.join()

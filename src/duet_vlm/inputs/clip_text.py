@@ -1,4 +1,4 @@
-"""A pair of towers that were trained to agree (CLIP): which tokens of a picture look like what a text says."""
+"""CLIP's text tower beside its vision tower: similarity of an image's tokens to a text."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from duet_vlm.ops.merge import unit_rows
 
 
 class ClipTextEncoder:
-    """The text tower and both projections of a CLIP model, for a vision-language model whose vision tower is the CLIP model's own.
+    """The text tower and both projections of a CLIP model, for a vision-language model whose vision tower is the CLIP
+    model's own.
 
     Parameters
     ----------
     clip : CLIPModel
-        With ``text_model``, ``text_projection``, ``visual_projection`` and the ``post_layernorm`` of its vision tower. It is used as it
-        stands, on its own device and in its own dtype.
+        With ``text_model``, ``text_projection``, ``visual_projection`` and the ``post_layernorm`` of its vision tower.
+        It is used unchanged, on its own device and in its own dtype.
     tokenizer : callable
-        The CLIP model's tokenizer. A text longer than the tower's window is cut into pieces, without start and end marks of their own.
+        The CLIP model's tokenizer. A text longer than the tower's window is cut into pieces, without start and end
+        marks of their own.
 
     Raises
     ------
@@ -39,16 +41,16 @@ class ClipTextEncoder:
 
     @torch.no_grad()
     def tokens(self, states: Tensor) -> Tensor:
-        """Unit rows of tokens in the shared space: tower rows [B, N, C] -> [B, N, E] float32."""
+        """Unit vectors of tokens in the shared space: tower outputs [B, N, C] -> [B, N, E] float32."""
         weight = self.clip.visual_projection.weight
         rows = self.clip.visual_projection(self.clip.vision_model.post_layernorm(states.to(weight.device, weight.dtype)))
         return unit_rows(rows).to(states.device)
 
     @torch.no_grad()
     def pieces(self, ids: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Unit rows of texts, piece by piece: token ids -> [Q, c, E] float32, of which [Q, c] are real."""
-        cut = [[row[i : i + self.window] for i in range(0, len(row), self.window)] for row in ids]
-        flat, counts = [torch.tensor(piece, device="cpu") for row in cut for piece in row], [len(row) for row in cut]
+        """Unit vectors of texts, piece by piece: token ids -> [Q, c, E] float32, and their mask [Q, c]."""
+        chunks = [[row[i : i + self.window] for i in range(0, len(row), self.window)] for row in ids]
+        flat, counts = [torch.tensor(piece, device="cpu") for row in chunks for piece in row], [len(row) for row in chunks]
         weight = self.clip.text_projection.weight
         table = pad_sequence(flat, batch_first=True).to(weight.device)
         mask = pad_sequence([torch.ones_like(piece) for piece in flat], batch_first=True).to(weight.device)

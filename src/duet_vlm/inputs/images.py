@@ -1,4 +1,4 @@
-"""Pictures as models read them, whatever they come as: upright, RGB, eight bits per channel."""
+"""Images as models take them, whatever their source: upright, RGB, eight bits per channel."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ OVERSHOOT = 0.125  # of the range: resampling leaves floats a little outside of 
 
 
 def rgb(picture: Image.Image | np.ndarray) -> Image.Image:
-    """A picture of any mode, or an array, as RGB with eight bits per channel; not turned (``open_image`` does that).
+    """Convert an image of any mode, or an array, to RGB with eight bits per channel; not turned (``open_image`` turns).
 
-    What is transparent is put on white. Numbers are scaled by the range of their type: bool, 8 and 16 bits have one; of wider integers and
-    of floats the smallest of 0..1 (floats only), 0..255, 0..65535 and (integers only) 0..the type's largest that holds them all is taken.
-    32-bit integers read from a file have 16 bits at least.
+    Transparent parts are put on white. Numbers are scaled by the range of their type: bool, 8 and 16 bits have one; of
+    wider integers and of floats the smallest of 0..1 (floats only), 0..255, 0..65535 and (integers only) 0..the type's
+    largest that holds them all is taken. 32-bit integers from a file have 16 bits at least.
 
     Parameters
     ----------
     picture : PIL.Image.Image or array
-        An array is [height, width], [height, width, channels] or [channels, height, width] with 1 (grey), 2 (grey, alpha), 3 (RGB) or
-        4 (RGBA) channels; channels last where both could be meant.
+        An array is [height, width], [height, width, channels] or [channels, height, width] with 1 (grey), 2 (grey,
+        alpha), 3 (RGB) or 4 (RGBA) channels; channels last where both could be meant.
 
     Raises
     ------
@@ -47,7 +47,7 @@ def rgb(picture: Image.Image | np.ndarray) -> Image.Image:
 
 
 def eight_bits(values: np.ndarray, least: int = 0) -> np.ndarray:
-    """Numbers of any type scaled to 0..255, as in ``rgb``; ``least``: what white is at least, for wide integers."""
+    """Numbers of any type scaled to 0..255, as in ``rgb``; ``least``: lower bound of white, for wide integers."""
     if values.dtype == np.uint8:
         return values
     white = _white(values, least)
@@ -63,20 +63,21 @@ def local(path: Path | str, lead: str = "--image ") -> Path:
         ``path`` is an address (https://..., data:...); ``lead`` and the address come first.
     """
     if ADDRESS.match(str(path)):
-        shown = re.sub(r":/+", "://", str(path), count=1)[:100]  # a Path keeps one slash of two
+        address = re.sub(r":/+", "://", str(path), count=1)[:100]  # a Path keeps one slash of two
         raise ValueError(
-            f"{lead}{shown}: a URL is not opened, as nothing is downloaded unless a hub id is named: download the file and give its path"
+            f"{lead}{address}: a URL is not opened, as nothing is downloaded unless a hub id is named: download the "
+            "file and give its path"
         )
     return Path(path)
 
 
 def open_image(path: Path) -> Image.Image:
-    """An upright RGB picture from a file (see ``rgb``), the first one of several with a warning.
+    """An upright RGB image from a file (see ``rgb``), the first one of several with a warning.
 
     Raises
     ------
     ValueError
-        With the path and what is wrong with it: an address, missing, a folder, empty, no picture, damaged, cut off or huge.
+        With the path and the fault: an address, missing, a folder, empty, no image, damaged, cut off or huge.
     """
     path = local(path)
     if not os.path.isfile(path):
@@ -108,7 +109,7 @@ def open_image(path: Path) -> Image.Image:
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a file begins as a picture does; nothing of it is decoded."""
+    """True if the head of a file is that of an image; nothing of it is decoded."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -119,20 +120,21 @@ def is_picture(path: Path) -> bool:
 
 
 def _of_array(values: np.ndarray) -> Image.Image:
-    shaped = values[..., None] if values.ndim == 2 else values
-    if shaped.ndim == 3 and shaped.shape[-1] not in MODES:
-        shaped = np.moveaxis(shaped, 0, -1)
-    if shaped.ndim != 3 or shaped.shape[-1] not in MODES or not shaped.size:
+    channels_last = values[..., None] if values.ndim == 2 else values
+    if channels_last.ndim == 3 and channels_last.shape[-1] not in MODES:
+        channels_last = np.moveaxis(channels_last, 0, -1)
+    if channels_last.ndim != 3 or channels_last.shape[-1] not in MODES or not channels_last.size:
         raise ValueError(
-            f"an array of shape {values.shape} is no picture: give [height, width], [height, width, channels] or [channels, height, width], "
+            f"an array of shape {values.shape} is no picture: give [height, width], [height, width, channels] or "
+            "[channels, height, width], "
             "with 1 to 4 channels"
         )
-    eight = np.ascontiguousarray(eight_bits(shaped))
-    return Image.fromarray(eight[..., 0] if shaped.shape[-1] == 1 else eight)
+    eight = np.ascontiguousarray(eight_bits(channels_last))
+    return Image.fromarray(eight[..., 0] if channels_last.shape[-1] == 1 else eight)
 
 
 def _of_grey(picture: Image.Image) -> Image.Image:
-    """Pictures of one channel with more than eight bits; the grey that a file calls transparent becomes white."""
+    """Convert images of one channel with more than eight bits; the grey that a file calls transparent becomes white."""
     values = np.asarray(picture)
     eight = eight_bits(values, least=65535 if picture.format else 0)
     if "transparency" in picture.info:
@@ -141,7 +143,7 @@ def _of_grey(picture: Image.Image) -> Image.Image:
 
 
 def _white(values: np.ndarray, least: int) -> int:
-    """The number that stands for white."""
+    """The number that means white."""
     kind: Any = values.dtype
     if kind.kind == "b":
         return 1

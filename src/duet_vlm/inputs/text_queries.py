@@ -1,4 +1,5 @@
-"""Which text rows rank the visual tokens: all of them, the last one, or the salient words of the question."""
+"""Query positions: the text tokens that rank the visual tokens (all, the last one, or the salient words of the
+question)."""
 
 from __future__ import annotations
 
@@ -20,18 +21,20 @@ SHORTEST_WORD = 3
 def query_rows(
     kind: str, visual: Tensor, valid: Tensor, labels: Tensor | None = None, salient: Tensor | None = None, turns: str = "first"
 ) -> Tensor:
-    """Query rows of a batch of prompts; a row without any gets none here and falls back to the last visual token.
+    """Query positions of a batch of prompts; a prompt without any gets none here and falls back to the last visual
+    token.
 
     Parameters
     ----------
     kind : str
-        "all" (every row after the last visual token), "last" (the last row before the answer) or "salient".
+        "all" (every position after the last visual token), "last" (the last position before the answer) or "salient".
     visual, valid : Tensor
         [B, S] bool.
     labels : Tensor, optional
-        [B, S]; with labels only unsupervised rows (-100) are query rows: those before the first answer, or of all ``turns``.
+        [B, S]; with labels only unsupervised positions (-100) are queries: those before the first answer, or of all
+        ``turns``.
     salient : Tensor, optional
-        [B, S] bool, needed for "salient" (rows after the prompt it was made for count as not salient).
+        [B, S] bool, needed for "salient" (positions after the prompt it was made for count as not salient).
 
     Returns
     -------
@@ -41,35 +44,39 @@ def query_rows(
     after = valid & after_last_true(visual)
     if labels is not None:
         answer = (labels != -100) & after
-        begun = answer.cumsum(1)
-        asks = after & ~answer & ((begun == 0) | (turns == "all"))
+        answers_begun = answer.cumsum(1)
+        candidates = after & ~answer & ((answers_begun == 0) | (turns == "all"))
         if kind == "last":
-            before_answer = torch.zeros_like(asks)
+            before_answer = torch.zeros_like(candidates)
             before_answer[:, :-1] = ~answer[:, :-1] & answer[:, 1:]
             has_answer = answer.any(1, keepdim=True)
-            chosen = before_answer & ((begun == 0) | (turns == "all")) & after  # a visual row may be dropped before it asks again
-            return torch.where(has_answer, chosen, last_true(asks))
-        after = asks
+            last_query = before_answer & ((answers_begun == 0) | (turns == "all")) & after  # a visual token may be dropped before a later turn
+            return torch.where(has_answer, last_query, last_true(candidates))
+        after = candidates
     if kind == "last":
         return last_true(after)
     if kind == "salient":
         if salient is None:
             raise ValueError(
-                "text_query='salient' needs to know the question's words: pass processor= to attach() and make the inputs with that "
-                "processor, or pass salient_mask=duet_vlm.inputs.text_queries.salient_mask(tokenizer, texts, input_ids) to the model"
+                "text_query='salient' needs to know the question's words: pass processor= to attach() and make the "
+                "inputs with that "
+                "processor, or pass salient_mask=duet_vlm.inputs.text_queries.salient_mask(tokenizer, texts, "
+                "input_ids) to the model"
             )
         salient = torch.nn.functional.pad(salient, (0, max(0, after.shape[1] - salient.shape[1])))
         if salient.shape != after.shape:
-            raise ValueError(f"salient_mask is {tuple(salient.shape)}, the prompt {tuple(after.shape)}: make both from the same inputs")
+            raise ValueError(f"salient_mask is {tuple(salient.shape)}, the prompt {tuple(after.shape)}: make both from the same "
+                "inputs")
         return after & salient.to(after.device).bool()
     return after
 
 
 def salient_mask(tokenizer: Any, text: str | Sequence[str], input_ids: Tensor, image_token_id: int | None = None) -> Tensor:
-    """Which tokens of the prompts belong to content words of the question (the text after the last image), plus the last token.
+    """Mask of the tokens that belong to content words of the question (the text after the last image), plus the last
+    token.
 
-    Words are found in the text and mapped to tokens by the tokenizer's offsets. Placeholder tokens that a processor repeats are
-    matched by skipping them on both sides.
+    Words are found in the text and mapped to tokens by the tokenizer's offsets. Placeholder tokens that a processor
+    repeats are matched by skipping them on both sides.
 
     Parameters
     ----------
@@ -111,17 +118,18 @@ def _salient_columns(tokenizer: Any, prompt: str, tokens: list[int], image: int 
     columns, offsets = columns_of(tokenizer, prompt, tokens, {image, tokenizer.pad_token_id})
     if not columns:
         return []
-    place = None if image is None else tokenizer.convert_ids_to_tokens(image)
-    start = 0 if place is None or place not in prompt else prompt.rindex(place) + len(place)
+    placeholder = None if image is None else tokenizer.convert_ids_to_tokens(image)
+    start = 0 if placeholder is None or placeholder not in prompt else prompt.rindex(placeholder) + len(placeholder)
     spans = [(start + a, start + b) for a, b in content_words(prompt[start:])]
-    chosen = [c for c, (first, end) in zip(columns, offsets, strict=True) if any(a < end and first < b for a, b in spans)]
-    return [*chosen, columns[-1]]
+    salient = [c for c, (first, end) in zip(columns, offsets, strict=True) if any(a < end and first < b for a, b in spans)]
+    return [*salient, columns[-1]]
 
 
 def columns_of(
     tokenizer: Any, text: str, tokens: list[int], skip: set[int | None], special: bool = True
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Where each token of ``text`` stands in ``tokens`` and which characters it covers; ``skip`` (placeholders, padding) counts on neither side.
+    """Positions in ``tokens`` of each token of ``text``, and the characters it covers; ``skip`` (placeholders, padding)
+    counts on neither side.
 
     Raises
     ------
@@ -132,17 +140,18 @@ def columns_of(
     columns = [c for c, token in enumerate(tokens) if token not in skip]
     pieces = [p for p, token in enumerate(encoded["input_ids"]) if token not in skip]
     if [tokens[c] for c in columns] != [encoded["input_ids"][p] for p in pieces]:
-        raise ValueError("input_ids are not this text's tokens (truncated, or another processor's): its words cannot be found in them")
+        raise ValueError("input_ids are not this text's tokens (truncated, or another processor's): its words cannot be found in "
+            "them")
     return columns, [tuple(encoded["offset_mapping"][p]) for p in pieces]
 
 
 def content_words(question: str) -> list[tuple[int, int]]:
     """Character spans of the content words of a question.
 
-    With spaCy and its small English model installed (extra ``salient``): nouns, names, pronouns, verbs, adjectives, adverbs and numbers
-    that are not stop words. Otherwise a rule that knows no language: words of at least three letters, words with a digit, and words in
-    scripts without short function words (any non-ASCII letter); template words ending in a colon never count. If nothing is left, every
-    word.
+    With spaCy and its small English model installed (extra ``salient``): nouns, names, pronouns, verbs, adjectives,
+    adverbs and numbers that are not stop words. Otherwise a rule that knows no language: words of at least three
+    letters, words with a digit, and words in scripts without short function words (any non-ASCII letter); template
+    words ending in a colon never count. If no word remains, every word.
     """
     parse = _spacy()
     if parse is not None:

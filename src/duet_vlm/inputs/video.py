@@ -1,4 +1,4 @@
-"""Clips from files: frames evenly spaced over a video, decoded with PyAV one after the other, never the whole clip at once."""
+"""Videos from files: evenly spaced frames, decoded with PyAV one after the other, never the whole video at once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class VideoFrames:
     frames : tuple of PIL.Image.Image
         RGB, upright, in time order, all of one size.
     indices : tuple of int
-        Which frames of the file these are, counted from 0.
+        Numbers of these frames in the file, counted from 0.
     total : int
         Frames in the file.
     rate : float
@@ -44,8 +44,8 @@ class VideoFrames:
 
 
 def sampled(total: int, count: int) -> tuple[int, ...]:
-    """Indices of ``count`` frames evenly spaced over ``total``: floor(i * total / count), as transformers samples by default; all of them
-    where there are fewer."""
+    """Indices of ``count`` frames evenly spaced over ``total``: floor(i * total / count), as transformers samples by
+    default; all of them where there are fewer."""
     count = min(count, total)
     return tuple(i * total // count for i in range(count))
 
@@ -58,45 +58,45 @@ def decode(path: Path, frames: int | None = None, fps: float | None = None) -> V
     path : Path
         A file that FFmpeg can read, without reference to other files.
     frames : int, optional
-        How many; default 8. A shorter clip gives all it has.
+        Number of frames; default 8. A shorter video gives all it has.
     fps : float, optional
-        Frames per second of the clip, in place of ``frames``: floor(seconds * fps) of them, at least one.
+        Frames per second of the video, in place of ``frames``: floor(seconds * fps) of them, at least one.
 
     Returns
     -------
-    Clip
-        The file is read twice: once for its packets (``length``), once to decode up to the last chosen frame. A recording without a
-        length in its header that was cut off (WebM, MPEG-TS) is a shorter clip, not an error.
+    VideoFrames
+        The file is read twice: once for its packets (``length``), once to decode up to the last chosen frame. A
+        recording without a length in its header that was cut off (WebM, MPEG-TS) is a shorter video, not an error.
 
     Raises
     ------
     ValueError
-        Naming the path and what is wrong: missing, a folder, no video, damaged (and how many frames can be read), too large, both
-        ``frames`` and ``fps``, PyAV not installed.
+        Naming the path and the fault: missing, a folder, no video, damaged (and how many frames can be read), too
+        large, both ``frames`` and ``fps``, PyAV not installed.
     """
-    indices, total, rate = _chosen(path, frames, fps)
+    indices, total, rate = _frame_indices(path, frames, fps)
     return VideoFrames(tuple(_pictures(path, indices, total, len(indices))), indices, total, rate)
 
 
 def frame_numbers(path: Path, frames: int | None = None, fps: float | None = None) -> int:
-    """How many frames ``decode`` takes. Errors as ``decode``; nothing is decoded."""
-    return len(_chosen(path, frames, fps)[0])
+    """Number of frames that ``decode`` takes. Errors as ``decode``; nothing is decoded."""
+    return len(_frame_indices(path, frames, fps)[0])
 
 
 def pieces(path: Path, size: int, frames: int | None = None, fps: float | None = None) -> Iterator[VideoFrames]:
-    """As ``decode``, but ``size`` frames at a time: memory depends on them and not on the length of the clip. Errors as ``decode``, and a
-    ValueError for a size below 1."""
+    """As ``decode``, but ``size`` frames at a time: memory depends on them and not on the length of the video. Errors
+    as ``decode``, and a ValueError for a size below 1."""
     if size < 1:
         raise ValueError(f"size={size}: frames of a piece, at least 1")
-    indices, total, rate = _chosen(path, frames, fps)
+    indices, total, rate = _frame_indices(path, frames, fps)
     pictures = _pictures(path, indices, total, size)
     for start in range(0, len(indices), size):
-        some = indices[start : start + size]
-        yield VideoFrames(tuple(itertools.islice(pictures, len(some))), some, total, rate)
+        chunk = indices[start : start + size]
+        yield VideoFrames(tuple(itertools.islice(pictures, len(chunk))), chunk, total, rate)
 
 
-def _chosen(path: Path, frames: int | None, fps: float | None) -> tuple[tuple[int, ...], int, float]:
-    """Which frames of a file are meant, how many it has, and how many of them make a second."""
+def _frame_indices(path: Path, frames: int | None, fps: float | None) -> tuple[tuple[int, ...], int, float]:
+    """Numbers of the frames to take from a file, its total, and its frames per second."""
     if frames is not None and fps is not None:
         raise ValueError(f"frames={frames} and fps={fps}: give one of them")
     if frames is not None and (isinstance(frames, bool) or not isinstance(frames, int) or frames < 1):
@@ -108,7 +108,7 @@ def _chosen(path: Path, frames: int | None, fps: float | None) -> tuple[tuple[in
 
 
 def length(path: Path) -> tuple[int, float]:
-    """Frames in a video file, and how many of them make a second. Packets are counted, nothing is decoded. Errors as ``decode``."""
+    """Frames in a video file, and frames per second. Packets are counted, nothing is decoded. Errors as ``decode``."""
     local(path, "--video ")
     if not path.is_file():
         raise ValueError(f"--video {path}: {'is a folder' if path.is_dir() else 'no such file'}")
@@ -157,7 +157,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def _readable(path: Path, items: Iterator[Any], total: int) -> Iterator[Any]:
-    """Packets or frames, until one cannot be read."""
+    """Packets or frames, up to the first one that cannot be read."""
     done = 0
     try:
         for item in items:
@@ -167,17 +167,19 @@ def _readable(path: Path, items: Iterator[Any], total: int) -> Iterator[Any]:
         raise _damaged(path, done, total, _reason(error)) from None
 
 
-def _pictures(path: Path, indices: tuple[int, ...], total: int, held: int) -> Iterator[Image.Image]:
-    """The frames with these indices, decoded in one go up to the last of them; all in the size of the first. ``held`` of them are kept together."""
+def _pictures(path: Path, indices: tuple[int, ...], total: int, buffered: int) -> Iterator[Image.Image]:
+    """The frames with these indices, decoded in one go up to the last of them; all in the size of the first.
+    ``buffered``: frames that the caller keeps together."""
     with _opened(path) as (container, stream):
-        wanted, size, done = set(indices), None, 0
+        index_set, size, done = set(indices), None, 0
         for done, frame in enumerate(_readable(path, container.decode(stream), total), start=1):
-            if done - 1 not in wanted:
+            if done - 1 not in index_set:
                 continue
-            if frame.width * frame.height * held > MAX_PIXELS:
-                most = MAX_PIXELS // (frame.width * frame.height)
+            if frame.width * frame.height * buffered > MAX_PIXELS:
+                max_frames = MAX_PIXELS // (frame.width * frame.height)
                 raise ValueError(
-                    f"--video {path}: {held} frames of {frame.width} x {frame.height} pixels are too many to hold; take at most {most} at a time"
+                    f"--video {path}: {buffered} frames of {frame.width} x {frame.height} pixels are too many to "
+                    f"hold; take at most {max_frames} at a time"
                 )
             alpha = any(component.is_alpha for component in frame.format.components)
             picture = upright(rgb(frame.to_ndarray(format="rgba")) if alpha else frame.to_image(), frame.rotation)
@@ -189,15 +191,15 @@ def _pictures(path: Path, indices: tuple[int, ...], total: int, held: int) -> It
 
 
 def upright(picture: Image.Image, rotation: int) -> Image.Image:
-    """Turned counter-clockwise by the degrees that the file asks for, as phones write them: multiples of 90."""
+    """Turn counter-clockwise by the file's rotation, as phones write it: multiples of 90 degrees."""
     turns = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
     turn = turns.get(rotation % 360)
     return picture if turn is None else picture.transpose(turn)
 
 
 def _damaged(path: Path, readable: int, total: int, reason: str) -> ValueError:
-    found = f"{readable} of {total} frames" if total else f"{readable} frames"
-    return ValueError(f"--video {path}: damaged or cut off, {found} can be read ({reason})")
+    readable_part = f"{readable} of {total} frames" if total else f"{readable} frames"
+    return ValueError(f"--video {path}: damaged or cut off, {readable_part} can be read ({reason})")
 
 
 def _reason(error: Exception) -> str:

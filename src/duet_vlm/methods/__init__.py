@@ -1,4 +1,4 @@
-"""One file = one method = one paper. Files register themselves; nothing here needs editing to add one."""
+"""One module per method, one method per paper. Modules register themselves: a new file needs no edit here."""
 
 from importlib import import_module
 from pkgutil import iter_modules

@@ -17,17 +17,20 @@ from duet_vlm.reducers.scheduled import ScheduledReducer
 @register("adsc")
 @dataclass(frozen=True)
 class Adsc(ScheduledReducer):
-    """ADSC (arXiv 2602.12618), from its abstract: no code is public. No score at all: at a few layers of the decoder every second token goes on.
+    """ADSC (arXiv 2602.12618): strided drops inside the decoder, without any score.
 
-    The last token of each stride stays: under causal attention it has seen the others, and a decoder that is trained with the drops learns to move
-    what it needs there. Without training it is the uniform baseline along a schedule.
+    At a few decoder layers every second visual token is kept. The last token of each stride is the one kept: under
+    causal attention it has attended to the others of its stride, and a decoder trained with these drops learns to
+    collect there the information that it needs. Without training the method is the uniform baseline along a schedule.
 
-    Parameters as ``ScheduledReducer``: halved before layers 8, 16 and 24 of 32.
+    Parameters: those of ``ScheduledReducer``. By default half of the tokens are dropped before each of layers 8, 16 and
+    24 of 32.
 
-    Cost: nothing. Needs nothing of the tower or of the text. For training: ``anneal_from`` in the trainer's settings falls from easy to hard budgets
-    (the paper's curriculum over ratios is not published).
+    Cost: none beyond the gathers. Needs: no input of the vision tower and no text. For training: ``anneal_from`` in the
+    trainer's settings falls from easy to hard budgets (the paper's curriculum over ratios is not published).
 
-    Chosen here: the layers and the share, strides in raster order (a stride of images side by side where ``share`` is "joint"), kept positions.
+    From the paper's abstract: no code is public. Chosen here: the layers and the share, strides in raster order (a
+    stride may cover two adjacent images where ``multi_image`` is "joint"), kept positions.
     """
 
     paper = "ADSC, arXiv 2602.12618"

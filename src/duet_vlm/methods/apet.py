@@ -1,4 +1,4 @@
-"""ApET: keep the visual tokens that a few others cannot approximate, before the decoder and once inside it; merge the rest."""
+"""ApET: keep the visual tokens that a few basis tokens approximate worst, before the decoder and once inside it."""
 
 from __future__ import annotations
 
@@ -29,33 +29,40 @@ SLOTS = ("own", "released", "behind")
 @register("apet")
 @dataclass(frozen=True)
 class ApET(EncoderReducer, DecoderReducer):
-    """ApET (CVPR 2026, arXiv 2602.19870): what a few tokens spread over all of them explain well need not stay.
+    """ApET (CVPR 2026, arXiv 2602.19870): drop the tokens that a few basis tokens approximate well.
 
-    ``basis`` tokens are taken by farthest point sampling. Combinations of them approximate the others (least squares); those with the largest
-    error stay beside the basis, and every other one is averaged into the one of these that it resembles most (cosine). This is done to the vision
-    features, and again to hidden states inside the decoder.
+    ``basis`` tokens are taken by farthest point sampling. The others are approximated by linear combinations of them
+    (least squares). The tokens with the largest error are kept beside the basis; every other one is averaged into the
+    kept token that it resembles most (cosine). This is done to the vision features, and again to the hidden states
+    inside the decoder.
 
     Parameters
     ----------
     keep : int or float, optional
-        Rows that enter per span, basis included, or a fraction of its tokens. Left out with ``schedule`` given: all.
+        Tokens that enter the decoder per span, basis included: a count, or a fraction of the span's tokens. Left out
+        with ``schedule`` given: all.
     schedule : ((layer, keep), ...), optional
-        Drops inside the decoder. Default: a third from half of the depth on. ``()``: none.
+        Drops inside the decoder: before ``layer`` keep that many tokens (int) or that fraction of the entering ones
+        (float). Default: a third from half of the depth on. ``()``: none.
     basis : int
-        Basis tokens, at least 1; always fewer than stay.
+        Basis tokens, at least 1; always fewer than are kept.
     ridge : float
         Weight of the squared coefficients in the approximation, above 0.
     slots : str
-        "own": basis rows stand at their own places, unmerged. "released": they stand in for the ``basis`` tokens that came in last by error (in
-        raster order before the decoder, by falling error inside), and are merged like all that leave. "behind": they follow the others, which
-        come by falling error, and are merged as well (released Video-LLaVA code).
+        Position of the basis tokens. "own": at their own positions, unmerged. "released": in place of the ``basis``
+        tokens that rank last by error (in raster order before the decoder, by falling error inside), and averaged into
+        others like every dropped token. "behind": after the others, which are ordered by falling error, and averaged as
+        well (released Video-LLaVA code).
     own_share : float
-        With "released", the share of a slot's own row in it, in [0, 1).
+        With "released": weight of the token that a basis token replaces in the merged row, in [0, 1).
     start : int, optional
-        Token that the sampling starts from (released: a random one); left out, the one of largest norm.
+        Index of the first basis token (released: a random one); left out, the token of largest norm.
 
-    Cost: ``basis`` passes over the rows, cosines of all with those that stay. Usable in training (the choice carries no gradient). Differences
-    from the authors' code (MaQianKun0/ApET): above; any batch, place and size of images; no rounding to half precision on the way.
+    Cost: ``basis`` passes over the tokens, and cosines of all tokens with the kept ones. Needs: features before the
+    decoder, hidden states inside it; no attention and no text. Usable in training (the choice carries no gradient).
+
+    Differences from the authors' code (MaQianKun0/ApET): the defaults of ``slots``, ``own_share`` and ``start``; any
+    batch, position and size of images; no rounding to half precision on the way.
     """
 
     paper = "ApET, CVPR 2026, arXiv 2602.19870"
@@ -86,13 +93,17 @@ class ApET(EncoderReducer, DecoderReducer):
 
     @classmethod
     def official(cls, keep: Keep = 192, inside: int = 64, layer: int = 16, **fields: Any) -> ApET:
-        """The released LLaVA code: ``keep`` rows enter, ``inside`` go on before ``layer``; renumbered positions."""
+        """Return the settings of the released LLaVA code: ``keep`` tokens enter, ``inside`` of them are kept before
+        ``layer``; compact positions.
+        """
         released: dict[str, Any] = {"slots": "released", "positions": "compact", "crops": "per_crop", "protect_predicting_tokens": False}
         return cls(**{"keep": keep, "schedule": ((layer, inside),)} | released | fields)
 
     @classmethod
     def official_qwen(cls, keep: Keep = 0.3, **fields: Any) -> ApET:
-        """The released Qwen2.5-VL code, whose drop inside the decoder (with ``ridge=0.1``) is there but never called."""
+        """Return the settings of the released Qwen2.5-VL code, whose drop inside the decoder (``ridge=0.1``) is defined
+        but never called.
+        """
         return cls(**{"keep": keep, "schedule": (), "slots": "released", "own_share": 0.5, "protect_predicting_tokens": False} | fields)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
@@ -112,7 +123,28 @@ class ApET(EncoderReducer, DecoderReducer):
         return self._reduced(view.require(Input.HIDDEN_STATES), view.valid, view.num_keep, max(stay for _, stay in view.host_counts), in_order=False)
 
     def errors(self, rows: Tensor, valid: Tensor, count: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Basis tokens [B, M] by turn, which of them count [B, M], and each token's error of approximation [B, N]."""
+        """Approximate all tokens by a few basis tokens.
+
+        Parameters
+        ----------
+        rows : Tensor
+            [B, N, C] features or hidden states.
+        valid : Tensor
+            [B, N] bool, False for padding.
+        count : Tensor
+            [B] long, tokens to keep.
+        most : int
+            Largest of ``count``, known on the host.
+
+        Returns
+        -------
+        basis : Tensor
+            [B, M] long, basis tokens in the order of sampling.
+        real : Tensor
+            [B, M] bool, basis tokens that are used.
+        error : Tensor
+            [B, N] float32, norm of each token's approximation error.
+        """
         rows, alive = rows.float(), valid.sum(1)
         start = rows.norm(dim=-1).masked_fill(~valid, -1).argmax(1) if self.start is None else (alive - 1).clamp(0, self.start)
         basis = farthest_points(rows, valid, min(self.basis, max(most - 1, 0)), start)
@@ -124,9 +156,10 @@ class ApET(EncoderReducer, DecoderReducer):
         basis, real, error = self.errors(rows, valid, count, most)
         chosen = torch.zeros_like(valid).scatter_reduce(1, basis, real, "amax")
         order = ranking(error, valid & ~chosen if self.slots == "own" else valid)
-        place, first = ranks(order), (count - real.sum(1))[:, None]  # so many stay for their error
+        place, first = ranks(order), (count - real.sum(1))[:, None]  # kept for their error
         main = valid & (place < first)
-        others = valid & (place < count[:, None]) & ~main if self.slots == "released" else chosen  # where the basis rows will stand
+        # positions of the basis tokens
+        others = valid & (place < count[:, None]) & ~main if self.slots == "released" else chosen
         index, stands = pack_right(main | others, most)
         if self.slots == "behind":
             turn = torch.arange(most, device=order.device).expand_as(index)

@@ -1,4 +1,6 @@
-"""The random baselines of every comparison: random and uniform choice, at a constant count, along a schedule, or with another method's counts."""
+"""Random baselines of every comparison: random and uniform choice, with a constant count, a schedule or another
+method's counts.
+"""
 
 from __future__ import annotations
 
@@ -32,15 +34,16 @@ from duet_vlm.reducers.registry import register
 
 @dataclass(frozen=True)
 class Baseline(DecoderReducer):
-    """Common to both random baselines.
+    """Base of both random baselines: counts without a score.
 
-    ``entry`` tokens stay from the first decoder layer on, ``schedule`` drops later (default: nothing). With ``follow`` every layer reads
-    as many tokens as that method would give it at the same budget: the method without its choice of tokens.
+    ``entry`` tokens are kept from the first decoder layer on, and ``schedule`` drops more later (default: nothing).
+    With ``follow`` every layer gets as many tokens as that method gives it at the same budget: the counts of the method
+    without its choice of tokens.
 
     Parameters
     ----------
     entry : int or float, optional
-        Tokens of a span that enter, or the fraction of them.
+        Tokens of a span that enter the decoder: a count, or a fraction.
     schedule : ((layer, keep), ...)
         Drops before ``layer``: numbers of tokens, or fractions of those that entered.
     follow : str, optional
@@ -85,15 +88,17 @@ class Baseline(DecoderReducer):
 @register("random")
 @dataclass(frozen=True)
 class RandomTokens(Baseline):
-    """A random choice of visual tokens: what any method must beat.
+    """Random choice of visual tokens: the baseline that every method must beat.
 
-    The choice depends only on (``seed``, number of the image in its sample, its token count), never on batch order or device, and
-    later stages keep a subset of earlier ones. Needs nothing; costs nothing.
+    The choice depends only on (``seed``, number of the image in its sample, its token count), never on batch order or
+    device, and later stages keep a subset of earlier ones.
 
     Parameters
     ----------
     seed : int
-        Of the choice.
+        Seed of the choice.
+
+    Cost: none. Needs: no input of the vision tower and no text.
     """
 
     paper = "baseline"
@@ -111,7 +116,12 @@ class RandomTokens(Baseline):
 @register("uniform")
 @dataclass(frozen=True)
 class UniformTokens(Baseline):
-    """Visual tokens evenly spaced in raster order, at each stage evenly spaced over the survivors. Needs nothing; costs nothing."""
+    """Visual tokens evenly spaced in raster order: the baseline without randomness.
+
+    Each stage keeps tokens evenly spaced over the survivors of the stage before.
+
+    Cost: none. Needs: no input of the vision tower and no text.
+    """
 
     paper = "baseline"
     summary = "evenly spaced tokens in raster order (baseline)"
@@ -122,7 +132,20 @@ class UniformTokens(Baseline):
 
 @lru_cache(maxsize=256)
 def priorities(seed: int, spans: tuple[tuple[int, int], ...]) -> Tensor:
-    """One random number per token, drawn on the CPU from (seed, span number, token count): [spans, max tokens] float32."""
+    """Draw one random number per token on the CPU from (seed, span number, token count).
+
+    Parameters
+    ----------
+    seed : int
+        Seed of the choice.
+    spans : tuple of (int, int)
+        Number in its sample and token count of each span.
+
+    Returns
+    -------
+    Tensor
+        [spans, max tokens] float32 in [0, 1); 0 beyond a span's count.
+    """
     table = torch.zeros(len(spans), max(count for _, count in spans), device="cpu")
     for row, (number, count) in enumerate(spans):
         generator = torch.Generator().manual_seed(((seed * 1_000_003 + number) * 1_000_003 + count) % 2**63)

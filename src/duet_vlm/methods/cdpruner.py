@@ -1,4 +1,4 @@
-"""CDPruner: keep the vision tokens that are most unlike each other among those that the question asks about, before the decoder."""
+"""CDPruner: keep vision tokens that are relevant to the question and unlike each other, before the decoder."""
 
 from __future__ import annotations
 
@@ -20,29 +20,33 @@ from duet_vlm.reducers.score import ScoreReducer
 @register("cdpruner")
 @dataclass(frozen=True)
 class CDPruner(ScoreReducer):
-    """CDPruner (NeurIPS 2025, arXiv 2506.10967): a determinantal point process over projected tokens, conditional on the question.
+    """CDPruner (NeurIPS 2025, arXiv 2506.10967): a determinantal point process over projected tokens, conditional on
+    the question.
 
-    A token's relevance r is its likeness to the question, scaled to [0, 1] over its picture. The kernel is r_i cos(i, j) r_j, and tokens are
-    taken greedily by the largest determinant: relevant ones that are not alike. Nothing is merged.
+    A token's relevance r is its similarity to the question, scaled to [0, 1] over its image. The kernel is r_i cos(i,
+    j) r_j, and tokens are picked greedily by the largest determinant: relevant tokens that are unlike each other.
+    Nothing is merged.
 
     Parameters
     ----------
     keep : int or float, optional
-        Tokens per span or the fraction of them. A budget of n keeps n.
+        Tokens kept per span: a count, or a fraction. A budget of n keeps n.
     relevance : str
-        "decoder": mean cosine of the projected token and the question's token embeddings, for any model. "contrastive": the negated mean cosine
-        of the token in CLIP's shared space and the question's pieces (patches of CLIP are least like what they show; the authors' rule for
-        LLaVA): pass ``text_tower=`` and ``processor=`` to ``attach``.
+        "decoder": mean cosine of the projected token and the question's token embeddings, for any model. "contrastive":
+        negated mean cosine of the token in CLIP's shared space and the segments of the question (CLIP patches are least
+        similar to the words for their content; the authors' rule for LLaVA): pass ``text_tower=`` and ``processor=`` to
+        ``attach``.
     scale : str
-        Relevance is scaled over each "image", or over the whole "call" (released code: a result depends on the other images).
+        Relevance is scaled over each "image", or over the whole "call" (released code: a result depends on the other
+        images).
 
-    Cost: the projector runs on every token, an N x N table of cosines, and per kept token one pass over the rows chosen so far; 4 N^2 bytes.
-    "contrastive": the text tower, and two small maps of each token. Needs: the question, so the whole model must be called. Usable in
-    training (the choice carries no gradient).
+    Cost: the projector runs on every token, an N x N table of cosines, and per kept token one pass over the rows chosen
+    so far; 4 N^2 bytes. "contrastive": the text tower, and two small projections of each token. Needs: the question, so
+    the whole model must be called. Usable in training (the choice carries no gradient).
 
-    Differences from the authors' code (Theia-4869/CDPruner): relevance by the decoder's embeddings unless asked, scaled image by image; more
-    tokens than the features have dimensions work (the released code ends with fewer); kept positions, any batch, ties by index. The question
-    is the text behind the last image, template included; theirs is the bare question.
+    Differences from the authors' code (Theia-4869/CDPruner): relevance by the decoder's embeddings by default, scaled
+    image by image; more tokens than feature dimensions work (the released code keeps fewer); kept positions, any batch,
+    ties by index. The question is the text after the last image, template included; theirs is the bare question.
     """
 
     paper = "CDPruner, NeurIPS 2025, arXiv 2506.10967"
@@ -58,7 +62,9 @@ class CDPruner(ScoreReducer):
 
     @classmethod
     def official(cls, keep: Keep = 64, **fields: Any) -> CDPruner:
-        """The released LLaVA code: relevance in CLIP's space, scaled over the call, compact positions; ``keep`` patches of each crop."""
+        """Return the settings of the released LLaVA code: relevance in CLIP's space, scaled over the call, compact
+        positions; ``keep`` patches of each crop.
+        """
         released: dict[str, Any] = {"relevance": "contrastive", "scale": "call", "positions": "compact", "crops": "per_crop", "protect_predicting_tokens": False}
         return cls(**{"keep": keep} | released | fields)
 
@@ -76,7 +82,7 @@ class CDPruner(ScoreReducer):
         return min_max_scaled(self.likeness(view), view.valid, OFFSET, self.scale == "call")
 
     def likeness(self, view: EncoderView) -> Tensor:
-        """How much each token is about the question [B, N]."""
+        """Similarity of each token to the question, unscaled: [B, N]."""
         if self.relevance == "contrastive":
             similarity, valid = view.require(Input.TEXT_SIMILARITY)
             pieces = valid.float()[:, None]

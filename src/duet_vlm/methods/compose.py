@@ -1,4 +1,4 @@
-"""Methods one after the other as one method: in the tower, frames, V2V, T2V, under one budget."""
+"""Compositions: methods inside the tower, before the decoder and inside it that run as one method under one budget."""
 
 from __future__ import annotations
 
@@ -42,16 +42,23 @@ Classes = tuple[type[TowerReducer] | None, type[Frames] | None, type[EncoderRedu
 
 
 def compose(*stages: Reducer) -> Composition:
-    """One method made of two to four: ``compose(Frames(), Duet())``, ``compose(Contrast(), VisionZip(), PyramidDrop())``.
+    """Make one method of two to four: ``compose(Frames(), Duet())``, ``compose(Contrast(), VisionZip(),
+    PyramidDrop())``.
 
-    A method that reduces in both places (``Duet``) does so, unless another one follows that drops inside the decoder. See ``Composition``.
+    A method that reduces both before and inside the decoder (``Duet``) does both, unless a method that drops inside the
+    decoder follows it. See ``Composition``.
+
+    Parameters
+    ----------
+    *stages : Reducer
+        Instances, in the order in which they run.
 
     Raises
     ------
     ValueError
-        Stages that do not follow each other, or that want different things of what they share.
+        If the stages are in the wrong order, or differ in a shared setting.
     TypeError
-        A stage that is no method.
+        If a stage is not a method.
     """
     for stage in stages:
         if not isinstance(stage, Reducer):
@@ -76,10 +83,10 @@ def compose(*stages: Reducer) -> Composition:
 
 @cache
 def composition_class(stages: tuple[type[Reducer], ...]) -> type[Composition]:
-    """The class of a composition, as ``attach(model, "frames+duet")`` finds it."""
+    """Make the class of a composition, as ``attach(model, "frames+duet")`` finds it."""
     tower, frames, first, second = roles = _roles(stages)
     sees = first or frames or tower
-    assert sees is not None  # says _roles
+    assert sees is not None  # checked by _roles
     facts: dict[str, Any] = {
         "name": "+".join(stage.name for stage in stages),
         "paper": " + ".join(stage.paper for stage in stages),
@@ -103,8 +110,13 @@ def composition_class(stages: tuple[type[Reducer], ...]) -> type[Composition]:
 
 
 def _roles(stages: tuple[type[Reducer], ...]) -> Classes:
-    """Which class reduces in the tower, which narrows, which reduces before the decoder, which drops inside it; a ValueError if they do not
-    follow each other."""
+    """Assign the stages to their roles: inside the tower, frame selection, before the decoder, inside the decoder.
+
+    Raises
+    ------
+    ValueError
+        If the stages are in the wrong order.
+    """
     for stage in stages:
         if not hasattr(stage, "name"):
             raise ValueError(f"compose: {stage.__name__} has no name; register it first (duet_vlm.register)")
@@ -130,22 +142,39 @@ def _roles(stages: tuple[type[Reducer], ...]) -> Classes:
 
 @dataclass(frozen=True)
 class Composition(EncoderReducer):
-    """Stages of a composition as one method. A method in the tower leaves some of each picture, ``frames`` narrows a clip to a pool of
-    candidates, the method before the decoder chooses and merges within it, the method inside the decoder drops by what enters.
+    """Several methods as one: stages under one budget.
 
-    Settings are those of the stages behind their names (``frames_keep``, ``duet_dominant``); what all share (``positions``,
-    ``text_query``) is set once. Fractions of rows that enter are fractions of the whole span, not of the pool.
+    A method in the tower drops some tokens of each image, ``frames`` narrows a video to a pool of candidates, the
+    method before the decoder chooses and merges within the pool, and the method inside the decoder drops some of the
+    entering tokens.
 
-    A budget holds over the whole. If one method reduces in both places, or none inside the decoder, it solves the budget as it does
-    alone. Otherwise the drops follow their own schedule, or their paper's, and as many tokens enter as the budget then allows; the
-    method before the decoder divides them into dominant and contextual rows as it does alone. ``frames_keep`` is the size of the pool and
-    never less than what enters; left out, the two stages narrow by the same factor (the geometric mean of all tokens and those that enter).
-    Without a method before the decoder the pool itself enters.
+    Settings are those of the stages, prefixed by the stage's name (``frames_keep``, ``duet_dominant``); shared ones
+    (``positions``, ``text_query``) are set once. Fractions of entering tokens are fractions of the whole span, not of
+    the pool.
 
-    No more can enter than the tower leaves. Where the budget would let in more, all of that enters and the drops keep more, with a warning.
-    Left out, the tower's own ``keep`` (``contrast_keep``) is 56 % of a picture, and never less than 1.5 times what enters.
+    A budget holds over the whole composition. If one method reduces both before and inside the decoder, or none reduces
+    inside it, that method solves the budget as it does alone. Otherwise the drops follow their own schedule, or their
+    paper's, and the largest entry that the budget allows is taken; the method before the decoder divides it into
+    dominant and contextual tokens as it does alone. ``frames_keep`` is the size of the pool and never less than the
+    entry; left out, the two stages narrow by the same factor (the geometric mean of all tokens and the entry). Without
+    a method before the decoder the pool itself enters.
 
-    Images have no frames: there the pool is the whole image (without a method before the decoder they are thinned evenly, see ``Frames``).
+    The entry is at most the number of tokens that survive the tower. Where the budget allows more, all survivors enter
+    and the drops keep more, with a warning. Left out, the tower's own ``keep`` (``contrast_keep``) is 56 % of an image,
+    and never less than 1.5 times the entry.
+
+    Images have no frames: there the pool is the whole image (without a method before the decoder images are thinned
+    evenly, see ``Frames``).
+
+    Attributes
+    ----------
+    stages : tuple of type
+        Classes of the stages, in order.
+    roles : tuple
+        The class inside the tower, the frame selection, the class before the decoder and the class inside it; None for
+        an empty role.
+    owners : dict of str to type
+        For each shared setting, the stage that defines its default.
     """
 
     stages: ClassVar[tuple[type[Reducer], ...]]
@@ -167,7 +196,7 @@ class Composition(EncoderReducer):
 
     @cached_property
     def _stages(self) -> Roles:
-        """The stages with their settings; a method that reduces in both places stands there twice."""
+        """Stages with their settings, by role; a method that reduces before and inside the decoder occurs twice."""
         made = {cls: cls(**self._settings_of(cls)) for cls in self.stages}
         return tuple(None if cls is None else made[cls] for cls in self.roles)  # type: ignore[return-value]
 
@@ -181,10 +210,10 @@ class Composition(EncoderReducer):
 
     @property
     def _sees(self) -> EncoderReducer:
-        """The stage that looks at the vision tower."""
+        """Stage that gets the outputs of the vision tower."""
         tower, frames, first, _ = self._stages
         sees = first or frames or tower
-        assert sees is not None  # says _roles
+        assert sees is not None  # checked by _roles
         return sees
 
     @property
@@ -232,16 +261,16 @@ class Composition(EncoderReducer):
         return dataclasses.replace(self._behind(left, depth, share), tokens=tokens, tower=some)
 
     def _wanted(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
-        """What would enter behind a whole tower."""
+        """Plan of the stages after the tower, as if the tower dropped nothing."""
         return self._behind(tokens, depth, budget) if self._reduces_behind else plan_keep_all(tokens, depth)
 
     @property
     def _reduces_behind(self) -> bool:
-        """Whether anything narrows between the tower and the decoder."""
+        """True if a stage reduces between the tower and the decoder."""
         return any(stage is not None for stage in self._stages[1:3])
 
     def _left(self, tower: TowerReducer, tokens: int, wanted: SpanPlan) -> int:
-        """How many tokens of a span the tower leaves."""
+        """Number of tokens of a span that survive the tower."""
         if tower.keep is not None:
             return max(1, count_of(tower.keep, tokens))
         if tower.by_threshold:
@@ -250,7 +279,7 @@ class Composition(EncoderReducer):
         return min(tokens, max(1, math.ceil(LEFT * tokens), math.ceil(SPARE * entering)))
 
     def _behind(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
-        """What the stages behind the tower make of ``tokens``."""
+        """Plan of the stages after the tower for a span of ``tokens``."""
         _, frames, first, second = self._stages
         alone = second if first is None and frames is None else frames if first is None and second is None else None
         if alone is not None:
@@ -269,7 +298,7 @@ class Composition(EncoderReducer):
         return self._solved(second, tokens, depth, target)
 
     def _planned(self, tokens: int, depth: int) -> SpanPlan:
-        """By the stages' own settings."""
+        """Plan by the stages' own settings, without a budget."""
         _, frames, first, second = self._stages
         pool = None if frames is None or frames.keep is None else frames.plan(tokens, depth, None)
         entering = pool if first is None else first.plan(tokens, depth, None)
@@ -284,15 +313,19 @@ class Composition(EncoderReducer):
         return dataclasses.replace(entering, counts=second.with_paper_schedule(depth).plan(entering.entry, depth, None).counts)
 
     def _solved(self, second: DecoderReducer, tokens: int, depth: int, target: float) -> SpanPlan:
-        """The largest entry whose mean under the drops is within ``target``; if all tokens leave budget over, the drops keep more: those of
-        a larger number than there is, at last the stages that drop everything."""
+        """Plan the largest entry whose mean under the drops is within ``target``.
+
+        If all tokens enter and the budget is not used up, the drops keep more: first as if more tokens entered, then
+        also at the stages that drop everything.
+        """
         drops = second.with_paper_schedule(depth, target / tokens)
 
         def counts(entry: int, end: int) -> tuple[int, ...]:
             return tuple(accumulate((min(kept, tokens) or end for kept in drops.plan(entry, depth, None).counts), min))
 
         if not mean_within(counts(1, 0), target):
-            drops = second.with_paper_schedule(depth, 0.0)  # the earliest that it has: of a few tokens one may still enter
+            # the earliest drops: at a small budget one token may still enter
+            drops = second.with_paper_schedule(depth, 0.0)
         entry = largest_int(tokens << 30, lambda n: mean_within(counts(n, 0), target))
         if entry < 1:
             raise infeasible_budget(self.name, target, sum(counts(1, 0)) / depth, tokens, "at least one token enters the decoder")
@@ -301,7 +334,7 @@ class Composition(EncoderReducer):
         return dataclasses.replace(split, counts=counts(entry, end))
 
     def pool(self, plan: SpanPlan) -> int:
-        """How many tokens of a clip the frames stage lets the next one choose from."""
+        """Number of candidates of a video that the frame selection passes to the next stage."""
         _, frames, first, _ = self._stages
         if frames is None or first is None:
             return plan.tokens if frames is None else plan.entry
@@ -325,7 +358,9 @@ class Composition(EncoderReducer):
         selection = first.select_tokens(dataclasses.replace(view.select_rows(lambda x: gather_rows(x, rows)), valid=valid))
 
         def of_span(number: Tensor) -> Tensor:
-            """Numbers of candidates as those of tokens; what is no candidate becomes no token, for the flow to refuse."""
+            """Translate candidate numbers to token numbers; a number out of range becomes -1, which the runtime
+            refuses.
+            """
             inside = number.clamp(0, rows.shape[1] - 1)
             return torch.where(valid.gather(1, inside) & (inside == number), rows.gather(1, inside), -1)
 
@@ -334,7 +369,7 @@ class Composition(EncoderReducer):
 
 @dataclass(frozen=True)
 class DecoderComposition(Composition, DecoderReducer):
-    """A composition whose last stage drops inside the decoder."""
+    """Composition whose last stage drops inside the decoder."""
 
     @property
     def _drops(self) -> DecoderReducer:
@@ -361,7 +396,9 @@ class DecoderComposition(Composition, DecoderReducer):
 
 
 def _split(method: EncoderReducer | None, tokens: int, depth: int, entry: int) -> SpanPlan:
-    """``entry`` rows in dominant and contextual ones, as ``method`` divides them under the budget at which that many enter."""
+    """Split ``entry`` tokens into dominant and contextual ones, as ``method`` does under the budget at which that many
+    enter.
+    """
     if method is None:
         return SpanPlan(tokens, entry, 0, ())
     contextual = min(method.plan_entry(tokens, entry, depth).contextual, entry - 1)
@@ -369,5 +406,5 @@ def _split(method: EncoderReducer | None, tokens: int, depth: int, entry: int) -
 
 
 def _made_again(stages: tuple[type[Reducer], ...], settings: dict[str, Any]) -> Composition:
-    """For pickle, which finds no class that was made on the fly."""
+    """Rebuild a composition for pickle, which cannot find a class made at run time."""
     return composition_class(stages)(**settings)

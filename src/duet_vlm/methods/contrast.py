@@ -1,4 +1,4 @@
-"""Contrast: send through the vision tower what differs from the rest of its picture."""
+"""Contrast: keep the patches that differ most from the rest of their image, before the vision tower's first block."""
 
 from __future__ import annotations
 
@@ -17,16 +17,21 @@ from duet_vlm.reducers.vision_tower import TowerReducer, TowerView
 @register("contrast")
 @dataclass(frozen=True)
 class Contrast(TowerReducer):
-    """The units whose patch embeddings lie farthest from the picture's mean go through the tower, ties to the lower index.
+    """Contrast: drop low-contrast patches before the vision tower's first block (our own rule).
 
-    No attention is needed and no block has run, so all of a unit's cost is saved. What is smoother than its surroundings is lost first: a
-    plain thing in foliage, faint print on texture. Our own rule, after PixelPrune (arXiv 2604.00886: choose before the first block), ToMe
-    (arXiv 2210.09461: attention biased by the log of sizes) and ToFu (arXiv 2312.01026: early blocks should drop and not average).
+    The units (patches, or groups of patches that later form one token) whose embeddings are farthest from the image's
+    mean are kept; ties go to the lower index. No block has run yet, so the whole cost of a dropped unit in the tower is
+    saved. Details that are smoother than their surroundings are lost first: a plain object in foliage, faint print on
+    texture. After PixelPrune (arXiv 2604.00886: choose before the first block), ToMe (arXiv 2210.09461: attention
+    biased by the log of sizes) and ToFu (arXiv 2312.01026: early blocks should drop and not average).
 
-    Attributes
+    Parameters
     ----------
     ground : float
-        The share of those that stay which are taken evenly from the ranks of the rest, so that what leaves is counted with something like it.
+        Share of the kept units, in [0, 1], that is taken evenly over the ranks of the others, so that a dropped unit is
+        counted with a similar survivor (``proportional_attention``).
+
+    Cost: one distance per patch embedding. Needs: patch embeddings; no attention and no text.
     """
 
     paper = "Ours, after PixelPrune (arXiv 2604.00886) and ToMe (arXiv 2210.09461)"
@@ -42,7 +47,7 @@ class Contrast(TowerReducer):
 
     def keep_patches(self, view: TowerView) -> Tensor:
         contrast = view.require(Input.PATCH_CONTRAST)
-        spread = [int(self.ground * keep) for keep in view.has_count]
+        spread = [int(self.ground * keep) for keep in view.host_num_keep]
         count = upload(spread, view.num_keep.device)[:, None]
         first = top(contrast, view.valid, view.num_keep - count[:, 0])
         rest = view.valid & ~first

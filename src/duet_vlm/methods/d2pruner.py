@@ -1,4 +1,4 @@
-"""D2Pruner: one early drop inside the decoder by attention without its bias for positions, then by a set in which nothing resembles another."""
+"""D2Pruner: one early drop inside the decoder by attention without position bias, then by dissimilarity."""
 
 from __future__ import annotations
 
@@ -27,31 +27,34 @@ LAYER = 2
 @register("d2pruner")
 @dataclass(frozen=True)
 class D2Pruner(ScheduledReducer):
-    """D2Pruner (AAAI 2026): attention over what positions get anyway, and structural diversity. From the paper: no code was to be had.
+    """D2Pruner (AAAI 2026): attention corrected for position bias, and structural diversity.
 
-    Attention of the last text token is divided by a stored prior, the mean that each place of the grid gets over many images. Most of the budget
-    goes to the best by it; the rest is picked in that order from tokens that are not like any picked one (a maximal independent set of the graph
-    whose edges join tokens alike in hidden state and place), and where these run out, by attention again.
+    The attention of the last text token is divided by a stored prior: the mean attention that each place of the grid
+    receives over many images. Most of the budget goes to the best tokens by this ratio. The rest is picked in the same
+    order from tokens that are not similar to any picked one (a maximal independent set of the graph whose edges join
+    tokens that are alike in hidden state and place); where these run out, by the ratio again.
 
     Parameters beyond ``ScheduledReducer`` (one stage, before layer 2 of any depth, keeps 2/9)
     ----------
     prior : str or None
-        A file that ``duet-vlm calibrate d2pruner`` made for this model. None: a uniform prior, attention as it is.
+        Path of a file that ``duet-vlm calibrate d2pruner`` made for this model. None: a uniform prior, plain attention.
     resize : bool
-        Where the prior has no such grid, interpolate it from the one with the most places; False: an error.
+        Where the prior has no such grid, interpolate it from the largest stored one; False: an error.
     important : float
-        Share of the tokens kept that goes to the best by attention.
+        Share of the kept tokens that is chosen by the ratio alone, in [0, 1].
     semantic : float
-        Weight of likeness (cosine of hidden states, rescaled to [0, 1]) beside closeness; the paper has 1 for questions, 0.5 for grounding.
+        Weight of similarity (cosine of hidden states, rescaled to [0, 1]) against closeness, in [0, 1]; the paper has 1
+        for questions, 0.5 for grounding.
     alike : float
-        Two tokens are joined where the weighted sum is above this.
+        Two tokens are joined by an edge where the weighted sum is above this, in [0, 1].
 
-    Cost: one key projection, one query row, cosines of all pairs of visual tokens, and a step for each token that the graph chooses. Needs text
-    after the image. Usable in training (the choice carries no gradient).
+    Cost: one key projection, one query row, cosines of all pairs of visual tokens, and a step for each token that the
+    graph chooses. Needs: text after the image. Usable in training (the choice carries no gradient).
 
-    What the paper leaves open and had to be chosen: closeness is 1 / (1 + distance in the grid), 0 between images; cosines are rescaled between
-    the smallest and largest of two different tokens of the prompt; those like an important token are not picked; the prior is per grid, and a
-    grid that is not known stands as places in a row; attention is the mean over heads at layer 1.
+    From the paper: no code was available. Chosen here: closeness is 1 / (1 + distance in the grid), 0 between images;
+    cosines are rescaled between the smallest and largest of two different tokens of the prompt; tokens that are similar
+    to an important token are not picked; the prior is per grid, and an unknown grid counts as one line; attention is
+    the mean over heads at layer 1.
     """
 
     paper = "D2Pruner, AAAI 2026, from the paper"

@@ -1,4 +1,4 @@
-"""DART: inside the decoder, keep the visual tokens that resemble a few pivots least."""
+"""DART: inside the decoder, keep the visual tokens that are least similar to a few pivot tokens."""
 
 from __future__ import annotations
 
@@ -24,27 +24,29 @@ PIVOT_ORDERS = ("norm", "set")
 @register("dart")
 @dataclass(frozen=True)
 class Dart(ScheduledReducer):
-    """DART (EMNLP 2025, arXiv 2502.11494): not the important tokens stay but those that duplicate nothing.
+    """DART (EMNLP 2025, arXiv 2502.11494): duplication matters more than importance.
 
-    Pivots are the visual and the text tokens with the largest keys (norm over all heads of the layer before the drop). The visual pivots stay;
-    then each pivot in turn takes its share of the visual tokens that are left: those least like it (cosine of normed hidden states). Visual
-    pivots come first, text pivots after them, each by falling norm; shares differ by one at most, so that the asked number is met exactly.
+    Pivots are the visual and the text tokens with the largest keys (norm over all heads of the layer before the drop).
+    The visual pivots are kept; then each pivot in turn takes its share of the remaining visual tokens: those least
+    similar to it (cosine of normed hidden states). Visual pivots come first, text pivots after them, each by falling
+    norm; shares differ by one at most, so that the count is met exactly.
 
     Parameters beyond ``ScheduledReducer`` (one stage, before layer 2 of 32, keeps 2/9)
     ----------
     visual_pivots, text_pivots : int
-        How many pivots, at least one visual.
+        Numbers of pivots, at least one visual.
     key_norm : int
-        2, or 1 as the paper has it, which depends on where in the prompt a token stands, since keys are rotated.
+        2, or 1 as in the paper. The L1 norm depends on the position of a token in the prompt, since keys are rotated.
     pivot_order : str
-        "norm", or "set": the order in which Python goes through a set of their places in the prompt, as the released code does. It reads
-        the pivots back to the host.
+        "norm", or "set": the iteration order of a Python set of the pivots' positions, as in the released code. "set"
+        copies the pivots to the host.
 
-    Cost: one key projection, and a product of each pivot with every visual token; no attention. Needs text after the image for text pivots (without
-    them the visual ones take all). Usable in training (the choice carries no gradient).
+    Cost: one key projection, and a product of each pivot with every visual token; no attention. Needs: text after the
+    image for text pivots (without it the visual ones take all). Usable in training (the choice carries no gradient).
 
-    Differences from the authors' code (ZichenWen1/DART, of which an early version was recorded): exact counts (released: 4 + 8 x (m // 8)), pivots
-    in a stated order and by a norm that rotation leaves alone, any image place and batch. ``Dart.official`` has the released counts and order.
+    Differences from the authors' code (ZichenWen1/DART, of which an early version was recorded): exact counts
+    (released: 4 + 8 x (m // 8)), pivots in a defined order and by a norm that is invariant under rotation, any image
+    position and batch. ``Dart.official`` has the released counts and order.
     """
 
     paper = "DART, EMNLP 2025, arXiv 2502.11494"
@@ -69,7 +71,9 @@ class Dart(ScheduledReducer):
 
     @classmethod
     def official(cls, layers: int = 2, maximum: int = 128, visual_pivots: int = 4, text_pivots: int = 4, **fields: Any) -> Dart:
-        """The released LLaVA code: after ``layers`` layers the visual pivots and ``maximum`` // (all pivots) for each of them."""
+        """Return the settings of the released LLaVA code: after ``layers`` layers the visual pivots are kept, and
+        ``maximum`` // (all pivots) tokens for each pivot.
+        """
         pivots = visual_pivots + text_pivots
         kept = visual_pivots + pivots * (maximum // pivots)
         released: dict[str, Any] = {"key_norm": 1, "pivot_order": "set", "protect_predicting_tokens": False}
@@ -102,6 +106,6 @@ class Dart(ScheduledReducer):
 
 
 def _as_in_a_set(places: Tensor) -> Tensor:
-    """[B, P] -> the order [B, P] in which Python's set of each row's numbers is gone through."""
+    """Order of each line of numbers in which Python iterates over their set: [B, P] -> [B, P]."""
     rows = places.tolist()
     return torch.tensor([[row.index(place) for place in set(row)] for row in rows], device=places.device)

@@ -1,4 +1,4 @@
-"""DivPrune: keep vision tokens that are as unlike each other as can be, before the decoder."""
+"""DivPrune: keep the most diverse vision tokens, before the decoder."""
 
 from __future__ import annotations
 
@@ -19,23 +19,25 @@ from duet_vlm.reducers.registry import register
 @register("divprune")
 @dataclass(frozen=True)
 class DivPrune(EncoderReducer):
-    """DivPrune (CVPR 2025).
+    """DivPrune (CVPR 2025): max-min diversity over the projected tokens.
 
-    Max-min diversity over the projected tokens (distance 1 - cosine): first the token whose nearest neighbour is farthest, then again and
-    again the one that is farthest from the nearest chosen token. No attention, no text, no merging, and nothing happens in the decoder.
+    The first token is the one whose nearest neighbour is farthest (distance 1 - cosine); then the token that is
+    farthest from its nearest chosen token is picked, one after the other. No attention, no text, no merging, and
+    nothing happens inside the decoder.
 
     Parameters
     ----------
     keep : int or float, optional
-        Tokens per span or the fraction of them (the authors' default is 0.098). A budget of n keeps n.
+        Tokens kept per span: a count, or a fraction (the authors' default is 0.098). A budget of n keeps n.
     rounding : str
-        How a fraction becomes a count: "floor" or "round" (the released code's: halves to the even number).
+        Rounding of a fraction to a count: "floor" or "round" (released code: halves to the even number).
 
-    Cost: the projector runs on every token (other methods here project the survivors only), an N x N table of similarities, and per kept
-    token one row of it; 4 N^2 bytes. Needs nothing of the vision tower. Usable in training (the choice carries no gradient).
+    Cost: the projector runs on every token (other methods here project the survivors only), an N x N table of
+    similarities, and per kept token one row of it; 4 N^2 bytes. Needs: no input of the vision tower beyond features.
+    Usable in training (the choice carries no gradient).
 
-    Differences from the authors' code (vbdi/divprune): kept positions, any batch, several images each on its own, ties by index, a token is never
-    named twice. ``official``: rounded counts, compact positions.
+    Differences from the authors' code (vbdi/divprune): kept positions, any batch, each image separately, ties by index,
+    no token is chosen twice. ``official``: rounded counts, compact positions.
     """
 
     paper = "DivPrune, CVPR 2025"
@@ -53,7 +55,7 @@ class DivPrune(EncoderReducer):
 
     @classmethod
     def official(cls, keep: Keep = 0.098, **fields: Any) -> DivPrune:
-        """The released LLaVA code: rounded counts, compact positions."""
+        """Return the settings of the released LLaVA code: rounded counts, compact positions."""
         return cls(**{"keep": keep, "rounding": "round", "positions": "compact", "protect_predicting_tokens": False} | fields)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:

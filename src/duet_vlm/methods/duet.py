@@ -1,4 +1,4 @@
-"""DUET-VLM: merge inside vision (V2V), then drop inside the decoder by text attention (T2V)."""
+"""DUET-VLM: keep and merge vision tokens before the decoder (V2V), then drop by text attention inside it (T2V)."""
 
 from __future__ import annotations
 
@@ -101,14 +101,18 @@ class Duet(EncoderReducer, DecoderReducer):
 
     @classmethod
     def official_llava(cls, dominant: int = 300, contextual: int = 7, cluster_width: int = 4, **fields: Any) -> Duet:
-        """The released LLaVA code: CLS counts as a dominant token, compact positions, anchor + mean, all turns in training."""
+        """Return the settings of the released LLaVA code: CLS counts as a dominant token, compact positions, anchor +
+        mean, all turns in training.
+        """
         preset: dict[str, Any] = {"cls_token": True, "positions": "compact", "training_turns": "all", "skip_unanswered": True}
         counts = {"dominant": dominant, "contextual": contextual, "cluster_width": cluster_width}
         return cls(**RELEASED | counts | preset | fields)
 
     @classmethod
     def official_qwen25(cls, dominant: Keep = 170, contextual: Keep = 35, cluster_width: int = 4, **fields: Any) -> Duet:
-        """The released Qwen2.5-VL code: last vision block, kept positions, ranking softmax without a causal mask."""
+        """Return the settings of the released Qwen2.5-VL code: last vision block, kept positions, ranking softmax
+        without a causal mask.
+        """
         counts = {"dominant": dominant, "contextual": contextual, "cluster_width": cluster_width}
         return cls(**RELEASED | counts | {"signal_layer": -1, "score_mask": "none"} | fields)
 
@@ -128,7 +132,8 @@ class Duet(EncoderReducer, DecoderReducer):
         if self.dominant is not None:
             dominant = min(count_of(self.dominant, available, self.rounding), available)
             contextual = min(count_of(self.contextual or 0, available, self.rounding), available - dominant)
-            if self.anchor_step == "floor":  # the released code emits one contextual row even for K = 0, and only one for w = 0
+            # the released code emits one contextual row even for K = 0, and only one for w = 0
+            if self.anchor_step == "floor":
                 contextual = max(contextual if self.cluster_width else 0, min(1, available - dominant))
             if dominant + contextual > tokens:
                 if self.cls_token:
@@ -140,7 +145,9 @@ class Duet(EncoderReducer, DecoderReducer):
         return SpanPlan(tokens, dominant, contextual, layer_counts(dominant + contextual, depth, schedule, self.rounding))
 
     def _solved(self, tokens: int, depth: int, target: float) -> SpanPlan:
-        """The largest entry under the paper's schedule; when even all tokens leave budget over, later stages keep more."""
+        """Plan the largest entry under the paper's schedule; if even all tokens do not use up the budget, later stages
+        keep more.
+        """
         if target >= tokens:
             return plan_keep_all(tokens, depth)
         plan = plan_with_schedule(self, paper_schedule(depth), tokens, depth, target)
@@ -170,7 +177,8 @@ class Duet(EncoderReducer, DecoderReducer):
 
     @property
     def _merges(self) -> bool:
-        """False where the settings ask for no contextual row (K = 0): the one that the released code still emits merges nothing."""
+        """False where the settings have no contextual token (K = 0): the one of the released code then merges nothing.
+        """
         return self.dominant is None or isinstance(self.contextual, float) or bool(self.contextual)
 
     def prune_tokens(self, view: DecoderView) -> Tensor:

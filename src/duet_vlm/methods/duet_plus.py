@@ -1,4 +1,6 @@
-"""DUET+: salient vision tokens that are not alike, the most salient of the rest merged, then drops inside the decoder by text attention."""
+"""DUET+: salient, mutually dissimilar vision tokens, close ones merged, then drops inside the decoder by text
+attention.
+"""
 
 from __future__ import annotations
 
@@ -41,28 +43,33 @@ FLOOR = 0.05  # of a token's own entry in the kernel that no other token explain
 @register("duet_plus")
 @dataclass(frozen=True)
 class DuetPlus(EncoderReducer, DecoderReducer):
-    """DUET-VLM (arXiv 2602.18846) with another first stage, after CDPruner (arXiv 2506.10967), and drops that depend on the budget (ours).
+    """DUET+ (ours): DUET-VLM (arXiv 2602.18846) with a first stage after CDPruner (arXiv 2506.10967) and drops by
+    budget.
 
-    V2V picks one token after the other by the largest determinant of w_i cos(i, j) w_j, where w is saliency to the power ``alpha`` and the cosine is
-    that of the rows that are reduced: salient tokens that are not alike. Of the others only the most salient are merged, each into the chosen
-    token most like it, and only where the two are close. T2V drops between decoder layers by text attention as DUET-VLM does, where the
-    budget is too small to let the picture through.
+    V2V picks tokens one after the other by the largest determinant of w_i cos(i, j) w_j, where w is saliency to the
+    power ``alpha`` and the cosine is that of the features before the decoder: salient tokens that are unlike each
+    other. Of the other tokens only the most salient are merged, each into the chosen token most similar to it, and only
+    where the two are close. T2V drops between decoder layers by text attention as DUET-VLM does, where the budget is
+    too small to keep the whole entry.
 
     Parameters
     ----------
     keep : int or float, optional
-        Rows per span that enter the decoder, or the fraction of its tokens. Left out with ``schedule`` given: no V2V.
+        Tokens that enter the decoder per span: a count, or a fraction of the span's tokens. Left out with ``schedule``
+        given: no V2V.
     alpha : float
-        Weight of saliency in the choice: 0 looks for unlike tokens only.
+        Exponent of saliency, at least 0: 0 chooses by dissimilarity alone.
     pool : float
-        How many of the tokens that were not chosen may merge, per chosen token; the most salient ones. 0 merges nothing.
+        Number of unchosen tokens that may merge, per chosen token, at least 0; the most salient ones. 0 merges nothing.
     tau : float
-        Least cosine between a token and the one it merges into.
+        Least cosine, in [-1, 1], between a token and the one that it merges into.
     schedule : ((layer, keep), ...), optional
-        T2V drops, as in ``Duet``; default ``tapered_schedule``. With a budget: fractions, and as many tokens enter as it allows.
+        T2V drops, as in ``Duet``; default ``tapered_schedule``. With a budget: fractions, and the largest entry that
+        the budget allows.
 
-    Cost: as ``Duet``, and an N x N table of cosines and per chosen token one pass over the rows chosen so far; 8 N^2 bytes. Needs: vision attention,
-    text after the image; no CLS row. Usable in training (the choice carries no gradient, merged rows do).
+    Cost: as ``Duet``, and an N x N table of cosines and per chosen token one pass over the tokens chosen so far; 8 N^2
+    bytes. Needs: vision attention, text after the image; no CLS token. Usable in training (the choice carries no
+    gradient, merged tokens do).
     """
 
     paper = "ours, after CDPruner and DUET-VLM"
@@ -102,7 +109,8 @@ class DuetPlus(EncoderReducer, DecoderReducer):
             return plan_with_schedule(self, self.schedule, tokens, depth, target)
         with contextlib.suppress(BudgetError):
             return plan_with_schedule(self, tapered_schedule(depth, target / tokens), tokens, depth, target)
-        return plan_with_schedule(self, tapered_schedule(depth, 0.0), tokens, depth, target)  # of a few tokens one can still enter
+        # at a small budget one token can still enter
+        return plan_with_schedule(self, tapered_schedule(depth, 0.0), tokens, depth, target)
 
     def with_paper_schedule(self, depth: int, share: float | None = None) -> DuetPlus:
         return self if self.schedule is not None else replace(self, schedule=tapered_schedule(depth, share))

@@ -1,4 +1,4 @@
-"""DyCoke, its stage before the decoder: of every four frames one stays whole, the others keep what differs from the frame they are held to."""
+"""DyCoke, stage before the decoder: one frame of four is kept whole, the others keep the tokens that differ from it."""
 
 from __future__ import annotations
 
@@ -22,21 +22,23 @@ GROUP = 4  # frames of which the first stays whole
 @register("dycoke")
 @dataclass(frozen=True)
 class DyCoke(VideoReducer):
-    """DyCoke (CVPR 2025, arXiv 2411.15024), the stage before the decoder (token temporal merging).
+    """DyCoke (CVPR 2025, arXiv 2411.15024): token temporal merging, the stage before the decoder.
 
-    Frames come in groups of four. The first is kept whole, the second and third are compared with it and the fourth with the third (cosine at
-    the same place); each keeps the places that differ most, all as many. No attention, no text; what is left out is not averaged.
+    Frames are grouped by four. The first is kept whole, the second and third are compared with it and the fourth with
+    the third (cosine at the same place); each of the three keeps the tokens that differ most, equally many in each. No
+    attention, no text; dropped tokens are not averaged.
 
     Parameters
     ----------
     keep : int or float, optional
-        Tokens per span or the fraction of them. A budget of n keeps n.
+        Tokens kept per span: a count, or a fraction. A budget of n keeps n.
 
-    Cost: one cosine per token. Needs steps of time. Usable in training (the choice carries no gradient).
+    Cost: one cosine per token. Needs: frames. Usable in training (the choice carries no gradient).
 
-    Differences from the paper: its ratio of merging (0.7 of three of four frames) follows from the budget, and one below the first frames of all
-    groups is met, by tokens spread over them, as for images. Its second stage, which prunes the cache while decoding, is not part of it. Written
-    after the paper; not compared with recorded outputs of the authors' code.
+    Differences from the paper: its ratio of merging (0.7 of three of four frames) follows from the budget; a budget
+    smaller than the first frames of all groups is met by tokens evenly spaced over them, as for images. Its second
+    stage, which prunes the cache while decoding, is left out. Written from the paper; not compared with recorded
+    outputs of the authors' code.
     """
 
     paper = "DyCoke, CVPR 2025, arXiv 2411.15024"
@@ -53,7 +55,9 @@ class DyCoke(VideoReducer):
         return VideoRows.alone(spaced_picks(whole, first) | (clips.rows(differs) & clips.placed))
 
     def change(self, rows: Tensor, clips: VideoTokens) -> Tensor:
-        """1 - cosine with the frame that each is held to: [B, T, P, C] -> [B, T, P]; as much as can be where that has no such row."""
+        """Compute 1 - cosine with the reference frame of each frame: [B, T, P, C] -> [B, T, P]; 2 where that frame has
+        no such token.
+        """
         at = torch.arange(rows.shape[1], device=rows.device)
         other = (at - torch.where(at % GROUP == 2, 2, 1)).clamp(min=0).expand(rows.shape[:2])
         unit = unit_rows(rows)

@@ -1,4 +1,4 @@
-"""EViT: drop in three steps what the tower's own attention looks at least."""
+"""EViT: drop the least attended patches at three depths of the vision tower."""
 
 from __future__ import annotations
 
@@ -16,17 +16,24 @@ from duet_vlm.reducers.vision_tower import TowerReducer, TowerView, check_after
 @register("evit")
 @dataclass(frozen=True)
 class EViT(TowerReducer):
-    """EViT (ICLR 2022, arXiv 2202.07800): at a third, a half and three quarters of the tower's depth, the units stay that get the most attention
-    from the CLS row, or from all rows where there is none. Each step keeps the same share.
+    """EViT (ICLR 2022, arXiv 2202.07800): attention-ranked drops at three depths of the vision tower.
 
-    Attributes
+    At a third, a half and three quarters of the tower's depth, the units (patches, or groups of patches that later form
+    one token) with the most attention from the CLS token are kept; in towers without one, from all patches. Each step
+    keeps the same share.
+
+    Parameters
     ----------
     after : tuple of int
-        After the attention of how many blocks units leave; empty: 4, 7 and 10 of 12, in towers of other depths at the same shares.
+        Numbers of blocks after whose attention units are dropped; empty: 4, 7 and 10 of 12, in towers of other depths
+        at the same shares.
 
-    Differences from the authors' code: units leave without being fused into one extra row (fusing changed nothing where we measured it, and
-    no model here was trained with such a row); what leaves is counted with what it resembles instead (``mass``). Ties to the lower index,
-    rows in raster order. The paper trains with it; here nothing is trained.
+    Cost: one query row of attention (CLS) or column sums, per step. Needs: attention of three tower blocks; no text.
+
+    Differences from the authors' code: dropped units are not fused into one extra row (fusing changed nothing where we
+    measured it, and no model here was trained with such a row); each is counted with the survivor that it resembles
+    instead (``proportional_attention``). Ties to the lower index, rows in raster order. The paper trains with the
+    drops; here nothing is trained.
     """
 
     paper = "EViT, ICLR 2022, arXiv 2202.07800"

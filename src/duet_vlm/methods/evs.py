@@ -1,4 +1,4 @@
-"""EVS: the tokens of a clip that changed since the step before, counted as its released code counts them."""
+"""EVS: keep the tokens of a video that changed since the step before, with the counts of the released code."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from duet_vlm.reducers.registry import register
 @register("evs")
 @dataclass(frozen=True)
 class EVS(Frames):
-    """EVS (Efficient Video Sampling, NVIDIA, arXiv 2510.14624), as vLLM has it: ``frames`` on the rows that the decoder gets.
+    """EVS (Efficient Video Sampling, NVIDIA, arXiv 2510.14624): ``frames`` on projected tokens, as in vLLM.
 
-    Settings, rule and cost are those of ``frames``; behind a point-wise projector instead of in front of it. A fraction of the tokens is the
-    truncated float product of the released code (400 tokens at 1 - 0.9 are 39).
+    Settings and rule are those of ``frames``, applied after a point-wise projector instead of before it. A fraction of
+    the tokens is the truncated float product of the released code (400 tokens at 1 - 0.9 are 39).
 
-    Differences from the released code (vllm-project/vllm, multimodal/evs.py): a budget below one step is met, by tokens spread over the first one
-    (released: the whole first step at least); images are thinned (released: left whole); text behind the clip keeps its positions (released: it
-    follows the first position of the clip at a distance of the grid's width).
+    Cost: the projector on every token, and one cosine per token. Needs: frames; no attention and no text.
+
+    Differences from the released code (vllm-project/vllm, multimodal/evs.py): a budget below one step is met by tokens
+    evenly spaced over the first step (released: at least the whole first step); images are thinned (released: kept
+    whole); text after the video keeps its positions (released: it follows the first position of the video at a distance
+    of the grid's width).
     """
 
     paper = "EVS (Efficient Video Sampling, NVIDIA), arXiv 2510.14624"
@@ -31,7 +34,9 @@ class EVS(Frames):
 
     @classmethod
     def official(cls, pruned: float = 0.5, **fields: Any) -> EVS:
-        """The released rule for a share ``pruned`` of the tokens, in [0, 1); give one that leaves the first step."""
+        """Return the settings of the released rule for a share ``pruned`` of the tokens, in [0, 1); choose one that
+        keeps the first step.
+        """
         if not 0 <= pruned < 1:
             raise ValueError(f"pruned={pruned}: the share of tokens that leave, in [0, 1)")
         return cls(**{"keep": 1.0 - pruned, "protect_predicting_tokens": False} | fields)

@@ -1,4 +1,4 @@
-"""FasterVLM: keep the vision tokens that the vision encoder attends to most, before the decoder."""
+"""FasterVLM: keep the vision tokens that the vision tower attends to most, before the decoder."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from duet_vlm.reducers.score import ScoreReducer
 @register("fastervlm")
 @dataclass(frozen=True)
 class FasterVLM(ScoreReducer):
-    """FasterVLM (arXiv 2412.01818): the tokens with the largest attention of the CLS row enter the decoder, all others are dropped.
+    """FasterVLM (arXiv 2412.01818): pruning by CLS attention before the decoder.
+
+    The tokens with the largest attention from the CLS token enter the decoder, all others are dropped.
 
     Parameters
     ----------
     keep : int or float, optional
-        Tokens per span or the fraction of them. A budget of n keeps n.
+        Tokens kept per span: a count, or a fraction. A budget of n keeps n.
 
-    Cost: one row of attention (CLS) or blocked column sums of one vision layer. Needs: vision attention. Usable in training (the choice
-    carries no gradient).
+    Cost: one query row of attention (CLS) or blocked column sums of one vision layer. Needs: vision attention. Usable
+    in training (the choice carries no gradient).
 
-    Differences from the authors' code (Theia-4869/FasterVLM): kept positions (``official``: as released, compact), any batch, ties by index.
-    Towers without a CLS row take the attention that a token receives.
+    Differences from the authors' code (Theia-4869/FasterVLM): kept positions (``official``: as released, compact), any
+    batch, ties by index. In towers without a CLS token tokens are ranked by the attention that they receive.
     """
 
     paper = "FasterVLM, arXiv 2412.01818"
@@ -38,7 +40,7 @@ class FasterVLM(ScoreReducer):
 
     @classmethod
     def official(cls, keep: Keep = 144, **fields: Any) -> FasterVLM:
-        """The released LLaVA code: compact positions; ``keep`` patches of each crop."""
+        """Return the settings of the released LLaVA code: compact positions; ``keep`` patches of each crop."""
         return cls(**{"keep": keep, "positions": "compact", "crops": "per_crop", "protect_predicting_tokens": False, "signal_queries": None} | fields)
 
     def score(self, view: EncoderView) -> Tensor:

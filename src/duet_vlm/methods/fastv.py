@@ -1,4 +1,4 @@
-"""FastV: one drop after the first few decoder layers, ranked by the attention of the last token."""
+"""FastV: one drop after the first few decoder layers, by the attention of the last token."""
 
 from __future__ import annotations
 
@@ -19,24 +19,28 @@ from duet_vlm.reducers.registry import register
 @register("fastv")
 @dataclass(frozen=True)
 class FastV(DecoderReducer):
-    """FastV (ECCV 2024, arXiv 2403.06764).
+    """FastV (ECCV 2024, arXiv 2403.06764): one early drop inside the decoder.
 
-    The first ``layers`` decoder layers see every visual token; before the next one only the ``keep`` tokens stay that the last token
-    attends to most in the last of those layers.
+    The first ``layers`` decoder layers process every visual token; from the next layer on only the ``keep`` tokens with
+    the most attention from the last token are kept, ranked in the last of those layers.
 
     Parameters
     ----------
     layers : int
-        K of the paper: layers that run at full width (at least 1).
+        K of the paper: layers that run at full width, at least 1.
     keep : int or float
-        Tokens that stay, 1 - R of the paper. A budget solves for the largest K <= 2 whose full-width layers fit, then for the count.
+        Tokens kept after layer K, 1 - R of the paper: a count, or a fraction. A budget solves for the largest K <= 2
+        whose full-width layers fit, then for the count.
     rounding : str
-        "floor", "round" (released code for transformers) or "int" (released evaluation code) for fractional keeps.
+        Rounding of a fraction to a count: "floor", "round" (released code for transformers) or "int" (released
+        evaluation code).
 
-    Cost: one key projection and one query row of one layer; K layers run at full width, which is the floor. Needs: text after the image.
+    Cost: one key projection and one query row of one layer; K layers run at full width, which is the floor. Needs: text
+    after the image.
 
-    Differences from the authors' code (pkunlp-icler/FastV): the score is recomputed for one query row instead of asking a layer for its
-    full attention map; every image and batch row; padding is never ranked. ``FastV.official`` restores the released counts.
+    Differences from the authors' code (pkunlp-icler/FastV): the score is recomputed for one query row instead of taken
+    from a layer's full attention map; every image and every sample of a batch; padding is never ranked.
+    ``FastV.official`` restores the released counts.
     """
 
     paper = "FastV, ECCV 2024, arXiv 2403.06764"
@@ -58,7 +62,9 @@ class FastV(DecoderReducer):
 
     @classmethod
     def official(cls, variant: str = "hf", **fields: Any) -> FastV:
-        """Released counts: "hf" keeps round(n * (1 - R)), "inplace" a given number, "lmms" int(n * 0.5) after 3 layers."""
+        """Return released settings: "hf" keeps round(n * (1 - R)), "inplace" a given number, "lmms" int(n * 0.5) after
+        3 layers.
+        """
         check_choice("variant", variant, ("hf", "inplace", "lmms"))
         lmms = {"rounding": "int", "layers": 3, "keep": 0.5}
         presets: dict[str, dict[str, Any]] = {"hf": {"rounding": "round"}, "inplace": {}, "lmms": lmms}

@@ -1,4 +1,4 @@
-"""FastVID: attended tokens of every frame, and density peaks of some frames of each segment, with what resembles them, before the decoder."""
+"""FastVID: attended tokens of every frame and density peaks of each video segment, before the decoder."""
 
 from __future__ import annotations
 
@@ -26,33 +26,39 @@ NEIGHBOURS = 4  # that decide how dense it is around a row
 @register("fastvid")
 @dataclass(frozen=True)
 class FastVID(VideoReducer):
-    """FastVID (NeurIPS 2025, arXiv 2503.11187).
+    """FastVID (NeurIPS 2025, arXiv 2503.11187): dynamic density pruning of video tokens before the decoder.
 
-    A clip is cut into segments where neighbouring frames differ most. Every frame keeps its most attended tokens. Of each segment, every
-    ``every``-th frame, counted back from the last, gives density peaks of its other tokens; all other tokens of the segment join the one of these
-    that they resemble most (cosine). A row is ``own`` parts the peak and the rest the mean of what joined it.
+    A video is cut into segments where neighbouring frames differ most. Every frame keeps its most attended tokens. In
+    each segment, every ``every``-th frame, counted back from the last, contributes density peaks among its other
+    tokens; all other tokens of the segment are merged into the peak that they resemble most (cosine). A merged token
+    has weight ``own`` on the peak and the rest on the mean of its members.
 
     Parameters
     ----------
     keep : int or float, optional
-        Tokens per span or the fraction of them. A budget of n keeps n.
+        Tokens that enter the decoder per span: a count, or a fraction. A budget of n keeps n.
     context : float
-        Share of the rows that are peaks, in [0, 1].
-    segments, threshold : int, float
-        Segments of every clip that has as many frames, at least, and the cosine of frame means below which it is always cut.
+        Share of the kept tokens that are peaks, in [0, 1].
+    segments : int
+        Least number of segments of a video (of one frame each where it has no more frames), at least 1.
+    threshold : float
+        Cosine of the means of neighbouring frames below which a video is always cut.
     every : int
-        Of as many frames of a segment one gives peaks.
+        Distance, in frames, of the frames of a segment that contribute peaks, at least 1.
     own : float
-        Weight of the peak in its row, in [0, 1]; never less than that of any that joined it.
+        Weight of the peak in its merged token, in [0, 1]; never less than that of any of its members.
     merge : str
-        "one": every other token joins one peak; "frames": of each frame that gives peaks the most similar one, peaks too (released code).
+        "one": every other token joins one peak; "frames": the most similar peak of each contributing frame, and peaks
+        are merged too (released code).
 
-    Cost: attention of one vision layer, a table of distances per frame, cosines of all tokens with the tokens of every ``every``-th frame. Needs
-    vision attention and steps of time. Usable in training (the choice carries no gradient, the rows do).
+    Cost: attention of one vision layer, a table of distances per frame, cosines of all tokens with the tokens of every
+    ``every``-th frame. Needs: vision attention and frames. Usable in training (the choice carries no gradient, merged
+    tokens do).
 
-    Differences from the authors' code (LunarShen/FastVID): counts add up to the budget (released: each is rounded by itself); a token joins one row
-    (``merge``); frames are compared by their means and tokens by the
-    attention of the family, not by SigLIP's pooling head. Where a clip has too few other tokens for its peaks, more attended ones are kept.
+    Differences from the authors' code (LunarShen/FastVID): counts add up to the budget (released: each is rounded
+    separately); a token joins one peak (``merge``); frames are compared by their means and tokens by the family's
+    attention, not by SigLIP's pooling head. Where a video has too few other tokens for its peaks, more attended ones
+    are kept.
     """
 
     paper = "FastVID, NeurIPS 2025, arXiv 2503.11187"
@@ -78,7 +84,7 @@ class FastVID(VideoReducer):
 
     @classmethod
     def official(cls, keep: Keep = 0.25, **fields: Any) -> FastVID:
-        """The released rule with a count that is given."""
+        """Return the settings of the released rule with a given count."""
         return cls(**{"keep": keep, "merge": "frames", "protect_predicting_tokens": False, "signal_queries": None} | fields)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
@@ -100,11 +106,31 @@ class FastVID(VideoReducer):
         return VideoRows(kept, *self.joins(clips, rows, kept, peak, windows))
 
     def salient(self, attention: Tensor, clips: VideoTokens, count: Tensor) -> Tensor:
-        """The ``count`` [B, T] most attended rows of every frame: attention [B, T, P] -> [B, T, P] bool."""
+        """Mask the ``count`` [B, T] most attended tokens of every frame: attention [B, T, P] -> [B, T, P] bool."""
         return top(attention.flatten(0, 1), clips.real.flatten(0, 1), count.flatten()).view(attention.shape)
 
     def joins(self, clips: VideoTokens, rows: Tensor, kept: Tensor, peak: Tensor, windows: FrameWindows) -> tuple[Tensor, Tensor]:
-        """To which peak ([B, T, P] bool) every row is added and with which weight, [B, M N] each; rows that are ``kept`` [B, N] are not."""
+        """Assign tokens to peaks.
+
+        Parameters
+        ----------
+        clips : VideoTokens
+            Layout of B videos.
+        rows : Tensor
+            [B, T, P, C] features.
+        kept : Tensor
+            [B, N] bool, kept tokens, which are not merged into others.
+        peak : Tensor
+            [B, T, P] bool, peaks.
+        windows : FrameWindows
+            Segments.
+
+        Returns
+        -------
+        owner, weight : Tensor
+            [B, M N] long and float32: the peak that each token is merged into (-1: none), and its weight there, for M
+            peaks per token.
+        """
         each, nearest = self.nearest(clips, rows, peak, windows)
         itself = clips.rows(peak) & clips.placed
         number = torch.arange(kept.shape[1], device=kept.device).expand(kept.shape)
@@ -117,7 +143,7 @@ class FastVID(VideoReducer):
         return owner, torch.cat([own, share.gather(1, owner[:, kept.shape[1] :].clamp(min=0))], 1)
 
     def windows(self, frames: Tensor, length: Tensor) -> FrameWindows:
-        """Segments of clips by what stands for their frames: [B, T, C], [B] frames."""
+        """Cut videos into segments by frame features: [B, T, C], [B] frames -> segments."""
         alike = (unit_rows(frames)[:, 1:] * unit_rows(frames)[:, :-1]).sum(-1)
         inside = torch.arange(1, frames.shape[1], device=frames.device) < length[:, None]
         lowest = ranks(ranking(-alike, inside)) < self.segments - 1
@@ -125,19 +151,27 @@ class FastVID(VideoReducer):
         return FrameWindows.of(torch.nn.functional.pad(starts, (1, 0), value=True), length)
 
     def frames(self, windows: FrameWindows, length: Tensor) -> tuple[Tensor, Tensor]:
-        """Frames that give peaks [B, T] bool, and how much each has to stand for [B, T]: the frames of its segment, shared."""
+        """Frames that contribute peaks [B, T] bool, and the number of frames that each represents [B, T] float32."""
         at = torch.arange(windows.number.shape[1], device=length.device)
         size, first = windows.of_step(windows.length), windows.of_step(windows.first)
         gives = ((first + size - 1 - at) % self.every == 0) & (at < length[:, None])
         return gives, size / ((size + self.every - 1) // self.every).clamp(min=1)
 
     def peaks(self, rows: Tensor, others: Tensor, count: Tensor) -> Tensor:
-        """The ``count`` [B, T] density peaks among ``others`` [B, T, P] of every frame: [B, T, P] bool."""
+        """Mask the ``count`` [B, T] density peaks among ``others`` [B, T, P] of every frame: [B, T, P] bool."""
         return peaks(rows.flatten(0, 1), others.flatten(0, 1), count.flatten(), NEIGHBOURS)[0].view(others.shape)
 
     def nearest(self, clips: VideoTokens, rows: Tensor, peak: Tensor, windows: FrameWindows) -> tuple[list[Tensor], Tensor]:
-        """For every row the peak that it resembles most: in each frame of its segment that gives some, from the last one on, and in all of them
-        ([B, N] each, -1 for none)."""
+        """Find the most similar peak of each token.
+
+        Returns
+        -------
+        list of Tensor
+            [B, N] each: the most similar peak in each contributing frame of the token's segment, from the last frame
+            on; -1 for none.
+        Tensor
+            [B, N], the most similar peak of all; -1 for none.
+        """
         unit, first, last = unit_rows(rows), windows.of_step(windows.first), windows.of_step(windows.first + windows.length - 1)
         each, most, found = [], rows.new_full(clips.real.shape, float("-inf"), dtype=torch.float32), torch.full_like(clips.index, -1)
         for back in range(0, rows.shape[1], self.every):

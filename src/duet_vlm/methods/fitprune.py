@@ -1,4 +1,4 @@
-"""FitPrune: inside the decoder, a few tokens leave after every layer, as many as a table fitted to the model says."""
+"""FitPrune: drop a few tokens after every decoder layer, with counts from a table fitted to the model."""
 
 from __future__ import annotations
 
@@ -29,22 +29,25 @@ SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # of the tokens, per lay
 @register("fitprune")
 @dataclass(frozen=True)
 class FitPrune(ScheduledReducer):
-    """FitPrune (AAAI 2025, arXiv 2409.10197): each layer loses the tokens that matter least to the text and to the picture itself.
+    """FitPrune (AAAI 2025, arXiv 2409.10197): per-layer counts fitted so that attention changes least.
 
-    A token's score is the attention that it receives from text times that from visual tokens, both the largest of all heads, in the layer before.
-    How many leave after each layer is fitted so that attention changes least: a table, of which each line is a curve of what the layers read. A
-    budget takes the curve that it allows between two lines, or between the ends and those curves that keep all, or none behind the first layer.
+    A token's score is the attention that it receives from text times the attention that it receives from visual tokens,
+    both the largest over heads, in the layer before. The number of tokens dropped after each layer comes from a table;
+    each line of the table is a curve of tokens per layer. A budget interpolates between two lines; beyond the ends of
+    the table the curves are the full model and a decoder whose first layer alone has visual tokens.
 
     Parameters beyond ``ScheduledReducer``
     ----------
     table : str or None
-        A file that ``duet-vlm calibrate fitprune`` made for this model. None: the released table of LLaVA-1.5-7B, stretched to the decoder's depth.
+        Path of a file that ``duet-vlm calibrate fitprune`` made for this model. None: the released table of
+        LLaVA-1.5-7B, stretched to the decoder's depth.
 
-    Cost: in every layer that something leaves after, queries and keys of all rows and attention from text and visual rows: much in early layers.
-    Needs text after the image. Usable in training (the choice carries no gradient).
+    Cost: after every layer with drops, queries and keys of all tokens, and attention from text and visual tokens: much
+    in early layers. Needs: text after the image. Usable in training (the choice carries no gradient).
 
-    Differences from the authors' code (ywh187/FitPrune): any place, number and size of images, batch and depth; lines of the table are
-    interpolated; fitting aims at tokens, not at FLOPs. ``FitPrune.official`` has the released numbers.
+    Differences from the authors' code (ywh187/FitPrune): any position, number and size of images, batch and depth;
+    lines of the table are interpolated; the fit targets tokens, not FLOPs. ``FitPrune.official`` has the released
+    numbers.
     """
 
     paper = "FitPrune, AAAI 2025, arXiv 2409.10197"
@@ -64,7 +67,9 @@ class FitPrune(ScheduledReducer):
 
     @classmethod
     def official(cls, reduction: int = USUAL, depth: int = 32, **fields: Any) -> FitPrune:
-        """The released numbers that save ``reduction`` % of the FLOPs, for 576 tokens; of ``depth`` layers the first ones' (as released)."""
+        """Return the released counts that save ``reduction`` % of the FLOPs, for 576 tokens; a shallower decoder
+        (``depth`` below 32 layers) gets the first ones (as released).
+        """
         check_choice("reduction", str(reduction), tuple(map(str, DELETED)))
         left = [TOKENS - sum(DELETED[reduction][:layer]) for layer in range(1, min(depth, 32))]
         numbers: dict[str, Any] = {"schedule": tuple(enumerate(left, 1)), "protect_predicting_tokens": False}
@@ -100,7 +105,7 @@ class FitPrune(ScheduledReducer):
         return SpanPlan(tokens, tokens, 0, counts(largest_fraction(lambda x: mean_within(counts(x), target))))
 
     def _lines(self, depth: int) -> list[Curve]:
-        """From all tokens in every layer to none behind the first one."""
+        """Curves of tokens per layer, from the full model to a decoder whose first layer alone has visual tokens."""
         stored = self.calibration()
         if stored is None:
             lines = [stretched(released(reduction), depth) for reduction in DELETED]
@@ -116,7 +121,9 @@ class FitPrune(ScheduledReducer):
 
 @dataclass(frozen=True)
 class AttentionObserver(Observer):
-    """Notes what every token receives in every layer, and fits a line to each share of the tokens (arXiv 2409.10197, section 3)."""
+    """Record the attention that every token receives in every layer, and fit a curve to each share of the tokens (arXiv
+    2409.10197, section 3).
+    """
 
     score_layer_offset = 1
     score_heads = "max"

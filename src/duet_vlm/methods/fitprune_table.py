@@ -1,4 +1,4 @@
-"""FitPrune's released table, and what a decoder of another depth makes of it."""
+"""FitPrune's released table, and its curves for decoders of other depths."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Curve = tuple[float, ...]  # share of the tokens that each layer reads
 
 @lru_cache(maxsize=16)
 def released(reduction: int) -> Curve:
-    """The share of the tokens that each of 32 layers reads."""
+    """Curve of one line of the released table: the share of the tokens in each of 32 layers."""
     deleted = DELETED[reduction]
     return tuple((TOKENS - sum(deleted[:layer])) / TOKENS for layer in range(32))
 
 
 def stretched(curve: Curve, depth: int) -> Curve:
-    """The curve of 32 layers at as many places of another depth, straight between two layers."""
+    """Resample a curve of 32 layers to another depth, linearly between layers."""
     places = [layer * 32 / depth for layer in range(depth)]
     ends = [(int(x), min(int(x) + 1, 31), x - int(x)) for x in places]
     return tuple(curve[a] + (curve[b] - curve[a]) * part for a, b, part in ends)

@@ -1,4 +1,4 @@
-"""Frames: keep the tokens of a clip that changed since the frame before, in front of the decoder."""
+"""Frames: keep the tokens of a video that changed since the frame before, before the decoder."""
 
 from __future__ import annotations
 
@@ -23,21 +23,24 @@ from duet_vlm.reducers.registry import register
 class Frames(EncoderReducer):
     """Temporal redundancy, after EVS (Efficient Video Sampling, NVIDIA).
 
-    A token of a clip scores 1 - cosine with the token at the same place one step of time before; the ``keep`` highest stay, the whole first
-    step in front of all others, ties to the lower index. What never changes is kept once. No attention, no text, no merging.
+    The score of a video token is 1 - cosine with the token at the same place one time step before. The whole first step
+    is ranked before all others, then the tokens with the highest scores, ties to the lower index; the first ``keep`` of
+    this order are kept. Content that never changes is kept once. No attention, no text, no merging.
 
-    Where there is nothing to compare, tokens are thinned evenly in raster order: an image, and the first step of a clip that may keep less
-    than one step.
+    Where no earlier step exists, tokens are thinned evenly in raster order: in an image, and in the first step of a
+    video whose budget is less than one step.
 
     Parameters
     ----------
     keep : int or float, optional
-        Tokens per span or the fraction of them. A budget of n keeps n. In a composition (``duet_vlm.compose``) with a method that reduces
-        before the decoder: the size of the pool that this method then chooses from.
+        Tokens kept per span: a count, or a fraction. A budget of n keeps n. In a composition (``duet_vlm.compose``)
+        with a method that reduces before the decoder: the size of the pool that this method chooses from.
 
-    Cost: one cosine per token. Needs nothing of the vision tower but steps of time. Usable in training (the choice carries no gradient).
+    Cost: one cosine per token. Needs: frames; no input of the vision tower beyond features. Usable in training (the
+    choice carries no gradient).
 
-    Differences from the published description: a budget below one step is met (EVS never keeps less than the first step); kept positions.
+    Differences from the published description: a budget below one step is met (EVS never keeps less than the first
+    step); kept positions.
     """
 
     paper = "after EVS (Efficient Video Sampling, NVIDIA)"
@@ -63,7 +66,7 @@ class Frames(EncoderReducer):
         return Selection.keep_only(*pack_right(self.changed(view, view.dominant), max(plan.dominant for plan in view.plans)))
 
     def changed(self, view: EncoderView, count: Tensor) -> Tensor:
-        """Mask [B, N] of ``count`` [B] tokens of each span: the first step, then those that changed most."""
+        """Mask [B, N] of ``count`` [B] tokens of each span: the first step, then the tokens that changed most."""
         if view.modality != "video":
             return spaced_picks(view.valid, count)
         parts = view.require_parts()
@@ -74,11 +77,29 @@ class Frames(EncoderReducer):
 
 
 def novelty(features: Tensor, valid: Tensor, parts: Tensor, size: Tensor) -> Tensor:
-    """1 - cosine with the row at the same place one step before: features [B, N, C], valid and parts [B, N], rows per step [B] -> [B, N].
+    """Compute 1 - cosine of each token with the one at the same place a step before.
 
-    Computed as half the squared distance of unit rows, which is exactly 0 where nothing changed. Only rows of later steps have a meaning.
+    Half the squared distance of unit rows is used, which is exactly 0 where nothing changed. Only values of later steps
+    have a meaning.
+
+    Parameters
+    ----------
+    features : Tensor
+        [B, N, C].
+    valid : Tensor
+        [B, N] bool.
+    parts : Tensor
+        [B, N] long, time step of each token.
+    size : Tensor
+        [B] long, tokens per step.
+
+    Returns
+    -------
+    Tensor
+        [B, N] float32.
     """
-    order = parts.masked_fill(~valid, torch.iinfo(parts.dtype).max).argsort(dim=1, stable=True)  # by step, then by place
+    # by step, then by place
+    order = parts.masked_fill(~valid, torch.iinfo(parts.dtype).max).argsort(dim=1, stable=True)
     before = order.gather(1, (ranks(order) - size[:, None]).clamp(min=0))
     unit = unit_rows(features)
-    return gather_rows(unit, before).sub_(unit).square_().sum(-1) / 2  # in place: clips are long
+    return gather_rows(unit, before).sub_(unit).square_().sum(-1) / 2  # in place: videos are long

@@ -1,4 +1,4 @@
-"""HiRED: share a budget among the crops of a picture by what an early vision layer looks at, before the decoder."""
+"""HiRED: share a budget among the crops of an image by an early vision layer's attention, before the decoder."""
 
 from __future__ import annotations
 
@@ -25,31 +25,34 @@ FAR = 1 << 30
 @register("hired")
 @dataclass(frozen=True)
 class HiRED(ScoreReducer):
-    """HiRED (AAAI 2025, arXiv 2408.10945): a budget for all crops of a picture, shared by attention, and tokens by attention within each.
+    """HiRED (AAAI 2025, arXiv 2408.10945): one budget for all crops of an image, divided by attention.
 
-    The share ``alpha`` of the budget goes to the overview. Its most attended tokens in an early vision layer (as many as 1 - ``alpha`` of it) are
-    counted in the region of each crop, and the rest of the budget goes to the crops in proportion. Overview and crops keep the tokens with
-    the largest attention in a late layer. A picture that was not cut keeps its most attended tokens. Nothing is merged.
+    The share ``alpha`` of the budget goes to the overview. Its most attended tokens in an early vision layer (the
+    fraction 1 - ``alpha`` of its tokens) are counted in the region of each crop, and the rest of the budget is divided
+    among the crops in proportion. Overview and crops keep the tokens with the largest attention in a late layer. An
+    image without crops keeps its most attended tokens. Nothing is merged.
 
     Parameters
     ----------
     keep : int or float, optional
-        Tokens per span or the fraction of them (the authors': 0.2). A budget of n keeps n.
+        Tokens kept per span: a count, or a fraction (the authors': 0.2). A budget of n keeps n.
     alpha : float
-        Share of the overview, in [0, 1].
+        Share of the budget for the overview, in [0, 1].
     early : int or float
-        The vision layer that shares the budget: its number, or a share of the depth (0.0: the first that sees whole pictures).
+        Vision layer whose attention divides the budget: its number, or a share of the depth (0.0: the first layer that
+        attends globally).
     regions : str
-        "quadrants": the crop that shows a place; "stripes": equal runs of the overview's raster order, one for each crop (released code).
+        "quadrants": the crop that shows the same place; "stripes": equal runs of the overview's raster order, one for
+        each crop (released code).
     rounding : str
-        How a fraction becomes a count.
+        Rounding of a fraction to a count: "floor", "int" or "round".
 
-    Cost: one row of attention (CLS) or blocked column sums of two vision layers. Needs: vision attention and the grid. Usable in training (the
-    choice carries no gradient).
+    Cost: one query row of attention (CLS) or blocked column sums of two vision layers. Needs: vision attention and the
+    grid. Usable in training (the choice carries no gradient).
 
-    Differences from the authors' code (hasanar1f/HiRED): exactly as many tokens as planned (the released code loses what its shares leave of a
-    token, and what stands in padding), regions instead of stripes, kept positions, any number of crops. ``official`` restores stripes, int
-    counts and compact positions; what shares leave of a token still goes to the next best.
+    Differences from the authors' code (hasanar1f/HiRED): exactly the planned number of tokens (the released code loses
+    fractions of shares, and tokens in padding), regions instead of stripes, kept positions, any number of crops.
+    ``official`` restores stripes, int counts and compact positions; tokens lost to fractions still go to the next best.
     """
 
     paper = "HiRED, AAAI 2025, arXiv 2408.10945"
@@ -72,7 +75,7 @@ class HiRED(ScoreReducer):
 
     @classmethod
     def official(cls, keep: Keep = 0.2, alpha: float = 0.5, **fields: Any) -> HiRED:
-        """The released code: stripes, truncated float products, compact positions."""
+        """Return the settings of the released code: stripes, truncated float products, compact positions."""
         released: dict[str, Any] = {"regions": "stripes", "rounding": "int", "positions": "compact", "protect_predicting_tokens": False}
         return cls(**{"keep": keep, "alpha": alpha, "crops": "joint", "signal_queries": None} | released | fields)
 
@@ -88,13 +91,13 @@ class HiRED(ScoreReducer):
         return top_of_groups(scores, group, view.valid, self.quota(view, group, crops), view.dominant)
 
     def crop_tokens(self, view: EncoderView) -> tuple[Tensor, int]:
-        """The overview (0) or the crop (from 1) that each token is of [B, N], and room for as many crops as any picture may have."""
+        """Number each token's crop, 0 for the overview: [B, N] long, and an upper bound of the number of crops."""
         most = max(1, min(MOST_CROPS, max(plan.tokens for plan in view.plans) - 1))
         _, _, crop_grid = view.require(Input.GRID)
         return torch.where(crop_grid.prod(1, keepdim=True) > 0, view.require_parts().clamp(0, most), 0), most
 
     def quota(self, view: EncoderView, group: Tensor, crops: int) -> Tensor:
-        """How many tokens the overview and each crop keep [B, 1 + crops]: all of the budget where a picture was not cut."""
+        """Tokens kept of the overview and of each crop [B, 1 + crops]: an image without crops gets the whole budget."""
         overview = view.valid & (group == 0)
         size = sums_of_groups(view.valid, group, view.valid, 1 + crops).long()
         first = upload([int(plan.dominant * self.alpha) for plan in view.plans], view.valid.device)
@@ -102,18 +105,18 @@ class HiRED(ScoreReducer):
         weight = sums_of_groups(self.important(view, overview), self.region(view, group, crops), overview, crops)
         if self.regions == "quadrants":
             split = proportional_shares(weight, size[:, 1:], rest)
-        else:  # float32, as released, and without what is left of a token
+        else:  # float32 and rounded down, as released
             split = torch.minimum((weight / weight.sum(1, keepdim=True).clamp(min=1) * rest[:, None]).floor().long(), size[:, 1:])
         return torch.cat([(view.dominant - rest)[:, None], split], 1)
 
     def important(self, view: EncoderView, overview: Tensor) -> Tensor:
-        """[B, N] bool: the most attended tokens of the overview [B, N] in the early layer."""
+        """Mask [B, N] of the most attended tokens of the overview [B, N] in the early layer."""
         early, most = view.require(Input.IMPORTANCE, layer=1), max(plan.tokens for plan in view.plans)
         wanted = upload([count_of(1 - self.alpha, n, self.rounding) for n in range(most + 1)], overview.device)
         return top(early, overview, wanted[overview.sum(1).clamp(max=most)])
 
     def region(self, view: EncoderView, group: Tensor, crops: int) -> Tensor:
-        """The crop, counted from 0, that shows the place of each token of the overview [B, N]."""
+        """Number, from 0, of the crop that shows the place of each token of the overview: [B, N]."""
         coords, grid_size, crop_grid = view.require(Input.GRID)
         high, wide, rows, columns = (x[:, None] for x in (*grid_size.unbind(1), *crop_grid.clamp(min=1).unbind(1)))
         if self.regions == "stripes":
@@ -128,8 +131,11 @@ class HiRED(ScoreReducer):
 
 
 def kept_of_one(importance: Tensor, keep: float, spatial: float = 0.0) -> Tensor:
-    """What the released code keeps of one picture that is not cut, ascending: importance [N] -> [K]. The most attended tokens, and with ``spatial``
-    tokens 0, N // n, ... in front of the last one for n = int(N spatial): how many tokens are both is not known in front of the call."""
+    """Tokens that the released code keeps of one image without crops, ascending: importance [N] -> [K].
+
+    The most attended tokens; with ``spatial`` also tokens 0, N // n, ... before the last one, for n = int(N spatial).
+    The number of tokens in both sets is not known before the call.
+    """
     tokens = len(importance)
     everyone = torch.ones_like(importance[None], dtype=torch.bool)
     kept = top(importance[None], everyone, upload([int(tokens * keep)], importance.device))[0]

@@ -1,4 +1,5 @@
-"""HoliTom: what stands still in the best windows of a clip is merged over time, the rest ranked by attention; once more inside the decoder."""
+"""HoliTom: merge static video regions over time, keep the most attended of the rest; one more merge inside the decoder.
+"""
 
 from __future__ import annotations
 
@@ -28,36 +29,41 @@ from duet_vlm.reducers.registry import register
 @register("holitom")
 @dataclass(frozen=True)
 class HoliTom(ScheduledVideoReducer):
-    """HoliTom (NeurIPS 2025, arXiv 2505.21334): merge what a clip repeats, before the decoder and once inside it.
+    """HoliTom (NeurIPS 2025, arXiv 2505.21334): holistic token merging, before the decoder and once inside it.
 
-    A place stands still in a window of frames if every two neighbours have a cosine above ``threshold`` there. The clip is cut into windows so that
-    averaging what stands still saves the most tokens (dynamic programming). Of these averages density peaks stay, ``own`` parts themselves and the
-    rest the mean of those that are nearest to them; of the rest of every frame the most attended tokens stay and the others leave. Inside the
-    decoder (layer 18 of 28) half of them stay, those that the last text row attends to most, and every other one joins the one that it is most
-    like (cosine of hidden states).
+    A place of the grid is static in a window of frames if every two neighbouring frames have a cosine above
+    ``threshold`` there. The video is cut into windows such that averaging the static places removes the most tokens
+    (dynamic programming). Among these averages density peaks are kept and the others merged into the nearest peak, with
+    weight ``own`` on the peak; of the dynamic tokens of every frame the most attended ones are kept and the others
+    dropped. Inside the decoder (layer 18 of 28) the half with the most attention from the last text token is kept, and
+    every other token is merged into the one that it resembles most (cosine of hidden states).
 
     Parameters beyond ``ScheduledVideoReducer``
     ----------
     threshold : float
-        Cosine above which a place stands still, in [-1, 1].
+        Cosine above which a place is static, in [-1, 1].
     own : float or None
-        Weight of a peak in its row, in [0, 1]; None: the row is a plain mean.
-    neighbours, window : int
-        Rows that decide the density around one (no more than peaks); the most frames of a window.
+        Weight of a peak in its merged token, in [0, 1]; None: a plain mean.
+    neighbours : int
+        Rows in the density estimate, at least 1, and no more than there are peaks.
+    window : int
+        Largest number of frames of a window, at least 1.
     rows : str
-        Order of the rows, which matters for ``positions="compact"``: "raster", or by window and "sets" (released code).
+        Order of the kept tokens, which matters for ``positions="compact"``: "raster", or by window and "sets" (released
+        code).
     joining : str
-        Inside the decoder, "mean": a row is the mean of its tokens; "halving": tokens are added one after the other, each time halving what was
-        there (released code), so that the last weighs as much as all before it.
+        Inside the decoder, "mean": a merged token is the mean of its members; "halving": members are added one after
+        the other and each time the sum is halved (released code), so that the last weighs as much as all before it.
 
-    Cost: attention of one vision layer, a cosine per token, a table of frames x frames, a table of distances per window; one key projection and one
-    query row, cosines of kept tokens with all others. Needs vision attention, steps of time, text after the clip. Usable in training (the choice
-    carries no gradient, the rows do).
+    Cost: attention of one vision layer, a cosine per token, a table of frames x frames, a table of distances per
+    window; one key projection and one query row, cosines of kept tokens with all others. Needs: vision attention,
+    frames, text after the video. Usable in training (the choice carries no gradient, merged tokens do).
 
-    Differences from the authors' code (cokeshao/HoliTom): counts add up to the budget, all sets keep the same share (released: rounded half to even
-    where something stands still, up elsewhere); no window averages away more than the budget asks for, the likest places first; one clip of a batch
-    does not change another. Merging dynamic tokens, an option with which the released code stops, is left out, as in all of its scripts. Under sdpa
-    the released code runs the layer that ranks without a causal mask; here it stays causal, in the preset, too.
+    Differences from the authors' code (cokeshao/HoliTom): counts add up to the budget, all sets keep the same share
+    (released: rounded half to even where something is static, up elsewhere); no window averages away more tokens than
+    the budget requires, the most similar places first; videos of a batch do not affect each other. Merging dynamic
+    tokens, an option with which the released code stops, is left out, as in all of its scripts. Under sdpa the released
+    code runs the ranking layer without a causal mask; here it stays causal, also in the preset.
     """
 
     paper = "HoliTom, NeurIPS 2025, arXiv 2505.21334"
@@ -90,7 +96,9 @@ class HoliTom(ScheduledVideoReducer):
 
     @classmethod
     def official(cls, keep: Keep | None = 0.15, schedule: Schedule | None = ((18, 0.5),), **fields: Any) -> HoliTom:
-        """The released settings and order, with counts that are given; ``schedule=()``: nothing inside the decoder, as in some of its scripts."""
+        """Return the released settings and order, with given counts; ``schedule=()``: no stage inside the decoder, as
+        in some released scripts.
+        """
         released: dict[str, Any] = {"rows": "sets", "positions": "compact", "joining": "halving", "protect_predicting_tokens": False, "signal_queries": None}
         return cls(**{"keep": keep, "schedule": schedule} | released | fields)
 
@@ -103,11 +111,11 @@ class HoliTom(ScheduledVideoReducer):
         return self.merged(sets, clips.grid(view.require(Input.IMPORTANCE)), split_windows(count, sets.sizes, sets.sizes))
 
     def alike(self, rows: Tensor, clips: VideoTokens) -> Tensor:
-        """Cosine of neighbours at the same place: [B, T, P, C] -> [B, T - 1, P], -1 where one is missing."""
+        """Cosine of neighbouring frames at the same place: [B, T, P, C] -> [B, T - 1, P], -1 where one has no token."""
         return alike_before(rows).masked_fill(~(clips.real[:, 1:] & clips.real[:, :-1]), -1.0)
 
     def still(self, alike: Tensor, clips: VideoTokens, windows: FrameWindows) -> tuple[Tensor, Tensor]:
-        """Places that stand still in every window [B, T, P] bool, and their smallest cosine there."""
+        """Static places of every window [B, T, P] bool, and their smallest cosine there [B, T, P]."""
         inside = windows.number[:, 1:] == windows.number[:, :-1]
         least = alike.new_full(clips.real.shape, float("inf"))
         steps = alike.masked_fill(~inside[..., None], float("inf"))
@@ -115,7 +123,9 @@ class HoliTom(ScheduledVideoReducer):
         return everywhere(clips, windows) & (least > self.threshold), least
 
     def merged(self, sets: StaticDynamicSets, attention: Tensor, count: Tensor) -> VideoRows:
-        """``count`` [B, 2 T] rows of every set: density peaks of what stands still, the most attended [B, T, P] of the rest."""
+        """Keep ``count`` [B, 2 T] tokens of every set: density peaks of the static ones, the most attended [B, T, P] of
+        the rest.
+        """
         steps, shape = attention.shape[1], sets.real.shape
         real = sets.real[:, :steps].flatten(0, 1)
         peak, near, _ = peaks(sets.rows[:, :steps].flatten(0, 1), real, count[:, :steps].flatten(), self.neighbours, capped=True)

@@ -1,4 +1,4 @@
-"""HoloV: share a budget among stretches of a picture by attention and variety, and keep the best of each, before the decoder."""
+"""HoloV: divide a budget among segments of an image by attention and variety, before the decoder."""
 
 from __future__ import annotations
 
@@ -72,7 +72,9 @@ class HoloV(ScoreReducer):
 
     @classmethod
     def official(cls, keep: Keep = 64, **fields: Any) -> HoloV:
-        """The released LLaVA code: attention chooses within a stretch, whole shares, compact positions."""
+        """Return the settings of the released LLaVA code: ranking by attention within a segment, whole shares, compact
+        positions.
+        """
         released: dict[str, Any] = {"within": "attention", "split": "floor", "positions": "compact", "protect_predicting_tokens": False}
         return cls(**{"keep": keep, "crops": "joint", "signal_queries": None} | released | fields)
 
@@ -84,7 +86,7 @@ class HoloV(ScoreReducer):
         return top_of_groups(by, stretch, view.valid, self.quota(mean, size, view.dominant), view.dominant)
 
     def score(self, view: EncoderView) -> Tensor:
-        """Attention and variety of each token [B, N]; a stretch of one token has no variety."""
+        """Score of each token, attention plus weighted variety: [B, N]; in a segment of one token the variety is 0."""
         importance, stretch = view.require(Input.IMPORTANCE), segment_numbers(view.valid, self.num_crops)
         others = (stretch[:, :, None] == stretch[:, None]) & view.valid[:, None]
         table = cosine(view.require(Input.FEATURES), view.valid) * others
@@ -101,7 +103,7 @@ class HoloV(ScoreReducer):
         return attention + self.beta * variety * level / varies.clamp(min=TINY)
 
     def quota(self, mean: Tensor, size: Tensor, total: Tensor) -> Tensor:
-        """How many tokens each stretch keeps [B, crops], from its mean score and its size."""
+        """Tokens kept of each segment [B, num_crops], from its mean score and its size."""
         if self.split == "even":
             return proportional_shares(mean, size, total)
         part = (mean / mean.sum(1, keepdim=True).clamp(min=TINY) * total[:, None]).floor().long()

@@ -1,4 +1,4 @@
-"""Key norm: send through the rest of the tower what has short keys behind its first block."""
+"""Key norm: keep the patches with short keys after the vision tower's first block."""
 
 from __future__ import annotations
 
@@ -16,14 +16,19 @@ from duet_vlm.reducers.vision_tower import TowerReducer, TowerView, check_after
 @register("key_norm")
 @dataclass(frozen=True)
 class KeyNorm(TowerReducer):
-    """The units with the shortest keys (length of a head's key, mean over heads) of one block stay, ties to the lower index.
+    """Key norm: drop the patches with long keys after an early tower block (our own rule).
 
-    The one score of an early block that told things from ground where we looked: attention knows little so early.
+    The units (patches, or groups of patches that later form one token) with the shortest keys of one block (norm of a
+    head's key, mean over heads) are kept; ties go to the lower index. In our measurements it is the one score of an
+    early block that separates objects from background; attention is hardly informative so early. The norm of keys as a
+    score is after arXiv 2406.11430, where it ranks a decoder's cache.
 
-    Attributes
+    Parameters
     ----------
     after : int
-        The units that leave do so behind the attention of that many blocks, in front of the last one's MLP.
+        Number of blocks after whose attention units are dropped, before the MLP of the last of them.
+
+    Cost: one norm per patch and head. Needs: keys of one tower block; no text.
     """
 
     paper = "Ours; the norm of keys as a score after arXiv 2406.11430 (there, of a decoder's cache)"

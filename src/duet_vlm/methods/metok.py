@@ -1,4 +1,6 @@
-"""METok: events of a clip that the question is about keep more, before the decoder and inside it; then the cache forgets the rest."""
+"""METok: more tokens for the video events that match the question, before the decoder and inside it; then a smaller
+cache.
+"""
 
 from __future__ import annotations
 
@@ -24,32 +26,35 @@ SLACK = 1e-6  # of a cosine, lost by rounding
 @register("metok")
 @dataclass(frozen=True)
 class METok(ScheduledVideoReducer):
-    """METok (EMNLP 2025, arXiv 2506.02850): three stages by the events of a clip and what the question asks. From the abstract: no code is public.
+    """METok (EMNLP 2025, arXiv 2506.02850): three stages of pruning by the events of a video and the question.
 
-    Before the decoder the clip is cut into events where neighbouring frames are unlike each other, and events are ranked by their likeness to the
-    question. Tokens that repeat the frame before them leave. The key events keep their other tokens, those of the rest are pooled. Inside the
-    decoder, at three layers, the tokens stay that text attends to most, times the weight of their event (a softmax over the clip). Behind the
-    prompt, earlier layers forget the others (``trim_kv_cache=True``): so much of the cache is left as the last stage keeps.
+    Before the decoder the video is cut into events where neighbouring frames are dissimilar, and events are ranked by
+    their similarity to the question. Tokens that repeat the frame before them are dropped. The key events keep their
+    other tokens, those of the other events are pooled. Inside the decoder, at three layers, the tokens with the largest
+    attention from text, times the weight of their event (a softmax over the video), are kept. After the prompt, earlier
+    layers drop the others from their cache (``trim_kv_cache=True``): the cache keeps as many tokens as the last stage.
 
     Parameters beyond ``ScheduledVideoReducer``
     ----------
     deviations : float
-        A clip is cut between frames whose likeness is so many standard deviations below the mean of the clip, at least 0.
+        The video is cut between frames whose similarity is this many standard deviations below the video's mean, at
+        least 0.
     key : float
-        Share of the events that are key events, at least one; in (0, 1].
+        Share of the events that are key events, in (0, 1]; at least one event.
     pooled : float
-        What a frame of another event keeps, of what one of a key event does; in (0, 1].
+        Tokens of a frame of another event, relative to a frame of a key event, in (0, 1].
     threshold : float
-        Cosine with the same place one frame earlier, within the event, above which a token repeats it; in [-1, 1].
+        Cosine with the same place one frame earlier, within the event, above which a token is a repetition; in [-1, 1].
     temperature : float
-        Of the softmax over the events, above 0.
+        Temperature of the softmax over the events, above 0.
 
-    Cost: a cosine per token, attention of text at three layers. Needs: the question, so the whole model must be called; steps of time, text after the
-    clip. Usable in training (the choice carries no gradient, pooled rows do).
+    Cost: a cosine per token, attention of text at three layers. Needs: the question, so the whole model must be called;
+    frames, text after the video. Usable in training (the choice carries no gradient, pooled tokens do).
 
-    Ours, where the abstract leaves it open: an event's likeness is the mean cosine of its frames' mean rows, as the decoder gets them, and the mean
-    of the question's embeddings (the paper: a contrastive text tower); frames are pooled by runs of neighbours in raster order; a count is divided
-    among frames so that it adds up, and where it leaves room repeated tokens stay; layers 8, 16 and 24 of 32 keep 1/2, 1/4 and 1/8.
+    From the paper's abstract: no code is public. Chosen here: an event's similarity is the mean cosine of its frames
+    (the mean of their projected tokens) and the question's embeddings (the paper: a contrastive text tower); frames are
+    pooled by runs of neighbours in raster order; a count is divided among frames so that it adds up, and where it
+    allows more, repetitions are kept; layers 8, 16 and 24 of 32 keep 1/2, 1/4 and 1/8.
     """
 
     paper = "METok, EMNLP 2025, arXiv 2506.02850"
@@ -93,7 +98,7 @@ class METok(ScheduledVideoReducer):
         return VideoRows(clips.rows(kept) & clips.placed, owner, clips.rows(weight), notes=notes)
 
     def events(self, frames: Tensor, length: Tensor) -> FrameWindows:
-        """Of unit rows, one for each frame [B, T, C]."""
+        """Cut videos into events by their frames' unit vectors: [B, T, C], [B] frames -> events."""
         alike = (frames[:, 1:] * frames[:, :-1]).sum(-1)
         real = torch.arange(1, frames.shape[1], device=frames.device) < length[:, None]
         number = real.sum(1, keepdim=True).clamp(min=1)
@@ -103,18 +108,18 @@ class METok(ScheduledVideoReducer):
         return FrameWindows.of(torch.nn.functional.pad(cuts, (1, 0), value=True), length)
 
     def key_events(self, relevance: Tensor, events: FrameWindows) -> Tensor:
-        """[B, T] bool."""
+        """Mask of the key events: [B, T] bool."""
         there = events.length > 0
         count = (there.sum(1) * self.key - SLACK).ceil()
         return there & (ranks(ranking(relevance, there)) < count[:, None])
 
     def weights(self, relevance: Tensor, events: FrameWindows) -> Tensor:
-        """What an event counts inside the decoder [B, T], 1 in the mean of the clip."""
+        """Weight of each event inside the decoder [B, T], 1 in the mean of the video."""
         there = events.length > 0
         return (relevance / self.temperature).masked_fill(~there, float("-inf")).softmax(1) * there.sum(1, keepdim=True)
 
     def fresh(self, rows: Tensor, clips: VideoTokens, events: FrameWindows) -> Tensor:
-        """Tokens that do not repeat the frame before them [B, T, P] bool."""
+        """Mask of the tokens that do not repeat the frame before them: [B, T, P] bool."""
         again = (alike_before(rows) > self.threshold) & clips.real[:, :-1] & (events.number[:, 1:] == events.number[:, :-1])[..., None]
         return clips.real & ~torch.nn.functional.pad(again, (0, 0, 1, 0))
 
@@ -124,9 +129,29 @@ class METok(ScheduledVideoReducer):
 
 
 def pooled(real: Tensor, fresh: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``count`` [B, T] rows of each step: ``fresh`` tokens in as many runs of neighbours, all in themselves where there are fewer of them, and then
-    others evenly spaced. real, fresh [B, T, P] bool -> which stand for themselves or for their run [B, T, P], the place in the step that every token
-    joins (-1: none) and its weight there."""
+    """Pool tokens of each step into ``count`` runs of neighbours.
+
+    The ``fresh`` tokens form as many runs as are wanted, one token each where there are fewer of them; further places
+    go to other tokens, evenly spaced.
+
+    Parameters
+    ----------
+    real : Tensor
+        [B, T, P] bool, False for padding.
+    fresh : Tensor
+        [B, T, P] bool, tokens that are no repetitions.
+    count : Tensor
+        [B, T] long, tokens to keep of each step.
+
+    Returns
+    -------
+    kept : Tensor
+        [B, T, P] bool, first tokens of runs and single tokens.
+    place : Tensor
+        [B, T, P] long, place in the step of the kept token that each token joins (-1: none).
+    weight : Tensor
+        [B, T, P] float32, weight of each token there.
+    """
     (batch, steps, places), total = real.shape, fresh.sum(2, keepdim=True)
     runs = torch.minimum(count[..., None], total)
     rank = (fresh.cumsum(2) - 1).clamp(min=0)

@@ -1,4 +1,4 @@
-"""Motion: send through the tower what differs from what a clip usually shows there."""
+"""Motion: keep the patches that differ from the video's median at their place, before the vision tower."""
 
 from __future__ import annotations
 
@@ -16,11 +16,17 @@ from duet_vlm.reducers.vision_tower import TowerReducer, TowerView
 @register("motion")
 @dataclass(frozen=True)
 class Motion(TowerReducer):
-    """Of a clip, the units whose pixels lie farthest from their median over all steps of time at that place (mean absolute difference), equally
-    many of every frame; where nothing moves, those with the most contrast. Of an image, those with the most contrast (see ``contrast``).
+    """Motion: drop the static background of a video before the vision tower's first block (our own rule).
 
-    What stands still is seen in every frame's contrast only, and leaves first where the rest moves. Background subtraction by the median is
-    old; that it says what a vision tower may leave out is our own rule.
+    In a video, the units (patches, or groups of patches that later form one token) whose pixels are farthest from their
+    median over all time steps at that place (mean absolute difference) are kept, equally many in every frame; in a
+    static video, those with the most contrast. In an image, those with the most contrast (see ``contrast``). Static
+    content is ranked by contrast alone, and dropped first where other content moves. Background subtraction by the
+    median is old; using it to choose a vision tower's inputs is our own rule.
+
+    Parameters: those of ``TowerReducer``; ``proportional_attention`` is off by default.
+
+    Cost: a median over the pixels of a video. Needs: pixels and patch embeddings; no attention and no text.
     """
 
     paper = "Ours: background subtraction by the median, in front of a vision tower"

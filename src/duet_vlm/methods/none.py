@@ -1,4 +1,4 @@
-"""Keep everything: the model as it is, measured by the same instruments."""
+"""No reduction: the unmodified model under the same instruments."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from duet_vlm.reducers.registry import register
 @register("none")
 @dataclass(frozen=True)
 class NoReduction(Reducer):
-    """The baseline: no token is merged or dropped, and outputs are bit-equal to the untouched model. A budget is accepted and ignored,
-    so that comparisons can loop over methods."""
+    """Baseline without reduction: every token is kept, and outputs are bit-equal to the untouched model.
+
+    A budget is accepted and ignored, so that comparisons can loop over methods.
+
+    Cost: none. Needs: no input of the vision tower and no text.
+    """
 
     paper = "-"
     summary = "keep every token (baseline)"

@@ -1,4 +1,4 @@
-"""PIO-FVLM: inside the decoder, keep the visual tokens that the model's own prediction depends on most, without their doubles."""
+"""PIO-FVLM: keep the visual tokens with the largest gradient of the model's own prediction, without duplicates."""
 
 from __future__ import annotations
 
@@ -60,8 +60,11 @@ class Pio(ScheduledReducer):
 
     @classmethod
     def official(cls, layers: Sequence[int] = (1, 10, 15), counts: Sequence[int] = (218, 128, 54), **fields: Any) -> Pio:
-        """The released LLaVA code: after ``layers`` layers ``counts`` tokens stay; a count of 0, or one that is not below those before it, leaves its
-        stage out. Renumbered positions."""
+        """Return the settings of the released LLaVA code: after ``layers`` layers ``counts`` tokens are kept; compact
+        positions.
+
+        A count of 0, or one that is not below the counts before it, removes its stage.
+        """
         schedule: list[tuple[int, int]] = []
         for layer, count in zip(layers, counts, strict=True):
             if count and (not schedule or count < schedule[-1][1]):
@@ -71,8 +74,11 @@ class Pio(ScheduledReducer):
 
     @classmethod
     def official_qwen(cls, layers: Sequence[int] = (1, 8, 14), ratios: Sequence[float] = (0.38, 0.59, 0.42), **fields: Any) -> Pio:
-        """The released Qwen2.5-VL code: ``ratios`` of what is there, truncated; the probe is the layer that has just run, once more, and the input
-        embeddings are the head. The ratios are not published: those of the LLaVA stages."""
+        """Return the settings of the released Qwen2.5-VL code: ``ratios`` of the current tokens, truncated.
+
+        The probe is the layer that has just run, once more, with the input embeddings as the head. The ratios are not
+        published: these are those of the LLaVA stages.
+        """
         schedule = tuple(zip(layers, ratios, strict=True))
         released: dict[str, Any] = {"relative": "current", "rounding": "int", "probe": "last", "protect_predicting_tokens": False}
         return cls(**{"schedule": schedule} | released | fields)

@@ -1,4 +1,4 @@
-"""PixelPrune: patches that repeat what is beside or above them do not go through the tower."""
+"""PixelPrune: drop patches that repeat their neighbours' pixels, before the vision tower."""
 
 from __future__ import annotations
 
@@ -16,22 +16,26 @@ from duet_vlm.reducers.vision_tower import ThresholdReducer, TowerView, check_th
 @register("pixelprune")
 @dataclass(frozen=True)
 class PixelPrune(ThresholdReducer):
-    """PixelPrune (arXiv 2604.00886): a unit stays if its pixels differ from what its neighbours predict, as lossless image coders predict.
+    """PixelPrune (arXiv 2604.00886): drop predictable patches before the vision tower's first block.
 
-    The prediction is the unit to the left; where that one equals the corner above it and the unit above does not, it is the unit above. The first
-    unit always stays. A method for documents and screens: photographs repeat nothing.
+    A unit (a patch, or a group of patches that later forms one token) is kept if its pixels differ from a prediction
+    from its neighbours, as in lossless image coders. The prediction is the unit to the left; where that one equals the
+    corner above it and the unit above does not, it is the unit above. The first unit is always kept. A method for
+    documents and screens: photographs hardly repeat.
 
-    Attributes
+    Parameters
     ----------
     threshold : float
-        The largest difference of pixel values that counts as none, in the scale in which the processor hands them to the model (in that of CLIP
-        one of 255 steps is about 0.015). A unit that leaves has the value of its prediction, so that no error adds up.
+        Largest difference of pixel values that counts as none, in the scale of the processor's output (for CLIP one of
+        255 steps is about 0.015). A dropped unit takes the value of its prediction, so that errors do not add up.
     metric : str
-        Of two units, the largest difference of two values ("max"), or the mean of all ("mean").
+        Difference of two units: the largest over their values ("max"), or the mean ("mean").
 
-    With ``keep``, or a budget, the units stay that differ most from the prediction that all units, as they are, make.
+    With ``keep``, or a budget, the units that differ most from their prediction are kept; all predictions then use the
+    units as they are.
 
-    Cost: with a threshold of 0 one pass; with others as many steps as the picture has units, on its pixels.
+    Cost: with a threshold of 0 one pass over the pixels; otherwise as many steps as the image has units. Needs: pixels;
+    no attention and no text.
     """
 
     paper = "PixelPrune, arXiv 2604.00886"
@@ -52,12 +56,12 @@ class PixelPrune(ThresholdReducer):
         for picture, grid in enumerate(view.grids):
             count = grid[0] * grid[1]
             pixels = view.require(Input.PIXELS)[picture, :count, 0].float().unflatten(0, grid)
-            scores[picture, :count] = self.of_picture(pixels, bool(view.has_count)).flatten()
+            scores[picture, :count] = self.of_picture(pixels, bool(view.host_num_keep)).flatten()
         return scores
 
     def of_picture(self, pixels: Tensor, as_they_are: bool) -> Tensor:
-        """How far each unit lies above the threshold from its prediction: [h, w, m] -> [h, w]."""
-        if as_they_are or self.threshold == 0:  # what leaves equals its prediction
+        """Difference of each unit from its prediction, less the threshold: [h, w, m] -> [h, w]."""
+        if as_they_are or self.threshold == 0:  # dropped units equal their predictions
             return self.above(pixels, self.predicted(pixels))
         rows, columns, _ = pixels.shape
         value, found = pixels.clone(), pixels.new_zeros(rows, columns)
@@ -73,7 +77,7 @@ class PixelPrune(ThresholdReducer):
         return (apart.amax(-1) if self.metric == "max" else apart.mean(-1)) - self.threshold
 
     def predicted(self, value: Tensor) -> Tensor:
-        """[h, w, m]: what the units to the left and above say of each; nothing is said of the first one."""
+        """Prediction of each unit from the units to the left and above: [h, w, m]; infinite for the first unit."""
         left, above = value.roll(1, 1), value.roll(1, 0)
         guess = left.clone()
         if len(value) > 1 and value.shape[1] > 1:

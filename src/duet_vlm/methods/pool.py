@@ -1,4 +1,4 @@
-"""Average pooling: the baseline that trained compressors are compared with."""
+"""Average pooling: the baseline of trained compressors."""
 
 from __future__ import annotations
 
@@ -18,18 +18,21 @@ from duet_vlm.reducers.registry import register
 @register("pool")
 @dataclass(frozen=True)
 class Pool(EncoderReducer):
-    """Every picture, crop or frame is cut into as many windows as rows may enter, and each row is the mean of its window.
+    """Average pooling on the grid: the baseline of trained compressors.
 
-    Windows have equally many tokens, or one more, and are rectangles where rows and columns are multiples of them: 24 x 24 tokens become 8 x 8
-    windows of 3 x 3 at 64. With ``crops="joint"`` crops or frames are cut together, one below the other. A row stands where the token in the middle
-    of its window stood. Nothing is learned here; a projector and a decoder that are trained with it learn to read means.
+    Every image, crop or frame is cut into as many windows as tokens enter, and each window is averaged to one token.
+    Windows have equally many tokens, or one more, and are rectangles where rows and columns are multiples of them: 24 x
+    24 tokens become 8 x 8 windows of 3 x 3 at 64. With ``crops="joint"`` crops or frames are cut together, one below
+    the other. A pooled token has the position of the token in the middle of its window. Nothing is learned here; a
+    projector and a decoder that are trained with it adapt to the means.
 
     Parameters
     ----------
     keep : int or float, optional
-        Rows that enter the decoder for an image, or a fraction of its tokens.
+        Tokens that enter the decoder per span: a count, or a fraction. A budget of n keeps n.
 
-    Cost: two sorts of token numbers. Needs nothing of the tower. Means are taken in front of a point-wise projector. Usable in training.
+    Cost: two sorts of token numbers. Needs: the grid; no attention and no text. Means are taken before a point-wise
+    projector. Usable in training.
     """
 
     paper = "baseline"
@@ -54,14 +57,14 @@ class Pool(EncoderReducer):
 
 
 def places_of(view: EncoderView) -> Tensor:
-    """Row and column of each token [B, N, 2], parts that are reduced together one below the other."""
+    """Row and column of each token [B, N, 2], with parts that are reduced together one below the other."""
     coords, size, _ = view.require(Input.GRID)
     above = view.require_parts().clamp(min=0) * size[:, :1]
     return coords.clamp(min=0) + nn.functional.pad(above[..., None], (0, 1))
 
 
 def windows_of(view: EncoderView) -> GridWindows:
-    """The windows of each picture, as many as rows are planned."""
+    """Cut each image into as many windows as tokens are planned."""
     most = max(plan.entry for plan in view.plans)
     largest = max((-(-plan.tokens // plan.entry) for plan in view.plans if plan.entry), default=1)
     return windows(places_of(view), view.valid, view.dominant + view.contextual, most, largest)

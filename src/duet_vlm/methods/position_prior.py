@@ -1,4 +1,4 @@
-"""What attention the places of a picture get whatever they show: learnt over many pictures, and looked up."""
+"""Position prior of attention: the mean attention of each place over many images, recorded and looked up."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ Grid = tuple[int, int] | None
 
 @dataclass(frozen=True)
 class PositionBiasObserver(Observer):
-    """Notes the attention that visual tokens get from the last text token in the layer before ``layer``; its mean per grid is stored."""
+    """Record the attention of visual tokens from the last text token in the layer before ``layer``; the mean per grid
+    is stored.
+    """
 
     score_layer_offset = 1
     requires = frozenset({Input.SCORES, Input.TOKENS})
@@ -45,12 +47,26 @@ class PositionBiasObserver(Observer):
 
 
 def bias_of(stored: Calibration, view: DecoderView, resize: bool) -> Tensor:
-    """[B, V], what each token's place gets; with ``resize`` interpolated from the largest grid where its own is not known.
+    """Look up the stored attention of each token's place.
+
+    Parameters
+    ----------
+    stored : Calibration
+        Mean attention per grid.
+    view : DecoderView
+        Tokens and grids of the prompt.
+    resize : bool
+        Interpolate an unknown grid from the largest stored one.
+
+    Returns
+    -------
+    Tensor
+        [B, V].
 
     Raises
     ------
     ValueError
-        An unknown grid otherwise.
+        If a grid is unknown and ``resize`` is False.
     """
     scores = view.require(Input.SCORES)
     if scores.is_meta:  # costs are counted on shapes
@@ -71,9 +87,10 @@ def bias_of(stored: Calibration, view: DecoderView, resize: bool) -> Tensor:
 
 
 def shape_of(size: int, grid: Grid) -> tuple[int, int]:
-    """Rows and columns; a grid that is not known, or has other rows beside it, is a line."""
+    """Rows and columns of a span; (1, size) where the grid is unknown or has other tokens beside it."""
     return grid if grid is not None and grid[0] * grid[1] == size else (1, size)
 
 
 def name_of(size: int, grid: Grid) -> str:
+    """Name of a grid in the stored file, "rowsxcolumns"."""
     return "x".join(map(str, shape_of(size, grid)))

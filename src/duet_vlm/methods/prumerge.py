@@ -1,4 +1,4 @@
-"""LLaVA-PruMerge: keep the vision tokens that stand out in attention, add to each those that resemble it, before the decoder."""
+"""LLaVA-PruMerge: keep the most attended vision tokens and merge similar ones into them, before the decoder."""
 
 from __future__ import annotations
 
@@ -82,8 +82,11 @@ class PruMerge(EncoderReducer):
 
     @classmethod
     def official(cls, keep: Keep = 0.125, **fields: Any) -> PruMerge:
-        """The released rule with ``keep`` of each crop (released in training: 1/8; else the share of outliers): sums, the last vision layer,
-        compact positions."""
+        """Return the settings of the released rule with ``keep`` of each crop (released: 1/8 in training, else the
+        share of outliers).
+
+        Sums, the last vision layer, compact positions.
+        """
         released: dict[str, Any] = {"merge": "sum", "order": "attention", "rounding": "int", "signal_heads": "one", "signal_layer": -1}
         released |= {"positions": "compact", "crops": "per_crop", "protect_predicting_tokens": False, "signal_queries": None}
         return cls(**{"keep": keep} | released | fields)
@@ -107,7 +110,7 @@ class PruMerge(EncoderReducer):
         return SpanPlan(tokens, kept, others, (kept + others,) * depth)
 
     def kept_of(self, tokens: int) -> int:
-        """How many of ``tokens`` are kept by ``keep``."""
+        """Number of ``tokens`` that are kept by ``keep``."""
         assert self.keep is not None
         return count_of(self.keep, tokens, self.rounding)
 
@@ -116,7 +119,7 @@ class PruMerge(EncoderReducer):
         return self.around(view, tokens, tokens, real)
 
     def chosen(self, view: EncoderView) -> tuple[Tensor, Tensor]:
-        """The kept tokens [B, K] in the order of their rows, and which of them are real [B, K]."""
+        """Kept tokens [B, K] in output order, and a mask of the valid ones [B, K]."""
         importance = view.require(Input.IMPORTANCE)
         width = max(plan.dominant for plan in view.plans)
         if self.order == "raster":
@@ -125,8 +128,20 @@ class PruMerge(EncoderReducer):
         return ranking(importance, view.valid)[:, :width], place < view.dominant[:, None]
 
     def around(self, view: EncoderView, tokens: Tensor, places: Tensor, real: Tensor) -> Selection:
-        """Each of ``tokens`` [B, K] and what resembles it in a row at ``places`` [B, K], and behind them a row of all that is left.
+        """Merge the neighbours of kept tokens into them, and all other tokens into one last row.
 
-        A token that is kept twice counts twice as a neighbour. A place whose token is not kept is lost: it joins no row.
+        A token that is kept twice counts twice as a neighbour. A token whose position in ``places`` is taken but that
+        is not kept is lost: it joins no row.
+
+        Parameters
+        ----------
+        view : EncoderView
+            Inputs of the vision tower.
+        tokens : Tensor
+            [B, K] long, kept tokens.
+        places : Tensor
+            [B, K] long, tokens whose positions they take.
+        real : Tensor
+            [B, K] bool, False for padding.
         """
         return merge_with_neighbours(tokens, places, real, view.valid, view.contextual, view.require(Input.IMPORTANCE), view.require(Input.KEYS), self.neighbours, self.merge == "mean")

@@ -1,4 +1,4 @@
-"""PruMerge+: tokens that stand out in attention and evenly spaced ones, each with those that resemble it, before the decoder."""
+"""PruMerge+: attention outliers and evenly spaced tokens, with similar ones merged into them, before the decoder."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from duet_vlm.reducers.registry import register
 @register("prumerge_plus")
 @dataclass(frozen=True)
 class PruMergePlus(PruMerge):
-    """LLaVA-PruMerge+ (ICCV 2025, arXiv 2403.15388): as ``prumerge``, but kept are outliers of the attention, and others evenly spaced.
+    """LLaVA-PruMerge+ (ICCV 2025, arXiv 2403.15388): ``prumerge`` with attention outliers and evenly spaced tokens.
 
-    Outliers lie above the third quartile of the attention over their image by 1.5 times the distance of first and third. At most a share
-    ``important`` of the kept tokens are outliers, the most attended ones; the others are evenly spaced, in raster order, over what is left.
-    What each takes in, and the last row, are those of ``prumerge``.
+    Outliers are more than 1.5 interquartile ranges above the third quartile of the attention over their image. At most
+    a share ``important`` of the kept tokens are outliers, the most attended ones; the others are evenly spaced, in
+    raster order, over the remaining tokens. Neighbours and the last row are merged as in ``prumerge``.
 
     Parameters
     ----------
     important : float
         The largest share of outliers, in [0, 1].
     spacing : str
-        "even", or "grid" (released code): ``keep`` is the share r of most attended tokens, and with s = int(1 / r) the tokens s // 2,
-        s // 2 + s, ... in front of the last one come on top, also those that are there already. They then have two rows, and the lowest
-        tokens that are left are lost, as many as there are such.
+        "even", or "grid" (released code): ``keep`` is the share r of most attended tokens, and with s = int(1 / r) the
+        tokens s // 2, s // 2 + s, ... before the last one are added, also those that are kept already. These then
+        occupy two rows, and as many of the lowest unkept tokens are lost.
 
-    Cost, needs: as ``prumerge``.
+    Cost: as ``prumerge``. Needs: vision attention and keys.
 
-    Differences from the authors' code (42Shawn/LLaVA-PruMerge): those of ``prumerge``; nothing is kept twice, nothing is lost, any size of
-    image. ``PruMergePlus.official`` restores the rule that they train with. The adaptive rule of their inference has no count that could be
-    planned: ``adaptive`` is its choice for one picture.
+    Differences from the authors' code (42Shawn/LLaVA-PruMerge): those of ``prumerge``; nothing is kept twice, nothing
+    is lost, any size of image. ``PruMergePlus.official`` restores the authors' training rule. Their adaptive rule for
+    inference has no count that can be planned: ``adaptive`` is its choice for one image.
     """
 
     summary = "keep outliers of the attention and evenly spaced vision tokens, each with what resembles it, before the decoder"
@@ -58,7 +58,9 @@ class PruMergePlus(PruMerge):
 
     @classmethod
     def official(cls, keep: Keep = 0.125, **fields: Any) -> PruMergePlus:
-        """The released rule of training, for ``keep`` of each crop and a grid of as many, at compact positions."""
+        """Return the settings of the released training rule, for ``keep`` of each crop and a grid of as many, at
+        compact positions.
+        """
         made: Any = super().official(keep, **{"spacing": "grid"} | fields)
         return made
 
@@ -72,7 +74,7 @@ class PruMergePlus(PruMerge):
         return attended + len(self.grid(tokens, attended)) if self.spacing == "grid" else attended
 
     def grid(self, tokens: int, attended: int) -> range:
-        """The tokens that the released rule adds."""
+        """Tokens that the released rule adds."""
         if attended < 1:
             raise ValueError(f"{self.name}: keep={self.keep} of {tokens} tokens is none, and spacing='grid' needs their distance")
         step = int(1 / self.keep) if isinstance(self.keep, float) else tokens // attended
@@ -90,7 +92,10 @@ class PruMergePlus(PruMerge):
         return pack_right(attended | even, max(plan.dominant for plan in view.plans))
 
     def released(self, view: EncoderView) -> tuple[Tensor, Tensor, Tensor]:
-        """The kept tokens [B, K], where their rows stand, and which are real. A second row of a token stands where one is lost."""
+        """Kept tokens [B, K], the tokens whose positions they take, and a mask of the valid ones.
+
+        The second row of a token takes the position of a lost token.
+        """
         device, sizes = view.valid.device, [PruMerge.kept_of(self, plan.tokens) if plan.merges else plan.dominant for plan in view.plans]
         grids = [list(self.grid(plan.tokens, n)) if plan.merges else [] for plan, n in zip(view.plans, sizes, strict=True)]
         most = max(map(len, grids))
@@ -106,15 +111,15 @@ class PruMergePlus(PruMerge):
 
 
 def _mask(tokens: Tensor, real: Tensor, valid: Tensor) -> Tensor:
-    """Numbers [B, K], some of them real, as a mask of all tokens [B, N]."""
+    """Convert token numbers [B, K], some of them valid, to a mask of all tokens [B, N]."""
     return torch.zeros_like(valid).scatter_reduce_(1, tokens, real, "amax")
 
 
 def adaptive(importance: Tensor) -> Tensor:
-    """The tokens that the released inference keeps of one picture, in its order: importance [N] -> [K]. Reads the device.
+    """Tokens that the released inference code keeps of one image, in its order: importance [N] -> [K].
 
-    All outliers by falling attention, of which there are the share r; then the tokens 0, g, 2 g, ... in front of the last one that are no
-    outliers, with g = int(int(1 / r) / 3).
+    All outliers by falling attention, with r their share; then the tokens 0, g, 2 g, ... before the last one that are
+    no outliers, with g = int(int(1 / r) / 3). Waits for the device.
     """
     everyone = torch.ones_like(importance[None], dtype=torch.bool)
     share = outliers(importance[None], everyone).sum().item() / importance.numel()

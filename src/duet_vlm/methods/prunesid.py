@@ -1,4 +1,4 @@
-"""PruneSID: group vision tokens by the principal directions that they belong to, and keep unlike ones of every group, before the decoder."""
+"""PruneSID: group vision tokens by principal directions and keep dissimilar ones of every group, before the decoder."""
 
 from __future__ import annotations
 
@@ -27,24 +27,27 @@ MOST = 0.999  # of the threshold: only exact duplicates are more alike
 @register("prunesid")
 @dataclass(frozen=True)
 class PruneSID(ScoreReducer):
-    """PruneSID (ICLR 2026): synergistic importance and diversity, by groups of tokens that mean the same.
+    """PruneSID (ICLR 2026): synergistic importance and diversity, by semantic groups of tokens.
 
-    A picture of which T tokens stay has T / 4 groups: a token belongs to the principal direction, of the sigmoid of its features over channels,
-    that it has the largest part in. Within a group the most attended token is taken and all that resemble it more than a threshold leave,
-    again and again; the threshold is the picture's mean cosine times T / 32. Every group keeps a token, and the others go to groups in
-    proportion to the tokens that were taken there. Nothing is merged.
+    An image of which T tokens are kept has T / 4 groups: principal directions are computed from the sigmoid of the
+    features over channels, and a token belongs to the direction with its largest component. Within a group the most
+    attended token is taken and all tokens that resemble it more than a threshold are suppressed, repeatedly; the
+    threshold is the image's mean cosine times T / 32. Every group keeps one token, and the other T minus that many are
+    divided among groups in proportion to the tokens taken there. Nothing is merged.
 
     Parameters
     ----------
     keep : int or float, optional
-        Tokens per span or the fraction of them. A budget of n keeps n.
+        Tokens kept per span: a count, or a fraction. A budget of n keeps n.
 
-    Cost: one row of attention (CLS) or blocked column sums of one vision layer, five products of N x C x T / 4 numbers, an N x N table of cosines,
-    and 5 T / 64 steps over it; 4 N^2 bytes. Needs: vision attention. Usable in training (the choice carries no gradient).
+    Cost: one query row of attention (CLS) or blocked column sums of one vision layer, five products of N x C x T / 4
+    numbers, an N x N table of cosines, and 5 T / 64 steps over it; 4 N^2 bytes. Needs: vision attention. Usable in
+    training (the choice carries no gradient).
 
-    From the paper and a reading of the released code (ZhengyaoFang/PruneSID); no recordings. Differences: principal directions by a fixed start
-    (released: random), no CLS row among the rows, shares by largest remainders (released: rounded running sums), exact counts, any batch, kept
-    positions. ``official``: compact positions, crop by crop.
+    From the paper and a reading of the released code (ZhengyaoFang/PruneSID); no recordings. Differences: principal
+    directions from a fixed start (released: random), no CLS token among the tokens, shares by largest remainders
+    (released: rounded running sums), exact counts, any batch, kept positions. ``official``: compact positions, crop by
+    crop.
     """
 
     paper = "PruneSID, ICLR 2026"
@@ -59,7 +62,9 @@ class PruneSID(ScoreReducer):
 
     @classmethod
     def official(cls, keep: Keep = 64, **fields: Any) -> PruneSID:
-        """As the released LLaVA code but for what the class names: compact positions; ``keep`` patches of each crop."""
+        """Return the settings of the released LLaVA code, except for the differences listed in the class: compact
+        positions; ``keep`` patches of each crop.
+        """
         return cls(**{"keep": keep, "positions": "compact", "crops": "per_crop", "protect_predicting_tokens": False, "signal_queries": None} | fields)
 
     def score(self, view: EncoderView) -> Tensor:
@@ -79,14 +84,14 @@ class PruneSID(ScoreReducer):
         return top_of_groups(first, group, view.valid, one + more, view.dominant)
 
     def groups(self, view: EncoderView) -> tuple[Tensor, int]:
-        """The group of each token [B, N], and how many there are at most."""
+        """Group of each token [B, N], and the largest number of groups."""
         counts = [min(max(1, plan.dominant // PER_GROUP), max(1, plan.tokens)) for plan in view.plans]
         wanted = upload(counts, view.valid.device)
         parts = principal(view.require(Input.FEATURES).float().sigmoid(), view.valid, wanted, max(counts))
         return parts.abs().argmax(-1), max(counts)
 
     def threshold(self, view: EncoderView, likeness: Tensor) -> Tensor:
-        """The cosine above which two tokens of a group are the same [B]."""
+        """Cosine above which two tokens of a group are duplicates: [B]."""
         count = view.valid.sum(1).clamp(min=2)
         mean = (likeness.sum((1, 2)) - view.valid.sum(1)) / (count * (count - 1))
         return (mean * view.dominant / SCALE).clamp(max=MOST)

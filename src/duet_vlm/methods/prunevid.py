@@ -1,4 +1,4 @@
-"""PruneVid: windows of like frames, what stands still merged over time, every set merged over space; inside the decoder a drop in every set."""
+"""PruneVid: merge video tokens over time and space before the decoder, drop by the question inside it."""
 
 from __future__ import annotations
 
@@ -28,30 +28,35 @@ SETS = 1 << 24  # more than a clip has
 @register("prunevid")
 @dataclass(frozen=True)
 class PruneVid(ScheduledVideoReducer):
-    """PruneVid (Findings of ACL 2025, arXiv 2412.16117): merge over time and space before the decoder, drop by the question inside it.
+    """PruneVid (Findings of ACL 2025, arXiv 2412.16117): spatial-temporal merging, then a drop by the question.
 
-    Frames are clustered by their means (density peaks) and clusters made contiguous. A place stands still in such a window if the mean cosine of its
-    tokens over all pairs of frames is above ``threshold``: these are averaged. What stands still in a window, and the rest of every frame, is
-    clustered again, and every cluster becomes its mean. Nothing leaves without being merged. Inside the decoder, behind layer 10 of 32, every such
-    set keeps the same share, the rows that any head of any text row attends to most, and earlier layers forget the others (``trim_kv_cache=True``).
+    Frames are clustered by their means (density peaks) and clusters made contiguous: windows. A place of the grid is
+    static in a window if the mean cosine of its tokens over all pairs of frames is above ``threshold``; its tokens are
+    averaged. The static tokens of each window, and the dynamic tokens of each frame, form sets; each set is clustered
+    again, and every cluster becomes its mean. No token is dropped without being merged. Inside the decoder, before
+    layer 11 of 32, every set keeps the same share: the tokens with the largest attention of any head and text token;
+    earlier layers drop the others from their cache (``trim_kv_cache=True``).
 
     Parameters beyond ``ScheduledVideoReducer``
     ----------
     windows : float
         Clusters of frames, as a fraction of the frames, in (0, 1].
     threshold : float
-        Mean cosine above which a place stands still, in [-1, 1].
+        Mean cosine above which a place is static, in [-1, 1].
     neighbours : int
-        Frames that decide the density around one, itself included.
+        Frames in the density estimate, the frame itself included, at least 1.
     rows : str
-        Order of the rows, which matters for ``positions="compact"``: "raster", or by window and "sets", within these by score (released code).
+        Order of the merged tokens, which matters for ``positions="compact"``: "raster", or by window and "sets", within
+        these by score (released code).
 
-    Cost: a table of distances per frame and one of frames; one key projection and a query per text row at the drop. Needs steps of time, text after
-    the clip, no vision attention. Usable in training (the choice carries no gradient, the rows do).
+    Cost: a table of distances per frame and one of frames; one key projection and a query per text token at the drop.
+    Needs: frames, text after the video; no vision attention. Usable in training (the choice carries no gradient, merged
+    tokens do).
 
-    Differences from the authors' code (Visual-AI/PruneVid): counts add up to the budget, all sets keep the same share (released: half of every set of
-    more than 14 tokens); no window averages away more than the budget asks for, the likest places first; kept positions; frames of equal density
-    by index, not by noise. Inside the decoder the shares of the sets add up, too (released: each cut down by itself, so that small ones keep none).
+    Differences from the authors' code (Visual-AI/PruneVid): counts add up to the budget, all sets keep the same share
+    (released: half of every set of more than 14 tokens); no window averages away more tokens than the budget requires,
+    the most similar places first; kept positions; frames of equal density by index, not by noise. Inside the decoder
+    the shares of the sets add up, too (released: each rounded down separately, so that small sets keep none).
     """
 
     paper = "PruneVid, Findings of ACL 2025, arXiv 2412.16117"
@@ -79,7 +84,7 @@ class PruneVid(ScheduledVideoReducer):
 
     @classmethod
     def official(cls, keep: Keep | None = 0.17, schedule: Schedule | None = ((11, 0.4),), **fields: Any) -> PruneVid:
-        """The released settings and order, with counts that are given."""
+        """Return the released settings and order, with given counts."""
         return cls(**{"keep": keep, "schedule": schedule, "rows": "sets", "positions": "compact", "protect_predicting_tokens": False} | fields)
 
     def reduced(self, view: EncoderView, clips: VideoTokens, count: Tensor) -> VideoRows:
@@ -90,7 +95,7 @@ class PruneVid(ScheduledVideoReducer):
         return self.merged(sets, split_windows(count, sets.sizes, sets.sizes))._replace(notes=clips.rows(sets.number))
 
     def cut(self, rows: Tensor, clips: VideoTokens) -> FrameWindows:
-        """Windows of like frames of rows [B, T, P, C]."""
+        """Cut videos into windows of similar frames: rows [B, T, P, C] -> windows."""
         length = clips.length
         steps = torch.arange(rows.shape[1], device=rows.device) < length[:, None]
         count = (length * self.windows + 1e-6).floor().long().clamp(min=1)
@@ -98,14 +103,14 @@ class PruneVid(ScheduledVideoReducer):
         return contiguous(near, length)
 
     def still(self, rows: Tensor, clips: VideoTokens, windows: FrameWindows) -> tuple[Tensor, Tensor]:
-        """Places that stand still in every window [B, T, P] bool, and the mean cosine of all pairs of their tokens."""
+        """Static places of every window [B, T, P] bool, and the mean cosine of all pairs of their tokens [B, T, P]."""
         unit = unit_rows(rows).masked_fill(~clips.real[..., None], 0)
         pairs = (windows.length * (windows.length - 1)).clamp(min=1)[..., None]
         score = (windows.sums(unit).square().sum(-1) - windows.sums(unit.square().sum(-1))) / pairs
         return everywhere(clips, windows) & (score > self.threshold), score
 
     def merged(self, sets: StaticDynamicSets, count: Tensor) -> VideoRows:
-        """``count`` [B, 2 T] cluster means of every set."""
+        """Merge every set into ``count`` [B, 2 T] cluster means."""
         shape, real = sets.real.shape, sets.real.flatten(0, 1)
         peak, near, rank = peaks(sets.rows.flatten(0, 1), real, count.flatten(), NEIGHBOURS)
         weight = 1 / members_of(near, real).gather(1, near).clamp(min=1)
@@ -122,19 +127,31 @@ class PruneVid(ScheduledVideoReducer):
         return self.of_sets(view.require(Input.SCORES), group, view.valid, equal_shares(size, view.num_keep))
 
     def of_sets(self, scores: Tensor, group: Tensor, valid: Tensor, count: Tensor) -> Tensor:
-        """Mask [B, V] of the ``count`` [B, G] best of every set."""
+        """Mask [B, V] of the ``count`` [B, G] best tokens of every set."""
         return valid & (ranks_in_groups(scores, group, valid) < count.gather(1, group))
 
 
 def contiguous(label: Tensor, length: Tensor) -> FrameWindows:
-    """Labels of steps [B, T] as windows. From left to right, a run that is shorter than the longest of its label, or the only step of its kind, takes
-    the label of the longer of the runs beside it, the left one on a tie; runs grow by those that join them. Windows are the runs that this leaves."""
+    """Make clusters of steps contiguous.
+
+    From left to right, a run of equal labels that is shorter than the longest run of its label, or has a label that
+    occurs once, takes the label of the longer of its neighbours, the left one on a tie; runs grow by those that join
+    them. Windows are the resulting runs.
+
+    Parameters
+    ----------
+    label : Tensor
+        [B, T] long, cluster of each step.
+    length : Tensor
+        [B] long, steps of each video.
+    """
     runs = _runs(label, length)
     name, size = label.gather(1, runs.first), runs.length
     longest = torch.zeros_like(size).scatter_reduce_(1, name, size, "amax").gather(1, name)
     moves = ((size < longest) | (longest == 1)) & (size > 0)
     before, grown, behind = torch.zeros_like(size[:, 0]), torch.zeros_like(size[:, 0]), nn.functional.pad(size, (0, 1))
-    beside, found, goes_on = torch.full_like(before, -1), [], []  # the label on the left; labels of runs; runs that take that of the next one
+    # label on the left; labels of runs; runs that take the next one's label
+    beside, found, goes_on = torch.full_like(before, -1), [], []
     for run in range(label.shape[1]):
         own, right = size[:, run] + grown, behind[:, run + 1]
         to_left = moves[:, run] & (before >= right) & (before > 0)
@@ -150,5 +167,5 @@ def contiguous(label: Tensor, length: Tensor) -> FrameWindows:
 
 
 def _runs(label: Tensor, length: Tensor) -> FrameWindows:
-    """Neighbouring steps of one label [B, T] as windows."""
+    """Cut videos into runs of equal labels [B, T]."""
     return FrameWindows.of(nn.functional.pad(label[:, 1:] != label[:, :-1], (1, 0), value=True), length)

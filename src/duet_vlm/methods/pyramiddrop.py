@@ -1,4 +1,4 @@
-"""PyramidDrop: drop visual tokens in stages inside the decoder, ranked by the attention of the last instruction token."""
+"""PyramidDrop: drop visual tokens in stages inside the decoder, by the attention of the last instruction token."""
 
 from __future__ import annotations
 
@@ -31,7 +31,15 @@ from duet_vlm.reducers.scoring import ScoringRules
 
 
 def between(early: Schedule, late: Schedule, weight: float) -> Schedule:
-    """Two schedules of fractions mixed layer by layer: what ``early`` keeps there, moved by ``weight`` towards what ``late`` keeps."""
+    """Mix two schedules of fractions layer by layer.
+
+    Parameters
+    ----------
+    early, late : schedule
+        Schedules of (layer, fraction kept).
+    weight : float
+        0 gives ``early``, 1 gives ``late``.
+    """
 
     def kept(schedule: Schedule, layer: int) -> float:
         return ([1.0] + [keep for at, keep in schedule if at <= layer])[-1]
@@ -88,7 +96,9 @@ class PyramidDrop(DecoderReducer):
 
     @classmethod
     def official(cls, schedule: Schedule = ((8, 0.5), (16, 0.25), (24, 0.125)), **fields: Any) -> PyramidDrop:
-        """The released code: compact positions, truncated float products, the tokens before all answers in training."""
+        """Return the settings of the released code: compact positions, truncated float products, the tokens before all
+        answers in training.
+        """
         preset: dict[str, Any] = {"positions": "compact", "rounding": "int", "training_turns": "all", "skip_unanswered": True}
         preset["protect_predicting_tokens"] = False
         return cls(**{"schedule": schedule} | preset | fields)

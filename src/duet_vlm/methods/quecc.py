@@ -1,4 +1,4 @@
-"""QueCC: few queries that hold the question, each of which attends to its own cell of the picture."""
+"""QueCC: a few queries conditional on the question, each attends to its own cell of the image."""
 
 from __future__ import annotations
 
@@ -25,26 +25,29 @@ LEVELS = (12 / 24, 16 / 24, 22 / 24, None)  # of the tower's depth; None: where 
 @register("quecc")
 @dataclass(frozen=True)
 class QueCC(Compressor):
-    """A depth-wise convolution makes one query for every cell of the picture, of its tokens and of the question; each query attends to the tokens of
-    its cell, as four layers of the tower see them.
+    """QueCC (ICLR 2025, arXiv 2411.03312): query-conditional convolution into a few tokens (trained).
 
-    The question is read by the decoder alone, without the picture, and its last word's state is added to every token in front of the queries. Cells
-    are those of ``pool``, so any number of rows can be asked for. Where a cell has ``kernel`` x ``kernel`` tokens this is the paper's convolution
-    with that stride; over other cells the kernel is stretched, its sum kept. A row stands where the token in the middle of its cell stood.
+    A depth-wise convolution makes one query for every cell of the image, from its tokens and the question; each query
+    attends to the tokens of its cell, as seen by four layers of the tower. The question alone, without the image, runs
+    through the decoder, and the hidden state of its last token is added to every visual token before the queries are
+    made. Cells are those of ``pool``, so any number of tokens can be requested. Where a cell has ``kernel`` x
+    ``kernel`` tokens this is the paper's convolution with that stride; over other cells the kernel is stretched, its
+    sum kept. An output token has the position of the token in the middle of its cell.
 
     Parameters beyond ``Compressor``
     ----------
     heads : int
-        Of the attention.
+        Attention heads.
     kernel : int
-        Rows and columns of the kernel: 3 for 64 rows of 24 x 24 tokens, 6 for 16.
+        Rows and columns of the kernel, at least 1: 3 for 64 tokens of 24 x 24, 6 for 16.
 
-    Cost: six maps of every token, two of them from four layers of the tower; and the question goes through the decoder once by itself, which is one
-    more read of the device. Needs the question, so the encoder cannot be called by itself. For training: new weights are
-    random; the gradient goes through the tower's layers and through the decoder's reading of the question.
+    Cost: six linear layers on every token, two of them on the features of four tower layers; and the question runs
+    through the decoder once more, which waits for the device once. Needs: the question, so the encoder cannot be called
+    alone. For training: new weights are random; the gradient flows through the tower's layers and through the decoder's
+    pass over the question.
 
-    Differences to the released code: the question is all text behind the last picture (there: what stands between a line break and "ASSISTANT");
-    any tower (there: CLIP-L); several images, crops and frames (there: refused).
+    Differences from the released code: the question is all text after the last image (released: the text between a line
+    break and "ASSISTANT"); any tower (released: CLIP-L); several images, crops and frames (released: refused).
     """
 
     paper = "QueCC, ICLR 2025, arXiv 2411.03312"
@@ -78,7 +81,21 @@ class QueCC(Compressor):
 
 
 class QueCCModule(nn.Module):
-    """The module, named as in the released code; ``rows`` wide, reading levels that are ``levels`` wide together and a text state of ``text``."""
+    """Trained module of QueCC, with the parameter names of the released code.
+
+    Parameters
+    ----------
+    rows : int
+        Width of the features.
+    levels : int
+        Width of the features of all tower layers, concatenated.
+    text : int
+        Width of the question's hidden state.
+    heads : int
+        Attention heads.
+    kernel : int
+        Rows and columns of the convolution kernel.
+    """
 
     def __init__(self, rows: int, levels: int, text: int, heads: int, kernel: int) -> None:
         super().__init__()
@@ -88,18 +105,37 @@ class QueCCModule(nn.Module):
         self.clip_attn = nn.MultiheadAttention(rows, heads, batch_first=True)
 
     def forward(self, features: Tensor, levels: Tensor, text: Tensor, cells: GridWindows, place: Tensor) -> Tensor:
-        """features [B, N, C], levels [B, N, L], text [B, T], where in its cell each token stands [B, K, M, 2] -> rows [B, K, C]."""
+        """Make one token per cell.
+
+        Parameters
+        ----------
+        features : Tensor
+            [B, N, C] features.
+        levels : Tensor
+            [B, N, L] features of all tower layers, concatenated.
+        text : Tensor
+            [B, T] hidden state of the question.
+        cells : GridWindows
+            Cells.
+        place : Tensor
+            [B, K, M, 2] position of each token in its cell, from -1 to 1.
+
+        Returns
+        -------
+        Tensor
+            [B, K, C].
+        """
         kind = self.q_downsample.weight.dtype
         asking = features.to(kind) + self.text_projection(text.to(kind))[:, None]
         index, shape = cells.tokens.flatten(1), cells.tokens.shape
         query = self.queries(gather_rows(self.q_proj(asking), index).view(*shape, -1), cells.real, place)
         key, value = (gather_rows(part(levels.to(kind)), index).view(shape[0] * shape[1], shape[2], -1) for part in (self.k_proj, self.v_proj))
         hidden = ~cells.real.flatten(0, 1)
-        hidden = hidden & ~hidden.all(1, keepdim=True)  # cells that are not there: nobody reads what comes out, but it has to be a number
+        hidden = hidden & ~hidden.all(1, keepdim=True)  # the output of padding cells is unused, but must be finite
         return attended(self.clip_attn, query.flatten(0, 1)[:, None], key, value, hidden).view(shape[0], shape[1], -1)
 
     def queries(self, rows: Tensor, real: Tensor, place: Tensor) -> Tensor:
-        """The convolution of each cell: rows [B, K, M, C], of which ``real`` are there -> [B, K, C]."""
+        """Convolve each cell into a query: rows [B, K, M, C], of which ``real`` [B, K, M] are valid -> [B, K, C]."""
         weight, bias = self.q_downsample.weight, self.q_downsample.bias
         assert bias is not None
         there = place.to(weight.dtype).flip(-1).flatten(0, 2)[None, :, None]  # grid_sample counts across first

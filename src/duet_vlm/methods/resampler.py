@@ -1,4 +1,4 @@
-"""A resampler: learned queries that attend to the whole picture, the other baseline of trained compressors."""
+"""Resampler: learned queries that attend to the whole image, a baseline of trained compressors."""
 
 from __future__ import annotations
 
@@ -22,20 +22,24 @@ LONGEST = 10_000.0  # of the waves that places are written in
 @register("resampler")
 @dataclass(frozen=True)
 class Resampler(Compressor):
-    """As many queries as rows may enter attend to all tokens of a picture, in one layer: the plain form of the resamplers of Flamingo and Qwen-VL.
+    """Resampler (baseline after Flamingo, arXiv 2204.14198, and Qwen-VL, arXiv 2308.12966): learned queries (trained).
 
-    A query is one learned vector plus the place of its row, so one module serves any number of rows; keys have their places added, too. Rows stand
-    evenly spaced over the picture (where ``pool`` would put them), and every row is made of every token: that is what the trace says.
+    As many queries as tokens may enter attend to all tokens of an image, in one layer: the plain form of the resamplers
+    of Flamingo and Qwen-VL. A query is one learned vector plus the encoding of its place, so one module serves any
+    number of tokens; keys have their places added, too. Output tokens are evenly spaced over the image (at the
+    positions that ``pool`` uses), and the trace records each as made of every token.
 
     Parameters beyond ``Compressor``
     ----------
     heads : int
-        Of the attention.
+        Attention heads.
     layers : int
-        Rounds of attention and feed-forward.
+        Blocks of attention and feed-forward, at least 1.
 
-    Cost: two maps of the rows' square per token, and attention of rows by tokens, for each layer. Needs nothing of the tower or of the text. For
-    training: new weights are random. Chosen here: two-dimensional sines for places, norms in front, a feed-forward of four times the width.
+    Cost: two width x width products per token, and attention of output tokens x tokens, for each layer. Needs: the
+    grid; no attention of the tower and no text. For training: new weights are random.
+
+    Chosen here: two-dimensional sines for places, pre-norm blocks, a feed-forward of four times the width.
     """
 
     paper = "baseline (after Flamingo, arXiv 2204.14198, and Qwen-VL, arXiv 2308.12966)"
@@ -65,13 +69,26 @@ class Resampler(Compressor):
         return of_all(found.centre, found.valid, view.valid, found.whole, made)
 
     def imitation_target(self, view: EncoderView, made: Selection) -> Tensor:
-        """The means of windows: those of all tokens would be one and the same for every row."""
+        """Means of windows as the target: means of all tokens would be the same for every output token."""
         return super().imitation_target(view, windows_of(view).selection())
 
 
 def of_all(index: Tensor, there: Tensor, valid: Tensor, whole: Tensor, rows: Tensor) -> Selection:
-    """Rows [B, K, C] that stand at tokens ``index`` [B, K], of which ``there`` are, each made of all ``valid`` tokens [B, N]; spans that are kept
-    ``whole`` stay as they are."""
+    """Make a selection whose rows are each made of all tokens of their span.
+
+    Parameters
+    ----------
+    index : Tensor
+        [B, K] long, tokens whose positions the rows take.
+    there : Tensor
+        [B, K] bool, False for padding.
+    valid : Tensor
+        [B, N] bool, False for padding.
+    whole : Tensor
+        [B] bool, spans that are kept unchanged.
+    rows : Tensor
+        [B, K, C] rows made by a module.
+    """
     count = index.shape[1]
     number, row = torch.arange(valid.shape[1], device=index.device), torch.arange(count, device=index.device)
     joins = there[:, :, None] & valid[:, None] & ~whole[:, None, None]
@@ -81,8 +98,20 @@ def of_all(index: Tensor, there: Tensor, valid: Tensor, whole: Tensor, rows: Ten
 
 
 def waves(place: Tensor, width: int) -> Tensor:
-    """Rows and columns [..., 2] as sines and cosines of ``width`` numbers [..., width]: half of them for either, the last ones 0 where 4 does not
-    divide the width."""
+    """Encode grid places by sines and cosines.
+
+    Parameters
+    ----------
+    place : Tensor
+        [..., 2] row and column.
+    width : int
+        Length of the encoding: half for rows, half for columns; the last numbers are 0 if 4 does not divide it.
+
+    Returns
+    -------
+    Tensor
+        [..., width] float32.
+    """
     quarter = width // 4
     rate = LONGEST ** (-torch.arange(quarter, device=place.device, dtype=torch.float32) / max(1, quarter))
     angle = place.clamp(min=0)[..., None].float() * rate
@@ -91,7 +120,7 @@ def waves(place: Tensor, width: int) -> Tensor:
 
 
 class ResamplerBlock(nn.Module):
-    """Attention to the picture, then a feed-forward, each behind a norm and beside what it is given."""
+    """Pre-norm attention to the image, then a feed-forward, both residual."""
 
     def __init__(self, rows: int, heads: int) -> None:
         super().__init__()
@@ -106,7 +135,7 @@ class ResamplerBlock(nn.Module):
 
 
 class ResamplerModule(nn.Module):
-    """The module: ``rows`` wide."""
+    """Trained module of ``Resampler``, of width ``rows``."""
 
     def __init__(self, rows: int, heads: int, layers: int) -> None:
         super().__init__()
@@ -115,7 +144,24 @@ class ResamplerModule(nn.Module):
         self.rounds = nn.ModuleList(ResamplerBlock(rows, heads) for _ in range(layers))
 
     def forward(self, features: Tensor, places: Tensor, standing: Tensor, valid: Tensor) -> Tensor:
-        """features and their places [B, N, C], of which ``valid`` [B, N] are there, the places of the rows [B, K, C] -> rows [B, K, C]."""
+        """Make output tokens from all tokens.
+
+        Parameters
+        ----------
+        features : Tensor
+            [B, N, C].
+        places : Tensor
+            [B, N, C] encoded places of the tokens.
+        standing : Tensor
+            [B, K, C] encoded places of the output tokens.
+        valid : Tensor
+            [B, N] bool, False for padding.
+
+        Returns
+        -------
+        Tensor
+            [B, K, C].
+        """
         kind = self.query.weight.dtype
         value = self.norm(features.to(kind))
         key = value + places.to(kind)

@@ -1,4 +1,4 @@
-"""RLT: patches of a clip that did not change since the frame before do not go through the tower."""
+"""RLT: drop the patches of a video that did not change since the frame before, before the vision tower."""
 
 from __future__ import annotations
 
@@ -18,21 +18,25 @@ from duet_vlm.reducers.vision_tower import ThresholdReducer, TowerView, check_th
 @register("rlt")
 @dataclass(frozen=True)
 class RLT(ThresholdReducer):
-    """Run-Length Tokenization (NeurIPS 2024, arXiv 2411.05222), without its embedding of lengths: of a clip, the first step of time stays whole,
-    and of each later one the units that changed: mean absolute difference of pixels above a threshold. Images stay whole.
+    """Run-Length Tokenization (NeurIPS 2024, arXiv 2411.05222), without its length embedding.
 
-    Attributes
+    The first time step of a video is kept whole, and of each later one the units (patches, or groups of patches that
+    later form one token) that changed: mean absolute difference of pixels above a threshold. Images are kept whole. In
+    steps of several frames, the last frame of a step is compared with the first frame of its reference, as in the
+    released code.
+
+    Parameters
     ----------
     threshold : float
-        In the scale in which the processor hands pixels to the model.
+        Mean absolute difference of pixels, in the scale of the processor's output.
     against : str
-        What a unit is compared with: the last one at its place that stayed ("kept", so that a slow drift cannot pass unseen), or the one of the
-        step before ("before", as the released code does).
+        Reference of a unit: the last kept one at its place ("kept", so that a slow drift is noticed), or the one of the
+        step before ("before", as in the released code).
 
-    With ``keep``, or a budget, the units stay that changed most since the step before, equally many of every frame; the first one is compared
-    with the step behind it. Images, which show no change, are then thinned evenly.
+    With ``keep``, or a budget, the units that changed most since the step before are kept, equally many in every frame;
+    the first step is compared with the second. Images, which show no change, are then thinned evenly.
 
-    Steps of several frames: the last frame of one against the first of what it is compared with, as the released code does.
+    Cost: one difference per pixel. Needs: pixels; no attention and no text.
     """
 
     paper = "RLT, NeurIPS 2024, arXiv 2411.05222"
@@ -51,7 +55,7 @@ class RLT(ThresholdReducer):
     def keep_patches(self, view: TowerView) -> Tensor:
         alone = upload([n < 0 for n in view.previous_picture], view.valid.device)
         alone = alone & ~upload([n in view.previous_picture for n in range(len(view.previous_picture))], alone.device)
-        return torch.where(alone[:, None], spaced_picks(view.valid, view.num_keep), super().keep_patches(view)) if view.has_count else super().keep_patches(view)
+        return torch.where(alone[:, None], spaced_picks(view.valid, view.num_keep), super().keep_patches(view)) if view.host_num_keep else super().keep_patches(view)
 
     def scores(self, view: TowerView) -> Tensor:
         pixels = view.require(Input.PIXELS)
@@ -62,8 +66,8 @@ class RLT(ThresholdReducer):
                 continue
             change = (pixels[picture, :, -1].float() - reference[before]).abs().mean(-1)
             scores[picture] = change - self.threshold
-            if view.has_count and view.previous_picture[before] < 0:
+            if view.host_num_keep and view.previous_picture[before] < 0:
                 scores[before] = scores[picture]
-            if not view.has_count and self.against == "kept":
+            if not view.host_num_keep and self.against == "kept":
                 reference[picture] = torch.where((change > self.threshold)[:, None], reference[picture], reference[before])
         return scores

@@ -1,4 +1,4 @@
-"""SCOPE: keep the vision tokens that cover all others best, weighted by what the vision encoder attends to, before the decoder."""
+"""SCOPE: keep the vision tokens with the best attention-weighted coverage of all others, before the decoder."""
 
 from __future__ import annotations
 
@@ -18,28 +18,29 @@ from duet_vlm.reducers.score import ScoreReducer
 @register("scope")
 @dataclass(frozen=True)
 class Scope(ScoreReducer):
-    """SCOPE (NeurIPS 2025, "Saliency-Coverage Oriented Token Pruning").
+    """SCOPE (NeurIPS 2025, "Saliency-Coverage Oriented Token Pruning"): greedy coverage weighted by saliency.
 
-    Picks one token after the other: the one whose gain in coverage (how much more similar every token becomes to its most similar chosen
-    one, cosine of vision features) times its saliency (attention of the vision encoder) to the power ``alpha`` is largest. Nothing is
-    merged, text plays no part, and nothing happens in the decoder.
+    Tokens are picked one after the other: the one whose gain in coverage (how much more similar every token becomes to
+    its most similar chosen one, cosine of vision features) times its saliency (attention of the vision tower) to the
+    power ``alpha`` is largest. Nothing is merged, text plays no part, and nothing happens inside the decoder.
 
     Parameters
     ----------
     keep : int or float, optional
-        Tokens per span or the fraction of them. A budget of n keeps n.
+        Tokens kept per span: a count, or a fraction. A budget of n keeps n.
     alpha : float
-        Weight of saliency: 0 is pure coverage, 1 the released setting.
+        Exponent of saliency, at least 0: 0 is pure coverage, 1 the released setting.
     combined : str
         "multiply" (the paper's) or "add" gain and saliency.
     picks : int
-        Tokens chosen per step (``ops.greedy.cover``); the paper's rule is 1.
+        Tokens chosen per step (``ops.greedy.greedy_coverage``), at least 1; the paper's rule is 1.
 
-    Cost: one row of attention (CLS) or blocked column sums of one vision layer, an N x N table of similarities, and per kept token one pass
-    over it; 8 N^2 bytes. Needs: vision attention. Usable in training (the choice carries no gradient).
+    Cost: one query row of attention (CLS) or blocked column sums of one vision layer, an N x N table of similarities,
+    and per kept token one pass over it; 8 N^2 bytes. Needs: vision attention. Usable in training (the choice carries no
+    gradient).
 
-    Differences from the authors' code (kinredon/SCOPE): kept positions, any batch, ties by index. Towers without a CLS row take the
-    attention that a token receives, summed over the rows of its vision block, as saliency.
+    Differences from the authors' code (kinredon/SCOPE): kept positions, any batch, ties by index. In towers without a
+    CLS token saliency is the attention that a token receives, summed over the queries of its vision block.
     """
 
     paper = "SCOPE, NeurIPS 2025"

@@ -1,4 +1,4 @@
-"""SIEVE: inside the decoder, keep the visual tokens that the question attends to and that the text does not say yet, unlike each other."""
+"""SIEVE: keep visual tokens that text attends to and does not express yet, unlike each other, inside the decoder."""
 
 from __future__ import annotations
 
@@ -22,24 +22,27 @@ LEAST = 1e-6  # ridge beyond the last eigenvalue that is counted
 @register("sieve")
 @dataclass(frozen=True)
 class Sieve(ScheduledReducer):
-    """SIEVE ("When Vision Becomes Text", 2026), from the paper: no code is public.
+    """SIEVE ("When Vision Becomes Text", 2026): attention times the part of a token that text does not express.
 
-    At each stage a token's worth is its attention from the text, summed over the ``heads`` that attend to visual tokens most, times the share of its
-    hidden state that combinations of the text's hidden states cannot express; both squared. Tokens are chosen one after the other by worth, and
-    each takes from every other one's the squared cosine of what text cannot express of the two.
+    At each stage a token's score is its attention from the text, summed over the ``heads`` with the most attention to
+    visual tokens, times the share of its hidden state that combinations of the text's hidden states cannot express;
+    both squared. Tokens are chosen one after the other by score, and each choice multiplies every other token's score
+    by 1 - the squared cosine of the two tokens' residuals (the part that text cannot express).
 
     Parameters beyond ``ScheduledReducer``
     ----------
     heads : int
-        Heads that count, at least 1.
+        Number of attention heads that are summed, at least 1.
     energy : float
-        The text's directions are trusted down to the one with which this share of its spectrum is reached, in (0, 1]; weaker ones are damped.
+        Share of the text's spectrum whose directions are trusted, in (0, 1]; weaker directions are damped.
 
-    Cost: one key projection and the text's query rows per stage, a product of each visual row with each text row and with each visual row, and one
-    pass over that table per kept token. Needs text after the image. Usable in training (the choice carries no gradient).
+    Cost: one key projection and the text's query rows per stage, a product of each visual token with each text token
+    and with each visual token, and one pass over that table per kept token. Needs: text after the image. Usable in
+    training (the choice carries no gradient).
 
-    Chosen here, as the paper leaves it open or was not at hand in full: the stages (before layers 1, 10 and 15 of 32, with the shares of PIO-FVLM),
-    attention of the layer behind the drop, no stage before the decoder, eigenvalues as the spectrum, kept positions.
+    From the paper: no code is public. Chosen here, as the paper leaves it open or was not available in full: the stages
+    (before layers 1, 10 and 15 of 32, with the shares of PIO-FVLM), attention of the layer after the drop, no stage
+    before the decoder, eigenvalues as the spectrum, kept positions.
     """
 
     paper = "SIEVE: When Vision Becomes Text, 2026"
@@ -72,7 +75,7 @@ class Sieve(ScheduledReducer):
         return greedy_discounted(cosine(rest, valid).square(), (attention * unsaid).square(), valid, view.num_keep, most)
 
     def _ridge(self, text: Tensor) -> Tensor:
-        """[B, 1, 1], the eigenvalue at which enough of the spectrum of text [B, Q, D] is reached."""
+        """Eigenvalue [B, 1, 1] at which the trusted share of the spectrum of text [B, Q, D] is reached."""
         values = torch.linalg.eigvalsh(text @ text.transpose(1, 2)).clamp(min=0).flip(1)
         before = values.cumsum(1) - values
         reached = before < self.energy * values.sum(1, keepdim=True) * (1 - LEAST)

@@ -1,4 +1,5 @@
-"""SparseVLM: drop in three stages what the visual words of the question do not attend to, and recycle a part as cluster means."""
+"""SparseVLM: drop in stages inside the decoder by the attention of visual words, and recycle a part as cluster means.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +81,10 @@ class SparseVLM(ScheduledReducer):
 
     @classmethod
     def official(cls, tokens: int = 192, version: str = "1.5", **fields: Any) -> SparseVLM:
-        """The released counts for nominally ``tokens`` of 576; version "2.0" recycles nothing, keeps positions and takes the best 14 heads."""
+        """Return the released counts for nominally ``tokens`` of 576.
+
+        Version "2.0" recycles nothing, keeps positions and averages the best 14 heads.
+        """
         check_choice("version", version, tuple(RELEASED))
         check_choice("tokens", str(tokens), tuple(map(str, RELEASED[version])))
         schedule = tuple(zip(LAYERS, RELEASED[version][tokens], strict=True))
@@ -89,7 +93,9 @@ class SparseVLM(ScheduledReducer):
         return cls(**every | ({"positions": "compact"} if version == "1.5" else second) | fields)
 
     def extra_stages(self, depth: int) -> frozenset[int]:
-        """``released``: where a single token is recycled nobody leaves, but it moves behind the others."""
+        """With ``released``, stages that only reorder: a single recycled token moves after the kept ones, and none is
+        dropped.
+        """
         return frozenset(layer for layer, _ in self.schedule or () if self.released and self.recycle)
 
     def _counts(self, tokens: int, depth: int, schedule: Schedule) -> tuple[int, ...]:
@@ -131,7 +137,7 @@ class SparseVLM(ScheduledReducer):
         return Selection(index, valid, members, torch.where(joins, into, -1))
 
     def _mean(self, scores: Tensor, valid: Tensor) -> Tensor:
-        """[B, V, H] -> [B, V]."""
+        """Average the attention over all or the best heads: [B, V, H] -> [B, V]."""
         if self.best_heads is None or self.best_heads >= scores.shape[2]:
             return scores.mean(2)
         seen = (scores * valid[..., None]).sum(1)
@@ -139,13 +145,15 @@ class SparseVLM(ScheduledReducer):
         return scores.gather(2, best[:, None].expand(-1, scores.shape[1], -1)).mean(2)
 
     def _split(self, there: int, stay: int) -> tuple[int, int, int]:
-        """How many of ``there`` tokens are kept, clustered, and how many clusters they make, so that ``stay`` go on."""
+        """Split ``there`` tokens so that ``stay`` remain: how many are kept, how many clustered, and into how many
+        clusters.
+        """
         if there == stay and not self.released:
             return stay, 0, 0
         kept = largest_int(stay, lambda k: k + _clusters(there - k) <= stay)
         named = [min(keep, there - 1) for _, keep in self.schedule or () if self.released]
         if kept not in named and kept - 1 in named and kept - 1 + _clusters(there - kept + 1) == stay:
-            kept -= 1  # two numbers may give the same count: the one that was asked for
+            kept -= 1  # two numbers may give the same count: prefer the one in the schedule
         kept = max(kept, min(stay, 1))
         return kept, min(_recycled(there - kept), there - kept), min(stay - kept, _clusters(there - kept))
 
@@ -155,5 +163,5 @@ def _recycled(dropped: int) -> int:
 
 
 def _clusters(dropped: int) -> int:
-    """How many clusters the recycled ones of ``dropped`` tokens make."""
+    """Number of clusters of the recycled part of ``dropped`` tokens."""
     return _recycled(dropped) // 10 + 1

@@ -1,4 +1,6 @@
-"""Stateful token reduction: some tokens leave at every layer, ranked by the layer itself, whether it attends or has a state."""
+"""Stateful token reduction: a few tokens are dropped before every layer, ranked by its attention or its recurrent
+state.
+"""
 
 from __future__ import annotations
 
@@ -18,28 +20,33 @@ from duet_vlm.reducers.registry import register
 @register("stateful")
 @dataclass(frozen=True)
 class Stateful(DecoderReducer):
-    """Stateful token reduction for hybrid decoders (arXiv 2603.00198): from its abstract and notes on it, as no code is public.
+    """Stateful token reduction for hybrid decoders (arXiv 2603.00198): progressive drops at every layer, one score for
+    all.
 
-    A token that leaves at one layer was read by all layers before it, and what a state took from it stays there. Which tokens matter changes from
-    layer to layer, so no layer decides much: layer l of L reads the share 1 - (1 - ``end``) (l / L)^``power`` of the tokens. Each layer ranks those
-    that reach it, by one score for both kinds. A layer with attention: the attention that text pays to a token, mean over heads and text. A layer
-    with a state: how much of what the token writes text would read, abs(q . k) times the token's gate, mean over heads and text, without the
-    fading in between.
+    A token dropped at one layer was processed by all layers before it, and its contribution to a recurrent state
+    remains there. The importance of tokens changes from layer to layer, so no layer drops many: layer l of L gets the
+    share 1 - (1 - ``end``) (l / L)^``power`` of the tokens. Each layer ranks the tokens that reach it, by one score for
+    both kinds of layer. In a layer with attention: the attention from text to a token, mean over heads and text. In a
+    layer with a state: how much of the token's contribution text would read out, abs(q . k) times the token's gate,
+    mean over heads and text, without the decay in between.
 
     Parameters
     ----------
     end : float
-        Share that the schedule comes to behind the last layer, in [0, 1].
+        Share that the schedule reaches after the last layer, in [0, 1].
     power : float, optional
-        Of the schedule, above 0: large powers keep nearly all until late. A budget of n finds the power by which n tokens are read in the mean.
+        Exponent of the schedule, above 0: large values keep nearly all tokens until late layers. A budget of n solves
+        for the power at which layers get n tokens in the mean.
 
-    Cost: at each layer with attention one key projection (which the layer takes over) and the queries of text; at one with a state its projection of
-    queries, keys and values once more. Needs text after the image. Usable in training (the choice carries no gradient).
+    Cost: at each layer with attention one key projection (which the layer takes over) and the queries of text; at one
+    with a state its projection of queries, keys and values once more. Needs: text after the image. Usable in training
+    (the choice carries no gradient).
 
-    Reconstructed: the curve (the paper: small cuts early and larger ones late, at all layers); that tokens keep no score from earlier layers; the
-    absolute value, and for the gated delta rule of Qwen3.5 the gate with which a key is written in the place of the step of a Mamba block: of
-    o_t = S_t q_t with S_t = a_t S_(t-1) (I - b_t k_t k_t^T) + b_t v_t k_t^T this is the share of v_i in o_t if nothing fades or is overwritten.
-    Decoders without such layers are ranked by attention alone. No preset: no code.
+    From the paper's abstract and notes on it: no code is public, so there is no preset. Chosen here: the curve (the
+    paper: small cuts early and larger ones late, at all layers); tokens keep no score from earlier layers; the absolute
+    value; and for the gated delta rule of Qwen3.5 the gate with which a key is written in place of the step of a Mamba
+    block: of o_t = S_t q_t with S_t = a_t S_(t-1) (I - b_t k_t k_t^T) + b_t v_t k_t^T this is the share of v_i in o_t
+    if nothing decays or is overwritten. Decoders without such layers are ranked by attention alone.
     """
 
     paper = "Stateful token reduction for hybrid video VLMs, arXiv 2603.00198"
@@ -72,7 +79,7 @@ class Stateful(DecoderReducer):
         return SpanPlan(tokens, tokens, 0, self.counts(tokens, depth, power / (1 - power)))
 
     def counts(self, tokens: int, depth: int, power: float) -> tuple[int, ...]:
-        """What each layer reads."""
+        """Number of tokens in each layer."""
         shares = (1 - (1 - self.end) * (layer / depth) ** power if layer else 1.0 for layer in range(depth))
         return tuple(math.floor(tokens * share + EPSILON) for share in shares)
 

@@ -1,4 +1,6 @@
-"""TokenCarve: one early drop inside the decoder by attention and information, whose last third is merged."""
+"""TokenCarve: one early drop inside the decoder by attention and information; the best of the dropped tokens are
+merged.
+"""
 
 from __future__ import annotations
 
@@ -22,22 +24,25 @@ from duet_vlm.reducers.scheduled import ScheduledReducer
 @register("tokencarve")
 @dataclass(frozen=True)
 class TokenCarve(ScheduledReducer):
-    """TokenCarve (arXiv 2503.10501): what text attends to and what carries information, pruned to half as many again as are wanted, then merged.
+    """TokenCarve (arXiv 2503.10501): rank by attention and information, prune to 3n/2 tokens, merge to n.
 
-    Two rankings, one by the attention of the last token and one by what a token adds to the spectrum of all (``ops.information``), are added up
-    place by place. Of the best 3n/2 tokens the better half only receives; of the others those n/2 leave that resemble one of the better half
-    most (cosine), and are averaged into it. n rows go on, and earlier layers forget the others (``trim_kv_cache=True``).
+    Two rankings, one by the attention from the last token and one by a token's contribution to the spectrum of all
+    tokens (``ops.information``), are added rank by rank. Of the best 3n/2 tokens the better half is kept; of the other
+    half, the n/2 tokens that resemble a token of the better half most (cosine) are averaged into it. n tokens remain,
+    and earlier layers drop the others from their cache (``trim_kv_cache=True``).
 
     Parameters beyond ``ScheduledReducer`` (one stage, before layer 2 of any depth, keeps 2/9)
     ----------
     attention_weight : float
-        Weight of the ranking by attention, in [0, 1]; the other one has the rest. 0 and 1 are the released modes 1 and 2.
+        Weight of the ranking by attention, in [0, 1]; the other ranking has the rest. 0 and 1 are the released modes 1
+        and 2.
 
-    Cost: one key projection and one query row, a Gram matrix of N x N (or D x D) with its eigenvectors, cosines of the 3n/2. Needs text after the
-    image. Usable in training (the choice carries no gradient, merged rows do).
+    Cost: one key projection and one query row, a Gram matrix of N x N (or D x D) with its eigenvectors, cosines of the
+    3n/2 tokens. Needs: text after the image. Usable in training (the choice carries no gradient, merged tokens do).
 
-    Differences from the authors' code (ShawnTan86/TokenCarve): Gram matrix instead of a decomposition of the rows (which fails for more tokens
-    than channels), ties to the lower index, any image place, batch and prompt length. No preset: the rule is theirs.
+    Differences from the authors' code (ShawnTan86/TokenCarve): Gram matrix instead of a decomposition of the rows
+    (which fails for more tokens than channels), ties to the lower index, any image position, batch and prompt length.
+    ``official`` has the released counts; the rule is the same.
     """
 
     paper = "TokenCarve, arXiv 2503.10501"
@@ -59,7 +64,7 @@ class TokenCarve(ScheduledReducer):
 
     @classmethod
     def official(cls, keep: int = 128, attention_weight: float = 0.5, **fields: Any) -> TokenCarve:
-        """The released counts: ``keep`` tokens from layer 2 on."""
+        """Return the released counts: ``keep`` tokens from layer 2 on."""
         released: dict[str, Any] = {"schedule": ((2, keep),), "attention_weight": attention_weight, "protect_predicting_tokens": False}
         return cls(**released | fields)
 

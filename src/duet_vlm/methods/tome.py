@@ -1,4 +1,4 @@
-"""ToMe: merge vision tokens that resemble each other, pair by pair, before the decoder."""
+"""ToMe: merge similar vision tokens pair by pair, before the decoder."""
 
 from __future__ import annotations
 
@@ -22,29 +22,32 @@ from duet_vlm.reducers.registry import register
 @register("tome")
 @dataclass(frozen=True)
 class ToMe(EncoderReducer):
-    """Token Merging (ICLR 2023, arXiv 2210.09461), at the exit of the vision tower.
+    """Token Merging (ICLR 2023, arXiv 2210.09461), applied to the output of the vision tower.
 
-    Bipartite soft matching: every second token looks for the one between that it resembles most (cosine of mean keys), and the pairs that
-    are most alike become one. Repeated with what is left, a quarter of it at a time, until as many rows are left as are wanted. Each is the
-    mean of all tokens in it; so is its key. No attention, no text, and nothing happens in the decoder.
+    Bipartite soft matching: tokens are split alternately into sources and targets, each source is matched with the
+    target that it resembles most (cosine of mean keys), and the most similar pairs are merged. This is repeated with
+    the remaining tokens, a quarter of them at a time, until the count is reached. A merged token is the mean of all its
+    members, and so is its key. No attention, no text, and nothing happens inside the decoder.
 
     Parameters
     ----------
     keep : int or float, optional
-        Rows per span or fractions of its tokens. A budget of n keeps n.
+        Tokens that enter the decoder per span: a count, or a fraction. A budget of n keeps n.
     order : str
-        Who looks and who is looked at in the next round: every second one in "raster" order, or in that of the released code ("released":
-        tokens that looked and stay, most alike first, then those that were looked at).
+        Order of the tokens that is split in the next round: "raster", or that of the released code ("released":
+        unmerged sources, most similar first, then targets).
     pace : int
-        One of that many tokens leaves in a round. 2 is the most that a matching can do: then all that look must find somebody, however unlike.
+        In each round one of this many tokens is merged, at least 2. With 2, the limit of a matching, every source is
+        merged, however dissimilar.
 
-    Cost: per round a quarter of a table of all pairs that are left, in float32; 8 rounds from 576 to 64 rows. Needs: vision keys. Usable in
-    training (the choice carries no gradient, the rows do).
+    Cost: per round a quarter of a table of all remaining pairs, in float32; 8 rounds from 576 to 64 tokens. Needs:
+    vision keys. Usable in training (the choice carries no gradient, merged tokens do).
 
-    Differences from the authors' code (facebookresearch/ToMe): it merges within the blocks of a tower, some tokens in each, and the next
-    block makes new keys of what was merged; here nothing in the tower changes, keys are merged like the rows, and attention is not weighted
-    by sizes. Kept positions: a row stands where its last token that was looked at was. ``ToMe.official``: order of the released code, up to half
-    of the tokens in one round, compact positions.
+    Differences from the authors' code (facebookresearch/ToMe): it merges within the blocks of a tower, some tokens in
+    each, and the next block computes new keys of merged tokens (see ``tome_tower``); here nothing in the tower changes,
+    keys are merged like the features, and attention is not weighted by sizes. Kept positions: a merged token has the
+    position of its last target. ``ToMe.official``: order of the released code, up to half of the tokens in one round,
+    compact positions.
     """
 
     paper = "ToMe, ICLR 2023, arXiv 2210.09461"
@@ -67,7 +70,9 @@ class ToMe(EncoderReducer):
 
     @classmethod
     def official(cls, keep: Keep = 0.25, **fields: Any) -> ToMe:
-        """The matching of the released code, in its order, at compact positions; ``keep`` rows of each crop."""
+        """Return the settings of the released code's matching, in its order, at compact positions; ``keep`` tokens of
+        each crop.
+        """
         released: dict[str, Any] = {"order": "released", "pace": 2, "positions": "compact", "crops": "per_crop", "protect_predicting_tokens": False}
         return cls(**{"keep": keep} | released | fields)
 
@@ -97,10 +102,10 @@ class ToMe(EncoderReducer):
         return Selection(rows, valid, home, into.masked_fill((joined == home) | ~view.valid, -1))
 
     def _next(self, rows: Tensor, real: Tensor, source: Tensor, leaves: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """The rows of the next round [B, width] and which of them are real."""
+        """Tokens of the next round [B, width], and a mask of the valid ones."""
         stays = real.scatter(1, source, real.gather(1, source) & ~leaves)
         order = torch.arange(rows.shape[1], device=rows.device).expand(rows.shape)
-        if self.order == "released":  # a span that is done stays as it is
+        if self.order == "released":  # a finished span does not change
             order = torch.where(leaves.any(1, keepdim=True), torch.cat([source, order[:, 1::2]], 1), order)
         place, there = pack_right(stays.gather(1, order), width)
         return rows.gather(1, order.gather(1, place)), there

@@ -1,4 +1,4 @@
-"""ToMe inside the vision tower: in every block the patches that are most alike become one."""
+"""ToMe inside the vision tower: merge the most similar patches in every block."""
 
 from __future__ import annotations
 
@@ -20,23 +20,28 @@ from duet_vlm.reducers.vision_tower import MergePairs, TowerReducer, TowerView
 @register("tome_tower")
 @dataclass(frozen=True)
 class ToMeTower(TowerReducer):
-    """Token Merging (ICLR 2023, arXiv 2210.09461) where it was made for: in every block, between attention and MLP.
+    """Token Merging (ICLR 2023, arXiv 2210.09461) inside the vision tower: in every block, between attention and MLP.
 
-    Bipartite soft matching: every second unit looks for the one between that it resembles most (cosine of mean keys of that block), and the
-    pairs that are most alike become one, the mean weighted by how many units each stands for. A merged row weighs in later attention what it
-    stands for (``mass``; the paper's proportional attention). No more than half of the units can leave in one block.
+    Bipartite soft matching: units (patches, or groups of patches that later form one token) are split alternately into
+    sources and targets, each source is matched with the target that it resembles most (cosine of mean keys of that
+    block), and the most similar pairs are merged to a mean weighted by size, the number of units merged into each.
+    Later attention is weighted by size as well (``proportional_attention``, as in the paper). At most half of the units
+    can be merged in one block.
 
-    Attributes
+    Parameters
     ----------
     shares : tuple of int
-        How what leaves is divided over the blocks, the first one's number first: in proportion, and exactly these if they add up to it. Empty:
-        equally over all blocks up to the one that is read.
+        Numbers of units merged in each block, first block first: used in proportion, and exactly if they add up to the
+        required number. Empty: equal shares in all blocks up to the one whose output is used.
     order : str
-        Who looks and who is looked at in the next block: every second one in "raster" order, or in that of the released code ("released": units
-        that looked and stay, most alike first (in their old order behind a CLS row), then those that were looked at).
+        Order of the units that is split in the next block: "raster", or that of the released code ("released": unmerged
+        sources, most similar first (in their old order in towers with a CLS token), then targets).
 
-    Differences from the authors' code (facebookresearch/ToMe): a merged row stands at the place of the unit that was looked at, in raster order
-    unless ``order`` says otherwise; a distillation token is not known.
+    Cost: in each block a quarter of a table of all pairs of units, in float32. Needs: keys of every tower block; no
+    text.
+
+    Differences from the authors' code (facebookresearch/ToMe): a merged unit has the position of its target, in raster
+    order unless ``order`` is "released"; distillation tokens are not supported.
     """
 
     paper = "ToMe, ICLR 2023, arXiv 2210.09461"
@@ -57,7 +62,9 @@ class ToMeTower(TowerReducer):
 
     @property
     def least(self) -> int:
-        """The last unit, which may have to predict, joins nobody and is joined by nobody; what else there is becomes one at the least."""
+        """Smallest number of units: the last unit, which may have to predict text, is never merged, and all others
+        become one at least.
+        """
         return 1 + self.protect_predicting_tokens
 
     def stage_counts(self, units: int, left: int, depth: int) -> Sequence[int]:

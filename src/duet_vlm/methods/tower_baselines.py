@@ -1,4 +1,4 @@
-"""The floors of reduction in the tower: patches by chance, and patches evenly spaced."""
+"""Baselines of reduction inside the tower: random and evenly spaced patches."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ from duet_vlm.reducers.vision_tower import TowerReducer, TowerView
 @register("random_patches")
 @dataclass(frozen=True)
 class RandomPatches(TowerReducer):
-    """A random choice of units: what a method inside the tower must beat. The same for every picture of a size, whatever the batch.
+    """Random choice of patches before the vision tower: the baseline that a method inside the tower must beat.
+
+    The choice is the same for every image of a size, whatever the batch.
 
     Parameters
     ----------
     seed : int
-        Of the choice.
+        Seed of the choice.
+
+    Cost: none. Needs: no attention and no text.
     """
 
     paper = "-"
@@ -37,7 +41,10 @@ class RandomPatches(TowerReducer):
 @register("checkerboard")
 @dataclass(frozen=True)
 class Checkerboard(TowerReducer):
-    """Units evenly spaced; of half of them every other one, lines shifted against each other."""
+    """Evenly spaced patches before the vision tower; at a half, every other one, with alternate lines shifted by one.
+
+    Cost: none. Needs: no attention and no text.
+    """
 
     paper = "-"
     summary = "evenly spaced patches go through the vision tower"
@@ -45,6 +52,7 @@ class Checkerboard(TowerReducer):
     def keep_patches(self, view: TowerView) -> Tensor:
         number = torch.arange(view.valid.shape[1], device=view.valid.device).expand(view.valid.shape)
         columns = upload([columns for _, columns in view.grids], number.device)[:, None]
-        shifted = number // columns * columns + (number % columns + number // columns % 2) % columns  # every second line begins one later
+        # every second line is shifted by one
+        shifted = number // columns * columns + (number % columns + number // columns % 2) % columns
         order = shifted.argsort(dim=1, stable=True)
         return spaced_picks(view.valid.gather(1, order), view.num_keep).gather(1, order.argsort(dim=1, stable=True))

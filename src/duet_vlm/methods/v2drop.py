@@ -1,4 +1,4 @@
-"""V2Drop: inside the decoder, drop the visual tokens that the last layer changed least."""
+"""V2Drop: drop the visual tokens that the last decoder layer changed least."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ from duet_vlm.reducers.scheduled import ScheduledReducer
 @register("v2drop")
 @dataclass(frozen=True)
 class V2Drop(ScheduledReducer):
-    """V2Drop (CVPR 2026): a visual token that a layer hardly changes has nothing more to give; the laziest leave.
+    """V2Drop (CVPR 2026): a visual token whose hidden state hardly changes contributes little more.
 
-    At each stage the tokens stay whose hidden states the last layer moved farthest (L2 distance of its input and output).
+    At each stage the tokens whose hidden states the last layer changed most (L2 distance of its input and output) are
+    kept.
 
-    Parameters as ``ScheduledReducer``: its stages are before layers 3, 17 and 22 of 32, and keep 1/2, 1/4 and (``least``) one token.
+    Parameters: those of ``ScheduledReducer``. Its stages are before layers 3, 17 and 22 of 32, and keep 1/2, 1/4 and
+    one token (``min_tokens``).
 
-    Cost: three numbers per token and channel, no attention; one copy of the visual rows is kept for a layer. Needs nothing of the text. Usable
-    in training (the choice carries no gradient).
+    Cost: three numbers per token and channel, no attention; one copy of the visual tokens' hidden states is kept for a
+    layer. Needs: no text. Usable in training (the choice carries no gradient).
 
-    Differences from the authors' code (xuyang-liu16/V2Drop): any image place, batch and depth; text-only prompts of any length stay whole.
-    ``V2Drop.official`` has its counts.
+    Differences from the authors' code (xuyang-liu16/V2Drop): any image position, batch and depth; text-only prompts of
+    any length are not reduced. ``V2Drop.official`` has its counts.
     """
 
     paper = "V2Drop, CVPR 2026, github.com/xuyang-liu16/V2Drop"
@@ -41,7 +43,7 @@ class V2Drop(ScheduledReducer):
 
     @classmethod
     def official(cls, model: str = "llava", **fields: Any) -> V2Drop:
-        """The released counts, of what is there at each stage: "llava" or "qwen2_vl"."""
+        """Return the released counts, relative to the current tokens at each stage: "llava" or "qwen2_vl"."""
         check_choice("model", model, ("llava", "qwen2_vl"))
         schedule = ((3, 0.5), (17, 0.5), (22, 0.0)) if model == "llava" else ((3, 0.25), (16, 0.05), (22, 0.0))
         released: dict[str, Any] = {"schedule": schedule, "relative": "current", "rounding": "int", "protect_predicting_tokens": False}

@@ -1,4 +1,6 @@
-"""VidCom2: frames that stand out keep more, and every frame keeps the tokens that resemble clip and frame least, before the decoder."""
+"""VidCom2: keep the video tokens that are least similar to video and frame, more of them in unusual frames, before the
+decoder.
+"""
 
 from __future__ import annotations
 
@@ -23,26 +25,28 @@ WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)  # of the kernels whose sum says how al
 @register("vidcom2")
 @dataclass(frozen=True)
 class VidCom2(VideoReducer):
-    """VidCom2 (EMNLP 2025, arXiv 2505.14454).
+    """VidCom2 (EMNLP 2025, arXiv 2505.14454): frame-wise budgets by uniqueness, tokens by dissimilarity.
 
-    The half of the channels that varies least over the clip is kept to compare with, rows then have unit length. A token is compared with the
-    mean of the clip and that of its frame (a sum of five Gaussian kernels); frames that are least like the clip get more of the budget, and each
-    keeps its least similar tokens. No attention, no text, no merging.
+    The half of the channels that varies least over the video is compared, with rows scaled to unit length. A token is
+    compared with the mean of the video and the mean of its frame (a sum of five Gaussian kernels); frames that are
+    least similar to the video get more of the budget, and each keeps its least similar tokens. No attention, no text,
+    no merging.
 
     Parameters
     ----------
     keep : int or float, optional
-        Tokens per span or the fraction of them. A budget of n keeps n.
+        Tokens kept per span: a count, or a fraction. A budget of n keeps n.
     channels : float
         Share of the channels that are compared, in (0, 1].
     temperature : float
-        Of the softmax over frames: small values give one frame nearly all that goes from one to another, large ones all frames the same.
+        Temperature of the softmax over frames, above 0: small values move the budget towards one frame, large ones give
+        all frames the same.
 
-    Cost: two comparisons per token. Needs steps of time. Usable in training (the choice carries no gradient).
+    Cost: two comparisons per token. Needs: frames. Usable in training (the choice carries no gradient).
 
-    Differences from the authors' code (xuyang-liu16/VidCom2): the counts of all frames add up to the budget (released: each is rounded by itself);
-    a frame that would keep more than it has gives to the others; newline rows leave, or stay where they are (``newline``), where the released code
-    moves them behind their frame; kept positions.
+    Differences from the authors' code (xuyang-liu16/VidCom2): the counts of all frames add up to the budget (released:
+    each is rounded separately); the excess of a frame goes to the others; newline tokens are dropped, or kept at their
+    positions (``newline_tokens``), where the released code moves them after their frame; kept positions.
     """
 
     paper = "VidCom2, EMNLP 2025, arXiv 2505.14454"
@@ -60,7 +64,7 @@ class VidCom2(VideoReducer):
 
     @classmethod
     def official(cls, keep: Keep = 0.25, **fields: Any) -> VidCom2:
-        """The released rule with a count that is given: newline rows stay."""
+        """Return the settings of the released rule with a given count: newline tokens are kept."""
         return cls(**{"keep": keep, "newline_tokens": "keep", "protect_predicting_tokens": False} | fields)
 
     def reduced(self, view: EncoderView, clips: VideoTokens, count: Tensor) -> VideoRows:
@@ -70,7 +74,9 @@ class VidCom2(VideoReducer):
         return VideoRows.alone(self.chosen(clips, to_clip + to_frame, frames))
 
     def likeness(self, rows: Tensor, clips: VideoTokens) -> tuple[Tensor, Tensor]:
-        """How much each row [B, T, P, C] is like the mean of its clip and that of its frame: twice [B, T, P] float32."""
+        """Similarity of each token [B, T, P, C] to the mean of its video and to that of its frame: two [B, T, P]
+        float32.
+        """
         rows, real = rows.float(), clips.real[..., None]
         total = clips.sizes.sum(1)[:, None, None, None].clamp(min=1)
         mean = rows.masked_fill(~real, 0).sum((1, 2), keepdim=True) / total
@@ -81,14 +87,14 @@ class VidCom2(VideoReducer):
         return kernels(unit, unit.sum((1, 2), keepdim=True) / total), kernels(unit, frame)
 
     def scale(self, to_clip: Tensor, clips: VideoTokens) -> Tensor:
-        """What each frame keeps compared with an equal share: [B, T] float32."""
+        """Tokens of each frame relative to an equal share: [B, T] float32."""
         there = clips.sizes > 0
         unlike = -to_clip.masked_fill(~clips.real, 0).sum(2) / clips.sizes.clamp(min=1)
         share = (unlike.masked_fill(~there, float("-inf")) / self.temperature).softmax(1).masked_fill(~there, 0)
         return (1 + share - 1 / there.sum(1, keepdim=True).clamp(min=1)) * there
 
     def chosen(self, clips: VideoTokens, alike: Tensor, frames: Tensor) -> Tensor:
-        """The ``frames`` [B, T] least alike rows of every frame: alike [B, T, P] -> [B, N] bool."""
+        """Mask [B, N] of the ``frames`` [B, T] least similar tokens of every frame: alike [B, T, P] -> [B, N] bool."""
         order = ranking(-alike.flatten(0, 1), clips.real.flatten(0, 1))
         best = torch.arange(order.shape[1], device=order.device) < frames.flatten()[:, None]
         kept = torch.zeros_like(best).scatter(1, order, best).view(alike.shape) & clips.real
@@ -96,11 +102,13 @@ class VidCom2(VideoReducer):
 
 
 def kernels(rows: Tensor, centre: Tensor) -> Tensor:
-    """How alike rows and a centre are: [..., C] and [..., C] -> [...], up to the number of kernels."""
+    """Similarity of rows and a centre, a sum of Gaussian kernels: [..., C] and [..., C] -> [...], at most the number of
+    kernels.
+    """
     apart = (rows - centre).square().sum(-1)
     return torch.stack([(apart / (-2 * width)).exp() for width in WIDTHS]).sum(0)
 
 
 def least_of(count: Tensor, sizes: Tensor) -> Tensor:
-    """One row of every frame where there are enough: [B], [B, T] -> [B, T]."""
+    """One token of every frame where the count allows it: [B], [B, T] -> [B, T]."""
     return ((sizes > 0) & (count >= (sizes > 0).sum(1))[:, None]).long()

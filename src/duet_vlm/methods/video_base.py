@@ -1,4 +1,4 @@
-"""What the methods for clips share: a count per span, rows by step of time and place, spans that stay whole."""
+"""Bases of the methods for videos: a count per span, tokens by time step and place, spans that are kept whole."""
 
 from __future__ import annotations
 
@@ -21,9 +21,21 @@ Self = TypeVar("Self", bound="ScheduledVideoReducer")
 
 
 class VideoRows(NamedTuple):
-    """What becomes of clips: which rows are ``kept`` [B, N]; to which of them (``owner``, -1: none) every row is added and with which ``weight``,
-    [B, M N]; numbers by which rows follow each other, ``order`` [B, N], None as they stand in the clip; what is noted of every row for the stage
-    inside the decoder, ``notes`` [B, N], None nothing."""
+    """Reduction of B videos of N tokens.
+
+    Attributes
+    ----------
+    kept : Tensor
+        [B, N] bool, tokens that are kept.
+    owner : Tensor
+        [B, M N] long, the kept token that each token is merged into, up to M for each; -1 for none.
+    weight : Tensor
+        [B, M N] float32, weight of each token there.
+    order : Tensor or None
+        [B, N] sort keys of the kept tokens; None: raster order.
+    notes : Tensor or None
+        [B, N] tags of the tokens for the stage inside the decoder; None: no tags.
+    """
 
     kept: Tensor
     owner: Tensor
@@ -33,19 +45,19 @@ class VideoRows(NamedTuple):
 
     @classmethod
     def alone(cls, kept: Tensor) -> VideoRows:
-        """Kept rows [B, N] as they are, and nothing else."""
+        """Keep tokens [B, N] without merging."""
         nothing = kept.new_zeros(len(kept), 0, dtype=torch.long)
         return cls(kept, nothing, nothing.float())
 
 
 @dataclass(frozen=True)
 class VideoReducer(EncoderReducer):
-    """Base of the methods that look at all frames of a clip. An image is a clip of one step.
+    """Base of the methods that compare all frames of a video. An image is a video of one step.
 
     Parameters
     ----------
     keep : int or float, optional
-        Tokens per span or the fraction of them. A budget of n keeps n.
+        Tokens that enter the decoder per span: a count, or a fraction. A budget of n keeps n.
     """
 
     compares_frames = True
@@ -78,20 +90,21 @@ class VideoReducer(EncoderReducer):
 
     @abstractmethod
     def reduced(self, view: EncoderView, clips: VideoTokens, count: Tensor) -> VideoRows:
-        """Exactly ``count`` [B] rows of every clip."""
+        """Reduce every video to exactly ``count`` [B] tokens."""
 
 
 @dataclass(frozen=True)
 class ScheduledVideoReducer(VideoReducer, DecoderReducer):
-    """Base of the methods for clips that go on inside the decoder: at the layers where their paper does (``stages``).
+    """Base of the methods for videos that also drop inside the decoder, at the layers of their paper
+    (``paper_schedule``).
 
     Parameters
     ----------
     keep : int or float, optional
-        Rows per span that enter the decoder, or the fraction of its tokens. A budget lets in as many as it allows.
+        Tokens that enter the decoder per span: a count, or a fraction. A budget lets in as many as it allows.
     schedule : ((layer, keep), ...), optional
-        Drops inside the decoder, keeps relative to what enters. With a budget: fractions; left out, those of the paper. Without a budget and left
-        out: none.
+        Drops inside the decoder: before ``layer`` keep that many tokens (int) or that fraction of the entering ones
+        (float). With a budget: fractions; left out, those of the paper. Without a budget and left out: none.
     """
 
     paper_schedule: ClassVar[Schedule]  # of the paper: (layer, share of what enters), falling
@@ -112,7 +125,7 @@ class ScheduledVideoReducer(VideoReducer, DecoderReducer):
             raise ValueError(f"{self.name}: schedule drops before layer {early[0]}, but {why}")
 
     def schedule_at_depth(self, depth: int) -> Schedule:
-        """The paper's stages in a decoder of ``depth`` layers; where two meet, the later one."""
+        """Scale the paper's stages to a decoder of ``depth`` layers; of two stages at one layer, the later one."""
         return tuple({max(self.min_layer, layer * depth // self.layers): keep for layer, keep in self.paper_schedule}.items())
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:

@@ -66,7 +66,9 @@ class VisionZip(EncoderReducer):
 
     @classmethod
     def official(cls, dominant: int = 54, contextual: int = 10, **fields: Any) -> VisionZip:
-        """The released LLaVA code: CLS counts as a dominant token, anchor + mean, [CLS, dominant, contextual] at compact positions."""
+        """Return the settings of the released LLaVA code: CLS counts as a dominant token, anchor + mean, [CLS,
+        dominant, contextual] at compact positions.
+        """
         preset: dict[str, Any] = {"cls_token": True, "positions": "compact", "merge": "anchor_plus_mean", "anchor_step": "floor"}
         preset |= {"protect_predicting_tokens": False, "signal_queries": None}
         return cls(**{"dominant": dominant, "contextual": contextual} | preset | fields)

@@ -1,4 +1,4 @@
-"""VisPruner: keep the most attended vision tokens, and of the others those that no other resembles, before the decoder."""
+"""VisPruner: keep the most attended vision tokens, and the least duplicated of the others, before the decoder."""
 
 from __future__ import annotations
 
@@ -19,25 +19,29 @@ from duet_vlm.reducers.score import ScoreReducer
 @register("vispruner")
 @dataclass(frozen=True)
 class VisPruner(ScoreReducer):
-    """VisPruner (ICCV 2025, arXiv 2412.01818 v2): important tokens by CLS attention, then diverse ones by removing duplicates.
+    """VisPruner (ICCV 2025, arXiv 2412.01818 v2): important tokens by CLS attention, then diverse ones by removing
+    duplicates.
 
-    A share of the budget goes to the tokens with the largest attention. The others stand in a list by falling attention. Every other one of
-    them (places 0, 2, 4, ...) is compared with those between (cosine of vision features), and the ``ROUND`` that resemble one of these most
-    leave; the rest, most similar first, then those between, make the next list, until as many are left as are wanted. Nothing is merged.
+    A share of the budget goes to the tokens with the largest attention. The others are sorted by falling attention and
+    split alternately into two halves (places 0, 2, 4, ... and 1, 3, 5, ...). The ``ROUND`` tokens of the first half
+    that resemble a token of the second most (cosine of vision features) are dropped; the rest of the first half, most
+    similar first, then the second half, make the next list, until the count is reached. Nothing is merged.
 
     Parameters
     ----------
     keep : int or float, optional
-        Tokens per span or the fraction of them. A budget of n keeps n.
+        Tokens kept per span: a count, or a fraction. A budget of n keeps n.
     important : float
-        Share of them that attention chooses, in [0, 1].
+        Share of the kept tokens that is chosen by attention, in [0, 1].
 
-    Cost: one row of attention (CLS) or blocked column sums of one vision layer, an N x N table of cosines, and per ``ROUND`` dropped tokens one
-    look at a quarter of what is left of it; 8 N^2 bytes. Needs: vision attention. Usable in training (the choice carries no gradient).
+    Cost: one query row of attention (CLS) or blocked column sums of one vision layer, an N x N table of cosines, and
+    per ``ROUND`` dropped tokens one pass over a quarter of the remaining table; 8 N^2 bytes. Needs: vision attention.
+    Usable in training (the choice carries no gradient).
 
-    Differences from the authors' code (Theia-4869/VisPruner): lists of odd length and last rounds with few tokens work (the released code stops
-    with an error), kept positions (``official``: compact), any batch, ties by index. Their SigLIP tower ranks by the last layer
-    (``signal_layer=-1``); towers without a CLS row take the attention that a token receives.
+    Differences from the authors' code (Theia-4869/VisPruner): lists of odd length and last rounds with few tokens work
+    (the released code stops with an error), kept positions (``official``: compact), any batch, ties by index. Their
+    SigLIP tower ranks by the last layer (``signal_layer=-1``); in towers without a CLS token tokens are ranked by the
+    attention that they receive.
     """
 
     paper = "VisPruner, ICCV 2025, arXiv 2412.01818"
@@ -53,7 +57,7 @@ class VisPruner(ScoreReducer):
 
     @classmethod
     def official(cls, keep: Keep = 128, important: float = 0.5, **fields: Any) -> VisPruner:
-        """The released LLaVA code: compact positions; ``keep`` patches of each crop."""
+        """Return the settings of the released LLaVA code: compact positions; ``keep`` patches of each crop."""
         released: dict[str, Any] = {"positions": "compact", "crops": "per_crop", "protect_predicting_tokens": False, "signal_queries": None}
         return cls(**{"keep": keep, "important": important} | released | fields)
 

@@ -1,4 +1,4 @@
-"""VQToken: the tokens of a clip as a few cluster means, and what a module makes of where and when each occurs."""
+"""VQToken: video tokens as a few cluster means, refined by where and when each cluster occurs."""
 
 from __future__ import annotations
 
@@ -28,33 +28,38 @@ WIDE = 2048  # feed-forward of the released module
 @register("vqtoken")
 @dataclass(frozen=True)
 class VQToken(Compressor):
-    """All tokens of an image or clip, as the decoder would get them, are clustered by cosine (k-means), as many clusters as rows may enter. A row is
-    the mean of its cluster's unit rows, to which a module adds what it reads of where and when the tokens of each cluster stand.
+    """VQToken (NeurIPS 2025, arXiv 2503.16980): vector-quantised tokens with their places (trained).
 
-    A row stands where the token most like its cluster's mean stood, and is told as made of its cluster. In the paper's form attention adds something
-    of the other clusters, too.
+    All projected tokens of an image or video are clustered by cosine (k-means), with as many clusters as tokens may
+    enter. An output token is the mean of its cluster's unit vectors plus a term that a module computes from where and
+    when the tokens of each cluster occur. Its position is that of the token most similar to the cluster's mean, and the
+    trace records it as made of its cluster; in the paper's form attention mixes in other clusters, too.
 
     Parameters beyond ``Compressor``
     ----------
     form : str
-        "paper": codebook rows attend to each other, the values being made of each cluster's places. "code": the released module, a decoder layer
-        whose queries are made of the cluster numbers of each frame, repeated up to the number of rows; no fewer rows than frames, and towers of one
-        size only; each row is made of every token. "codebook": the means alone, no weights.
+        "paper": codebook vectors attend to each other, with values made of each cluster's places. "code": the released
+        module, a decoder layer whose queries are made of the cluster numbers of each frame, repeated up to the number
+        of output tokens; not fewer output tokens than frames, and towers of one input size only; each output token is
+        made of every token. "codebook": the means alone, no weights.
     norms : bool
-        Give every row of the paper's form the mean length of its members, which unit rows have lost. Released: lost.
+        Scale every output token of the paper's form to the mean norm of its members, which unit vectors have lost.
+        Released: lost.
     frame : int or None
-        Tokens of one frame, for the released module; None: of a picture, where the tower fixes their number.
+        Tokens of one frame, for the released module; None: of an image, where the tower fixes their number.
     heads : int
-        Of the attention.
+        Attention heads.
     rounds : int
-        Of k-means; all are run, but centres that have come to rest stay. Released: 50.
+        Rounds of k-means, at least 1; all are run, but converged centres do not move. Released: 50.
 
-    Cost: a product of tokens by clusters for each round of k-means; the module is small, and the projector runs on every token. Needs nothing of the
-    tower. For training: gradients run through the means, not through the assignment.
+    Cost: a product of tokens by clusters for each round of k-means; the module is small, and the projector runs on
+    every token. Needs: the grid; no attention and no text. For training: gradients flow through the means, not through
+    the assignment.
 
-    Differences to the released code: clusters begin with farthest points, not with random ones, so that the same picture gives the same rows. What
-    the paper feeds as one flattened map of cluster numbers is given here for each cluster by itself, in 4 x 8 x 8 bins, since numbers are arbitrary
-    and clips have any length (reconstruction). The paper's form begins as the codebook itself.
+    Differences from the released code: clusters start from farthest points, not from random ones, so that the result is
+    deterministic. The paper's single flattened map of cluster numbers is replaced by one map per cluster, in 4 x 8 x 8
+    bins, since cluster numbers are arbitrary and videos have any length (reconstruction). Untrained, the paper's form
+    is the codebook.
     """
 
     paper = "VQToken, NeurIPS 2025, arXiv 2503.16980"
@@ -80,8 +85,11 @@ class VQToken(Compressor):
 
     @classmethod
     def official(cls, keep: Keep = 12) -> VQToken:
-        """As released: the bare codebook, 12 rows. The released code looks for the number of clusters with an elbow rule over 12 to 32, which gives
-        12 nearly always and 22 at the most (``duet_vlm.ops.kmeans.elbow``); here the number is known before the picture is seen."""
+        """Return the released settings: the bare codebook with 12 tokens.
+
+        The released code finds the number of clusters by an elbow rule over 12 to 32, which gives 12 nearly always and
+        22 at the most (``duet_vlm.ops.kmeans.elbow``); here the number is known before the image is encoded.
+        """
         return cls(keep=keep, form="codebook", norms=False, rounds=100)
 
     def module(self, sizes: ModuleSizes) -> nn.Module:
@@ -121,7 +129,7 @@ class VQToken(Compressor):
         return TokenClusters(place, there, labels, codebook, length, whole)
 
     def _occupied(self, view: EncoderView, found: TokenClusters) -> Tensor:
-        """Which share of a cluster stands in each bin: [B, K, bins]."""
+        """Share of each cluster's tokens in each bin: [B, K, bins]."""
         coords, size, _ = view.require(Input.GRID)
         time = view.require_parts().clamp(min=0)
         steps = time.amax(1, keepdim=True) + 1
@@ -136,7 +144,7 @@ class VQToken(Compressor):
         return counted / counted.sum(2, keepdim=True).clamp(min=1)
 
     def _frames(self, view: EncoderView, found: TokenClusters, module: FrameModule) -> Tensor:
-        """The released module on each span's frames."""
+        """Run the released module on each span's frames."""
         made, frames = [], [1] * len(view.plans)
         for number, plan in enumerate(view.plans):
             if plan.tokens % module.tokens:
@@ -155,8 +163,23 @@ class VQToken(Compressor):
 
 @dataclass(frozen=True)
 class TokenClusters:
-    """B spans in up to K clusters: the token ``place`` [B, K] that each row stands for, of which ``there`` are; ``labels`` [B, N]; means of unit rows
-    [B, K, C] and of lengths [B, K, 1]; ``whole`` [B]: spans with as many rows as tokens."""
+    """B spans of N tokens in up to K clusters.
+
+    Attributes
+    ----------
+    place : Tensor
+        [B, K] long, the token whose position each cluster takes.
+    there : Tensor
+        [B, K] bool, False for padding.
+    labels : Tensor
+        [B, N] long, cluster of each token; -1 for padding.
+    codebook : Tensor
+        [B, K, C] means of unit vectors.
+    length : Tensor
+        [B, K, 1] means of norms.
+    whole : Tensor
+        [B] bool, spans with as many clusters as tokens.
+    """
 
     place: Tensor
     there: Tensor
@@ -172,7 +195,9 @@ class TokenClusters:
 
 
 class PlaceModule(nn.Module):
-    """The paper's form: codebook rows attend to each other with values made of places, then a feed-forward; both begin as nothing."""
+    """Module of the paper's form: attention of codebook vectors with values made of places, then a feed-forward, both
+    residual and zero at the start.
+    """
 
     def __init__(self, rows: int, heads: int) -> None:
         super().__init__()
@@ -186,7 +211,20 @@ class PlaceModule(nn.Module):
             nn.init.zeros_(last.bias)
 
     def forward(self, codebook: Tensor, occupied: Tensor) -> Tensor:
-        """codebook [B, K, C], where each cluster stands [B, K, bins] -> rows [B, K, C]."""
+        """Refine the codebook.
+
+        Parameters
+        ----------
+        codebook : Tensor
+            [B, K, C] means of unit vectors.
+        occupied : Tensor
+            [B, K, bins] share of each cluster's tokens in each bin.
+
+        Returns
+        -------
+        Tensor
+            [B, K, C].
+        """
         kind = self.norm.weight.dtype
         rows, hidden = codebook.to(kind), occupied.sum(2) == 0
         hidden = hidden & ~hidden.all(1, keepdim=True)
@@ -197,7 +235,9 @@ class PlaceModule(nn.Module):
 
 
 class FrameModule(nn.Module):
-    """The released module, named as there: maps of ``tokens`` cluster numbers as queries of one decoder layer over the codebook."""
+    """Released module, with its parameter names: one decoder layer over the codebook, with maps of ``tokens`` cluster
+    numbers as queries.
+    """
 
     def __init__(self, tokens: int, rows: int, heads: int) -> None:
         super().__init__()
@@ -207,7 +247,20 @@ class FrameModule(nn.Module):
         self.transformer_decoder.layers = nn.ModuleList([nn.TransformerDecoderLayer(rows, heads, WIDE, dropout=0.0, batch_first=True)])
 
     def forward(self, maps: Tensor, codebook: Tensor) -> Tensor:
-        """maps [B, T, tokens] of cluster numbers, codebook [B, K, C] -> rows [B, max(T, K), C]; the fewer are repeated in a circle."""
+        """Make output tokens from maps and codebook; the shorter of the two is repeated cyclically.
+
+        Parameters
+        ----------
+        maps : Tensor
+            [B, T, tokens] cluster numbers of each frame.
+        codebook : Tensor
+            [B, K, C].
+
+        Returns
+        -------
+        Tensor
+            [B, max(T, K), C].
+        """
         kind = self.to_q_proj.weight.dtype
         query, codes = self.to_q_proj(maps.to(kind)), codebook.to(kind)
         count = max(query.shape[1], codes.shape[1])

@@ -1,4 +1,6 @@
-"""VScan: local tokens of a shallow vision layer and global ones of a deep layer, all others merged into them; then one drop by text."""
+"""VScan: local tokens of a shallow and global tokens of a deep vision layer, all others merged into them; then one drop
+by text.
+"""
 
 from __future__ import annotations
 
@@ -28,35 +30,39 @@ from duet_vlm.reducers.registry import register
 @register("vscan")
 @dataclass(frozen=True)
 class VScan(EncoderReducer, DecoderReducer):
-    """VScan (TMLR 2026, arXiv 2505.22654): scan a picture twice before the decoder, and drop once inside it.
+    """VScan (TMLR 2026, arXiv 2505.22654): two scans of the image before the decoder, and one drop inside it.
 
-    Half of the tokens are local: walking all tokens by falling attention in a shallow vision layer, each window of ``window`` x ``window`` gives at
-    most its share. The others are global: the most attended of the rest in a deep layer. Every other token joins the kept one that it is
-    most like (cosine of projected rows), and a row is the mean of its tokens. In the middle of the decoder the tokens stay that the last
-    text row attends to most.
+    Half of the tokens are local: all tokens are visited by falling attention in a shallow vision layer, and each window
+    of ``window`` x ``window`` contributes at most its share. The others are global: the most attended of the rest in a
+    deep layer. Every other token is merged into the kept one that it resembles most (cosine of projected tokens), as a
+    plain mean. In the middle of the decoder the tokens with the most attention from the last text token are kept.
 
     Parameters
     ----------
     keep : int or float, optional
-        Rows per span that enter the decoder, or the fraction of its tokens; an odd one is global.
+        Tokens that enter the decoder per span: a count, or a fraction of the span's tokens; an odd one is global.
     window : int
-        Rows and columns of a window; those that fill none belong to the last. The authors': 6, and 4 for Qwen2.5-VL.
+        Rows and columns of a window, at least 1; incomplete ones belong to the last window. The authors': 6, and 4 for
+        Qwen2.5-VL.
     shallow : int or float
-        The vision layer of the local tokens: its number, or a share of the depth (the first layer from there on that sees whole pictures).
+        Vision layer of the local tokens: its number, or a share of the depth (the first layer from there on that
+        attends globally).
     local : str
-        What windows give: "limit", at most what an equal share comes to, rounded up; or "equal", all the same number, so that fewer than
-        ``keep`` enter where they do not divide half of it (released LLaVA code, square pictures).
+        Tokens per window. "limit": at most an equal share, rounded up; "equal": exactly the same number, so that fewer
+        than ``keep`` enter where the windows do not divide half of it (released LLaVA code, square images).
     merge_others : bool
-        Join the tokens that are not kept; False drops them.
+        Merge the tokens that are not kept; False drops them.
     schedule : ((layer, keep), ...), optional
-        Drops inside the decoder, keeps relative to what enters. With a budget: fractions, and as many rows enter as it allows; left out, a
-        third stays from the middle on. Without a budget and left out: none.
+        Drops inside the decoder: before ``layer`` keep that many tokens (int) or that fraction of the entering ones
+        (float). With a budget: fractions, and the largest entry that it allows; left out, a third is kept from the
+        middle on. Without a budget and left out: none.
 
-    Cost: one row of attention (CLS) or blocked column sums of two vision layers, the projector on every token, kept tokens times all others; one
-    key projection and one query row at the drop. Needs: vision attention, the grid, text after the image. Usable in training.
+    Cost: one query row of attention (CLS) or blocked column sums of two vision layers, the projector on every token,
+    kept tokens times all others; one key projection and one query row at the drop. Needs: vision attention, the grid,
+    text after the image. Usable in training.
 
-    Differences from the authors' code (Tencent/SelfEvolvingAgent, VScan): any grid and any count, kept positions, grouped key heads, any batch.
-    ``official`` and ``official_qwen25`` restore the released rules.
+    Differences from the authors' code (Tencent/SelfEvolvingAgent, VScan): any grid and any count, kept positions,
+    grouped key heads, any batch. ``official`` and ``official_qwen25`` restore the released rules.
     """
 
     paper = "VScan, TMLR 2026, arXiv 2505.22654"
@@ -83,13 +89,16 @@ class VScan(EncoderReducer, DecoderReducer):
 
     @classmethod
     def official(cls, keep: int | None = 96, schedule: Schedule | None = ((16, 32),), **fields: Any) -> VScan:
-        """The released LLaVA code: equally many tokens of each window, compact positions; ``keep`` of each crop, counts in the schedule."""
+        """Return the settings of the released LLaVA code: equally many tokens of each window, compact positions.
+
+        ``keep`` is the count of each crop, and the schedule has counts.
+        """
         released: dict[str, Any] = {"local": "equal", "shallow": 5, "positions": "compact", "crops": "per_crop", "protect_predicting_tokens": False}
         return cls(**{"keep": keep, "schedule": schedule} | released | fields)
 
     @classmethod
     def official_qwen25(cls, keep: Keep | None = 0.25, schedule: Schedule | None = ((14, 1 / 3),), **fields: Any) -> VScan:
-        """The released Qwen2.5-VL code: windows of 4, all rows of a picture ask."""
+        """Return the settings of the released Qwen2.5-VL code: windows of 4, attention from all patches of an image."""
         return cls(**{"keep": keep, "schedule": schedule, "window": 4, "signal_queries": None, "protect_predicting_tokens": False} | fields)
 
     @property
@@ -108,7 +117,7 @@ class VScan(EncoderReducer, DecoderReducer):
         return plan_keep_all(tokens, depth) if target >= tokens else plan_with_schedule(self, schedule, tokens, depth, target)
 
     def _entering(self, asked: int, tokens: int) -> int:
-        """How many rows enter where ``asked`` of them were meant."""
+        """Number of tokens that enter where ``asked`` are requested."""
         if self.local == "limit" or asked >= tokens:
             return asked
         each = max(1, math.isqrt(tokens) // self.window) ** 2

@@ -1,4 +1,4 @@
-"""ZOO-Prune: keep the vision tokens that the projector is most sensitive to and that are unlike each other, before the decoder."""
+"""ZOO-Prune: keep dissimilar vision tokens that the projector is sensitive to, before the decoder."""
 
 from __future__ import annotations
 
@@ -17,29 +17,32 @@ from duet_vlm.reducers.score import ScoreReducer
 @register("zoo_prune")
 @dataclass(frozen=True)
 class ZooPrune(ScoreReducer):
-    """ZOO-Prune (CVPR 2026, arXiv 2509.24837): sensitivity of the projector, found without gradients, and diversity.
+    """ZOO-Prune (CVPR 2026, arXiv 2509.24837): zeroth-order sensitivity of the projector, and diversity.
 
-    The sensitivity of a token is how far its projected row moves when the rows that it is made of move by ``step`` along a random direction and
-    back, mean over ``directions``. It is scaled to [0, 1] over a picture; then tokens are taken one after the other by sensitivity times
-    1 - the largest cosine to those taken (projected rows). No attention, no text, no merging.
+    The sensitivity of a token is the change of its projected features when its vision features move by ``step`` along a
+    random direction and back, mean over ``directions``. It is scaled to [0, 1] over an image; then tokens are picked
+    one after the other by sensitivity times 1 - the largest cosine to the picked ones (projected features). No
+    attention, no text, no merging.
 
     Parameters
     ----------
     keep : int or float, optional
-        Tokens per span or the fraction of them. A budget of n keeps n.
+        Tokens kept per span: a count, or a fraction. A budget of n keeps n.
     directions : int
-        Random directions, the same for every token.
+        Number of random directions, at least 1, the same for every token.
     step : float
-        Length of a move.
+        Length of a step, above 0.
     seed : int
-        Of the directions; the choice depends on nothing else that is random.
+        Seed of the directions; nothing else is random.
 
-    Cost: the projector runs 2 ``directions`` times more on every token, in float32 (1.6 TFLOP for 576 tokens of LLaVA-1.5-7B: a fifth of its full
-    prefill; fewer directions cost less), an N x N table of cosines, and per kept token one row of it; 4 N^2 bytes. Needs: a projector that can be
-    called again. Usable in training (the choice carries no gradient).
+    Cost: the projector runs 2 ``directions`` times more on every token, in float32 (1.6 TFLOP for 576 tokens of
+    LLaVA-1.5-7B: a fifth of its full prefill; fewer directions cost less), an N x N table of cosines, and per kept
+    token one row of it; 4 N^2 bytes. Needs: a projector that can be called again. Usable in training (the choice
+    carries no gradient).
 
-    From the paper: no code was to be had. Chosen here: the same directions for all tokens, cosines of projected rows, the first token by
-    sensitivity alone. A token that a merger makes of several patches moves with all of them.
+    From the paper: no code was available. Chosen here: the same directions for all tokens, cosines of projected
+    features, the first token by sensitivity alone. A token that a merger makes of several patches moves with all of
+    them.
     """
 
     paper = "ZOO-Prune, CVPR 2026, arXiv 2509.24837"
@@ -66,5 +69,5 @@ class ZooPrune(ScoreReducer):
         return min_max_scaled(self.sensitivity(view), view.valid)
 
     def sensitivity(self, view: EncoderView) -> Tensor:
-        """Mean over directions of the distance of both moves, per length of the move: [B, N]."""
+        """Mean distance of the two perturbed projections over directions, per unit of step length: [B, N]."""
         return sensitivity(view.require(Input.PROJECTOR), self.directions, self.step, self.seed)

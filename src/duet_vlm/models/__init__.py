@@ -1,1 +1,2 @@
-"""One file = one model family: where the parts are, which positions they use, how queries and keys are made. Add a file to add a family."""
+"""One file per model family: its parts, the positions it uses, the making of queries and keys. Add a file to add a
+family."""

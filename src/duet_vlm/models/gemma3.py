@@ -1,4 +1,5 @@
-"""Gemma 3: SigLIP tower, average-pooled tokens, image blocks that see themselves whole, sliding windows between full layers."""
+"""Gemma 3: SigLIP tower, average-pooled tokens, bidirectional attention within an image, sliding windows between full
+layers."""
 
 from __future__ import annotations
 
@@ -12,10 +13,12 @@ from duet_vlm.profiling.model_dims import VisionDims
 
 
 class Gemma3(LlamaLike):
-    """``Gemma3ForConditionalGeneration``: V2V after the pooling projector, importance = attention received in the last tower layer.
+    """``Gemma3ForConditionalGeneration``: tokens are chosen after the pooling projector, importance = attention
+    received in the last tower layer.
 
-    Every image (and every crop of pan-and-scan, which the processor shows as an image of its own) is a span. Windows of sliding layers
-    count prompt slots; for ranking they are lifted. With flash attention windows count the rows that are left.
+    Every image (and every crop of pan-and-scan, which the processor passes as an image of its own) is a span. Windows
+    of sliding layers count prompt positions; for ranking they are lifted. With flash attention windows count the kept
+    tokens.
     """
 
     family = "gemma3"
@@ -37,7 +40,8 @@ class Gemma3(LlamaLike):
         if getattr(self.config.text_config, "attn_logit_softcapping", None):
             raise TypeError(f"{self.family}: attention logits that are soft-capped (Gemma 2 decoders) cannot be ranked yet")
         if not hasattr(self.base.vision_tower, "encoder"):
-            raise TypeError(f"{self.family}: the vision tower {type(self.base.vision_tower).__name__} is not supported, only SigLIP is")
+            raise TypeError(f"{self.family}: the vision tower {type(self.base.vision_tower).__name__} is not supported, only "
+                "SigLIP is")
 
     def vision_attention(self, layer: int | None) -> nn.Module:
         return self.base.vision_tower.encoder.layers[-1 if layer is None else layer].self_attn
@@ -53,8 +57,8 @@ class Gemma3(LlamaLike):
 
     def blocks_to_reduce(self) -> tuple[TowerBlocks, ...]:
         tower = self.base.vision_tower
-        inside = blocks_like_clip(tower.encoder.layers)
-        return (TowerBlocks(tower, tower.embeddings.patch_embedding, tower.encoder, inside, len(inside) - 1, patch_grid=self.cell),)
+        blocks = blocks_like_clip(tower.encoder.layers)
+        return (TowerBlocks(tower, tower.embeddings.patch_embedding, tower.encoder, blocks, len(blocks) - 1, patch_grid=self.cell),)
 
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         side = self.side // self.cell

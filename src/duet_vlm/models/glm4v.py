@@ -1,4 +1,5 @@
-"""GLM-4.1V to 4.6V and GLM-OCR: a tower like Qwen2-VL's with a convolution in front of its merger, a decoder that rotates pairs of channels."""
+"""GLM-4.1V to 4.6V and GLM-OCR: a tower like Qwen2-VL's with a convolution before its merger, a decoder that rotates
+pairs of channels."""
 
 from __future__ import annotations
 
@@ -20,10 +21,12 @@ PAIRS = ("glm4v_text", "glm_ocr_text")  # decoders that rotate neighbouring chan
 
 
 class Glm4V(Qwen2VL):
-    """``Glm4vForConditionalGeneration`` and relatives: V2V after the merger, importance = attention received in the last vision block.
+    """``Glm4vForConditionalGeneration`` and relatives: tokens are chosen after the merger, importance = attention
+    received in the last block.
 
-    Images and clips share one placeholder id; the prompt's video marks tell them apart. A call takes images or clips, not both (the stock
-    model counts every placeholder for either). Beams get the images of their sample, which the stock model deals out one by one.
+    Images and videos share one placeholder id; the prompt's video marks tell them apart. A call takes images or videos,
+    not both (the stock model counts every placeholder for either). Beams get the images of their sample, which the
+    stock model hands out one by one.
     """
 
     family = "glm4v"
@@ -39,19 +42,20 @@ class Glm4V(Qwen2VL):
         if input_ids is None:
             return super().placeholders(input_ids, inputs_embeds)
         visual = input_ids == self.image_token_id
-        begun, ended = ((input_ids == mark).cumsum(1) for mark in (self.config.video_start_token_id, self.config.video_end_token_id))
-        return {"image": visual & (begun <= ended), "video": visual & (begun > ended)}
+        begins, ends = ((input_ids == mark).cumsum(1) for mark in (self.config.video_start_token_id, self.config.video_end_token_id))
+        return {"image": visual & (begins <= ends), "video": visual & (begins > ends)}
 
-    def placeholder_ids(self, stream: Modality, tokens: int, parts: tuple[int, ...]) -> list[int]:
+    def placeholder_ids(self, modality: Modality, tokens: int, parts: tuple[int, ...]) -> list[int]:
         config, still = self.config, [self.image_token_id]
         frames = [token for count in parts for token in (config.image_start_token_id, *still * count, config.image_end_token_id)]
-        return frames if stream.name == "image" else [config.video_start_token_id, *frames, config.video_end_token_id]
+        return frames if modality.name == "image" else [config.video_start_token_id, *frames, config.video_end_token_id]
 
     def install(self, hooks: Hooks, running: Callable[[], TokenMap | None]) -> None:
         model: Any = self.model
 
         def expand(input_ids: Tensor | None, mm_encoder_output: Any, expand_size: int = 1, inputs_embeds: Tensor | None = None) -> Any:
-            """Repeat the images of each sample as a group, with the placeholders of clips told apart for the general method."""
+            """Repeat the images of each sample as a group, with the placeholders of videos told apart for the general
+            method."""
             if input_ids is not None and input_ids.numel():
                 input_ids = input_ids.masked_fill(self.placeholders(input_ids, None)["video"], self.config.video_token_id)
             return GenerationMixin._expand_multimodal_outputs(model, input_ids, mm_encoder_output, expand_size, inputs_embeds)
@@ -63,17 +67,19 @@ class Glm4V(Qwen2VL):
         unit, out = vision.spatial_merge_size**2, vision.out_hidden_size
         linear = (merger.proj, merger.gate_proj, merger.up_proj, merger.down_proj)
         return VisionDims(
-            layers=vision.depth, width=vision.hidden_size, mlp=self.visual.blocks[0].mlp.gate_proj.out_features, mlp_matrices=3,
-            patches_per_token=unit, extra_rows=0, patch_inputs=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+            layers=vision.depth, width=vision.hidden_size, mlp=self.visual.blocks[0].mlp.gate_proj.out_features,
+            mlp_matrices=3, patches_per_token=unit, extra_rows=0,
+            patch_inputs=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
             projector=((vision.hidden_size * unit, out), *((layer.in_features, layer.out_features) for layer in linear)),
         )  # fmt: skip
 
 
 def rotate_pairs(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotary embedding of neighbouring channels: x [B, H, n, d], cos and sin [B or 1, n, r]; channels from r on stay as they are."""
+    """Rotary embedding of neighbouring channels: x [B, H, n, d], cos and sin [B or 1, n, r]; channels from r on stay as
+    they are."""
     cos, sin = (t.unsqueeze(1) for t in rotary)
-    turned, plain = x.tensor_split((cos.shape[-1],), dim=-1)
-    out = turned * cos
-    out[..., ::2].addcmul_(turned[..., 1::2], sin[..., ::2], value=-1)
-    out[..., 1::2].addcmul_(turned[..., ::2], sin[..., 1::2])
+    rotated, plain = x.tensor_split((cos.shape[-1],), dim=-1)
+    out = rotated * cos
+    out[..., ::2].addcmul_(rotated[..., 1::2], sin[..., ::2], value=-1)
+    out[..., 1::2].addcmul_(rotated[..., ::2], sin[..., 1::2])
     return torch.cat((out, plain), dim=-1)

@@ -16,11 +16,13 @@ from duet_vlm.profiling.model_dims import VisionDims
 
 
 class Idefics3(LlamaLike):
-    """``Idefics3ForConditionalGeneration`` and ``SmolVLMForConditionalGeneration``: V2V after the connector.
+    """``Idefics3ForConditionalGeneration`` and ``SmolVLMForConditionalGeneration``: tokens are chosen after the
+    connector.
 
-    A span is one crop (a frame of a clip, which these models take as images): crops stand apart in the prompt, each behind words that name
-    its place, and nothing that reaches the model says which crops make an image. An int budget therefore counts per crop.
-    Importance = attention received in the last tower layer, mean over the patches of a token; padded patches neither ask nor receive.
+    A span is one crop (or a frame of a video, which these models take as images): crops stand apart in the prompt, each
+    after words that name its place, and no input of the model says which crops make an image. An int budget therefore
+    counts per crop. Importance = attention received in the last tower layer, mean over the patches of a token; padded
+    patches neither send nor receive it.
     """
 
     family = "idefics3"
@@ -44,13 +46,13 @@ class Idefics3(LlamaLike):
     def importance_and_keys(self, calls: list[RecordedQK], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         (recorded,) = calls
         keys = recorded.key.float().mean(1)
-        real = self.real_patches(call, len(keys))
-        size = real.float() if recorded.size is None else recorded.size * real
-        asks, weight = sample_rows(size > 0, recorded.sample)
-        query = gather_rows(recorded.query.transpose(1, 2), asks).transpose(1, 2)
-        everyone = (size > 0)[:, None].expand(-1, asks.shape[1], -1)
-        received = query_attention(query, recorded.key, recorded.scaling, everyone, weight * size.gather(1, asks), size)
-        importance = received * size.sum(1, keepdim=True)  # a sum over the patches that ask, not their mean
+        valid = self.real_patches(call, len(keys))
+        size = valid.float() if recorded.size is None else recorded.size * valid
+        query_positions, weight = sample_rows(size > 0, recorded.sample)
+        query = gather_rows(recorded.query.transpose(1, 2), query_positions).transpose(1, 2)
+        keys_valid = (size > 0)[:, None].expand(-1, query_positions.shape[1], -1)
+        received = query_attention(query, recorded.key, recorded.scaling, keys_valid, weight * size.gather(1, query_positions), size)
+        importance = received * size.sum(1, keepdim=True)  # a sum over the queries, not their mean
         tokens = self.patches_to_tokens(torch.cat([importance[..., None], keys], -1), call)
         return [rows[:, 0] for rows in tokens], [rows[:, 1:] for rows in tokens]
 
@@ -61,8 +63,8 @@ class Idefics3(LlamaLike):
 
     def blocks_to_reduce(self) -> tuple[TowerBlocks, ...]:
         tower = self.base.vision_model
-        inside = blocks_like_clip(tower.encoder.layers)
-        return (TowerBlocks(tower, tower.embeddings.patch_embedding, tower.encoder, inside, len(inside) - 1, patch_grid=self.side),)
+        blocks = blocks_like_clip(tower.encoder.layers)
+        return (TowerBlocks(tower, tower.embeddings.patch_embedding, tower.encoder, blocks, len(blocks) - 1, patch_grid=self.side),)
 
     def _grid(self, call: Encoding) -> tuple[int, int]:
         """Rows and columns of a crop's tokens."""
@@ -70,11 +72,12 @@ class Idefics3(LlamaLike):
         return height // self.patch // self.side, width // self.patch // self.side
 
     def real_patches(self, call: Encoding, pictures: int) -> Tensor:
-        """[crops, patches] bool, False for padding. The model leaves out crops that are nothing but zeros; nothing is read to find them."""
+        """[crops, patches] bool, False for padding. The model skips crops of zeros alone; they are found without a
+        device sync."""
         pixels, mask = call.arguments["pixel_values"].flatten(0, 1), call.arguments.get("pixel_attention_mask")
         mask = torch.ones_like(pixels[:, 0], dtype=torch.bool) if mask is None else mask.flatten(0, 1)
-        shown = (pixels == 0).flatten(1).all(1).int().argsort(stable=True)[:pictures]  # in order, in front of the empty ones
-        patches = mask[shown].unfold(1, self.patch, self.patch).unfold(2, self.patch, self.patch)
+        crops = (pixels == 0).flatten(1).all(1).int().argsort(stable=True)[:pictures]  # in order, before the empty ones
+        patches = mask[crops].unfold(1, self.patch, self.patch).unfold(2, self.patch, self.patch)
         return (patches.sum((-1, -2)) > 0).flatten(1)
 
     def spans(self, output: Any, call: Encoding) -> list[Tensor]:
@@ -99,7 +102,7 @@ class Idefics3(LlamaLike):
     def vision_dims(self) -> VisionDims:
         vision, unit = self.config.vision_config, self.side**2
         return VisionDims(
-            layers=vision.num_hidden_layers, width=vision.hidden_size, mlp=vision.intermediate_size, mlp_matrices=2, patches_per_token=unit,
-            extra_rows=0, patch_inputs=vision.num_channels * vision.patch_size**2,
+            layers=vision.num_hidden_layers, width=vision.hidden_size, mlp=vision.intermediate_size, mlp_matrices=2,
+            patches_per_token=unit, extra_rows=0, patch_inputs=vision.num_channels * vision.patch_size**2,
             projector=((vision.hidden_size * unit, self.config.text_config.hidden_size),),
         )  # fmt: skip

@@ -14,11 +14,11 @@ from duet_vlm.profiling.model_dims import VisionDims
 
 
 class InternVL(Llava):
-    """``InternVLForConditionalGeneration``: V2V behind the projector, importance = CLS attention of the feature layer, mean over a token's
-    patches.
+    """``InternVLForConditionalGeneration``: tokens are chosen after the projector, importance = CLS attention of the
+    feature layer, mean over the patches of a token.
 
-    The model is given tiles and does not know which belong to one image: every tile (and every frame of a clip, which the processor hands
-    over as an image) is a span with a budget of its own.
+    The model receives tiles without the image they belong to: every tile (and every frame of a video, which the
+    processor passes as an image) is a span with a budget of its own.
     """
 
     family = "internvl"
@@ -42,7 +42,8 @@ class InternVL(Llava):
         tower = type(self.clip_tower).__name__
         if "InternVL" not in tower or self.feeds_cls:
             raise TypeError(
-                f"internvl: only InternVL towers with vision_feature_select_strategy='default' are supported, got {tower} with "
+                "internvl: only InternVL towers with vision_feature_select_strategy='default' are supported, got "
+                f"{tower} with "
                 f"{self.config.vision_feature_select_strategy!r}"
             )
         height, width = self.config.vision_config.image_size
@@ -65,12 +66,18 @@ class InternVL(Llava):
         return list(cells(patches, math.isqrt(patches.shape[1]), self.cell))  # tiles may have another size
 
     def blocks_to_reduce(self) -> tuple[TowerBlocks, ...]:
-        tower, inside = self.clip_tower, tuple(BlockModules(block, block.attention, block.layernorm_after, block.mlp) for block in self.blocks())
-        read = min(self.layers_read())
-        return (TowerBlocks(tower, tower.embeddings.patch_embeddings.projection, tower.encoder, inside, read, 1, self.cell, takes_mask=False),)
+        tower, blocks = self.clip_tower, tuple(BlockModules(block, block.attention, block.layernorm_after, block.mlp) for block in self.blocks())
+        output_block = min(self.layers_read())
+        patches = tower.embeddings.patch_embeddings.projection
+        return (
+            TowerBlocks(
+                tower, patches, tower.encoder, blocks, output_block, num_cls=1, patch_grid=self.cell, takes_mask=False,
+            ),
+        )  # fmt: skip
 
     def cls_module(self) -> nn.Module:
-        raise TypeError("internvl: the projector takes cells of patches, so cls_token=True (official LLaVA presets) cannot add the CLS row")
+        raise TypeError("internvl: the projector takes cells of patches, so cls_token=True (official LLaVA presets) cannot add "
+            "the CLS row")
 
     def blank_image(self) -> dict[str, Tensor]:
         vision, weight = self.config.vision_config, next(self.clip_tower.parameters())
@@ -80,7 +87,8 @@ class InternVL(Llava):
     def vision_dims(self) -> VisionDims:
         vision, text, unit = self.config.vision_config, self.config.text_config, self.cell**2
         return VisionDims(
-            layers=vision.num_hidden_layers, width=vision.hidden_size, mlp=vision.intermediate_size, mlp_matrices=2, patches_per_token=unit,
-            unread=len(self.unused_tower_layers()), extra_rows=1, patch_inputs=vision.num_channels * vision.patch_size[0] * vision.patch_size[1],
+            layers=vision.num_hidden_layers, width=vision.hidden_size, mlp=vision.intermediate_size, mlp_matrices=2,
+            patches_per_token=unit, unread=len(self.unused_tower_layers()), extra_rows=1,
+            patch_inputs=vision.num_channels * vision.patch_size[0] * vision.patch_size[1],
             projector=((vision.hidden_size * unit, text.hidden_size), (text.hidden_size, text.hidden_size)),
         )  # fmt: skip

@@ -15,7 +15,8 @@ from duet_vlm.profiling.model_dims import VisionDims
 
 
 class Llava(LlamaLike):
-    """``LlavaForConditionalGeneration`` with a CLIP tower: V2V before the projector, importance = CLS attention of the feature layer."""
+    """``LlavaForConditionalGeneration`` with a CLIP tower; tokens are chosen before the projector, importance = CLS
+    attention of the feature layer."""
 
     family = "llava"
     model_types = ("llava",)
@@ -45,7 +46,7 @@ class Llava(LlamaLike):
         return self.clip_tower.encoder.layers
 
     def patches_a_side(self) -> int:
-        """Rows, and columns, of patches of a picture."""
+        """Rows, and columns, of patches of an image."""
         vision = self.config.vision_config
         return int(vision.image_size // vision.patch_size)
 
@@ -60,19 +61,20 @@ class Llava(LlamaLike):
 
     @property
     def feature_setting(self) -> str:
-        """What the config, and encoder calls, name the tower layer that is read (VipLLaVA in the plural, before transformers 5.23)."""
+        """Name of the feature layer in the config and in encoder calls (VipLLaVA's is plural before transformers
+        5.23)."""
         return "vision_feature_layer" if hasattr(self.config, "vision_feature_layer") else "vision_feature_layers"
 
     @property
     def feature_layers(self) -> Any:
-        """Which of the tower's hidden states are the features: a number, or several to be joined."""
+        """The hidden states of the tower that are the features: an index, or several to be concatenated."""
         return getattr(self.config, self.feature_setting)
 
     def layers_read(self) -> list[int]:
         """Indices of the tower layers whose outputs are visual features."""
-        chosen = self.feature_layers
+        layers = self.feature_layers
         depth = len(self.blocks())
-        return [(i if i >= 0 else depth + 1 + i) - 1 for i in (chosen if isinstance(chosen, list | tuple) else [chosen])]
+        return [(i if i >= 0 else depth + 1 + i) - 1 for i in (layers if isinstance(layers, list | tuple) else [layers])]
 
     def feature_layer(self) -> int:
         """Index of the tower layer whose output is the (last) visual feature."""
@@ -85,8 +87,8 @@ class Llava(LlamaLike):
         return self.blocks()[self.feature_layer() + 1 :]
 
     def uses_default_layers(self, call: Encoding) -> bool:
-        asked = {**call.arguments.get("kwargs", {}), **call.arguments}
-        return asked.get(self.feature_setting) in (None, self.feature_layers) and not asked.get("output_hidden_states")
+        arguments = {**call.arguments.get("kwargs", {}), **call.arguments}
+        return arguments.get(self.feature_setting) in (None, self.feature_layers) and not arguments.get("output_hidden_states")
 
     def tower(self) -> nn.Module:
         return self.clip_tower
@@ -98,9 +100,9 @@ class Llava(LlamaLike):
         return (self.clip_tower_blocks(self.clip_tower),)
 
     def clip_tower_blocks(self, tower: nn.Module) -> TowerBlocks:
-        """A CLIP tower: CLS in front, every patch a token."""
-        inside = blocks_like_clip(tower.encoder.layers)
-        return TowerBlocks(tower, tower.embeddings.patch_embedding, tower.encoder, inside, min(self.layers_read()), num_cls=1)
+        """Blocks of a CLIP tower: CLS first, every patch a token."""
+        blocks = blocks_like_clip(tower.encoder.layers)
+        return TowerBlocks(tower, tower.embeddings.patch_embedding, tower.encoder, blocks, min(self.layers_read()), num_cls=1)
 
     def layers_before_signals(self) -> Sequence[nn.Module]:
         several = isinstance(self.feature_layers, list | tuple)
@@ -120,7 +122,7 @@ class Llava(LlamaLike):
         return list(rows) if self.num_cls_rows(call) else super().token_rows(rows, call)
 
     def signals(self, recorded: RecordedQK) -> tuple[Tensor, Tensor]:
-        """Importance [B, N] and mean keys [B, N, d] of the patches that the tower saw."""
+        """Importance [B, N] and mean keys [B, N, d] of the patches of the tower's batch."""
         return cls_signals(recorded)
 
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
@@ -132,5 +134,6 @@ class Llava(LlamaLike):
         return VisionDims(
             layers=vision.num_hidden_layers, width=vision.hidden_size, mlp=vision.intermediate_size, mlp_matrices=2,
             patches_per_token=1, extra_rows=int(self.has_cls), patch_inputs=vision.num_channels * vision.patch_size**2,
-            unread=len(self.blocks()[self.feature_layer() + 1 :]), projector=((joined, text.hidden_size), (text.hidden_size, text.hidden_size)),
+            unread=len(self.blocks()[self.feature_layer() + 1 :]),
+            projector=((joined, text.hidden_size), (text.hidden_size, text.hidden_size)),
         )  # fmt: skip

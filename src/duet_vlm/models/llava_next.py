@@ -1,4 +1,5 @@
-"""LLaVA-NeXT: crops of any resolution around a CLIP tower, packed into one span per image with a newline row at the end of each line."""
+"""LLaVA-NeXT: crops of any resolution around a CLIP tower, packed into one span per image with a newline token at the
+end of each line."""
 
 from __future__ import annotations
 
@@ -13,10 +14,12 @@ from duet_vlm.models.llava import Llava
 
 
 class LlavaNext(Llava):
-    """``LlavaNextForConditionalGeneration``: V2V over the packed rows of an image, its overview and all its crops together.
+    """``LlavaNextForConditionalGeneration``: the encoder stage sees the packed tokens of an image, its overview and all
+    its crops together.
 
-    Importance = CLS attention within each crop. The signals travel through the model's own packing, so they line up with the features
-    whatever was cut off or padded. Newline rows are structure: they leave first when V2V reduces the image.
+    Importance = CLS attention within each crop. The signals travel through the model's own packing, so they line up
+    with the features after cutting and padding. Newline tokens are separators: they are dropped first when the encoder
+    stage reduces the image.
     """
 
     family = "llava_next"
@@ -35,27 +38,29 @@ class LlavaNext(Llava):
     def check(self) -> None:
         super().check()
         if self.feeds_cls:
-            raise TypeError(f"{self.family}: vision_feature_select_strategy='full' cannot be packed into a grid; only 'default' is supported")
+            raise TypeError(f"{self.family}: vision_feature_select_strategy='full' cannot be packed into a grid; only 'default' "
+                "is supported")
 
     def patches_to_tokens(self, patches: Tensor, call: Encoding) -> list[Tensor]:
         return self.packed(patches, call)
 
     def images_of(self, call: Encoding, count: int, tokens: int) -> list[tuple[int, ...]]:
-        arriving = self.real_patches(call, count).sum(1).split(self.crops(call))
-        return [tuple(sizes.tolist()) for sizes in arriving]
+        packed_counts = self.real_patches(call, count).sum(1).split(self.crops(call))
+        return [tuple(sizes.tolist()) for sizes in packed_counts]
 
     def num_separator_rows(self, call: Encoding, spans: int) -> list[int]:
         patches = torch.ones(sum(self.crops(call)), self.side**2, 1, device="cpu")
         return [int((rows == 0).sum()) for rows in self.packed(patches, call)]
 
     def real_patches(self, call: Encoding, pictures: int) -> Tensor:
-        """Those that packing does not cut off."""
-        arriving = torch.zeros(pictures * self.side**2 + 1, dtype=torch.bool, device="cpu")
-        arriving[torch.cat(self._numbers(call))] = True
-        return arriving[1:].view(pictures, -1)
+        """Mask of the patches that packing does not cut off."""
+        packed = torch.zeros(pictures * self.side**2 + 1, dtype=torch.bool, device="cpu")
+        packed[torch.cat(self._numbers(call))] = True
+        return packed[1:].view(pictures, -1)
 
     def _numbers(self, call: Encoding) -> list[Tensor]:
-        """Per image which patch of the call each of its rows shows, counted from 1; 0 for newlines. On the host."""
+        """Per image: number of the patch that each token shows, counted over the call from 1; 0 for newlines. On the
+        host."""
         crops = sum(self.crops(call))
         numbers = torch.arange(1, crops * self.side**2 + 1, dtype=torch.float64, device="cpu").view(crops, -1, 1)
         return [rows[:, 0].long() for rows in self.packed(numbers, call)]
@@ -73,16 +78,16 @@ class LlavaNext(Llava):
         return [(self.side, self.side)] * len(counts)
 
     def token_coords(self, call: Encoding, counts: list[int]) -> list[Tensor]:
-        """Rows and columns of the whole mosaic are packed as features are, and the crop's own are what is left of them."""
+        """Coordinates of the whole mosaic are packed as features are; the crop's corner is then subtracted."""
         side, patch = self.side, torch.arange(self.side**2, device="cpu")
-        own = torch.stack([patch // side, patch % side], 1)
+        local = torch.stack([patch // side, patch % side], 1)
         corners = [torch.tensor([(0, 0), *((i // c, i % c) for i in range(r * c))], device="cpu") * side for r, c in self.crop_grids(call, counts)]
-        mosaic = torch.cat([corner[:, None] + own for corner in corners]).double()
-        places = []
+        mosaic = torch.cat([corner[:, None] + local for corner in corners]).double()
+        coords = []
         for rows, corner, part in zip(self.packed(mosaic, call), corners, self.parts(call, counts), strict=True):
-            place = (rows - corner[part.clamp(min=0)]).floor().long().clamp(0, side - 1)
-            places.append(place.masked_fill((part < 0)[:, None], -1))
-        return places
+            coord = (rows - corner[part.clamp(min=0)]).floor().long().clamp(0, side - 1)
+            coords.append(coord.masked_fill((part < 0)[:, None], -1))
+        return coords
 
     def crop_grids(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
         pinpoints, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
@@ -91,8 +96,8 @@ class LlavaNext(Llava):
 
     def parts(self, call: Encoding, counts: list[int]) -> list[Tensor]:
         crops = self.crops(call)
-        shown = torch.cat([torch.eye(n, max(crops), device="cpu") for n in crops])[:, None].expand(-1, self.side**2, -1)  # which crop a patch is of
-        return [torch.where(rows.any(1), rows.argmax(1), -1) for rows in self.packed(shown, call)]
+        crop_one_hot = torch.cat([torch.eye(n, max(crops), device="cpu") for n in crops])[:, None].expand(-1, self.side**2, -1)
+        return [torch.where(rows.any(1), rows.argmax(1), -1) for rows in self.packed(crop_one_hot, call)]
 
     def packed(self, signals: Tensor, call: Encoding) -> list[Tensor]:
         """Signals [crops, N, c] laid out as the model lays out its features: per image [n, c], 0 for newlines."""

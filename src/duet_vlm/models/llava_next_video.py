@@ -1,4 +1,4 @@
-"""LLaVA-NeXT-Video: images as LLaVA-NeXT, clips with every frame's patches pooled."""
+"""LLaVA-NeXT-Video: images as LLaVA-NeXT, videos with the patches of every frame pooled."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from duet_vlm.models.tower_signals import cells, patches_of
 
 
 class LlavaNextVideo(LlavaNext):
-    """``LlavaNextVideoForConditionalGeneration``: a clip is one span; a token's importance and key are the means over its cell of patches,
-    however the model itself pools features (average, maximum or convolution)."""
+    """``LlavaNextVideoForConditionalGeneration``: a video is one span; a token's importance and key are the means over
+    its cell of patches, however the model itself pools features (average, maximum or convolution)."""
 
     family = "llava_next_video"
     model_types = ("llava_next_video",)
@@ -28,9 +28,9 @@ class LlavaNextVideo(LlavaNext):
         return (*super().modalities, Modality("video", "get_video_features", self.config.video_token_id, "pixel_values_videos"))
 
     def frames(self, call: Encoding) -> tuple[int, int]:
-        """Clips of the call, and frames of each."""
-        clips, frames = call.arguments["pixel_values_videos"].shape[:2]
-        return clips, frames
+        """Videos of the call, and frames of each."""
+        videos, frames = call.arguments["pixel_values_videos"].shape[:2]
+        return videos, frames
 
     def pooled_side(self) -> int:
         """Rows and columns of tokens of a frame."""
@@ -46,8 +46,8 @@ class LlavaNextVideo(LlavaNext):
     def images_of(self, call: Encoding, count: int, tokens: int) -> list[tuple[int, ...]]:
         if call.stream == "image":
             return super().images_of(call, count, tokens)
-        clips, frames = self.frames(call)
-        return [(tokens,) * frames] * clips
+        videos, frames = self.frames(call)
+        return [(tokens,) * frames] * videos
 
     def num_separator_rows(self, call: Encoding, spans: int) -> list[int]:
         return super().num_separator_rows(call, spans) if call.stream == "image" else [0] * spans
@@ -65,8 +65,8 @@ class LlavaNextVideo(LlavaNext):
             return super().importance_and_keys(calls, call, segmented)
         (recorded,) = calls
         importance, keys = self.signals(recorded)
-        clips = self.pooled(torch.cat([importance[..., None], keys], -1)).unflatten(0, self.frames(call)).flatten(1, 2)
-        return list(clips[..., 0]), list(clips[..., 1:])
+        videos = self.pooled(torch.cat([importance[..., None], keys], -1)).unflatten(0, self.frames(call)).flatten(1, 2)
+        return list(videos[..., 0]), list(videos[..., 1:])
 
     def token_rows(self, rows: Tensor, call: Encoding) -> list[Tensor]:
         if call.stream == "image":
@@ -82,9 +82,9 @@ class LlavaNextVideo(LlavaNext):
     def steps(self, call: Encoding) -> list[Tensor]:
         return [patches_of(frames, self.config.vision_config.patch_size) for frames in call.arguments["pixel_values_videos"]]
 
-    def slice_frames(self, call: Encoding, clip: int, chosen: Sequence[int]) -> Encoding:
-        shown = call.arguments["pixel_values_videos"][clip, list(chosen)][None]
-        return dataclasses.replace(call, arguments=call.arguments | {"pixel_values_videos": shown})
+    def slice_frames(self, call: Encoding, video: int, chosen: Sequence[int]) -> Encoding:
+        pixels = call.arguments["pixel_values_videos"][video, list(chosen)][None]
+        return dataclasses.replace(call, arguments=call.arguments | {"pixel_values_videos": pixels})
 
     def grid_sizes(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
         return super().grid_sizes(call, counts) if call.stream == "image" else [(self.pooled_side(), self.pooled_side())] * len(counts)
@@ -98,20 +98,20 @@ class LlavaNextVideo(LlavaNext):
     def parts(self, call: Encoding, counts: list[int]) -> list[Tensor]:
         if call.stream == "image":
             return super().parts(call, counts)
-        clips, frames = self.frames(call)
-        return [torch.arange(frames, device="cpu").repeat_interleave(self.pooled_side() ** 2)] * clips
+        videos, frames = self.frames(call)
+        return [torch.arange(frames, device="cpu").repeat_interleave(self.pooled_side() ** 2)] * videos
 
     def tokens_per_crop(self, call: Encoding, counts: list[int]) -> list[tuple[int, ...]]:
         if call.stream == "image":
             return super().tokens_per_crop(call, counts)
-        clips, frames = self.frames(call)
-        return [(self.side**2,) * frames] * clips
+        videos, frames = self.frames(call)
+        return [(self.side**2,) * frames] * videos
 
     def projected_rows(self, call: Encoding, counts: list[int]) -> list[int]:
-        return super().projected_rows(call, counts) if call.stream == "image" else counts  # clips are pooled before they are projected
+        return super().projected_rows(call, counts) if call.stream == "image" else counts  # videos are pooled before the projector
 
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         if call.stream == "image":
             return super().grids(call, counts)
-        clips, frames = self.frames(call)
-        return ((frames * self.pooled_side(), self.pooled_side()),) * clips
+        videos, frames = self.frames(call)
+        return ((frames * self.pooled_side(), self.pooled_side()),) * videos

@@ -1,4 +1,4 @@
-"""LLaVA-OneVision: any-resolution images and clips around a SigLIP tower, resized between tower and decoder."""
+"""LLaVA-OneVision: any-resolution images and videos around a SigLIP tower, resized between tower and decoder."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from duet_vlm.models.tower_signals import blocks_like_clip, column_signals
 
 
 class LlavaOnevision(LlavaNextVideo):
-    """``LlavaOnevisionForConditionalGeneration``: importance = attention that a patch receives in the feature layer.
+    """``LlavaOnevisionForConditionalGeneration``: importance = attention received by a patch in the feature layer.
 
-    Large images and all frames are resized behind the tower, and signals travel through the model's own code for it. The newline rows of
-    images and the row that ends a clip are structure. Only images that are alone in their prompt are cut into crops.
+    Large images and all frames are resized after the tower; signals travel through the model's own code for it. The
+    newline tokens of images and the token that ends a video are separators. Only an image that is the single one of its
+    prompt is cut into crops.
     """
 
     family = "llava_onevision"
@@ -35,7 +36,8 @@ class LlavaOnevision(LlavaNextVideo):
         tower = type(self.clip_tower).__name__
         if "Siglip" not in tower or self.config.vision_feature_select_strategy != "full":
             raise TypeError(
-                f"llava_onevision: only SigLIP towers with vision_feature_select_strategy='full' are supported, got {tower} with "
+                "llava_onevision: only SigLIP towers with vision_feature_select_strategy='full' are supported, got "
+                f"{tower} with "
                 f"{self.config.vision_feature_select_strategy!r}"
             )
 
@@ -61,15 +63,17 @@ class LlavaOnevision(LlavaNextVideo):
         return rows
 
     def blocks_to_reduce(self) -> tuple[TowerBlocks, ...]:
-        inside = blocks_like_clip(self.clip_tower.encoder.layers)
-        return (TowerBlocks(self.clip_tower, self.clip_tower.embeddings.patch_embedding, self.clip_tower.encoder, inside, min(self.layers_read())),)
+        blocks = blocks_like_clip(self.clip_tower.encoder.layers)
+        tower = self.clip_tower
+        return (TowerBlocks(tower, tower.embeddings.patch_embedding, tower.encoder, blocks, min(self.layers_read())),)
 
     def cell_of(self, call: Encoding, blocks: TowerBlocks) -> int:
         if call.stream == "image":
             return blocks.patch_grid
         if self.side % 2:
             raise ValueError(
-                f"llava_onevision: frames of {self.side} x {self.side} patches are resized behind the vision tower, where what is left would be "
+                f"llava_onevision: frames of {self.side} x {self.side} patches are resized behind the vision tower, "
+                "where what is left would be "
                 "mixed with what is gone: use a method that reduces behind it for clips (duet, visionzip, frames)"
             )
         return 2  # half the size, without remainder: means of cells
@@ -87,7 +91,8 @@ class LlavaOnevision(LlavaNextVideo):
         for size, rows in zip(call.sizes, self.packed(numbers, call), strict=True):
             if bool((rows % 1).any()):
                 raise ValueError(
-                    f"llava_onevision: an image of {size[0]} x {size[1]} pixels is resized behind the vision tower, where what is left would be "
+                    f"llava_onevision: an image of {size[0]} x {size[1]} pixels is resized behind the vision tower, "
+                    "where what is left would be "
                     "mixed with what is gone: use a method that reduces behind it (duet, visionzip), or a smaller image"
                 )
         return super()._numbers(call)
@@ -118,7 +123,7 @@ class LlavaOnevision(LlavaNextVideo):
         return parts if call.stream == "image" else [nn.functional.pad(rows, (0, 1), value=-1) for rows in parts]
 
     def projected_rows(self, call: Encoding, counts: list[int]) -> list[int]:
-        return Adapter.projected_rows(self, call, counts)  # clips are pooled behind the projector here
+        return Adapter.projected_rows(self, call, counts)  # videos are pooled after the projector here
 
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         return (None,) * len(counts)

@@ -1,4 +1,4 @@
-"""Which families there are, and which one a model is of."""
+"""The supported families, and the adapter of a loaded model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def families() -> dict[str, type[Adapter]]:
 
 
 def support() -> list[dict[str, Any]]:
-    """One row per family: what it takes and what is known of it. Images, several images per prompt and training work for every family."""
+    """One row per family: its inputs and notes. Images, several images per prompt and training work for every
+    family."""
     return [
         {
             "family": name,
@@ -47,8 +48,8 @@ def support() -> list[dict[str, Any]]:
 
 
 def _concrete(cls: type[Any]) -> list[type[Adapter]]:
-    found = [sub for child in cls.__subclasses__() for sub in _concrete(child)]
-    return found + ([cls] if "family" in vars(cls) else [])
+    adapters = [sub for child in cls.__subclasses__() for sub in _concrete(child)]
+    return adapters + ([cls] if "family" in vars(cls) else [])
 
 
 def adapter_for(model: nn.Module) -> Adapter:
@@ -62,16 +63,17 @@ def adapter_for(model: nn.Module) -> Adapter:
     core = core_of(model)
     if hasattr(core, "_orig_mod") or getattr(core, "_compiled_call_impl", None) is not None:
         raise TypeError(
-            f"this {type(getattr(core, '_orig_mod', core)).__name__} is compiled as a whole (torch.compile), and what is attached cannot be part of "
+            f"this {type(getattr(core, '_orig_mod', core)).__name__} is compiled as a whole (torch.compile), and "
+            "what is attached cannot be part of "
             "its graph: attach to the model as it was before, and compile the decoder layers instead (layer.forward = "
             "torch.compile(layer.forward) for each of them)"
         )
     model_type = getattr(getattr(core, "config", None), "model_type", None)
-    known = families()
-    for cls in known.values():
+    adapters = families()
+    for cls in adapters.values():
         if cls.serves(getattr(core, "config", None)) and hasattr(core, "model"):  # the model with head, not the one inside it
             adapter = cls(core)
             adapter.check()
             return adapter
-    wanted = "Pass the whole image-text-to-text model, as AutoModelForImageTextToText loads it."
-    raise TypeError(f"{refusal(type(core).__name__, model_type, list(known))} {wanted}")
+    advice = "Pass the whole image-text-to-text model, as AutoModelForImageTextToText loads it."
+    raise TypeError(f"{refusal(type(core).__name__, model_type, list(adapters))} {advice}")

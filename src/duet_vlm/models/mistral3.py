@@ -14,8 +14,11 @@ from duet_vlm.profiling.model_dims import VisionDims
 
 
 class Mistral3(Llava):
-    """``Mistral3ForConditionalGeneration``: V2V on the merged rows of each image; a token's importance is the mean attention that its patches
-    receive from their own image in the feature layer. Line-break tokens between the rows of an image are text and stay."""
+    """``Mistral3ForConditionalGeneration``: the encoder stage works on the merged tokens of each image.
+
+    A token's importance is the mean attention that its patches receive from their own image in the feature layer.
+    Line-break tokens between the lines of an image are text and are kept.
+    """
 
     family = "mistral3"
     model_types = ("mistral3",)
@@ -53,13 +56,20 @@ class Mistral3(Llava):
         return [(height // size, width // size) for height, width in call.sizes]
 
     def blocks_to_reduce(self) -> tuple[TowerBlocks, ...]:
-        tower, read = self.clip_tower, min(self.layers_read())
-        inside = tuple(BlockModules(block, block.attention, block.ffn_norm, block.feed_forward) for block in self.blocks())
+        tower, output_block = self.clip_tower, min(self.layers_read())
+        blocks = tuple(BlockModules(block, block.attention, block.ffn_norm, block.feed_forward) for block in self.blocks())
         return (
             ConcatenatedBlocks(
-                tower, tower.patch_conv, tower.transformer, inside, read, patch_grid=self.merge, grids=self.patches, patch=int(tower.patch_size),
+                tower,
+                tower.patch_conv,
+                tower.transformer,
+                blocks,
+                output_block,
+                patch_grid=self.merge,
+                grids=self.patches,
+                patch=int(tower.patch_size),
             ),
-        )  # fmt: skip
+        )
 
     def patches_to_tokens(self, patches: Tensor, call: Encoding) -> list[Tensor]:
         grids = self.patches(call)
@@ -72,8 +82,9 @@ class Mistral3(Llava):
         size = recorded.key.new_ones(1, recorded.key.shape[2]) if recorded.size is None else recorded.size
         parts = (recorded.query, recorded.key, size[:, None, :, None])
         images = zip(*(x.split(counts, 2) for x in parts), strict=True) if segmented else [parts]
+        reduced = recorded.size is not None
         received = torch.cat([
-            column_attention(query, key, recorded.scaling, recorded.sample, None if recorded.size is None else some[:, 0, :, 0])[0]
+            column_attention(query, key, recorded.scaling, recorded.sample, some[:, 0, :, 0] if reduced else None)[0]
             for query, key, some in images
         ])  # fmt: skip
         signals = torch.cat([received[:, None], recorded.key[0].float().mean(0)], 1)
@@ -89,7 +100,8 @@ class Mistral3(Llava):
         return list(projected.flatten(0, -2).split([(h // self.merge) * (w // self.merge) for h, w in self.patches(call)]))
 
     def merged(self, signals: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Means over the patches of each token: [h * w, c] -> [n, c]; what does not fill a token is left out, as the merger does."""
+        """Means over the patches of each token: [h * w, c] -> [n, c]; patches that fill no token are cut off, as the
+        merger does."""
         return nn.functional.avg_pool2d(signals.t().unflatten(1, grid), self.merge).flatten(1).t()
 
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
@@ -111,8 +123,9 @@ class Mistral3(Llava):
         vision, text, unit = self.config.vision_config, self.config.text_config, self.merge**2
         merger = ((vision.hidden_size * unit, vision.hidden_size),) if unit > 1 else ()
         return VisionDims(
-            layers=vision.num_hidden_layers, width=vision.hidden_size, mlp=vision.intermediate_size, mlp_matrices=3, patches_per_token=unit,
-            unread=len(self.unused_tower_layers()), extra_rows=0, patch_inputs=vision.num_channels * vision.patch_size**2,
+            layers=vision.num_hidden_layers, width=vision.hidden_size, mlp=vision.intermediate_size, mlp_matrices=3,
+            patches_per_token=unit, unread=len(self.unused_tower_layers()), extra_rows=0,
+            patch_inputs=vision.num_channels * vision.patch_size**2,
             joined="flash" not in (self.clip_tower.config._attn_implementation or ""),
             projector=(*merger, (vision.hidden_size, text.hidden_size), (text.hidden_size, text.hidden_size)),
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""PaliGemma: SigLIP tower, point-wise projector, a prefix of image and question that sees itself whole."""
+"""PaliGemma: SigLIP tower, point-wise projector, bidirectional attention within the prefix of image and question."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from duet_vlm.models.gemma3 import Gemma3
 
 
 class PaliGemma(Gemma3):
-    """``PaliGemmaForConditionalGeneration`` with a Gemma decoder: V2V before the projector, importance = attention received in the last
-    tower layer. Text of the prefix ranks by the family's own mask, which hides nothing of the prefix from it."""
+    """``PaliGemmaForConditionalGeneration`` with a Gemma decoder; tokens are chosen before the projector, importance =
+    attention received in the last tower layer. Text of the prefix ranks under the family's own mask, which hides no
+    part of the prefix from it."""
 
     family = "paligemma"
     model_types = ("paligemma",)

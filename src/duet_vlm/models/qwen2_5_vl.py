@@ -15,9 +15,11 @@ from duet_vlm.profiling.model_dims import VisionDims
 
 
 class Qwen25VL(Qwen2VL):
-    """``Qwen2_5_VLForConditionalGeneration``: V2V after the merger, importance = attention received in a full-attention vision block.
+    """``Qwen2_5_VLForConditionalGeneration``: tokens are chosen after the merger, importance = attention received in a
+    full-attention block.
 
-    The unit of choice is a merged token (2x2 patches): scores and keys are means over its patches (released DUET-VLM code for Qwen).
+    The unit of choice is a merged token (2x2 patches): scores and keys are means over its patches (released DUET-VLM
+    code for Qwen).
     """
 
     family = "qwen2_5_vl"
@@ -34,11 +36,11 @@ class Qwen25VL(Qwen2VL):
         return torch.argsort(self.windows(sizes)[0])
 
     def windows(self, sizes: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Merged tokens window by window [U], and where windows begin and end [windows + 1], in patches."""
+        """Merged tokens window by window [U], and the borders of the windows [windows + 1], in patches."""
         return _windows(tuple(map(tuple, sizes)), self.visual.spatial_merge_size, self.visual.window_size, self.visual.patch_size)
 
     def tables(self, grid: Tensor, units: Tensor, counts: tuple[int, ...]) -> tuple[dict[str, Any], Tensor, Tensor]:
-        """See ``PackedTower``. The blocks work window by window; windows of which nothing is left vanish."""
+        """See ``VarlenTower``. The blocks work window by window; windows without kept tokens vanish."""
         made, *_ = super().tables(grid, units, counts)
         unit = self.visual.spatial_merge_unit
         order, ends = (upload(table, units.device) for table in self.windows(grid.tolist()))
@@ -56,6 +58,7 @@ class Qwen25VL(Qwen2VL):
 
 @lru_cache(maxsize=256)
 def _windows(sizes: tuple[tuple[int, ...], ...], merge: int, window: int, patch: int) -> tuple[Tensor, Tensor]:
-    """Made once for pictures of the same sizes, on the host whatever the default device: the window index reads its grid many times."""
+    """Window order and borders, made once for images of the same sizes, on the host whatever the default device (many
+    small reads of the grid)."""
     with torch.inference_mode(False), torch.device("cpu"):
         return get_vision_window_index(torch.tensor(sizes, device="cpu"), spatial_merge_size=merge, window_size=window, patch_size=patch)

@@ -18,10 +18,12 @@ from duet_vlm.profiling.model_dims import VisionDims
 
 
 class Qwen2VL(LlamaLike):
-    """``Qwen2VLForConditionalGeneration``: V2V after the merger, importance = attention received in the last vision block.
+    """``Qwen2VLForConditionalGeneration``: tokens are chosen after the merger, importance = attention received in the
+    last vision block.
 
-    The unit of choice is a merged token (2x2 patches, two frames of a video): scores and keys are means over its patches. A video is one
-    span; attention does not cross its frames, so importance is comparable between frames of equal size, which all frames of a clip are.
+    The unit of choice is a merged token (2x2 patches, two frames of a video): scores and keys are means over its
+    patches. A video is one span; attention does not cross its frames, so importance is comparable between frames of
+    equal size, as all frames of a video are.
     """
 
     family = "qwen2_vl"
@@ -44,7 +46,8 @@ class Qwen2VL(LlamaLike):
 
     def check(self) -> None:
         if SLIDING in self.layer_types:
-            raise TypeError(f"{self.family}: sliding-window decoder layers are not supported, set use_sliding_window=False in the text config")
+            raise TypeError(f"{self.family}: sliding-window decoder layers are not supported, set use_sliding_window=False in "
+                "the text config")
 
     def vision_attention(self, layer: int | None) -> nn.Module:
         return self.visual.blocks[-1 if layer is None else layer].attn
@@ -70,12 +73,22 @@ class Qwen2VL(LlamaLike):
 
     def blocks_to_reduce(self) -> tuple[VarlenTower, ...]:
         visual, config = self.visual, self.visual.config
-        inside = tuple(BlockModules(block, block.attn, block.norm2, block.mlp) for block in visual.blocks)
+        blocks = tuple(BlockModules(block, block.attn, block.norm2, block.mlp) for block in visual.blocks)
         mergers = visual.merger, *getattr(visual, "deepstack_merger_list", ())
-        return (VarlenTower(visual, config.spatial_merge_size**2, config.temporal_patch_size, config.patch_size, self.tables, inside, mergers),)
+        return (
+            VarlenTower(
+                module=visual,
+                unit=config.spatial_merge_size**2,
+                steps=config.temporal_patch_size,
+                patch=config.patch_size,
+                tables=self.tables,
+                block_modules=blocks,
+                mergers=mergers,
+            ),
+        )
 
     def tables(self, grid: Tensor, units: Tensor, counts: tuple[int, ...]) -> tuple[dict[str, Any], Tensor, Tensor]:
-        """See ``PackedTower``. The blocks work in raster order."""
+        """See ``VarlenTower``. The blocks work in raster order."""
         visual, merge = self.visual, self.visual.config.spatial_merge_size
         patches = (units[:, None] * merge**2 + torch.arange(merge**2, device=units.device)).flatten()
         ends = upload([0, *counts], units.device).cumsum(0) * merge**2
@@ -88,7 +101,7 @@ class Qwen2VL(LlamaLike):
         return made, torch.arange(len(units), device=units.device), units
 
     def raster(self, sizes: list[list[int]]) -> Tensor:
-        """Where the merged tokens of the call, in raster order, stand in the order that the blocks work in."""
+        """Positions, in the blocks' order, of the merged tokens of the call in raster order."""
         return torch.arange(sum(t * h * w for t, h, w in sizes) // self.visual.config.spatial_merge_size**2, device="cpu")
 
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
@@ -102,10 +115,10 @@ class Qwen2VL(LlamaLike):
         pixels = call.arguments["pixel_values_videos"].split([math.prod(size) for size in call.sizes])
         return [rows.unflatten(0, (size[0], -1)) for rows, size in zip(pixels, call.sizes, strict=True)]
 
-    def slice_frames(self, call: Encoding, clip: int, chosen: Sequence[int]) -> Encoding:
-        shown, size = self.steps(call)[clip][list(chosen)], [len(chosen), *call.sizes[clip][1:]]
+    def slice_frames(self, call: Encoding, video: int, chosen: Sequence[int]) -> Encoding:
+        pixels, size = self.steps(call)[video][list(chosen)], [len(chosen), *call.sizes[video][1:]]
         grid = call.arguments["video_grid_thw"].new_tensor([size])
-        return Encoding(call.stream, [size], call.arguments | {"pixel_values_videos": shown.flatten(0, 1), "video_grid_thw": grid})
+        return Encoding(call.stream, [size], call.arguments | {"pixel_values_videos": pixels.flatten(0, 1), "video_grid_thw": grid})
 
     def tokens_per_crop(self, call: Encoding, counts: list[int]) -> list[tuple[int, ...]]:
         return [(count // t,) * t for (t, _, _), count in zip(call.sizes, counts, strict=True)]
@@ -138,7 +151,7 @@ class Qwen2VL(LlamaLike):
         )  # fmt: skip
 
 
-def frames_apart(config: Any, stream: Modality, parts: tuple[int, ...]) -> list[int]:
-    """Token ids of an image or clip as Qwen3's prompts write it: each step of time between marks of its own."""
+def frames_apart(config: Any, modality: Modality, parts: tuple[int, ...]) -> list[int]:
+    """Token ids of an image or video as Qwen3's prompts write it: each time step between marks of its own."""
     start, end = config.vision_start_token_id, config.vision_end_token_id
-    return [token for count in parts for token in (start, *[stream.token_id] * count, end)]
+    return [token for count in parts for token in (start, *[modality.token_id] * count, end)]

@@ -1,4 +1,5 @@
-"""Qwen3-VL: as Qwen2-VL, with visual rows of several depths that are added behind the first decoder layers (deepstack)."""
+"""Qwen3-VL: as Qwen2-VL, with visual features of several depths that are added after the first decoder layers
+(deepstack)."""
 
 from __future__ import annotations
 
@@ -16,9 +17,11 @@ from duet_vlm.utils.hooks import Hooks
 
 
 class Qwen3VL(Qwen2VL):
-    """``Qwen3VLForConditionalGeneration``: V2V after the mergers, one decision for the rows of every depth; any layer may drop.
+    """``Qwen3VLForConditionalGeneration``: tokens are chosen after the mergers, once for the features of every depth;
+    any layer may drop.
 
-    The prompt shows the frames of a clip apart, a timestamp in front of each; the clip is one span all the same. Timestamps are text.
+    The prompt shows the frames of a video apart, a timestamp before each; the video is one span all the same.
+    Timestamps are text.
     """
 
     family = "qwen3_vl"
@@ -26,21 +29,22 @@ class Qwen3VL(Qwen2VL):
     notes = "images of any size, video; dense and mixture-of-experts decoders; kept positions only (M-RoPE)"
     example = "Qwen/Qwen3-VL-8B-Instruct"
 
-    def placeholder_ids(self, stream: Modality, tokens: int, parts: tuple[int, ...]) -> list[int]:
-        return frames_apart(self.config, stream, parts)
+    def placeholder_ids(self, modality: Modality, tokens: int, parts: tuple[int, ...]) -> list[int]:
+        return frames_apart(self.config, modality, parts)
 
     def install(self, hooks: Hooks, running: Callable[[], TokenMap | None]) -> None:
         stock = self.text_model._deepstack_process
 
         def add_to_survivors(hidden: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor) -> Tensor:
-            """``hidden`` [B, T, D] plus the rows of the ``visual_embeds`` [n, D] of a whole prompt [B, S] whose tokens are left."""
+            """Add to ``hidden`` [B, T, D] the features of the kept tokens; ``visual_embeds`` [n, D] are those of a
+            whole prompt [B, S]."""
             tokens = running()
             if tokens is None:
                 return stock(hidden, visual_pos_masks, visual_embeds)
             mask, rows = visual_pos_masks.to(hidden.device), visual_embeds.to(hidden.device, hidden.dtype)
             number = (mask.flatten().cumsum(0) - 1).clamp(min=0).view_as(mask)
-            added = rows[gather_rows(number, tokens.prompt_index.to(hidden.device))]
-            return hidden + torch.where(tokens.visual.to(hidden.device)[..., None], added, 0)
+            kept_rows = rows[gather_rows(number, tokens.prompt_index.to(hidden.device))]
+            return hidden + torch.where(tokens.visual.to(hidden.device)[..., None], kept_rows, 0)
 
         hooks.shadow(self.text_model, "_deepstack_process", add_to_survivors)
 

@@ -1,4 +1,4 @@
-"""Video-LLaVA: a CLIP tower for images and one for clips, one point-wise projector."""
+"""Video-LLaVA: a CLIP tower for images and one for videos, one point-wise projector."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ FIRST = 1e30  # importance of a CLS row: above any attention, and finite in sums
 
 
 class VideoLlava(Llava):
-    """``VideoLlavaForConditionalGeneration``: images as LLaVA; clips are one span each, and V2V takes their frames one by one.
+    """``VideoLlavaForConditionalGeneration``: images as LLaVA; a video is one span, and the encoder stage reduces its
+    frames one by one.
 
-    The stock model feeds the CLS row of every frame, as the first of its rows. It counts as a dominant token and is kept before any other.
+    The stock model feeds the CLS feature of every frame as its first token. It counts as a dominant token and is kept
+    before any other.
     """
 
     family = "video_llava"
@@ -30,7 +32,7 @@ class VideoLlava(Llava):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.fixed_tokens = None  # clips are as long as they are
+        self.fixed_tokens = None  # videos have any length
 
     @property
     def modalities(self) -> tuple[Modality, ...]:
@@ -88,9 +90,9 @@ class VideoLlava(Llava):
     def steps(self, call: Encoding) -> list[Tensor]:
         return [patches_of(frames, self.config.vision_config.patch_size) for frames in call.arguments["pixel_values_videos"]]
 
-    def slice_frames(self, call: Encoding, clip: int, chosen: Sequence[int]) -> Encoding:
-        shown = call.arguments["pixel_values_videos"][clip, list(chosen)][None]
-        return dataclasses.replace(call, arguments=call.arguments | {"pixel_values_videos": shown})
+    def slice_frames(self, call: Encoding, video: int, chosen: Sequence[int]) -> Encoding:
+        pixels = call.arguments["pixel_values_videos"][video, list(chosen)][None]
+        return dataclasses.replace(call, arguments=call.arguments | {"pixel_values_videos": pixels})
 
     def grid_sizes(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
         return [(self.side, self.side)] * len(counts)
@@ -115,7 +117,7 @@ class VideoLlava(Llava):
         return [(self.side**2,) * self.projected_together(call)] * len(counts)
 
     def projected_rows(self, call: Encoding, counts: list[int]) -> list[int]:
-        return counts  # CLS rows, too
+        return counts  # CLS tokens, too
 
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         return super().grids(call, counts) if call.stream == "image" else (None,) * len(counts)

@@ -1,4 +1,4 @@
-"""VipLLaVA: LLaVA whose features join several layers of the tower."""
+"""VipLLaVA: LLaVA whose features concatenate several layers of the tower."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from duet_vlm.models.llava import Llava
 
 
 class VipLlava(Llava):
-    """``VipLlavaForConditionalGeneration``: V2V before the projector, importance = CLS attention of the deepest layer that is joined."""
+    """``VipLlavaForConditionalGeneration``: as LLaVA; importance = CLS attention of the deepest layer among the
+    features."""
 
     family = "vipllava"
     model_types = ("vipllava",)

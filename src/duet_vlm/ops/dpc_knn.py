@@ -1,6 +1,7 @@
-"""Density peaks (DPC-KNN): rows that many others are near, and that are far from every row of which that is more true.
+"""Density-peak clustering by nearest neighbours (DPC-KNN).
 
-Du, Ding, Jia: "Study on density peaks clustering based on k-nearest neighbors", 2016. Sets of rows are a batch; ties go to the lower index.
+A peak is a row with a high density of neighbours that is far from every row of higher density. Du, Ding, Jia: "Study on
+density peaks clustering based on k-nearest neighbors", 2016. Sets of rows are a batch; ties go to the lower index.
 """
 
 from __future__ import annotations
@@ -12,61 +13,101 @@ CELLS = 1 << 25  # of tables of distances alive at once
 
 
 def distances(rows: Tensor) -> Tensor:
-    """Between all rows of every set, divided by the root of their width: [G, P, C] -> [G, P, P] float32."""
+    """Compute all pairwise distances of each set, divided by the square root of the width: [G, P, C] -> [G, P, P]
+    float32.
+    """
     rows = rows.float()
     rows = rows - rows.mean(1, keepdim=True)  # products of smaller numbers round less
-    length = rows.square().sum(-1)
-    squares = torch.baddbmm(length[:, :, None] + length[:, None], rows, rows.transpose(1, 2), alpha=-2).clamp_(min=0)
+    norms = rows.square().sum(-1)
+    squares = torch.baddbmm(norms[:, :, None] + norms[:, None], rows, rows.transpose(1, 2), alpha=-2).clamp_(min=0)
     squares.diagonal(dim1=1, dim2=2).zero_()
-    return ((squares + squares.transpose(1, 2)) / (2 * rows.shape[2])).sqrt_()  # the same in both directions, to the last bit
+    return ((squares + squares.transpose(1, 2)) / (2 * rows.shape[2])).sqrt_()  # exactly symmetric
 
 
-def peak_scores(apart: Tensor, real: Tensor, neighbours: int, most: Tensor | None = None) -> Tensor:
-    """Density times distance to the nearest denser row: apart [G, P, P], real [G, P] -> [G, P], -1 where not real.
+def peak_scores(distance: Tensor, valid: Tensor, neighbours: int, most: Tensor | None = None) -> Tensor:
+    """Score rows by density times distance to the nearest denser row.
 
-    Density is exp(-mean of the squared distances to the nearest ``neighbours``), the row itself being one, not more than there are nor than
-    ``most`` [G]. The densest row has the largest distance of the set.
+    Density is exp(-mean of the squared distances to the nearest ``neighbours``), the row itself included. The densest
+    row has the largest distance of the set.
+
+    Parameters
+    ----------
+    distance : Tensor
+        [G, P, P] float32, pairwise distances.
+    valid : Tensor
+        [G, P] bool, False for padding.
+    neighbours : int
+        Rows in the density estimate, limited to the rows of the set.
+    most : Tensor, optional
+        [G] long, a further limit of ``neighbours``.
+
+    Returns
+    -------
+    Tensor
+        [G, P] float32, -1 for padding.
     """
-    both = real[:, :, None] & real[:, None]
-    near = apart.masked_fill(~both, float("inf")).topk(min(neighbours, apart.shape[2]), largest=False).values
-    count = real.sum(1) if most is None else torch.minimum(most, real.sum(1))
+    pairs = valid[:, :, None] & valid[:, None]
+    near = distance.masked_fill(~pairs, float("inf")).topk(min(neighbours, distance.shape[2]), largest=False).values
+    count = valid.sum(1) if most is None else torch.minimum(most, valid.sum(1))
     count = count.clamp(1, near.shape[2])[:, None, None]
-    counted = torch.arange(near.shape[2], device=near.device) < count
-    density = (-near.masked_fill(~counted | near.isinf(), 0).square().sum(2) / count[:, 0]).exp()
-    place = torch.arange(density.shape[1], device=density.device)
-    equal_before = (density[:, None] == density[:, :, None]) & (place[None] < place[:, None])
-    denser = ((density[:, None] > density[:, :, None]) | equal_before) & both
-    farthest = apart.masked_fill(~both, 0).amax((1, 2))[:, None]
-    gap = apart.masked_fill(~denser, float("inf")).amin(2)
-    return torch.where(real, torch.where(gap.isinf(), farthest, gap) * density, -1.0)
+    in_density = torch.arange(near.shape[2], device=near.device) < count
+    density = (-near.masked_fill(~in_density | near.isinf(), 0).square().sum(2) / count[:, 0]).exp()
+    number = torch.arange(density.shape[1], device=density.device)
+    equal_before = (density[:, None] == density[:, :, None]) & (number[None] < number[:, None])
+    denser = ((density[:, None] > density[:, :, None]) | equal_before) & pairs
+    farthest = distance.masked_fill(~pairs, 0).amax((1, 2))[:, None]
+    gap = distance.masked_fill(~denser, float("inf")).amin(2)
+    return torch.where(valid, torch.where(gap.isinf(), farthest, gap) * density, -1.0)
 
 
-def peaks(rows: Tensor, real: Tensor, count: Tensor, neighbours: int, capped: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``count`` [G] best peaks of each set and the peak that every row is nearest to.
+def peaks(rows: Tensor, valid: Tensor, count: Tensor, neighbours: int, capped: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the ``count`` best peaks of each set, and the nearest peak of every row.
 
-    rows [G, P, C], real [G, P] -> is a peak [G, P] bool, nearest peak [G, P] (itself for a peak; 0 in a set without), place of every row by
-    falling score [G, P]. ``neighbours`` decide the density; ``capped``: no more of them than peaks. Works through the sets in blocks, so that
-    memory is bounded.
+    Runs over the sets in blocks, so that memory is bounded.
+
+    Parameters
+    ----------
+    rows : Tensor
+        [G, P, C].
+    valid : Tensor
+        [G, P] bool, False for padding.
+    count : Tensor
+        [G] long, peaks per set.
+    neighbours : int
+        Rows in the density estimate.
+    capped : bool
+        Limit ``neighbours`` to the number of peaks.
+
+    Returns
+    -------
+    is_peak : Tensor
+        [G, P] bool.
+    nearest : Tensor
+        [G, P] long, nearest peak of each row (itself for a peak; 0 in a set without peaks).
+    rank : Tensor
+        [G, P] long, rank of every row by falling score.
     """
-    block = max(1, CELLS // max(1, rows.shape[1] ** 2))
-    blocks = zip(rows.split(block), real.split(block), count.split(block), strict=True)
-    found = [_peaks(some, there, wanted, neighbours, capped) for some, there, wanted in blocks]
-    if not found:
-        empty = torch.zeros_like(real, dtype=torch.long)
-        return real, empty, empty
-    chosen, nearest, place = zip(*found, strict=True)
-    return torch.cat(chosen), torch.cat(nearest), torch.cat(place)
+    size = max(1, CELLS // max(1, rows.shape[1] ** 2))
+    blocks = zip(rows.split(size), valid.split(size), count.split(size), strict=True)
+    results = [_peaks(part, part_valid, part_count, neighbours, capped) for part, part_valid, part_count in blocks]
+    if not results:
+        empty = torch.zeros_like(valid, dtype=torch.long)
+        return valid, empty, empty
+    is_peak, nearest, rank = zip(*results, strict=True)
+    return torch.cat(is_peak), torch.cat(nearest), torch.cat(rank)
 
 
-def _peaks(rows: Tensor, real: Tensor, count: Tensor, neighbours: int, capped: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _peaks(rows: Tensor, valid: Tensor, count: Tensor, neighbours: int, capped: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Run ``peaks`` on one block of sets."""
     if rows.shape[1] == 0:
-        empty = torch.zeros_like(real, dtype=torch.long)
-        return real, empty, empty
-    apart = distances(rows.masked_fill(~real[..., None], 0))
-    order = peak_scores(apart, real, neighbours, count if capped else None).argsort(dim=1, descending=True, stable=True)
-    places = torch.arange(order.shape[1], device=order.device).expand(order.shape)
-    place = torch.empty_like(order).scatter_(1, order, places)
-    chosen = (place < count[:, None]) & real
-    nearest = apart.masked_fill(~chosen[:, None], float("inf"))
-    by_score = nearest.gather(2, order[:, None].expand_as(nearest))  # of peaks at the same distance, the better one
-    return chosen, torch.where(chosen, places, order.gather(1, by_score.argmin(2))), place
+        empty = torch.zeros_like(valid, dtype=torch.long)
+        return valid, empty, empty
+    distance = distances(rows.masked_fill(~valid[..., None], 0))
+    order = peak_scores(distance, valid, neighbours, count if capped else None).argsort(dim=1, descending=True, stable=True)
+    number = torch.arange(order.shape[1], device=order.device).expand(order.shape)
+    rank = torch.empty_like(order).scatter_(1, order, number)
+    is_peak = (rank < count[:, None]) & valid
+    nearest = distance.masked_fill(~is_peak[:, None], float("inf"))
+    # of peaks at the same distance, the one with the higher score
+    by_score = nearest.gather(2, order[:, None].expand_as(nearest))
+    return is_peak, torch.where(is_peak, number, order.gather(1, by_score.argmin(2))), rank

@@ -1,4 +1,4 @@
-"""Graphs of tokens: how alike and how close they are, and sets in which no two are joined."""
+"""Graphs of tokens: similarity, closeness, and sets without edges between their members."""
 
 from __future__ import annotations
 
@@ -10,7 +10,20 @@ from duet_vlm.ops.select import ranking, ranks, top
 
 
 def rescaled(likeness: Tensor, valid: Tensor) -> Tensor:
-    """Likeness [B, N, N] of valid [B, N] tokens, the smallest of two different ones as 0 and the largest as 1; all 1 where they are equal."""
+    """Rescale similarities to [0, 1] over the pairs of different tokens of each image; all 1 where they are equal.
+
+    Parameters
+    ----------
+    likeness : Tensor
+        [B, N, N].
+    valid : Tensor
+        [B, N] bool, False for padding.
+
+    Returns
+    -------
+    Tensor
+        [B, N, N].
+    """
     itself = torch.eye(likeness.shape[1], dtype=torch.bool, device=likeness.device)
     pair = valid[:, None] & valid[..., None] & ~itself
     low = likeness.masked_fill(~pair, torch.inf).flatten(1).amin(1)[:, None, None]
@@ -19,35 +32,68 @@ def rescaled(likeness: Tensor, valid: Tensor) -> Tensor:
 
 
 def closeness(row: Tensor, column: Tensor) -> Tensor:
-    """1 / (1 + distance) of places [B, N] in a grid: [B, N, N] float32."""
+    """Compute 1 / (1 + distance) of grid places: rows and columns [B, N] -> [B, N, N] float32."""
     place = torch.stack([row, column], -1).float()
     return 1 / (1 + (place[:, None] - place[:, :, None]).norm(dim=-1))
 
 
-def greedy_independent(scores: Tensor, joined: Tensor, free: Tensor, count: Tensor, steps: int) -> Tensor:
-    """Up to ``count`` [B] of the ``free`` [B, N] tokens, none ``joined`` [B, N, N] to another: always the best that is left, ties to the lower index.
+def greedy_independent(scores: Tensor, edges: Tensor, free: Tensor, count: Tensor, steps: int) -> Tensor:
+    """Pick tokens by falling score that share no edge with a picked one; ties go to the lower index.
 
-    -> [B, N] bool; ``steps`` is the largest count. A token's entry for itself plays no part.
+    Parameters
+    ----------
+    scores : Tensor
+        [B, N].
+    edges : Tensor
+        [B, N, N] bool; a token's entry for itself plays no part.
+    free : Tensor
+        [B, N] bool, candidates.
+    count : Tensor
+        [B] long, most picks of each sample.
+    steps : int
+        Largest of ``count``, known on the host.
+
+    Returns
+    -------
+    Tensor
+        [B, N] bool, the picks.
     """
-    picked, free = torch.zeros_like(free), free.clone()
+    picks, free = torch.zeros_like(free), free.clone()
     for step in range(steps):
         best = scores.masked_fill(~free, -torch.inf).argmax(1, keepdim=True)
         new = free.gather(1, best) & (count > step)[:, None]
-        picked |= torch.zeros_like(free).scatter(1, best, new)
-        free &= ~(gather_rows(joined, best)[:, 0] & new)
+        picks |= torch.zeros_like(free).scatter(1, best, new)
+        free &= ~(gather_rows(edges, best)[:, 0] & new)
         free &= ~torch.zeros_like(free).scatter(1, best, new)
-    return picked
+    return picks
 
 
-def independent_set(scores: Tensor, joined: Tensor, valid: Tensor, count: Tensor, important: float, steps: int) -> Tensor:
-    """``count`` [B] of the ``valid`` [B, N] tokens: the share ``important`` by score alone; then, by score, those that are not ``joined`` [B, N, N]
-    to a chosen one; and where these run out, by score again (D2Pruner).
+def independent_set(scores: Tensor, edges: Tensor, valid: Tensor, count: Tensor, important: float, steps: int) -> Tensor:
+    """Choose ``count`` tokens: a share by score, then an independent set, then by score again (D2Pruner).
 
-    -> [B, N] bool; ``steps`` is the largest number that is not chosen by score alone.
+    Parameters
+    ----------
+    scores : Tensor
+        [B, N].
+    edges : Tensor
+        [B, N, N] bool, pairs of similar tokens.
+    valid : Tensor
+        [B, N] bool, False for padding.
+    count : Tensor
+        [B] long, tokens to choose.
+    important : float
+        Share of ``count`` chosen by score alone, in [0, 1].
+    steps : int
+        Largest number of tokens not chosen by score alone, known on the host.
+
+    Returns
+    -------
+    Tensor
+        [B, N] bool, the chosen tokens.
     """
     first = top(scores, valid, (count * important).long())
-    free = valid & ~first & ~(joined & first[:, None]).any(2)
-    picked = greedy_independent(scores, joined, free, count - first.sum(1), steps)
+    free = valid & ~first & ~(edges & first[:, None]).any(2)
+    picks = greedy_independent(scores, edges, free, count - first.sum(1), steps)
     place = ranks(ranking(scores, valid))
-    order = place + place.shape[1] * (2 - 2 * first.long() - picked.long())
+    order = place + place.shape[1] * (2 - 2 * first.long() - picks.long())
     return top(-order.float(), valid, count)

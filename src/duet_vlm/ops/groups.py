@@ -1,6 +1,7 @@
-"""Tokens in groups (crops, windows, clusters): ranks, sums and counts of each, and choosing by them. Ties go to the lower index.
+"""Groups of tokens (crops, windows, clusters): ranks, sums, counts, and choice within groups. Ties go to the lower
+index.
 
-Groups are numbered from 0 to a ``count`` that the host knows; tokens that are not valid may have any number. Nothing is read from the device.
+Groups are numbered from 0 to a ``count`` known on the host; padding may have any number. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ SMALLEST = 1e-6  # of the largest weight: what groups of no weight get once all 
 
 
 def ranks_in_groups(scores: Tensor, group: Tensor, valid: Tensor) -> Tensor:
-    """The rank of each token within its group by falling score: scores, group, valid [B, N] -> [B, N] long."""
+    """Rank of each token within its group by falling score: scores, group, valid [B, N] -> [B, N] long."""
     order = ranking(scores, valid)
     number = torch.where(valid, group, torch.iinfo(torch.long).max).gather(1, order)
     number, by_group = number.sort(dim=1, stable=True)
@@ -27,7 +28,9 @@ def ranks_in_groups(scores: Tensor, group: Tensor, valid: Tensor) -> Tensor:
 
 
 def numbered(key: Tensor, valid: Tensor) -> Tensor:
-    """Numbers 0, 1, ... of the different values of ``key`` [B, N] long, by rising value: [B, N] long; anything where not ``valid``."""
+    """Number the distinct values of ``key`` [B, N] long from 0 by rising value: [B, N] long; undefined where not
+    ``valid``.
+    """
     key, order = key.masked_fill(~valid, torch.iinfo(torch.long).max).sort(dim=1, stable=True)
     fresh = torch.zeros_like(key)
     fresh[:, 1:] = key[:, 1:] != key[:, :-1]
@@ -35,15 +38,30 @@ def numbered(key: Tensor, valid: Tensor) -> Tensor:
 
 
 def sums_of_groups(values: Tensor, group: Tensor, valid: Tensor, count: int) -> Tensor:
-    """The sum of the values of each group: [B, N] -> [B, count] float32."""
+    """Sum of the values of each group: [B, N] -> [B, count] float32."""
     kept = torch.where(valid, values.float(), 0.0)
     return kept.new_zeros(len(values), count).scatter_add_(1, group.clamp(0, count - 1), kept)
 
 
 def proportional_shares(weight: Tensor, size: Tensor, total: Tensor) -> Tensor:
-    """Whole numbers in proportion to ``weight`` [B, G], none above ``size`` [B, G], that add up to ``total`` [B] (or to all there is).
+    """Divide a total among groups in proportion to weights, with upper limits.
 
-    What a full group leaves goes to the others in proportion; what is left of a token to the largest remainders, ties to the earlier group.
+    The excess of a full group goes to the others in proportion; fractions go to the largest remainders, ties to the
+    earlier group.
+
+    Parameters
+    ----------
+    weight : Tensor
+        [B, G], not negative.
+    size : Tensor
+        [B, G], most tokens of each group.
+    total : Tensor
+        [B], tokens to divide, limited to the sum of the sizes.
+
+    Returns
+    -------
+    Tensor
+        [B, G] long.
     """
     size = size.float()
     total = torch.minimum(total.float(), size.sum(1))[:, None]
@@ -67,19 +85,54 @@ def proportional_shares(weight: Tensor, size: Tensor, total: Tensor) -> Tensor:
 
 
 def equal_shares(size: Tensor, total: Tensor) -> Tensor:
-    """``total`` [B] tokens divided in proportion to the ``size`` [B, G] long of each group; what is left by largest remainder, ties to the earlier
-    group. In whole numbers, so that equal remainders are equal."""
+    """Divide a total in proportion to group sizes; fractions go to the largest remainders, ties to the earlier group.
+
+    In integers, so that equal remainders are equal.
+
+    Parameters
+    ----------
+    size : Tensor
+        [B, G] long.
+    total : Tensor
+        [B] long.
+
+    Returns
+    -------
+    Tensor
+        [B, G] long.
+    """
     product, tokens = total[:, None] * size, size.sum(1, keepdim=True).clamp(min=1)
-    left = total[:, None] - (product // tokens).sum(1, keepdim=True)
-    more = ranks((product % tokens).argsort(dim=1, descending=True, stable=True)) < left
+    remaining = total[:, None] - (product // tokens).sum(1, keepdim=True)
+    more = ranks((product % tokens).argsort(dim=1, descending=True, stable=True)) < remaining
     return product // tokens + more.long()
 
 
 def top_of_groups(scores: Tensor, group: Tensor, valid: Tensor, quota: Tensor, count: Tensor) -> Tensor:
-    """Mask [B, N] of ``count`` [B] tokens: the ``quota`` [B, G] best of each group; of too many those with the largest scores, and where there
-    are too few the next ones of every group, again by score, and so on."""
+    """Choose the ``quota`` best tokens of each group, and exactly ``count`` in all.
+
+    Of too many the ones with the largest scores are kept; where there are too few, the next one of every group is
+    added, by score, and so on.
+
+    Parameters
+    ----------
+    scores : Tensor
+        [B, N].
+    group : Tensor
+        [B, N] long.
+    valid : Tensor
+        [B, N] bool, False for padding.
+    quota : Tensor
+        [B, G] long.
+    count : Tensor
+        [B] long.
+
+    Returns
+    -------
+    Tensor
+        [B, N] bool, the chosen tokens.
+    """
     over = ranks_in_groups(scores, group, valid) - quota.gather(1, group.clamp(0, quota.shape[1] - 1))
-    step = over.clamp(min=-1)  # all that is within its quota comes first
+    step = over.clamp(min=-1)  # tokens within their quota come first
     order = ranking(scores, valid)
     step = torch.where(valid, step, torch.iinfo(torch.long).max).gather(1, order).sort(dim=1, stable=True).indices
     best = torch.arange(order.shape[1], device=order.device) < count[:, None]
@@ -87,14 +140,17 @@ def top_of_groups(scores: Tensor, group: Tensor, valid: Tensor, quota: Tensor, c
 
 
 def top_with_limit(scores: Tensor, group: Tensor, valid: Tensor, limit: Tensor, count: Tensor) -> Tensor:
-    """Mask [B, N] of the ``count`` [B] best tokens of which no group gives more than ``limit`` [B]; fewer where the groups have no more."""
+    """Mask [B, N] of the ``count`` [B] best tokens, at most ``limit`` [B] of each group; fewer if the groups have no
+    more.
+    """
     return top(scores, valid & (ranks_in_groups(scores, group, valid) < limit[:, None]), count)
 
 
 def segment_numbers(valid: Tensor, count: int) -> Tensor:
-    """Which of ``count`` stretches of its picture, in order, each token is of: as long as each other, the first ones by one token longer.
+    """Number the segments of each image: ``count`` runs of valid tokens of equal length, the first ones longer by one
+    token.
 
-    valid [B, N] -> [B, N] long.
+    valid [B, N] bool -> [B, N] long.
     """
     place, total = valid.cumsum(1) - 1, valid.sum(1, keepdim=True)
     short, longer = total // count, total % count
@@ -103,10 +159,28 @@ def segment_numbers(valid: Tensor, count: int) -> Tensor:
 
 
 def window_numbers(place: Tensor, sides: Tensor, parts: Tensor, side: int, most: int) -> tuple[Tensor, Tensor]:
-    """Windows of ``side`` x ``side`` tokens on each part's grid; rows and columns that fill none belong to the last one.
+    """Number the windows of ``side`` x ``side`` tokens on each part's grid; incomplete rows and columns join the last
+    window.
 
-    place [B, N, 2], sides [B, 2], parts [B, N] (of which there are up to ``most``) -> the window of each token [B, N] and how many there are
-    in all [B]. A side shorter than a window makes one.
+    Parameters
+    ----------
+    place : Tensor
+        [B, N, 2] long, row and column of each token.
+    sides : Tensor
+        [B, 2] long, rows and columns of the grid.
+    parts : Tensor
+        [B, N] long, part (crop or frame) of each token, -1 for padding.
+    side : int
+        Rows and columns of a window; a shorter grid makes one window.
+    most : int
+        Upper bound of the number of parts, known on the host.
+
+    Returns
+    -------
+    number : Tensor
+        [B, N] long, window of each token.
+    count : Tensor
+        [B] long, windows in all.
     """
     count = (sides // side).clamp(min=1)
     at = torch.minimum(place.clamp(min=0) // side, count[:, None] - 1)
@@ -116,24 +190,46 @@ def window_numbers(place: Tensor, sides: Tensor, parts: Tensor, side: int, most:
 
 
 def survivors(similarity: Tensor, scores: Tensor, group: Tensor, valid: Tensor, threshold: Tensor, count: int, steps: int) -> Tensor:
-    """Suppression within groups: in each step every group gives its best token, and those of the group that are more similar to it than
-    ``threshold`` [B] leave.
+    """Suppress similar tokens within groups.
 
-    similarity [B, N, N], scores, group, valid [B, N] -> the step in which each token was taken [B, N] long, ``steps`` where it was not.
+    In each step every group yields its best token, and the tokens of the group that are more similar to it than
+    ``threshold`` are suppressed.
+
+    Parameters
+    ----------
+    similarity : Tensor
+        [B, N, N].
+    scores : Tensor
+        [B, N].
+    group : Tensor
+        [B, N] long.
+    valid : Tensor
+        [B, N] bool, False for padding.
+    threshold : Tensor
+        [B].
+    count : int
+        Number of groups.
+    steps : int
+        Number of steps.
+
+    Returns
+    -------
+    Tensor
+        [B, N] long, step in which each token was taken, ``steps`` if it was not.
     """
     rank = ranks(ranking(scores, valid))
-    taken, alive = torch.full_like(rank, steps), valid
+    taken_in, alive = torch.full_like(rank, steps), valid
     group = group.clamp(0, count - 1)
-    nobody = rank.shape[1]
+    none = rank.shape[1]
     for step in range(steps):
-        best = torch.full((len(rank), count), nobody, device=rank.device).scatter_reduce(1, group, torch.where(alive, rank, nobody), "amin")
-        first = best.gather(1, group)
-        chosen = alive & (rank == first)
-        winner = torch.zeros(len(rank), nobody + 1, dtype=torch.long, device=rank.device).scatter(1, rank, _numbers(rank)).gather(1, first)
-        alike = similarity.gather(2, winner.clamp(max=nobody - 1)[..., None])[..., 0] > threshold[:, None]
-        taken = torch.where(chosen, step, taken)
-        alive = alive & ~chosen & ~(alike & (first < nobody))
-    return taken
+        best = torch.full((len(rank), count), none, device=rank.device).scatter_reduce(1, group, torch.where(alive, rank, none), "amin")
+        best_rank = best.gather(1, group)
+        chosen = alive & (rank == best_rank)
+        best_token = torch.zeros(len(rank), none + 1, dtype=torch.long, device=rank.device).scatter(1, rank, _numbers(rank)).gather(1, best_rank)
+        alike = similarity.gather(2, best_token.clamp(max=none - 1)[..., None])[..., 0] > threshold[:, None]
+        taken_in = torch.where(chosen, step, taken_in)
+        alive = alive & ~chosen & ~(alike & (best_rank < none))
+    return taken_in
 
 
 def _numbers(rank: Tensor) -> Tensor:
@@ -141,11 +237,29 @@ def _numbers(rank: Tensor) -> Tensor:
 
 
 def principal(rows: Tensor, valid: Tensor, count: Tensor, most: int, rounds: int = 4) -> Tensor:
-    """The first ``count`` [B] principal directions among tokens, of which ``most`` is the largest: rows [B, N, C] -> [B, N, most] float32.
+    """Compute principal directions among tokens.
 
-    Tokens are the variables and channels the samples: the eigenvectors of the tokens' covariance over channels, by falling eigenvalue; columns
-    from ``count`` on are zero. Block power iteration from a fixed start, then a rotation to eigenvectors (the one step for which the library
-    may wait for the device).
+    Tokens are the variables and channels the samples: the eigenvectors of the tokens' covariance over channels, by
+    falling eigenvalue. Block power iteration from a fixed start, then a rotation to eigenvectors (the one step for
+    which the library may wait for the device).
+
+    Parameters
+    ----------
+    rows : Tensor
+        [B, N, C].
+    valid : Tensor
+        [B, N] bool, False for padding.
+    count : Tensor
+        [B] long, number of directions.
+    most : int
+        Largest of ``count``, known on the host.
+    rounds : int
+        Iterations.
+
+    Returns
+    -------
+    Tensor
+        [B, N, most] float32; columns from ``count`` on are zero.
     """
     rows = torch.where(valid[..., None], rows.float() - rows.float().mean(-1, keepdim=True), 0.0)
     real = torch.arange(most, device=rows.device) < count[:, None]
@@ -154,6 +268,6 @@ def principal(rows: Tensor, valid: Tensor, count: Tensor, most: int, rounds: int
     basis = start * valid[..., None] * real[:, None]
     for _ in range(rounds):
         basis = torch.linalg.qr(rows @ (rows.transpose(1, 2) @ basis)).Q * real[:, None]
-    seen = rows.transpose(1, 2) @ basis
-    _, rotation = torch.linalg.eigh(seen.transpose(1, 2) @ seen)
+    projected = rows.transpose(1, 2) @ basis
+    _, rotation = torch.linalg.eigh(projected.transpose(1, 2) @ projected)
     return (basis @ rotation.flip(2)) * real[:, None]

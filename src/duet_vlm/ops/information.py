@@ -1,4 +1,4 @@
-"""What a row has that others have not: what it adds to the spectrum of all rows, and what a few rows cannot make of it."""
+"""Information of rows: contribution to the spectrum of all rows, and the residual of an approximation by a few rows."""
 
 from __future__ import annotations
 
@@ -7,10 +7,22 @@ from torch import Tensor
 
 
 def information(rows: Tensor, valid: Tensor) -> Tensor:
-    """Sum over k of |U_ik S_k| of the singular value decomposition rows = U S W: rows [B, N, D], valid [B, N] -> [B, N] float32.
+    """Compute sum over k of |U_ik S_k| of the singular value decomposition rows = U S W (TokenCarve).
 
-    From the eigenvectors of the smaller Gram matrix, N x N or D x D (TokenCarve, which decomposes the rows themselves); rows that are not valid
-    count as zeros.
+    From the eigenvectors of the smaller Gram matrix, N x N or D x D (TokenCarve decomposes the rows themselves);
+    padding counts as zeros.
+
+    Parameters
+    ----------
+    rows : Tensor
+        [B, N, D].
+    valid : Tensor
+        [B, N] bool, False for padding.
+
+    Returns
+    -------
+    Tensor
+        [B, N] float32.
     """
     rows = rows.float() * valid[..., None]
     count, width = rows.shape[1:]
@@ -21,14 +33,26 @@ def information(rows: Tensor, valid: Tensor) -> Tensor:
 
 
 def residual(rows: Tensor, basis: Tensor, ridge: Tensor | float) -> Tensor:
-    """What is left of each row when the best combination of the basis rows is taken away: rows [B, N, D], basis [B, M, D] -> [B, N, D] float32.
+    """Subtract from each row its best approximation by the basis rows (ridge regression).
 
-    Best by least squares with ``ridge`` (or [B, 1, 1] of them), above 0, times the squared coefficients; more where rows of the basis are so large
-    and so alike that float32 takes them for one. Basis rows of zeros count for nothing.
+    Parameters
+    ----------
+    rows : Tensor
+        [B, N, D].
+    basis : Tensor
+        [B, M, D]; rows of zeros are ignored.
+    ridge : float or Tensor
+        Weight of the squared coefficients, above 0, a number or [B, 1, 1]; raised where basis rows are so large and so
+        similar that float32 cannot separate them.
+
+    Returns
+    -------
+    Tensor
+        [B, N, D] float32.
     """
     rows, basis = rows.float(), basis.float()
-    gram, one = basis @ basis.transpose(1, 2), torch.eye(basis.shape[1], device=basis.device)
-    factor, wrong = torch.linalg.cholesky_ex(gram + ridge * one)
-    more = ridge + 8 * torch.finfo(gram.dtype).eps * gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
-    factor = torch.where(wrong[:, None, None] > 0, torch.linalg.cholesky_ex(gram + more * one).L, factor)
+    gram, identity = basis @ basis.transpose(1, 2), torch.eye(basis.shape[1], device=basis.device)
+    factor, failed = torch.linalg.cholesky_ex(gram + ridge * identity)
+    larger = ridge + 8 * torch.finfo(gram.dtype).eps * gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+    factor = torch.where(failed[:, None, None] > 0, torch.linalg.cholesky_ex(gram + larger * identity).L, factor)
     return rows - torch.cholesky_solve(basis @ rows.transpose(1, 2), factor).transpose(1, 2) @ basis

@@ -10,24 +10,26 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 def upload(numbers: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Numbers that the host knows, or a tensor of it, on a device. ``torch.tensor(numbers, device=device)`` waits until an accelerator has done
-    all that it was asked before; this does not."""
+    """Copy numbers or a tensor of the host to a device without waiting for it.
+
+    ``torch.tensor(numbers, device=device)`` waits until an accelerator has finished all earlier work; this does not.
+    """
     held = numbers if isinstance(numbers, Tensor) else torch.tensor(numbers, dtype=dtype, device="cpu")
     return held.to(device, non_blocking=True)
 
 
 def after_last_true(rows: Tensor) -> Tensor:
-    """What stands after the last True of each row (everything where there is none): [B, S] bool -> [B, S] bool."""
+    """Mask of the positions after the last True of each row (all where there is none): [B, S] bool -> [B, S] bool."""
     return rows.flip(1).cumsum(1).flip(1) == 0
 
 
 def last_true(rows: Tensor) -> Tensor:
-    """Only the last True of each row: [B, S] bool -> [B, S] bool."""
+    """Mask of the last True of each row: [B, S] bool -> [B, S] bool."""
     return rows & (rows.flip(1).cumsum(1).flip(1) == 1)
 
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Pick rows: x [B or 1, T, ...], index [B, n] -> [B, n, ...]."""
+    """Gather rows: x [B or 1, T, ...], index [B, n] -> [B, n, ...]."""
     if len(index) == x.shape[0] == 1:
         return x[0].index_select(0, index[0])[None]  # copies whole rows: a third of the time
     if x.shape[0] == 1:
@@ -36,7 +38,10 @@ def gather_rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 def gather_last_dim(x: Tensor, index: Tensor) -> Tensor:
-    """Gather along the last dim of [..., B or 1, T] (position ids, with or without M-RoPE rows): index [B, n] -> [..., B, n]."""
+    """Gather along the last dimension of position ids, with or without M-RoPE axes.
+
+    x [..., B or 1, T], index [B, n] -> [..., B, n].
+    """
     batch, count = index.shape
     return x.expand(*x.shape[:-2], batch, x.shape[-1]).gather(-1, index.expand(*x.shape[:-2], batch, count))
 
@@ -57,25 +62,27 @@ def pack_left(keep: Tensor, width: int) -> tuple[Tensor, Tensor]:
     keep : Tensor
         [B, T] bool.
     width : int
-        Rows of the result: at least the largest number kept, at most T.
+        Length of the result: at least the largest number kept, at most T.
 
     Returns
     -------
-    index, valid : Tensor
-        [B, width] long and bool; invalid entries point at dropped rows.
+    index : Tensor
+        [B, width] long; padding points at dropped rows.
+    valid : Tensor
+        [B, width] bool, False for padding.
     """
     order = keep.view(torch.uint8).sort(dim=1, stable=True).indices[:, keep.shape[1] - width :]
     return order, keep.gather(1, order)
 
 
 def pack_right(keep: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """As ``pack_left``, padded on the right: [B, T] bool -> indices [B, width] in ascending order, valid [B, width]."""
+    """Indices of the kept rows in order, short samples padded on the right; as ``pack_left`` otherwise."""
     order = keep.view(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :width]
     return order, keep.gather(1, order)
 
 
 def stacked(rows: list[Tensor]) -> Tensor:
-    """Tensors of one shape [...] as one [B, ...]; a single one is not copied."""
+    """Stack tensors of one shape [...] to [B, ...]; a single one is not copied."""
     return rows[0][None] if len(rows) == 1 else torch.stack(rows)
 
 

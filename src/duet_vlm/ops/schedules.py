@@ -1,4 +1,6 @@
-"""When visual tokens leave inside the decoder: before which layer, and the share of those that entered which goes on. Plain numbers, no tensors."""
+"""Drop schedules inside the decoder: (layer, share of the entering tokens kept from there on). Plain numbers, no
+tensors.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,17 @@ AMPLE, LEAN = 0.14, 0.1  # of a picture: from here on a budget needs no drops; b
 
 
 def paper_schedule(depth: int) -> Drops:
-    """DUET-VLM's: half of the entering tokens from half of the depth on, none from three quarters on ([16, 24] of 32 layers in the paper)."""
+    """DUET-VLM's schedule: half of the entering tokens from half of the depth on, none from three quarters on.
+
+    That is [16, 24] of 32 layers in the paper.
+    """
     return tuple({depth // 2: 0.5, 3 * depth // 4: 0.0}.items())
 
 
 def pyramid(depth: int, layers: tuple[int, ...] = LATE, share: float = LATE_SHARE) -> Drops:
-    """PyramidDrop's: stages at ``layers``/32 of the depth (never before layer 1), keeping share, share^2, share^3."""
+    """PyramidDrop's schedule: stages at ``layers``/32 of the depth (never before layer 1), keeping share, share^2,
+    share^3.
+    """
     stages: dict[int, float] = {}
     for power, layer in enumerate(layers, start=1):
         stages[max(1, layer * depth // 32)] = share**power
@@ -23,16 +30,25 @@ def pyramid(depth: int, layers: tuple[int, ...] = LATE, share: float = LATE_SHAR
 
 
 def halfway(depth: int) -> Drops:
-    """VScan's: a third stays from the middle of the decoder on (layer 16 of 32)."""
+    """VScan's schedule: a third is kept from the middle of the decoder on (layer 16 of 32)."""
     return ((max(1, depth // 2), 1 / 3),)
 
 
 def tapered_schedule(depth: int, share: float | None = None) -> Drops:
-    """DUET+'s, by the ``share`` of its tokens that a budget leaves a picture: no drops where that is ample; DUET's (half of what entered from half of
-    the depth on, none from three quarters on); below ``LEAN`` less from a quarter on, and half of that.
+    """DUET+'s schedule, by the share of its tokens that a budget allows an image.
 
-    What a question needs must enter, and what it needs late must not be dropped early: with few tokens the first counts more, with many the second.
-    Chosen on validation questions of both embedded tasks (docs/comparison.md).
+    No drops from ``AMPLE`` on; DUET's (half of the entering tokens from half of the depth on, none from three quarters
+    on) from ``LEAN`` on; below ``LEAN``, fewer tokens from a quarter of the depth on, and half of that from the middle
+    on. Chosen on validation questions of both embedded tasks (docs/comparison.md): tokens that the question needs must
+    enter, and tokens needed late must not be dropped early; with few tokens the first counts more, with many the
+    second.
+
+    Parameters
+    ----------
+    depth : int
+        Decoder layers.
+    share : float, optional
+        Share of the image's tokens, in [0, 1]; None: DUET's schedule.
     """
     if share is not None and share >= AMPLE:
         return ()

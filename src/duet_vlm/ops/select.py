@@ -1,4 +1,5 @@
-"""Choosing tokens: ranked, evenly spaced, random. Ties go to the lower index, so a choice never depends on the sort."""
+"""Choice of tokens: ranked, evenly spaced, outliers. Ties go to the lower index, so a choice never depends on the sort.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +8,12 @@ from torch import Tensor
 
 
 def ranking(scores: Tensor, valid: Tensor) -> Tensor:
-    """Token indices by falling score, invalid ones last: scores [B, N] float, valid [B, N] bool -> order [B, N]."""
+    """Token indices by falling score, padding last: scores [B, N] float, valid [B, N] bool -> order [B, N] long."""
     return scores.masked_fill(~valid, float("-inf")).argsort(dim=1, descending=True, stable=True)
 
 
 def ranks(order: Tensor) -> Tensor:
-    """Inverse of ``ranking``: the rank of each token, [B, N]."""
+    """Rank of each token, the inverse of ``ranking``: [B, N] long."""
     place = torch.arange(order.shape[1], device=order.device).expand(order.shape)
     return torch.empty_like(order).scatter_(1, order, place)
 
@@ -32,14 +33,33 @@ def spaced_picks(valid: Tensor, count: Tensor) -> Tensor:
 
 
 def rank_positions(count: Tensor, width: int, pool: Tensor) -> tuple[Tensor, Tensor]:
-    """Evenly spaced ranks floor(i * pool / count) for i < count: -> [B, width] long, valid [B, width]; ``count``, ``pool`` are [B]."""
+    """Evenly spaced ranks floor(i * pool / count) for i < count.
+
+    Parameters
+    ----------
+    count : Tensor
+        [B] long, number of ranks.
+    width : int
+        Largest of ``count``, known on the host.
+    pool : Tensor
+        [B] long, number of entries that are ranked.
+
+    Returns
+    -------
+    rank : Tensor
+        [B, width] long.
+    valid : Tensor
+        [B, width] bool, False for padding.
+    """
     i = torch.arange(width, device=count.device)
     place = i * pool[:, None] // count.clamp(min=1)[:, None]
     return place, i < count[:, None]
 
 
 def quantile(values: Tensor, valid: Tensor, q: float) -> Tensor:
-    """The ``q``-th quantile of each row's valid values, linear between neighbours as numpy has it: [B, N] float32 -> [B, 1]."""
+    """The ``q``-th quantile of each row's valid values, linear between neighbours as in numpy: [B, N] float32 -> [B,
+    1].
+    """
     ordered = values.masked_fill(~valid, float("inf")).sort(dim=1).values
     place = q * (valid.sum(1, keepdim=True) - 1).clamp(min=0).float()
     below = place.floor().long()
@@ -48,6 +68,6 @@ def quantile(values: Tensor, valid: Tensor, q: float) -> Tensor:
 
 
 def outliers(values: Tensor, valid: Tensor) -> Tensor:
-    """Mask of the valid values above the third quartile by more than 1.5 times the distance of first and third: [B, N] bool."""
+    """Mask of the valid values more than 1.5 interquartile ranges above the third quartile: [B, N] bool."""
     first, third = quantile(values, valid, 0.25), quantile(values, valid, 0.75)
     return valid & (values > third + 1.5 * (third - first))

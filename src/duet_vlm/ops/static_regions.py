@@ -1,7 +1,8 @@
-"""What stands still in a window of a clip becomes one set of rows, averaged over time; the rest of every frame is a set of its own.
+"""Static and dynamic sets of a video: static places of a window are averaged over time, the other tokens of a frame
+form a set.
 
-Shapes as in ``clips``: B clips, T steps, P places, C channels; a clip has up to 2 T sets: what is still in each of up to T windows, then what is
-not in each of T steps.
+Shapes as in ``ops.video``: B videos, T steps, P places, C channels; a video has up to 2 T sets: the static tokens of
+each of up to T windows, then the dynamic tokens of each of T steps.
 """
 
 from __future__ import annotations
@@ -17,10 +18,20 @@ from duet_vlm.ops.video import FrameWindows, VideoTokens
 
 @dataclass(frozen=True)
 class StaticDynamicSets:
-    """A clip as sets.
+    """Videos as sets of rows.
 
-    ``still`` [B, T, P] bool: which rows are part of what is still in their window; ``rows`` [B, 2 T, P, C] float32 and ``real`` [B, 2 T, P]: the
-    rows of every set by place.
+    Attributes
+    ----------
+    clips : VideoTokens
+        Layout of the videos.
+    windows : FrameWindows
+        Windows of the videos.
+    still : Tensor
+        [B, T, P] bool, rows that are static in their window.
+    rows : Tensor
+        [B, 2 T, P, C] float32, rows of every set by place.
+    real : Tensor
+        [B, 2 T, P] bool, False for padding.
     """
 
     clips: VideoTokens
@@ -31,7 +42,7 @@ class StaticDynamicSets:
 
     @classmethod
     def of(cls, clips: VideoTokens, windows: FrameWindows, rows: Tensor, places: Tensor) -> StaticDynamicSets:
-        """From rows [B, T, P, C] and the still places of every window [B, T, P] bool."""
+        """Make the sets from rows [B, T, P, C] and the static places of every window [B, T, P] bool."""
         still = windows.of_step(places) & clips.real
         total = windows.sums(rows.float().masked_fill(~still[..., None], 0))
         means = total / windows.length.clamp(min=1)[..., None, None]
@@ -40,19 +51,33 @@ class StaticDynamicSets:
 
     @property
     def sizes(self) -> Tensor:
-        """[B, 2 T] long."""
+        """Rows of each set: [B, 2 T] long."""
         return self.real.sum(2)
 
     def kept(self, chosen: Tensor) -> Tensor:
-        """The tokens that the ``chosen`` [B, 2 T, P] rows stand at, a still one at the first step of its window: [B, N] bool."""
+        """Tokens whose positions the ``chosen`` [B, 2 T, P] rows take, for a static row in the first step of its
+        window: [B, N] bool.
+        """
         steps = self.still.shape[1]
         at = torch.arange(steps, device=chosen.device)
         first = (self.windows.of_step(self.windows.first) == at)[..., None]
         return self.clips.rows(torch.where(self.still, self.windows.of_step(chosen[:, :steps]) & first, chosen[:, steps:])) & self.clips.placed
 
     def joins(self, place: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Which token every token is added to, and with which weight: [B, N] each, from the place of the row that every row of a set joins (-1:
-        none) and its weight there, [B, 2 T, P] each."""
+        """Translate targets within sets to targets among tokens.
+
+        Parameters
+        ----------
+        place : Tensor
+            [B, 2 T, P] long, place of the row that each row of a set is merged into; -1 for none.
+        weight : Tensor
+            [B, 2 T, P] float32, its weight there.
+
+        Returns
+        -------
+        owner, weight : Tensor
+            [B, N] long and float32: the token that each token is merged into (-1: none), and its weight there.
+        """
         steps, windows = self.still.shape[1], self.windows
         to = torch.where(self.still, windows.of_step(place[:, :steps]), place[:, steps:])
         step = torch.arange(steps, device=to.device).expand(to.shape[:2])
@@ -66,13 +91,16 @@ class StaticDynamicSets:
 
     @property
     def number(self) -> Tensor:
-        """[B, T, P] long: which set every row is of, rising from window to window, what is still in one before the rest of its first step."""
+        """Set of every row [B, T, P] long, rising from window to window, static rows before the dynamic rows of their
+        first step.
+        """
         at = torch.arange(self.still.shape[1], device=self.still.device)
         return torch.where(self.still, 2 * self.windows.of_step(self.windows.first)[..., None], 2 * at[:, None] + 1)
 
     def sequence(self, rank: Tensor | None = None) -> Tensor:
-        """[B, N] numbers by which tokens follow each other window by window: first what is still, then the rest step by step; within a set by
-        ``rank`` [B, 2 T, P] or by place."""
+        """Sort keys of the tokens [B, N]: by window, static rows first, then dynamic ones step by step; within a set by
+        ``rank`` [B, 2 T, P] or by place.
+        """
         (steps, places), windows = self.still.shape[1:], self.windows
         place = torch.arange(places, device=self.still.device).expand(self.real.shape) if rank is None else rank
         place = torch.where(self.still, windows.of_step(place[:, :steps]), place[:, steps:])
@@ -80,33 +108,48 @@ class StaticDynamicSets:
 
 
 def everywhere(clips: VideoTokens, windows: FrameWindows) -> Tensor:
-    """Places that have a real row in every step of a window of several: [B, T, P] bool."""
+    """Mask of the places with a valid row in every step of a window of several: [B, T, P] bool."""
     return (windows.sums(clips.real.long()) == windows.length[..., None]) & (windows.length > 1)[..., None]
 
 
 def most_similar(places: Tensor, score: Tensor, windows: FrameWindows, spare: Tensor) -> Tensor:
-    """Still places [B, T, P], the likest first, as many as may be averaged if only ``spare`` [B] rows may vanish."""
+    """Limit static places [B, T, P], the most similar first, so that averaging removes at most ``spare`` [B] rows."""
     order = ranking(score.flatten(1), places.flatten(1))
-    fewer = (windows.length - 1).clamp(min=0)[..., None].expand(places.shape).flatten(1) * places.flatten(1)
-    fits = fewer.gather(1, order).cumsum(1) <= spare[:, None]
+    removed = (windows.length - 1).clamp(min=0)[..., None].expand(places.shape).flatten(1) * places.flatten(1)
+    fits = removed.gather(1, order).cumsum(1) <= spare[:, None]
     return places & torch.zeros_like(fits).scatter(1, order, fits).view(places.shape)
 
 
 def members_of(place: Tensor, real: Tensor) -> Tensor:
-    """How many rows join each: places [G, P] joined (of real rows) -> [G, P] float32."""
+    """Number of rows that join each place: place [G, P] joined, real [G, P] -> [G, P] float32."""
     return torch.zeros_like(place, dtype=torch.float32).scatter_add_(1, place.clamp(min=0), real.float())
 
 
 def gains(alike: Tensor, length: Tensor, most: int) -> FrameWindows:
-    """The windows with the largest sum of gains, by dynamic programming; the gain of a window is steps - 1 times the places that are alike all along.
+    """Cut videos into windows of the largest total gain, by dynamic programming.
 
-    alike [B, T - 1, P] bool, length [B] -> windows of up to ``most`` steps; of equal sums the one whose last window is shorter.
+    The gain of a window is (steps - 1) times the number of places that are similar throughout.
+
+    Parameters
+    ----------
+    alike : Tensor
+        [B, T - 1, P] bool, similarity of neighbouring steps.
+    length : Tensor
+        [B] long, steps of each video.
+    most : int
+        Longest window, in steps.
+
+    Returns
+    -------
+    FrameWindows
+        Of equal sums the solution with the shorter last window.
     """
     batch, steps, places = alike.shape[0], alike.shape[1] + 1, alike.shape[2]
     at = torch.arange(steps, device=alike.device)
-    total = torch.zeros(batch, steps + 1, dtype=torch.long, device=alike.device)  # of the first t steps
+    total = torch.zeros(batch, steps + 1, dtype=torch.long, device=alike.device)  # gain of the first t steps
     begin = torch.zeros(batch, steps, dtype=torch.long, device=alike.device)
-    running = torch.ones(batch, steps, places, dtype=torch.bool, device=alike.device)  # alike from step a on up to here
+    # similar from step a up to this one
+    running = torch.ones(batch, steps, places, dtype=torch.bool, device=alike.device)
     for last in range(steps):
         if last:
             running[:, :last] &= alike[:, last - 1 : last]
@@ -124,5 +167,5 @@ def gains(alike: Tensor, length: Tensor, most: int) -> FrameWindows:
 
 
 def _first(values: Tensor, value: Tensor) -> Tensor:
-    """Place of the first of ``values`` [B, n] that is ``value`` [B]."""
+    """Index of the first of ``values`` [B, n] equal to ``value`` [B]."""
     return (values == value[:, None]).int().argmax(1)

@@ -1,6 +1,6 @@
-"""Clips as steps of time x places: where their rows are, which steps belong together, how rows are divided among groups.
+"""Videos as time steps x places: layout of tokens, windows of steps, division of counts.
 
-Shapes: B clips, N rows, T steps of time, P places of a step, C channels.
+Shapes: B videos, N tokens, T time steps, P places of a step, C channels.
 """
 
 from __future__ import annotations
@@ -20,16 +20,20 @@ HALVINGS = 48  # of the interval in which a common factor is looked for
 
 @dataclass(frozen=True)
 class VideoTokens:
-    """The rows of B clips by step and place.
+    """Tokens of B videos by step and place.
 
     Attributes
     ----------
-    index, real : Tensor
-        [B, T, P] long, bool: which of N rows stands there, and whether one does.
-    step, place : Tensor
-        [B, N] long: where each row stands; 0 for rows that stand nowhere.
+    index : Tensor
+        [B, T, P] long, token at each step and place.
+    real : Tensor
+        [B, T, P] bool, False for padding.
+    step : Tensor
+        [B, N] long, step of each token; 0 for tokens without one.
+    place : Tensor
+        [B, N] long, place of each token; 0 for tokens without one.
     placed : Tensor
-        [B, N] bool: whether it stands anywhere.
+        [B, N] bool, tokens with a step and a place.
     """
 
     index: Tensor
@@ -40,58 +44,72 @@ class VideoTokens:
 
     @classmethod
     def of(cls, parts: Tensor, valid: Tensor, most: tuple[int, int] | None = None) -> VideoTokens:
-        """From the step of every row, ``parts`` [B, N], -1 where there is none, in whatever order; places follow the order of the rows.
+        """Make the layout from the step of every token; places follow the order of the tokens.
 
-        Rows that are not ``valid`` [B, N] have a place and are not real. ``most``: bounds of T and P that the host knows; None reads them.
+        Parameters
+        ----------
+        parts : Tensor
+            [B, N] long, step of each token, in any order; -1 for none.
+        valid : Tensor
+            [B, N] bool; invalid tokens have a place but are padding there.
+        most : tuple of (int, int), optional
+            Upper bounds of T and P, known on the host; None waits for the device.
         """
-        counted = parts >= 0
-        order = parts.masked_fill(~counted, torch.iinfo(parts.dtype).max).argsort(dim=1, stable=True)
+        has_step = parts >= 0
+        order = parts.masked_fill(~has_step, torch.iinfo(parts.dtype).max).argsort(dim=1, stable=True)
         step = parts.clamp(min=0)
-        sizes = torch.zeros_like(step).scatter_add_(1, step, counted.long())
+        sizes = torch.zeros_like(step).scatter_add_(1, step, has_step.long())
         place = (ranks(order) - (sizes.cumsum(1) - sizes).gather(1, step)).clamp(min=0)
         steps, places = most or (int(step.max()) + 1 if step.numel() else 0, int(sizes.max()) if step.numel() else 0)
-        cell = torch.where(counted, step * places + place.clamp(max=max(places - 1, 0)), steps * places)
+        cell = torch.where(has_step, step * places + place.clamp(max=max(places - 1, 0)), steps * places)
         number = torch.arange(parts.shape[1], device=parts.device).expand(parts.shape)
         index = step.new_zeros(len(parts), steps * places + 1).scatter_(1, cell, number)[:, :-1]
         real = torch.zeros_like(index, dtype=torch.bool)
-        real = torch.cat([real, real.new_zeros(len(real), 1)], 1).scatter_(1, cell, counted & valid)[:, :-1]
+        real = torch.cat([real, real.new_zeros(len(real), 1)], 1).scatter_(1, cell, has_step & valid)[:, :-1]
         index, real = (x.unflatten(1, (steps, places)) for x in (index, real))
-        return cls(index, real, step, torch.where(counted, place, 0), counted & valid)
+        return cls(index, real, step, torch.where(has_step, place, 0), has_step & valid)
 
     def grid(self, x: Tensor) -> Tensor:
-        """[B, N, ...] -> [B, T, P, ...]; anything where no row is real."""
+        """Arrange by step and place: [B, N, ...] -> [B, T, P, ...]; undefined for padding."""
         return gather_rows(x, self.index.flatten(1)).unflatten(1, self.index.shape[1:])
 
     def rows(self, x: Tensor) -> Tensor:
-        """[B, T, P] -> [B, N]; anything for rows that stand nowhere."""
+        """Arrange by token: [B, T, P] -> [B, N]; undefined for tokens without a place."""
         return x.flatten(1).gather(1, self.step * self.index.shape[2] + self.place)
 
     def of_step(self, x: Tensor) -> Tensor:
-        """[B, T] -> [B, N]."""
+        """Value of each token's step: [B, T] -> [B, N]."""
         return x.gather(1, self.step)
 
     @property
     def sizes(self) -> Tensor:
-        """[B, T] long, real rows of every step."""
+        """Tokens of every step: [B, T] long."""
         return self.real.sum(2)
 
     @property
     def length(self) -> Tensor:
-        """[B] long, steps up to the last that has a real row."""
+        """Steps up to the last one with a token: [B] long."""
         number = torch.arange(1, self.real.shape[1] + 1, device=self.real.device)
         return (number * self.real.any(2)).amax(1)
 
     def means(self, rows: Tensor) -> Tensor:
-        """[B, T, P, C] -> [B, T, C], means of the real rows of every step, in float32."""
+        """Mean of the tokens of every step, in float32: [B, T, P, C] -> [B, T, C]."""
         total = rows.float().masked_fill(~self.real[..., None], 0).sum(2)
         return total / self.sizes.clamp(min=1)[..., None]
 
 
 @dataclass(frozen=True)
 class FrameWindows:
-    """Steps that belong together: runs of neighbours, numbered by time.
+    """Windows of a video: runs of neighbouring steps, numbered by time.
 
-    ``number`` [B, T] window of each step; ``first`` and ``length`` [B, T] first step and steps of each window (up to T of them).
+    Attributes
+    ----------
+    number : Tensor
+        [B, T] long, window of each step.
+    first : Tensor
+        [B, T] long, first step of each window (up to T windows).
+    length : Tensor
+        [B, T] long, steps of each window.
     """
 
     number: Tensor
@@ -100,8 +118,15 @@ class FrameWindows:
 
     @classmethod
     def of(cls, starts: Tensor, length: Tensor) -> FrameWindows:
-        """From the steps that begin one, ``starts`` [B, T] bool (step 0 always does), of clips of ``length`` [B] steps; what is behind a clip is a
-        window of no length."""
+        """Make windows from their first steps.
+
+        Parameters
+        ----------
+        starts : Tensor
+            [B, T] bool, steps that begin a window; step 0 always does.
+        length : Tensor
+            [B] long, steps of each video; padding becomes a window of length 0.
+        """
         at = torch.arange(starts.shape[1], device=starts.device).expand(starts.shape)
         starts = (starts & (at < length[:, None])) | (at == 0) | (at == length[:, None])
         number = starts.cumsum(1) - 1
@@ -110,26 +135,45 @@ class FrameWindows:
         return cls(number, first, size)
 
     def of_step(self, x: Tensor) -> Tensor:
-        """What belongs to windows [B, T, ...], for every step [B, T, ...]."""
+        """Value of each step's window: [B, T, ...] by window -> [B, T, ...] by step."""
         return gather_rows(x, self.number)
 
     def sums(self, x: Tensor) -> Tensor:
-        """What belongs to steps [B, T, ...] added up by window [B, T, ...]."""
+        """Sum of each window's steps: [B, T, ...] by step -> [B, T, ...] by window."""
         into = self.number.view(*self.number.shape, *(1,) * (x.ndim - 2)).expand_as(x)
         return torch.zeros_like(x).scatter_add_(1, into, x)
 
 
 def alike_before(rows: Tensor) -> Tensor:
-    """Cosine of each row with the one a step before: [B, T, ..., C] -> [B, T - 1, ...] float32. Exactly 1 where nothing changed."""
+    """Cosine of each row with the one a step before, exactly 1 where nothing changed: [B, T, ..., C] -> [B, T - 1, ...]
+    float32.
+    """
     unit = unit_rows(rows)
     return 1 - (unit[:, 1:] - unit[:, :-1]).square_().sum(-1) / 2
 
 
 def split_windows(total: Tensor, weight: Tensor, most: Tensor, least: Tensor | None = None) -> Tensor:
-    """``total`` [B] rows divided among G groups in proportion to ``weight`` [B, G], none above ``most`` [B, G] nor below ``least``: [B, G] long.
+    """Divide a total among groups in proportion to weights, within lower and upper limits.
 
-    A common factor times the weights, cut at both bounds, adds up to ``total``; fractions are rounded by largest remainders, ties to the
-    earlier group. Needs sum(least) <= total <= sum(most); where there is more to give than that, every group gets its most.
+    A common factor times the weights, clipped at both limits, adds up to the total; fractions go to the largest
+    remainders, ties to the earlier group. Requires sum(least) <= total <= sum(most); above that every group gets its
+    upper limit.
+
+    Parameters
+    ----------
+    total : Tensor
+        [B] long.
+    weight : Tensor
+        [B, G], not negative.
+    most : Tensor
+        [B, G] long, upper limits.
+    least : Tensor, optional
+        [B, G] long, lower limits; None: 0.
+
+    Returns
+    -------
+    Tensor
+        [B, G] long.
     """
     weight = weight.float().clamp(min=0) * (most > 0)
     weight = weight / weight.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
@@ -147,23 +191,33 @@ def split_windows(total: Tensor, weight: Tensor, most: Tensor, least: Tensor | N
         low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
     exact = shares(low)
     count = (exact + 1e-4).floor().long()
-    for _ in range(2):  # the second time for those without weight
-        left = total[:, None] - count.sum(1, keepdim=True)
+    for _ in range(2):  # the second time for groups without weight
+        remaining = total[:, None] - count.sum(1, keepdim=True)
         room = count < most
-        more = ranks(ranking(exact - count, room)) < left.clamp(min=0)
-        fewer = ranks(ranking(count - exact, count > least)) < (-left).clamp(min=0)
+        more = ranks(ranking(exact - count, room)) < remaining.clamp(min=0)
+        fewer = ranks(ranking(count - exact, count > least)) < (-remaining).clamp(min=0)
         count = count + (more & room).long() - (fewer & (count > least)).long()
-    left = total[:, None] - count.sum(1, keepdim=True)
+    remaining = total[:, None] - count.sum(1, keepdim=True)
     spare = (most - count).clamp(min=0)
     before = spare.cumsum(1) - spare
-    return count + torch.minimum(spare, (left - before).clamp(min=0))
+    return count + torch.minimum(spare, (remaining - before).clamp(min=0))
 
 
 def join_windows(kept: Tensor, owner: Tensor, weight: Tensor, width: int, order: Tensor | None = None) -> Selection:
-    """The selection that keeps rows ``kept`` [B, N], at most ``width`` of a clip, and adds every row to that of its ``owner`` (-1: to none).
+    """Make a selection that keeps some tokens and merges others into them.
 
-    ``owner`` and ``weight`` are [B, M N], for M rows that each one may join. A kept row whose owner is not itself is made of others alone.
-    ``order`` [B, N]: rows by rising value; None: as they stand.
+    Parameters
+    ----------
+    kept : Tensor
+        [B, N] bool, tokens that are kept. One whose owner is not itself is made of other tokens alone.
+    owner : Tensor
+        [B, M N] long, the kept token that each token is merged into, up to M for each; -1 for none.
+    weight : Tensor
+        [B, M N] float32, weight of each token there.
+    width : int
+        Largest number of kept tokens of a video, known on the host.
+    order : Tensor, optional
+        [B, N] sort keys of the tokens; None: raster order.
     """
     if order is None:
         index, valid = pack_right(kept, width)

@@ -1,8 +1,9 @@
 """Budgets, schedules and plans: exact arithmetic on Python integers, no tensors.
 
-A *budget* is the mean number of visual tokens of one span per decoder layer, counted at each layer's input (int), or that mean as
-a fraction of the span's unreduced tokens (float in (0, 1]). A *plan* says what one span becomes: how many rows enter the decoder and
-how many each layer reads. Methods turn budgets into plans; this module holds the words and the arithmetic they share.
+A *budget* is the mean number of visual tokens of one span per decoder layer, counted at each layer's input (int), or
+that mean as a fraction of the span's unreduced tokens (float in (0, 1]). A *plan* gives for one span how many tokens
+enter the decoder and how many are at the input of each layer. Methods turn budgets into plans; this module holds the
+terms and the arithmetic they share.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ TowerStages = tuple[tuple[int, int], ...]  # (blocks of a vision tower whose att
 
 
 class BudgetError(ValueError):
-    """A budget that the method cannot meet. ``floor`` is the smallest mean token count that it can (None if unknown)."""
+    """A budget that the method cannot meet. ``floor`` is the smallest mean token count that it can meet (None if
+    unknown)."""
 
     def __init__(self, message: str, floor: float | None = None) -> None:
         super().__init__(message)
@@ -40,12 +42,24 @@ class NoBudget(BudgetError):
 
 @dataclass(frozen=True)
 class SpanPlan:
-    """What becomes of one span of ``tokens`` visual tokens.
+    """The plan of one span: its token counts at every stage.
 
-    ``dominant`` + ``contextual`` rows enter the decoder; ``counts[l]`` rows are read by decoder layer ``l``. ``structure`` of the
-    dominant rows are newlines that are kept as they are. ``parts``: (dominant, contextual) of every crop or frame, where each is reduced
-    by itself. ``floored``: the span is too small for its fractional budget and got the method's floor instead (``plan_within``).
-    ``tower``: how many tokens the vision tower itself leaves, where a method reduces inside it; no more can enter.
+    Attributes
+    ----------
+    tokens : int
+        Visual tokens of the unreduced span.
+    dominant, contextual : int
+        Tokens that enter the decoder: kept ones, and merged ones.
+    counts : tuple of int
+        Tokens at the input of each decoder layer.
+    structure : int
+        Newlines among the dominant tokens, which are kept unchanged.
+    parts : tuple of (int, int)
+        (dominant, contextual) of every crop or frame, where each is reduced independently.
+    floored : bool
+        The span is too small for its fractional budget and got the method's floor instead (``plan_or_clamp``).
+    tower : int or None
+        Tokens that leave the vision tower, where a method reduces inside it; no more can enter the decoder.
     """
 
     tokens: int
@@ -59,22 +73,22 @@ class SpanPlan:
 
     @property
     def entry(self) -> int:
-        """Rows of the span that enter the decoder."""
+        """Tokens of the span that enter the decoder."""
         return self.dominant + self.contextual
 
     @property
     def mean(self) -> float:
-        """Tokens of the span that a decoder layer reads, on average over the layers."""
+        """Tokens of the span at the input of a decoder layer, mean over the layers."""
         return sum(self.counts) / len(self.counts)
 
     @property
     def merges(self) -> bool:
-        """Whether V2V changes anything: the span is not simply kept whole."""
+        """True if the encoder stage changes anything: the span is not simply kept whole."""
         return self.contextual > 0 or self.dominant < self.tokens
 
 
 def check_budget(budget: Budget | None) -> None:
-    """Refuse what is neither a positive token count nor a fraction in (0, 1]."""
+    """Refuse a budget that is neither a positive token count nor a fraction in (0, 1]."""
     if budget is None:
         return
     if isinstance(budget, bool) or not isinstance(budget, Real):
@@ -114,8 +128,8 @@ def read_budget(text: str, name: str = "budget") -> Budget:
 def target_mean(budget: Budget, tokens: int) -> float:
     """The mean token count that ``budget`` allows a span of ``tokens`` (never more than the span has)."""
     check_budget(budget)
-    wanted = float(budget) if isinstance(budget, Integral) else budget * tokens
-    return min(wanted, float(tokens))
+    target = float(budget) if isinstance(budget, Integral) else budget * tokens
+    return min(target, float(tokens))
 
 
 def check_keep(name: str, keep: Keep) -> None:
@@ -130,10 +144,10 @@ def check_keep(name: str, keep: Keep) -> None:
 
 
 def count_of(keep: Keep, tokens: int, rounding: str = "floor") -> int:
-    """How many of ``tokens`` a keep means, never more than there are.
+    """Number of tokens that ``keep`` means, at most ``tokens``.
 
-    ``rounding`` of fractions: "floor" (of the exact product), "int" (truncated float product: 50 * 0.58 is 28, as released code
-    of several methods has it) or "round".
+    ``rounding`` of fractions: "floor" (of the exact product), "int" (truncated float product: 50 * 0.58 is 28, as
+    released code of several methods has it) or "round".
     """
     if isinstance(keep, Integral):
         return min(int(keep), tokens)
@@ -147,7 +161,8 @@ Schedule = tuple[tuple[int, Keep], ...]
 
 
 def check_schedule(schedule: Sequence[Sequence[Keep]]) -> Schedule:
-    """A schedule as sorted tuples ((layer, keep), ...); keeps are relative to decoder entry and may not grow with depth."""
+    """Return a schedule as sorted tuples ((layer, keep), ...); keeps are relative to decoder entry and may not grow
+    with depth."""
     try:
         stages = tuple((to_plain(layer), to_plain(keep)) for layer, keep in schedule)
     except (TypeError, ValueError):
@@ -166,7 +181,7 @@ def check_schedule(schedule: Sequence[Sequence[Keep]]) -> Schedule:
 
 
 def layer_counts(entry: int, depth: int, schedule: Schedule, rounding: str = "floor") -> tuple[int, ...]:
-    """Visual tokens at the input of each of ``depth`` layers when ``entry`` rows enter and ``schedule`` drops."""
+    """Visual tokens at the input of each of ``depth`` layers when ``entry`` tokens enter and ``schedule`` drops."""
     counts = [entry] * depth
     for layer, keep in schedule:
         if layer >= depth:
@@ -200,14 +215,16 @@ def largest_fraction(fits: Callable[[float], bool]) -> float:
 
 
 def mean_within(counts: Sequence[int], target: float) -> bool:
-    """Whether the mean of ``counts`` is at most ``target``."""
+    """True if the mean of ``counts`` is at most ``target``."""
     return sum(counts) <= target * len(counts) + EPSILON
 
 
 def infeasible_budget(method: str, target: float, floor: float, tokens: int, why: str) -> BudgetError:
     """The one error for a budget below a method's floor."""
     return BudgetError(
-        f"{method} cannot reach {target:.4g} mean visual tokens per layer on a span of {tokens} tokens: {why}, so its floor is "
-        f"{floor:.4g} tokens ({floor / tokens:.1%}). Raise the budget or take a method that reduces before the decoder (duet, visionzip).",
+        f"{method} cannot reach {target:.4g} mean visual tokens per layer on a span of {tokens} tokens: {why}, so "
+        "its floor is "
+        f"{floor:.4g} tokens ({floor / tokens:.1%}). Raise the budget or take a method that reduces before the "
+        "decoder (duet, visionzip).",
         floor,
     )

@@ -1,6 +1,7 @@
-"""The values that the parts of the package pass on: spans, selections, and the map of where every row comes from.
+"""Values that the parts of the package exchange: spans, selections, and the map from current to original positions.
 
-Shapes: B batch (samples or spans), N visual tokens of a span, K rows kept, P merged members, S prompt rows, T current rows.
+Shapes: B batch (samples or spans), N visual tokens of a span, K kept tokens, P merged tokens, S prompt positions, T
+current positions.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ MERGES = ("mean", "anchor_plus_mean")
 
 @dataclass(frozen=True)
 class Span:
-    """One image (or clip) in one sample.
+    """One image (or video) in one sample.
 
-    ``offset`` is the rank of its first token among the sample's visual tokens, ``tokens`` its unreduced count and ``grid`` its
-    (rows, columns) where the family has one.
+    ``offset`` is the rank of its first token among the sample's visual tokens, ``tokens`` its unreduced count and
+    ``grid`` its (rows, columns) where the family has one.
     """
 
     sample: int
@@ -29,31 +30,29 @@ class Span:
 
 @dataclass(frozen=True)
 class Selection:
-    """A V2V decision for B spans.
+    """The decision of a method before the decoder, for B spans.
 
     Attributes
     ----------
     index : Tensor
-        [B, K] source token of each output row (for merged rows: the anchor), in the method's own order.
+        [B, K] long, source token of each output row (of a merged row its anchor), in the method's own order.
     valid : Tensor
-        [B, K] bool, False where a span has fewer rows than K.
-    members : Tensor
-        [B, P] source tokens that are merged into a row.
-    into : Tensor
-        [B, P] output row that each member joins, -1 for none.
+        [B, K] bool, False where a span has fewer than K rows.
+    source_tokens : Tensor
+        [B, P] long, tokens that are merged into a row.
+    target_row : Tensor
+        [B, P] long, output row that each of ``source_tokens`` joins; -1 for none.
     merge : str
-        "mean": the plain mean of anchor and members; "anchor_plus_mean": anchor + mean of members (a sum of two, as in the released
-        code of VisionZip and DUET-VLM).
+        "mean": plain mean of anchor and source tokens; "anchor_plus_mean": anchor plus the mean of the source tokens (released code of VisionZip and
+        DUET-VLM).
     weights : Tensor or None
-        [B, P] floating point. A row that members join is then the sum of these members, each times its weight, and of nothing else: ``index``
-        says where the row stands, and its token is a member like any other if it is to count. A token may be a member of several rows, and
-        of some while it is kept. ``merge`` plays no part. None: every member joins one row, by ``merge``.
-    notes : Tensor or None
-        [B, K] float32: a number that the method gives each row (the set or the event that it is of) and is shown again inside the decoder, where
-        it requires ``Input.TAGS``. None: 0 for all.
-    rows : Tensor or None
-        [B, K, C] floating point, with ``weights``: what stands in the rows that members join, made of these members by a module of the method's
-        own (``duet_vlm.reducers.compressor``); it may carry a gradient. Where later layers add to the same rows, ``weights`` merge what they add.
+        [B, P] floating point. A row with source tokens is then their weighted sum and nothing else: ``index`` gives its place, and its token is a
+        source token like any other if it is to count. A token may join several rows, and may be kept as well. ``merge`` plays no part.
+    tags : Tensor or None
+        [B, K] float32 number that the method gives each row and gets back inside the decoder with ``Input.TAGS``. None: 0.
+    custom_rows : Tensor or None
+        [B, K, C] floating point, with ``weights``: content of the rows with source tokens, made by a module of the method
+        (``duet_vlm.reducers.compressor``); it may carry a gradient. What later layers add to these rows is merged by ``weights``.
     """
 
     index: Tensor
@@ -67,27 +66,28 @@ class Selection:
 
     @classmethod
     def keep_only(cls, index: Tensor, valid: Tensor) -> Selection:
-        """Keep rows, merge nothing."""
-        nothing = index.new_zeros(index.shape[0], 0)
-        return cls(index, valid, nothing, nothing)
+        """Keep tokens, merge nothing."""
+        empty = index.new_zeros(index.shape[0], 0)
+        return cls(index, valid, empty, empty)
 
 
 @dataclass(frozen=True)
 class TokenMap:
-    """Where the current rows of a batch came from; every consequence of a drop goes through ``take``.
+    """Map from current positions of a batch to their origin; every consequence of a drop goes through ``gather``.
 
     Attributes
     ----------
-    slot : Tensor
-        [B, T] slot of each current row in the prompt as the caller sent it.
-    row : Tensor
-        [B, T] row of each current row in the sequence that entered the decoder.
+    prompt_index : Tensor
+        [B, T] position of each current token in the caller's prompt.
+    entry_index : Tensor
+        [B, T] position of each current token in the sequence that entered the decoder.
     valid : Tensor
-        [B, T] bool, False for padding rows.
+        [B, T] bool, False for padding.
     visual : Tensor
         [B, T] bool, True for visual tokens.
-    stays : Tensor
-        [B, T] bool, True for visual tokens whose row predicts (the last of a prompt, one in front of a label): they never leave.
+    protected : Tensor
+        [B, T] bool, True for visual tokens at positions that predict (the last of a prompt, one before a label): they
+        are never dropped.
     """
 
     prompt_index: Tensor
@@ -97,28 +97,30 @@ class TokenMap:
     protected: Tensor
 
     @classmethod
-    def identity(cls, valid: Tensor, visual: Tensor, stays: Tensor) -> TokenMap:
-        """The map of an untouched prompt; ``valid``, ``visual`` and ``stays`` are [B, S] bool."""
-        slot = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
-        return cls(slot, slot, valid, visual & valid, stays & visual & valid)
+    def identity(cls, valid: Tensor, visual: Tensor, protected: Tensor) -> TokenMap:
+        """The map of an untouched prompt; ``valid``, ``visual`` and ``protected`` are [B, S] bool."""
+        index = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
+        return cls(index, index, valid, visual & valid, protected & visual & valid)
 
     @property
     def prunable(self) -> Tensor:
-        """[B, T] bool, visual tokens that may leave."""
+        """[B, T] bool, visual tokens that may be dropped."""
         return self.visual & ~self.protected
 
     def gather(self, index: Tensor, valid: Tensor) -> TokenMap:
-        """The map after gathering rows ``index`` [B, T'] of which ``valid`` [B, T'] are real."""
-        slot, row, visual, stays = (x.gather(1, index) for x in (self.prompt_index, self.entry_index, self.visual, self.protected))
-        return TokenMap(slot, row, valid, visual & valid, stays & valid)
+        """The map after gathering positions ``index`` [B, T'], of which ``valid`` [B, T'] are no padding."""
+        prompt_index, entry_index, visual, protected = (
+            x.gather(1, index) for x in (self.prompt_index, self.entry_index, self.visual, self.protected)
+        )
+        return TokenMap(prompt_index, entry_index, valid, visual & valid, protected & valid)
 
     def renumbered(self) -> TokenMap:
-        """The same rows seen as the sequence that enters the decoder (rows numbered anew)."""
-        row = torch.arange(self.prompt_index.shape[1], device=self.prompt_index.device).expand(self.prompt_index.shape)
-        return replace(self, entry_index=row)
+        """The same tokens with entry positions numbered anew, as the sequence that enters the decoder."""
+        entry_index = torch.arange(self.prompt_index.shape[1], device=self.prompt_index.device).expand(self.prompt_index.shape)
+        return replace(self, entry_index=entry_index)
 
     def to(self, device: torch.device) -> TokenMap:
-        """The map on the device of the layer that reads it (a device map may spread layers)."""
+        """The map on another device (a device map may spread layers)."""
         if self.prompt_index.device == device:
             return self
         return TokenMap(*(x.to(device) for x in (self.prompt_index, self.entry_index, self.valid, self.visual, self.protected)))
@@ -126,9 +128,11 @@ class TokenMap:
 
 @dataclass(frozen=True)
 class StageTrace:
-    """The tokens of one span that are alive from ``layer`` on; ``layer`` 0 is the entry (V2V). Token numbers count within the span.
+    """The tokens of one span after the stage at ``layer``; ``layer`` 0 is the entry to the decoder. Token numbers count
+    within the span.
 
-    ``merged``: tokens that were merged into another one in front of ``layer``, by that one (what is merged at entry is in ``SpanTrace.merged``).
+    ``merged``: tokens merged into another one before ``layer``, by that one (merges of the encoder stage are in
+    ``SpanTrace.merged``).
     """
 
     layer: int
@@ -139,9 +143,12 @@ class StageTrace:
 
 @dataclass(frozen=True)
 class SpanTrace:
-    """The history of one span: ``merged`` maps an anchor to the other tokens merged into it at entry; ``stages`` follow the depth. A method
-    that weighs what it merges may name a token for several anchors, and tokens that are kept. ``tower``: the tokens that went through the
-    vision tower (a stage of layer -1); None where all did."""
+    """The history of one span: ``merged`` maps an anchor to the other tokens merged into it at entry; ``stages`` follow
+    the depth.
+
+    A method that weighs what it merges may name a token for several anchors, and tokens that are kept. ``tower``: the
+    tokens that passed through the vision tower (a stage of layer -1); None where all did.
+    """
 
     span: Span
     merged: dict[int, tuple[int, ...]]

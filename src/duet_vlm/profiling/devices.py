@@ -1,4 +1,4 @@
-"""Device sheets: what accelerators can do at most, as their vendors state it, and what this machine does, as measured here."""
+"""Device sheets: peak rates of accelerators as their vendors state them, and those of this machine as measured here."""
 
 from __future__ import annotations
 
@@ -21,9 +21,22 @@ TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Device:
-    """``flops``: dense FLOP/s of matrix products by dtype; ``bandwidth`` bytes/s of its memory; ``memory`` bytes.
+    """Peak rates of a device.
 
-    ``measured``: these are what was reached, so no efficiency is taken off them.
+    Attributes
+    ----------
+    name : str
+        Short name, as ``--device`` takes it.
+    flops : dict of str to float
+        Dense FLOP/s of matrix products by dtype.
+    bandwidth : float
+        Bytes/s of its memory.
+    memory : float
+        Bytes of its memory.
+    source : str
+        Origin of the numbers.
+    measured : bool
+        The numbers were reached in a measurement, so no efficiency is taken off them.
     """
 
     name: str
@@ -39,7 +52,7 @@ class Device:
         Raises
         ------
         ValueError
-            If the sheet does not say.
+            If the sheet has no number for it.
         """
         if dtype not in self.flops:
             raise ValueError(f"--dtype {dtype}: the sheet of {self.name} has {', '.join(self.flops)}")
@@ -61,7 +74,7 @@ THIS = "cpu"
 
 
 def device(name: str) -> Device:
-    """A sheet by name; "cpu" is this machine, measured once and remembered.
+    """A sheet by name; "cpu" is this machine, measured once and cached.
 
     Raises
     ------
@@ -72,26 +85,28 @@ def device(name: str) -> Device:
         return this_machine()
     if name.lower() not in SHEETS:
         near = did_you_mean(name, SHEETS)
-        raise ValueError(f"--device {name}: no sheet of that name{near}; choose {', '.join(SHEETS)} or {THIS} (this machine, measured)")
+        raise ValueError(f"--device {name}: no sheet of that name{near}; choose {', '.join(SHEETS)} or {THIS} (this machine, "
+            "measured)")
     return SHEETS[name.lower()]
 
 
 def this_machine(fresh: bool = False) -> Device:
-    """This CPU with the threads that torch uses now: products, and weights read, measured in a few seconds and kept in a cache file."""
+    """This CPU with torch's current number of threads: products and memory reads, measured in a few seconds and kept in
+    a cache file."""
     file = _cache() / f"cpu-{_processor()}-{torch.get_num_threads()}-threads-torch-{torch.__version__}.json"
-    known = None if fresh else _read(file)
-    if known is not None:
-        return known
-    found = measured()
+    cached = None if fresh else _read(file)
+    if cached is not None:
+        return cached
+    sheet = measured()
     file.parent.mkdir(parents=True, exist_ok=True)
-    half = file.with_suffix(f".{os.getpid()}")  # a reader finds the whole file or none
-    half.write_text(json.dumps(asdict(found), indent=1) + "\n")
-    half.replace(file)
-    return found
+    unfinished = file.with_suffix(f".{os.getpid()}")  # readers see the whole file or none
+    unfinished.write_text(json.dumps(asdict(sheet), indent=1) + "\n")
+    unfinished.replace(file)
+    return sheet
 
 
 def _read(file: Path) -> Device | None:
-    """What a cache file says; None if there is none, or none that can be read."""
+    """The device in a cache file; None if there is none, or none that can be parsed."""
     try:
         return Device(**json.loads(file.read_text()))
     except (OSError, ValueError, TypeError):
@@ -99,7 +114,7 @@ def _read(file: Path) -> Device | None:
 
 
 def _processor() -> str:
-    """The model of this CPU as a piece of a file's name: homes are shared between machines."""
+    """The model of this CPU as a part of a file's name: home folders are shared between machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -109,11 +124,12 @@ def _processor() -> str:
 
 
 def measured(size: int = 512, rounds: int = 500, matrices: int = 32, width: int = 1536) -> Device:
-    """Products of ``size`` x ``size`` in float32; and of one row with ``matrices`` of ``width`` x ``width``, which is what decoding does: each of
-    them is read out of memory, and what the kernel does not reach of the memory's speed is no use to a model.
+    """Measure products of ``size`` x ``size`` in float32, and of one row with ``matrices`` of ``width`` x ``width`` as
+    decoding computes them.
 
-    Both are many short pieces of work, of which the fast ones are believed: what else runs on the machine slows only some of them. The best of
-    ``rounds`` products; the matrix that a quarter of the matrices beat.
+    Each of the matrices is read from memory; the share of the memory's speed that the kernel does not reach is no use
+    to a model. Both are many short measurements of which the fast ones are taken: other work on the machine slows only
+    some of them. The best of ``rounds`` products; the matrix that a quarter of the matrices beat.
     """
     a, b, c = (torch.randn(size, size, device="cpu") for _ in range(3))
     product = min(_seconds(lambda: torch.mm(a, b, out=c)) for _ in range(rounds))

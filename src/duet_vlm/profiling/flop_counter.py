@@ -1,4 +1,5 @@
-"""What really happened: FLOPs that torch dispatched, rows that each layer read, bytes that the cache holds, memory that tensors took."""
+"""Measured costs: FLOPs that torch dispatched, rows at the input of each layer, bytes of the cache, memory of the
+tensors."""
 
 from __future__ import annotations
 
@@ -33,32 +34,34 @@ def _grouped(rows: Any, weights: Any, *args: Any, out_shape: Any = None, **kwarg
 def _unknown_to_torch() -> dict[Any, Any]:
     aten = torch.ops.aten
     fused = "_scaled_dot_product_flash_attention_for_cpu"
-    known = {fused: _sdpa, f"{fused}_backward": _sdpa_backward, "_grouped_mm": _grouped}
-    return {getattr(aten, name): count for name, count in known.items() if hasattr(aten, name)}
+    counters = {fused: _sdpa, f"{fused}_backward": _sdpa_backward, "_grouped_mm": _grouped}
+    return {getattr(aten, name): count for name, count in counters.items() if hasattr(aten, name)}
 
 
 def count_flops(work: Callable[[], Any]) -> int:
-    """Two per multiply-add of every matrix product that ``work`` dispatched, fused attention as the whole rectangle of queries by keys."""
+    """Two per multiply-add of every matrix product that ``work`` dispatched, fused attention as the whole rectangle of
+    queries by keys."""
     with FlopCounterMode(display=False, custom_mapping=_unknown_to_torch()) as counter:
         work()
     return counter.get_total_flops()
 
 
 def cache_bytes(cache: Any) -> tuple[int, int]:
-    """Bytes that a cache really holds: of keys and values, and of the states of linear layers. No device access."""
+    """Bytes of a cache: of keys and values, and of the states of linear layers. No device access."""
     pairs = [_bytes(getattr(layer, name, None)) for layer in cache.layers for name in ("keys", "values")]
     states = [_bytes(getattr(layer, name, None)) for layer in cache.layers for name in ("conv_states", "recurrent_states")]
     return sum(pairs), sum(states)
 
 
-def _bytes(held: Any) -> int:
-    if isinstance(held, Tensor):
-        return held.nbytes
-    return sum(_bytes(t) for t in (held.values() if isinstance(held, dict) else held or ()))
+def _bytes(tensors: Any) -> int:
+    if isinstance(tensors, Tensor):
+        return tensors.nbytes
+    return sum(_bytes(t) for t in (tensors.values() if isinstance(tensors, dict) else tensors or ()))
 
 
 def allocations(work: Callable[[], object]) -> list[int]:
-    """Bytes of every allocation (positive) and release (negative) on the CPU while ``work`` ran and its result was kept, in order."""
+    """Bytes of every allocation (positive) and release (negative) on the CPU while ``work`` ran and its result was
+    kept, in order."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = work()  # noqa: F841 (alive until the last allocation is counted)
     with tempfile.TemporaryDirectory() as folder:
@@ -69,9 +72,11 @@ def allocations(work: Callable[[], object]) -> list[int]:
 
 
 def memory_of(work: Callable[[], object], device: str = "cpu") -> tuple[int, int]:
-    """Bytes that tensors took beyond what was there before: at most while ``work`` ran, and at its end with its result still alive.
+    """Bytes that tensors took beyond those before: at most while ``work`` ran, and at its end with its result still
+    alive.
 
-    Counted in the allocator: on CUDA by torch's own statistics, on a CPU by adding up the allocations that the profiler saw.
+    Counted in the allocator: on CUDA by torch's own statistics, on a CPU by adding up the allocations in the profiler's
+    trace.
     """
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()

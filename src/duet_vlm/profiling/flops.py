@@ -1,7 +1,9 @@
-"""Floating-point operations, counted as two per multiply-add of every matrix product (norms, softmax and activations left out).
+"""Floating-point operations, counted as two per multiply-add of every matrix product (norms, softmax and activations
+not counted).
 
-Attention is counted as the whole rectangle of queries by keys, as ``torch.utils.flop_counter`` counts it: what a causal or windowed kernel
-leaves out is not taken off. ``measure.counted`` is the count to hold these predictions against.
+Attention is counted as the whole rectangle of queries by keys, as ``torch.utils.flop_counter`` counts it: the part that
+a causal or windowed kernel skips is not taken off. ``profiling.flop_counter`` measures the count that these predictions
+are tested against.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ Spare = tuple[int, int]  # of a picture: patches that become no token, and patch
 
 
 def decoder_layer_flops(shape: DecoderDims, rows: int, keys: int | None = None, layer: int = 0) -> int:
-    """One decoder layer over ``rows`` new rows that see ``keys`` rows (default: themselves)."""
+    """One decoder layer over ``rows`` new rows that attend to ``keys`` rows (default: themselves)."""
     keys = rows if keys is None else keys
     mixing = linear_attention_flops(shape, rows) if shape.kind(layer) == LINEAR else _attention_flops(shape, rows, keys)
     return mixing + mlp_flops(shape, rows, layer)
@@ -28,7 +30,8 @@ def _attention_flops(shape: DecoderDims, rows: int, keys: int) -> int:
 
 
 def linear_attention_flops(shape: DecoderDims, rows: int) -> int:
-    """A gated delta rule: projections, convolution, and the products with and within chunks (the triangular solves are not counted).
+    """A gated delta rule: projections, convolution, and the products with and within chunks (the triangular solves are
+    not counted).
 
     A single row updates the state number by number, without a product.
     """
@@ -53,20 +56,24 @@ def mlp_flops(shape: DecoderDims, rows: int, layer: int = 0) -> int:
 
 
 def scoring_flops(shape: DecoderDims, rows: int, queries: int, reused: int = 0, products: bool = True, layer: int | None = None) -> int:
-    """Ranking before one drop: keys of every row, queries of the query rows, their products (unless only the keys are looked at); ``reused`` of the
-    keys serve the layer, too. Where ``layer`` (None: one with attention) has a state, what is read out of it."""
+    """Ranking before one drop: keys of every row, queries of the query rows, their products (unless ``products`` is
+    False).
+
+    ``reused`` of the keys serve the layer, too. If ``layer`` (None: one with attention) has a state, the cost of its
+    scores.
+    """
     linear = shape.linear
     if layer is not None and linear is not None and shape.kind(layer) == LINEAR:
         keys = linear.key_heads * linear.key_dim
-        made = 2 * rows * shape.hidden * (linear.mixed + linear.value_heads) + 4 * rows * keys * linear.kernel
-        return made + 2 * queries * rows * keys * products
-    made = 2 * (rows - reused) * shape.hidden * shape.narrow + 2 * queries * shape.hidden * shape.query_width
-    return made + 2 * queries * rows * shape.wide * products
+        projections = 2 * rows * shape.hidden * (linear.mixed + linear.value_heads) + 4 * rows * keys * linear.kernel
+        return projections + 2 * queries * rows * keys * products
+    projections = 2 * (rows - reused) * shape.hidden * shape.narrow + 2 * queries * shape.hidden * shape.query_width
+    return projections + 2 * queries * rows * shape.wide * products
 
 
 def probe_flops(shape: DecoderDims, rows: int, layer: int, predicted: int) -> int:
-    """A gradient by ``rows`` rows through one layer with attention, and through the head for ``predicted`` of them: forward, and backward by rows
-    alone (a linear map costs once more, attention two and a half times)."""
+    """A gradient of ``rows`` rows through one layer with attention, and of ``predicted`` of them through the head:
+    forward, and backward to the rows alone (a linear map costs once more, attention two and a half times)."""
     attention = 4 * rows * rows * shape.wide
     return 2 * (decoder_layer_flops(shape, rows, layer=layer) - attention) + attention * 7 // 2 + 2 * head_flops(shape, predicted)
 
@@ -76,7 +83,8 @@ def head_flops(shape: DecoderDims, rows: int) -> int:
 
 
 def prefill_flops(shape: DecoderDims, rows_per_layer: Sequence[int], logits: int = 1) -> int:
-    """A prompt through the decoder, ``rows_per_layer[l]`` rows entering layer l, and ``logits`` rows through the head."""
+    """A prompt through the decoder, ``rows_per_layer[l]`` rows entering layer l, and ``logits`` rows through the
+    head."""
     return sum(decoder_layer_flops(shape, rows, layer=i) for i, rows in enumerate(rows_per_layer)) + head_flops(shape, logits)
 
 
@@ -85,8 +93,12 @@ def tower_rows(shape: VisionDims, tokens: int) -> int:
 
 
 def tower_flops(shape: VisionDims, parts: Sequence[tuple[int, Grid, TowerStages, Spare]]) -> int:
-    """The vision tower over the ``parts`` of a call: tokens, grid, stages and spare patches of each, as ``vision_flops`` takes them; with what its
-    further mergers read of them beyond what the last one does, and what pictures in one row attend over beyond themselves."""
+    """The vision tower over the ``parts`` of a call: tokens, grid, stages and spare patches of each, as
+    ``vision_flops`` takes them.
+
+    Further mergers count with the tokens they get beyond those of the last one; concatenated images with the attention
+    between them.
+    """
     total = sum(vision_flops(shape, *part) for part in parts)
     mergers = 1 + len(shape.deeper)
     one = sum(2 * a * b for a, b in shape.projector[: len(shape.projector) // mergers])
@@ -100,52 +112,55 @@ def tower_flops(shape: VisionDims, parts: Sequence[tuple[int, Grid, TowerStages,
 
 
 def _left_after(tokens: int, stages: TowerStages, blocks: int) -> int:
-    """Tokens that are left once the attention of ``blocks`` blocks has run."""
-    return next((left for after, left in reversed(stages) if after <= blocks), tokens)
+    """Tokens kept once the attention of ``blocks`` blocks has run."""
+    return next((kept for after, kept in reversed(stages) if after <= blocks), tokens)
 
 
 def vision_flops(shape: VisionDims, tokens: int, grid: Grid = None, stages: TowerStages = (), spare: Spare = (0, 0)) -> int:
-    """The vision tower over one image, crop or frame of ``tokens`` visual tokens (every layer is counted; stock towers run all of them).
+    """The vision tower over one image, crop or frame of ``tokens`` visual tokens (every layer is counted; stock towers
+    run all of them).
 
-    ``grid`` (rows, columns) of its tokens tells which windows at the border are not full; without it every window is taken as full. ``stages``:
-    after the attention of how many blocks patches leave, and how many tokens' are left then, evenly out of the windows; all are embedded.
-    ``spare`` patches go through a tower that nothing leaves.
+    ``grid`` (rows, columns) of its tokens tells which windows at the border are not full; without it every window is
+    taken as full. ``stages``: number of blocks whose attention has run at a drop, and tokens kept by it, evenly over
+    the windows; all are embedded. ``spare`` patches pass through a tower without drops.
     """
-    beyond, total = 0 if stages else spare[0], 0
-    whole = tower_rows(shape, tokens) + beyond
-    windowed = _windowed(shape, whole, grid)
+    spare_rows, total = 0 if stages else spare[0], 0
+    all_rows = tower_rows(shape, tokens) + spare_rows
+    windowed = _windowed(shape, all_rows, grid)
     full = shape.layers if shape.full_layers is None else shape.full_layers
-    for begin, end, attending, going_on in stretches(shape, tokens, stages):
-        layers, rows = end - begin, tower_rows(shape, attending) + beyond
-        seen = share_of(full, begin, end, shape.layers)
-        attention = 4 * shape.width * (seen * rows**2 + (layers - seen) * round(windowed * (rows / whole) ** 2))
+    for begin, end, attending, kept in stretches(shape, tokens, stages):
+        layers, rows = end - begin, tower_rows(shape, attending) + spare_rows
+        global_layers = share_of(full, begin, end, shape.layers)
+        attention = 4 * shape.width * (global_layers * rows**2 + (layers - global_layers) * round(windowed * (rows / all_rows) ** 2))
         total += layers * (8 * rows * shape.width**2) + attention
-        total += 2 * shape.mlp_matrices * shape.width * shape.mlp * ((layers - 1) * rows + tower_rows(shape, going_on) + beyond)
+        total += 2 * shape.mlp_matrices * shape.width * shape.mlp * ((layers - 1) * rows + tower_rows(shape, kept) + spare_rows)
     return total + patch_flops(shape, tokens, sum(spare))
 
 
 def stretches(shape: VisionDims, tokens: int, stages: TowerStages) -> list[tuple[int, int, int, int]]:
-    """Runs of blocks over equally many tokens: first and end, the tokens, and how many of them reach the last one's MLP."""
-    here, begin, found = tokens, 0, []
-    for after, left in (*stages, (shape.layers, None)):
+    """Runs of blocks over equally many tokens: first and end block, the tokens, and those that reach the last block's
+    MLP."""
+    current, begin, runs = tokens, 0, []
+    for after, kept in (*stages, (shape.layers, None)):
         if min(after, shape.layers) > begin:
-            found.append((begin, min(after, shape.layers), here, here if left is None else left))
-        begin, here = max(begin, after), here if left is None else left
-    return found
+            runs.append((begin, min(after, shape.layers), current, current if kept is None else kept))
+        begin, current = max(begin, after), current if kept is None else kept
+    return runs
 
 
 def mean_rows(shape: VisionDims, tokens: int, grid: Grid, stages: TowerStages) -> float:
     """Rows that a block of the tower attends over, mean over the blocks."""
-    return sum((end - begin) * tower_rows(shape, here) for begin, end, here, _ in stretches(shape, tokens, stages)) / shape.layers
+    return sum((end - begin) * tower_rows(shape, count) for begin, end, count, _ in stretches(shape, tokens, stages)) / shape.layers
 
 
 def share_of(full: int, begin: int, end: int, layers: int) -> int:
-    """How many of the blocks from ``begin`` to ``end`` attend to whole pictures, where ``full`` of all do, evenly spread and the last one."""
+    """Number of blocks from ``begin`` to ``end`` that attend to whole images, where ``full`` of all do, evenly spread
+    and the last one."""
     return full * end // layers - full * begin // layers
 
 
 def patch_flops(shape: VisionDims, tokens: int, more: int = 0) -> int:
-    """The patch embedding, of ``more`` patches than those of the tokens."""
+    """The patch embedding of the tokens' patches and of ``more`` others."""
     return 2 * (tokens * shape.patches_per_token + more) * shape.patch_inputs * shape.width
 
 
@@ -162,8 +177,8 @@ def _windowed(shape: VisionDims, rows: int, grid: Grid) -> int:
 
 def _pieces(size: int, side: int) -> list[int]:
     """``size`` cut into pieces of ``side``, the last one shorter."""
-    whole, rest = divmod(size, side)
-    return [side] * whole + [rest] * bool(rest)
+    count, rest = divmod(size, side)
+    return [side] * count + [rest] * bool(rest)
 
 
 def projector_flops(shape: VisionDims, tokens: int) -> int:
@@ -172,12 +187,12 @@ def projector_flops(shape: VisionDims, tokens: int) -> int:
 
 
 def signal_flops(shape: VisionDims, tokens: int, queries: int | None = None, heads: int = 0, more: int = 0) -> int:
-    """Attention scores of one tower layer over one image: of its CLS row, or without one of ``queries`` rows (None: of every one), whose ``heads``
-    are then added up as a product. ``more``: patches of the image that become no token."""
+    """Attention scores of one tower layer over one image: of its CLS row, or without one of ``queries`` rows (None: of
+    every one), whose ``heads`` are then added up as a product. ``more``: patches of the image that become no token."""
     rows = tower_rows(shape, tokens) + more
-    return 2 * asking_rows(shape, rows, queries) * rows * (shape.width + heads * (shape.extra_rows == 0))
+    return 2 * query_rows(shape, rows, queries) * rows * (shape.width + heads * (shape.extra_rows == 0))
 
 
-def asking_rows(shape: VisionDims, rows: int, queries: int | None) -> int:
-    """How many of a tower's ``rows`` rank them."""
+def query_rows(shape: VisionDims, rows: int, queries: int | None) -> int:
+    """Number of a tower's ``rows`` that are queries of a ranking."""
     return shape.extra_rows or min(rows, queries or rows)

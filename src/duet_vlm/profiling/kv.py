@@ -10,7 +10,8 @@ STATE_BYTES = 4  # states are kept in float32
 
 
 def kv_bytes_per_layer(shape: DecoderDims, rows_per_layer: Sequence[int], element_bytes: int) -> tuple[int, ...]:
-    """Keys and values that each layer l keeps of ``rows_per_layer[l]`` rows of one sample, ``element_bytes`` per number.
+    """Keys and values that each layer l keeps of ``rows_per_layer[l]`` rows of one sample, ``element_bytes`` per
+    number.
 
     Full layers keep every row, sliding ones all but one of their window, linear ones none.
     """
@@ -18,13 +19,13 @@ def kv_bytes_per_layer(shape: DecoderDims, rows_per_layer: Sequence[int], elemen
 
 
 def rows_held(shape: DecoderDims, rows_per_layer: Sequence[int], cut: bool) -> tuple[int, ...]:
-    """Rows that each layer's cache holds once a prompt is read; ``cut``: full layers only those that reached the last one."""
+    """Rows in each layer's cache after the prompt; ``cut``: full layers keep only those that reached the last layer."""
     last = rows_per_layer[-1]
     return tuple(last if cut and shape.kind(layer) not in (LINEAR, SLIDING) else rows for layer, rows in enumerate(rows_per_layer))
 
 
 def kv_bytes(shape: DecoderDims, rows_per_layer: Sequence[int], element_bytes: int) -> int:
-    """All layers together."""
+    """Key-value bytes of all layers together."""
     return sum(kv_bytes_per_layer(shape, rows_per_layer, element_bytes))
 
 
@@ -33,8 +34,8 @@ def state_bytes(shape: DecoderDims, element_bytes: int) -> int:
     linear = shape.linear
     if linear is None:
         return 0
-    each = linear.value_heads * linear.key_dim * linear.value_dim * STATE_BYTES + linear.mixed * linear.kernel * element_bytes
-    return each * sum(shape.kind(layer) == LINEAR for layer in range(shape.layers))
+    layer_bytes = linear.value_heads * linear.key_dim * linear.value_dim * STATE_BYTES + linear.mixed * linear.kernel * element_bytes
+    return layer_bytes * sum(shape.kind(layer) == LINEAR for layer in range(shape.layers))
 
 
 def _kept(shape: DecoderDims, rows: int, layer: int) -> int:

@@ -1,4 +1,4 @@
-"""The sizes that cost predictions need, as plain numbers."""
+"""Sizes of a model that cost predictions need, as plain numbers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,19 @@ class ExpertDims:
 
 @dataclass(frozen=True)
 class LinearAttentionDims:
-    """A layer with a state instead of a cache (gated delta rule): per value head ``key_dim`` x ``value_dim`` numbers, updated by ``chunk`` rows."""
+    """A layer with a state instead of a cache (gated delta rule).
+
+    Attributes
+    ----------
+    key_heads, value_heads : int
+        Number of heads.
+    key_dim, value_dim : int
+        The state holds ``key_dim`` x ``value_dim`` numbers per value head.
+    kernel : int
+        Width of the short convolution.
+    chunk : int
+        Rows per update of the state.
+    """
 
     key_heads: int
     value_heads: int
@@ -39,14 +51,26 @@ class LinearAttentionDims:
 
 @dataclass(frozen=True)
 class DecoderDims:
-    """A decoder: ``layers`` of width ``hidden``, ``heads`` query and ``kv_heads`` key heads of ``head_dim``, gated MLP of ``mlp``.
+    """Sizes of a decoder.
 
     Attributes
     ----------
+    layers, hidden : int
+        Number and width of the layers.
+    heads, kv_heads, head_dim : int
+        Query heads, key heads, and width of each.
+    mlp, vocab : int
+        Width of the gated MLP; size of the vocabulary.
     kinds : tuple of str
-        What each layer's attention is: "full", "sliding" (within ``window`` rows) or "linear"; empty: all are full.
+        Attention type of each layer: "full", "sliding" (within ``window`` rows) or "linear"; empty: all are full.
+    window : int or None
+        Rows of a sliding window.
+    linear : LinearAttentionDims or None
+        Sizes of "linear" layers.
+    experts : ExpertDims or None
+        Sizes of the mixture of experts, if there is one.
     routed : tuple of bool
-        Which layers have ``experts`` in place of the MLP; empty: all, where there are experts.
+        True for layers with ``experts`` in place of the MLP; empty: all, where there are experts.
     gated : bool
         The query projection also makes a gate of the attention's output, so it is twice as wide.
     tied : bool
@@ -80,7 +104,7 @@ class DecoderDims:
 
     @property
     def query_width(self) -> int:
-        """What the query projection makes of one row."""
+        """Output width of the query projection."""
         return self.wide * (1 + self.gated)
 
     def kind(self, layer: int) -> str:
@@ -88,11 +112,11 @@ class DecoderDims:
 
     @property
     def attends(self) -> tuple[bool, ...]:
-        """Which layers have attention, and no state."""
+        """Per layer, True if it has attention, not a state."""
         return tuple(self.kind(layer) != LINEAR for layer in range(self.layers))
 
     def seen(self, rows: int, layer: int) -> int:
-        """How many of ``rows`` the newest one sees in a layer."""
+        """Number of ``rows`` that the newest one attends to in a layer."""
         return min(rows, self.window) if self.kind(layer) == SLIDING and self.window is not None else rows
 
     def has_experts(self, layer: int) -> bool:
@@ -100,22 +124,43 @@ class DecoderDims:
 
 
 def probed_layer(attends: Sequence[bool], drop: int, last: bool) -> int:
-    """The layer that a gradient in front of layer ``drop`` goes through: the next one that ``attends``, or (``last``) the one that did before; -1 if
-    there is none. What a row writes into a state fades on its way to the rows that predict, until rounding is all that comes back."""
-    way = range(max(0, drop - 1), -1, -1) if last else range(drop, len(attends))
-    return next((layer for layer in way if attends[layer]), -1)
+    """The layer through which the prediction's gradient runs, for a drop before layer ``drop``: the next one that
+    ``attends``, or (``last``) the one before; -1 if there is none.
+
+    A value written to a state fades on its way to the predicting positions, until rounding is all that comes back.
+    """
+    candidates = range(max(0, drop - 1), -1, -1) if last else range(drop, len(attends))
+    return next((layer for layer in candidates if attends[layer]), -1)
 
 
 @dataclass(frozen=True)
 class VisionDims:
-    """A vision tower and its projector.
+    """Sizes of a vision tower and its projector.
 
-    ``patches_per_token`` patches make one visual token; ``extra_rows`` are CLS-like rows; ``projector`` lists (in, out) of its linear maps,
-    those of further mergers included; all but ``full_layers`` layers attend within windows of ``window`` patches (None: every layer is full).
-    The model holds ``towers`` of this shape (images and clips may have their own); a picture goes through one. Nobody reads its last
-    ``unread`` layers: stock models run them all the same, an attached model does not (outside of training). ``deeper``: the attention of how many
-    layers has run where each of the further mergers looks. ``joined``: all pictures of a call stand in one row, over the whole of which every layer
-    attends under a mask.
+    Attributes
+    ----------
+    layers, width, mlp, mlp_matrices : int
+        Number and width of the layers; width and number of matrices of their MLP.
+    patches_per_token : int
+        Patches that make one visual token.
+    extra_rows : int
+        CLS-like rows per image.
+    patch_inputs : int
+        Input numbers of a patch.
+    projector : tuple of (int, int)
+        (in, out) of its linear maps, those of further mergers included.
+    full_layers : int or None
+        Layers that attend to whole images; the others attend within windows. None: every layer does.
+    window : int or None
+        Patches of a window.
+    towers : int
+        Towers of this shape in the model (images and videos may have their own); an image passes through one.
+    unread : int
+        Last layers without use: stock models run them, an attached model does not (outside of training).
+    deeper : tuple of int
+        For each further merger: number of layers whose attention has run at its input.
+    joined : bool
+        All images of a call are concatenated in one row, over the whole of which every layer attends under a mask.
     """
 
     layers: int
@@ -139,12 +184,12 @@ class VisionDims:
 
 
 def decoder_dims(config: Any) -> DecoderDims:
-    """Read the sizes from a text config of the Llama layout: experts, windows and linear layers where it names them.
+    """The sizes of a text config of the Llama layout: experts, windows and linear layers where it names them.
 
     Raises
     ------
     ValueError
-        If a layer is of a kind that is not known here.
+        If a layer is of an unknown kind.
     """
     return DecoderDims(
         layers=config.num_hidden_layers,
@@ -165,19 +210,19 @@ def decoder_dims(config: Any) -> DecoderDims:
 
 
 def _first(config: Any, *names: str) -> Any:
-    """The first of these settings that the config has."""
+    """The first of these settings in the config."""
     return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
 
 def _kinds(config: Any) -> tuple[str, ...]:
-    named = getattr(config, "layer_types", None)
-    if named is None:
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None:
         windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
         return (SLIDING,) * config.num_hidden_layers if windowed else ()
-    unknown = sorted(set(named) - set(KINDS))
+    unknown = sorted(set(layer_types) - set(KINDS))
     if unknown:
         raise ValueError(f"decoder layers of kind {', '.join(unknown)}: costs are known for {', '.join(KINDS)} only")
-    kinds = tuple(KINDS[name] for name in named)
+    kinds = tuple(KINDS[name] for name in layer_types)
     return kinds if set(kinds) != {FULL} else ()
 
 
@@ -203,10 +248,10 @@ def _experts(config: Any) -> ExpertDims | None:
 
 
 def _routed(config: Any) -> tuple[bool, ...]:
-    """Which layers have experts, as configs say it in three ways; empty: all."""
-    depth, named = config.num_hidden_layers, getattr(config, "mlp_layer_types", None)
-    if named is not None:
-        routed = tuple(name == "sparse" for name in named)
+    """Per layer, True if it has experts, from any of the three config styles; empty: all."""
+    depth, layer_types = config.num_hidden_layers, getattr(config, "mlp_layer_types", None)
+    if layer_types is not None:
+        routed = tuple(name == "sparse" for name in layer_types)
     else:
         dense, step = getattr(config, "mlp_only_layers", None) or (), getattr(config, "decoder_sparse_step", None) or 1
         first = getattr(config, "first_k_dense_replace", None) or 0

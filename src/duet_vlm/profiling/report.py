@@ -1,4 +1,4 @@
-"""The report of one prompt: what was planned beside what was measured."""
+"""The report of one prompt: planned costs beside measured ones."""
 
 from __future__ import annotations
 
@@ -19,18 +19,47 @@ Part = TypeVar("Part")
 
 @dataclass(frozen=True)
 class SampleCounts:
-    """One row of the batch: ``text`` rows, ``spans`` unreduced sizes and ``plans``, query rows, (visual, all) rows measured per layer.
+    """Token counts of one row of the batch.
 
-    ``passes``: per span the tokens of each part (crop, frame) that the tower looks at by itself; what packing cuts off is among them.
-    ``grids``: per span (rows, columns) of its tokens where it has them, parts below each other. ``projected``: per span the rows that the
-    projector works on where V2V leaves them all to it (left out: all that the tower made). ``skipped``: tower layers whose output is not used
-    were not run. ``nominal``: visual rows that enter, and at the input of each layer, where rows that predict come on top of the plans (left out:
-    as the plans say). ``kept``: per span, tokens per layer as measured. ``planned_left``, ``left``: per span, of each part where patches leave
-    the tower and how many tokens' are left then (``duet_vlm.planning.budget.Stages``), as planned and as measured (left out: none leave).
-    ``projects_survivors_only``: the projector, which sees every token otherwise, sees only those. ``still``: which spans are pictures, whose parts are no
-    steps of time. ``repeated``: per span, which parts did not go through the tower since they repeat the one before. ``sizes``: per span the tokens
-    of each part as V2V sees them, where pooling and packing are done (left out: as the tower does). ``spare``: per span, of each part, patches
-    that become no token (left out: there are none).
+    Attributes
+    ----------
+    text : int
+        Text tokens.
+    spans : tuple of int
+        Tokens of each unreduced span.
+    tokens_per_crop : tuple of tuple of int
+        Per span: tokens of each part (crop, frame) that the tower encodes independently, with those that packing cuts
+        off.
+    plans : tuple of SpanPlan
+        The plan of each span.
+    queries : int
+        Query positions of a ranking.
+    measured : (tuple of int, tuple of int)
+        Visual tokens, and all tokens, measured per layer.
+    grids : tuple of (int, int) or None
+        Per span: (rows, columns) of its tokens where it has them, parts below each other.
+    projected : tuple of int
+        Per span: rows of the projector's input if the encoder stage drops nothing (empty: all that the tower made).
+    skipped : bool
+        Tower layers without use were not run.
+    nominal : tuple of int
+        Visual tokens that enter, and at the input of each layer, where protected tokens come on top of the plans
+        (empty: as planned).
+    kept : tuple of float
+        Per span: tokens per layer as measured.
+    planned_left, in_tower_counts : tuple of tuple of TowerStages
+        Per span and part: the blocks of the tower after which patches are dropped, and the tokens kept then, as planned
+        and as measured (empty: none are dropped).
+    projects_survivors_only : bool
+        The projector, whose input is every token otherwise, gets those only.
+    still : tuple of bool
+        Per span: True for images, whose parts are no time steps.
+    repeated : tuple of tuple of bool
+        Per span and part: True if it was not encoded since it repeats the one before.
+    sizes : tuple of tuple of int
+        Per span: tokens of each part in the encoder stage, after pooling and packing (empty: as in the tower).
+    spare : tuple of tuple of Spare
+        Per span and part: patches that become no token (empty: there are none).
     """
 
     text: int
@@ -54,26 +83,26 @@ class SampleCounts:
 
     @property
     def encoded(self) -> tuple[tuple[int, ...], ...]:
-        """Per span the tokens of each part that went through the tower."""
-        return self.went(self.tokens_per_crop)
+        """Per span: tokens of each part that the tower encoded."""
+        return self.encoded_parts(self.tokens_per_crop)
 
-    def went(self, parts: Sequence[Sequence[Part]]) -> tuple[tuple[Part, ...], ...]:
-        """What is said of the parts of each span, of those that went through the tower."""
+    def encoded_parts(self, parts: Sequence[Sequence[Part]]) -> tuple[tuple[Part, ...], ...]:
+        """Select from values per part those of the parts that the tower encoded."""
         spans = zip(parts, self._repeated(), strict=True)
         return tuple(tuple(some for some, again in zip(span, repeated, strict=True) if not again) for span, repeated in spans)
 
     def _repeated(self) -> tuple[tuple[bool, ...], ...]:
-        known = self.repeated or ((),) * len(self.tokens_per_crop)
-        return tuple(some or (False,) * len(parts) for some, parts in zip(known, self.tokens_per_crop, strict=True))
+        repeated = self.repeated or ((),) * len(self.tokens_per_crop)
+        return tuple(flags or (False,) * len(parts) for flags, parts in zip(repeated, self.tokens_per_crop, strict=True))
 
     @property
     def steps(self) -> tuple[tuple[int, ...], ...]:
-        """Per span the tokens of each step of time."""
+        """Per span: tokens of each time step."""
         still = self.still or (False,) * len(self.tokens_per_crop)
         return tuple((sum(parts),) if alone else parts for parts, alone in zip(self.tokens_per_crop, still, strict=True))
 
     def visual(self, layer: int) -> int:
-        """Visual rows that are meant to be left at the input of ``layer`` (-1: to enter)."""
+        """Planned visual tokens at the input of ``layer`` (-1: at the entry to the decoder)."""
         if self.nominal:
             return self.nominal[layer + 1]
         return sum(p.entry if layer < 0 else p.counts[layer] for p in self.plans)
@@ -83,17 +112,18 @@ class SampleCounts:
         return self.projected or tuple(map(sum, self.tokens_per_crop))
 
     def parts(self) -> list[tuple[int, Grid, TowerStages, Spare]]:
-        """Tokens, grid and spare patches of everything that the tower looks at by itself, as if nothing left it."""
-        grids, spare = self.grids or (None,) * len(self.tokens_per_crop), [some for span in self.wasted() for some in span]
-        every = [(n, _part_of(grid, span)) for span, grid in zip(self.tokens_per_crop, grids, strict=True) for n in span]
-        return [(*part, (), some) for part, some in zip(every, spare, strict=True)]
+        """Tokens, grid and spare patches of everything that the tower encodes independently, as if nothing were dropped
+        inside it."""
+        grids, spare = self.grids or (None,) * len(self.tokens_per_crop), [pair for span in self.spare_patches() for pair in span]
+        all_parts = [(n, _part_of(grid, span)) for span, grid in zip(self.tokens_per_crop, grids, strict=True) for n in span]
+        return [(*part, (), pair) for part, pair in zip(all_parts, spare, strict=True)]
 
-    def wasted(self) -> tuple[tuple[Spare, ...], ...]:
-        """Per span the spare patches of each part."""
+    def spare_patches(self) -> tuple[tuple[Spare, ...], ...]:
+        """Per span: the spare patches of each part."""
         return self.spare or tuple(((0, 0),) * len(span) for span in self.tokens_per_crop)
 
     def reaching_projector(self, measured: bool = False) -> list[int]:
-        """Rows of each span that the projector of the reduced model works on where V2V leaves them all to it."""
+        """Per span: rows at the projector's input in the reduced model if the encoder stage drops nothing before it."""
         if not self.projects_survivors_only:
             shares = zip(self.to_project, self.encoded, self.tokens_per_crop, strict=True)
             return [rows * len(encoded) // max(1, len(parts)) if len(encoded) < len(parts) else rows for rows, encoded, parts in shares]
@@ -102,17 +132,19 @@ class SampleCounts:
 
     @property
     def entering_projector(self) -> list[int]:
-        """The same where V2V works in front of the projector: what it leaves, and what was encoded of spans that it leaves whole."""
+        """Per span: rows at the projector's input if the encoder stage runs before it: the kept ones, or the encoded
+        ones of unreduced spans."""
         spans = zip(self.plans, self.encoded, self.tokens_per_crop, strict=True)
         return [p.entry * len(encoded) // len(parts) if len(encoded) < len(parts) and not p.merges else p.entry for p, encoded, parts in spans]
 
     def in_tower(self, measured: bool = False, still: bool | None = None) -> list[tuple[int, Grid, TowerStages, Spare]]:
-        """The same with where tokens leave the tower, without parts that repeat others; of pictures (``still``), of clips, or of both."""
+        """As ``parts``, with the drops inside the tower and without repeated parts; of images (``still``), of videos,
+        or of both."""
         kinds = self.still or (True,) * len(self.tokens_per_crop)
         which = (still in (None, kind) for kind, span in zip(kinds, self.tokens_per_crop, strict=True) for _ in span)
-        left, again = (s for span in self._left(measured) for s in span), (repeats for span in self._repeated() for repeats in span)
-        every = zip(self.parts(), left, again, which, strict=True)
-        return [(n, grid, stages, spare) for (n, grid, _, spare), stages, repeats, asked in every if asked and not repeats]
+        left, repeated = (s for span in self._left(measured) for s in span), (repeats for span in self._repeated() for repeats in span)
+        all_parts = zip(self.parts(), left, repeated, which, strict=True)
+        return [(n, grid, stages, spare) for (n, grid, _, spare), stages, repeats, selected in all_parts if selected and not repeats]
 
     def _left(self, measured: bool) -> tuple[tuple[TowerStages, ...], ...]:
         return (self.in_tower_counts if measured else self.planned_left) or tuple(((),) * len(span) for span in self.tokens_per_crop)
@@ -129,8 +161,18 @@ def _part_of(grid: Grid, passes: tuple[int, ...]) -> Grid:
 class CostTotals:
     """Totals of the batch.
 
-    FLOPs of vision tower and projector, of the decoder's prefill with the head, of ranking inside the decoder, and of selection before it
-    (signals, choice, merge); bytes of the KV cache.
+    Attributes
+    ----------
+    vision_flops : int
+        FLOPs of vision tower and projector.
+    decoder_flops : int
+        FLOPs of the decoder's prefill with the head.
+    ranking_flops : int
+        FLOPs of ranking inside the decoder.
+    kv_bytes : int or None
+        Bytes of the KV cache.
+    selection_flops : int
+        FLOPs of the selection before the decoder (signals, choice, merge).
     """
 
     vision_flops: int
@@ -146,21 +188,29 @@ class CostTotals:
 
 @dataclass(frozen=True)
 class Report:
-    """Predicted (from the plan) beside measured (from the rows that the layers really read, and the cache tensors).
+    """Predicted costs (from the plan) beside measured ones (from the tokens at the layers' inputs, and the cache
+    tensors).
 
     Attributes
     ----------
+    method, settings, budget : str, dict, int or float or None
+        The method, its settings, and the budget (None: the method's own settings).
+    batch, tokens : int
+        Samples of the batch, and their visual tokens unreduced.
     nominal, measured : tuple of float
         Visual tokens per decoder layer, mean over the batch.
     images : tuple of tuple of float
-        For each sample the visual tokens per decoder layer of each of its images (or clips), measured. Images of one prompt that are ranked
-        together (``multi_image="joint"``) may differ from their own budget, their sum does not.
-    full, predicted, observed : Costs
+        For each sample the visual tokens per decoder layer of each of its images (or videos), measured. Images of one
+        prompt that are ranked together (``multi_image="joint"``) may differ from their own budget, their sum does not.
+    full, predicted, observed : CostTotals
         The untouched model, the plan, and the run.
     clamped : tuple of int
-        Numbers of the spans that were kept whole because they are no larger than the budget asks for.
+        Numbers of the spans that were kept whole because they are no larger than the budget.
     floored : tuple of int
-        Numbers of the spans that were too small for their fractional budget and kept the method's floor instead (``small_image_tokens``).
+        Numbers of the spans that were too small for their fractional budget and kept the method's floor instead
+        (``small_image_tokens``).
+    decoded : int
+        Tokens decoded after the prompt.
     """
 
     method: str
@@ -180,12 +230,12 @@ class Report:
 
     @property
     def nominal_mean(self) -> float:
-        """Planned visual tokens of the call, on average over the decoder layers."""
+        """Planned visual tokens of the call, mean over the decoder layers."""
         return sum(self.nominal) / len(self.nominal)
 
     @property
     def measured_mean(self) -> float:
-        """Visual tokens that the layers read, on average over the decoder layers."""
+        """Visual tokens at the layers' inputs, mean over the decoder layers."""
         return sum(self.measured) / len(self.measured)
 
     @property
@@ -216,8 +266,8 @@ class Report:
             "visual tokens per layer, measured: " + run_lengths(self.measured),
         ]
         if any(len(row) > 1 for row in self.images):
-            each = "; ".join(", ".join(f"{count:.2f}" for count in row) or "-" for row in self.images)
-            lines.append(f"mean visual tokens by image, measured: {each}")
+            by_image = "; ".join(", ".join(f"{count:.2f}" for count in row) or "-" for row in self.images)
+            lines.append(f"mean visual tokens by image, measured: {by_image}")
         if self.clamped:
             lines.append(f"kept whole (no larger than the budget): images {', '.join(map(str, self.clamped))}")
         if self.floored:
@@ -233,7 +283,7 @@ def _line(name: str, style: str, values: Sequence[float | None]) -> str:
 
 
 def run_lengths(counts: Sequence[float]) -> str:
-    """84 x16, 42 x8, 0 x8."""
+    """Format counts as run lengths: 84 x16, 42 x8, 0 x8."""
     parts: list[list[float]] = []
     for count in counts:
         if parts and parts[-1][0] == count:
@@ -261,23 +311,39 @@ def make_report(
     deciding: int = 0,
     products: bool = True,
     cut: bool = False,
-    behind: bool = False,
+    scores_after_drop: bool = False,
 ) -> Report:
-    """Sum the samples up. ``cache_bytes`` are the bytes of each layer's cache after prefill (None without a cache); ``reused_layers`` are
-    scored layers that took over the keys they were ranked by.
+    """Sum the samples up.
 
-    ``projects_all``: the family or the method reduces behind the projector, which then runs on every token and not only on those that enter.
-    ``selection``: what signals, choice and merge before the decoder cost (``measure.choice.selection_flops``). ``deciding``: what
-    the method inside the decoder costs beyond attention from text (``measure.choice.deciding_flops``), ``products``: it takes that. ``cut``:
-    earlier layers forget what did not reach the last one. ``behind``: a layer ranks for later drops, the rows that its own has left.
+    Parameters
+    ----------
+    scored_layers : sequence of int
+        Layers that rank.
+    reused_layers : sequence of int
+        Scored layers that reuse the keys of their ranking.
+    cache_bytes : sequence of int or None
+        Bytes of each layer's cache after prefill (None without a cache).
+    projects_all : bool
+        The encoder stage runs after the projector, which then gets every token and not only those that enter the
+        decoder.
+    selection : int
+        Cost of signals, choice and merge before the decoder (``profiling.selection_cost.selection_flops``).
+    deciding : int
+        Cost of the method inside the decoder beyond attention from text (``profiling.selection_cost.deciding_flops``).
+    products : bool
+        The method uses attention from text.
+    cut : bool
+        Caches of earlier layers are trimmed to the tokens that reached the last one.
+    scores_after_drop : bool
+        A layer ranks for later drops, after its own drop.
     """
     depth, batch = decoder.layers, len(samples)
     images = [tokens for s in samples for tokens in s.spans]
     plans = [plan for s in samples for plan in s.plans]
     nominal = [tuple(s.text + s.visual(i) for i in range(depth)) for s in samples]
-    whole = [(s.text + sum(s.spans),) * depth for s in samples]
+    full_rows = [(s.text + sum(s.spans),) * depth for s in samples]
     width = [max(rows[i] for rows in nominal) for i in range(depth)]  # the cache is as wide as the longest row
-    everything = [rows for s in samples for rows in s.to_project]
+    all_projected = [rows for s in samples for rows in s.to_project]
 
     def reduced(measured: bool) -> tuple[int, list[int]]:
         """FLOPs of the tower, and the rows that reach the projector."""
@@ -291,7 +357,7 @@ def make_report(
     def costs(rows: Sequence[Sequence[int]], tower: int, projected: Sequence[int], ranked: bool, kv: int | None) -> CostTotals:
         entering = [(s.text + s.visual(-1), *r) for r, s in zip(rows, samples, strict=True)]  # rows before layer i's drop
         scored = [
-            (before[i + behind], s.queries, before[i + 1] if i in reused_layers else 0, products, i)
+            (before[i + scores_after_drop], s.queries, before[i + 1] if i in reused_layers else 0, products, i)
             for before, s in zip(entering, samples, strict=True)
             for i in scored_layers
             if ranked
@@ -300,7 +366,7 @@ def make_report(
         projector = sum(projector_flops(vision, n) for n in projected)
         return CostTotals(tower + projector, sum(prefill_flops(decoder, r) for r in rows), ranking, kv, selection * ranked)
 
-    full_width = max(w[0] for w in whole)
+    full_width = max(w[0] for w in full_rows)
     return Report(
         method=method,
         settings=settings,
@@ -310,7 +376,7 @@ def make_report(
         nominal=tuple(sum(s.visual(i) for s in samples) / batch for i in range(depth)),
         measured=tuple(sum(s.measured[0][i] for s in samples) / batch for i in range(depth)),
         images=tuple(s.kept for s in samples),
-        full=costs(whole, towers, everything, False, batch * kv_bytes(decoder, (full_width,) * depth, element_bytes)),
+        full=costs(full_rows, towers, all_projected, False, batch * kv_bytes(decoder, (full_width,) * depth, element_bytes)),
         predicted=costs(nominal, *reduced(False), True, batch * kv_bytes(decoder, rows_held(decoder, width, cut), element_bytes)),
         observed=costs([s.measured[1] for s in samples], *reduced(True), True, None if cache_bytes is None else sum(cache_bytes)),
         clamped=tuple(i for i, p in enumerate(plans) if budget is not None and min(p.counts) == p.tokens),

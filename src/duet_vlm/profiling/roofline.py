@@ -20,7 +20,7 @@ from duet_vlm.profiling.report import SampleCounts
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What a data sheet does not say.
+    """Assumed efficiencies, which no data sheet gives.
 
     Attributes
     ----------
@@ -29,10 +29,11 @@ class Assumptions:
     causal : float
         Share of the rectangle of queries by keys that the prompt's attention kernel works on.
     launch : float
-        Seconds that the host needs per layer and pass where nothing else hides it (0: a compiled engine or CUDA graphs; transformers in
-        eager mode needs 0.3 ms and more per layer, which bounds its decoding at small batches).
+        Seconds that the host needs per layer and pass where nothing else hides it (0: a compiled engine or CUDA graphs;
+        transformers in eager mode needs 0.3 ms and more per layer, which bounds its decoding at small batches).
     hidden_touches, mlp_touches : float
-        How often norms, residuals, rotation and activations read or write a row of the hidden and of the MLP's width, per layer.
+        Number of times that norms, residuals, rotation and activations read or write a row of the hidden and of the
+        MLP's width, per layer.
     usable : float
         Share of the device's memory that a model may fill.
     parallel : float
@@ -55,7 +56,7 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What is known of a model: the shapes of its parts, and how many numbers its weights are (counted from the shapes if left out)."""
+    """Sizes of a model's parts, and the number of its weights (counted from the sizes if left out)."""
 
     decoder: DecoderDims
     vision: VisionDims
@@ -68,9 +69,23 @@ class ModelCost:
 
 @dataclass(frozen=True)
 class Workload:
-    """One request: a prompt as ``Sample`` describes it, FLOPs and bytes of its selection before the decoder (in float32), ``new`` tokens to
-    write: the prompt's pass gives the first, each further one takes a step. ``scored_layers`` rank; ``reused_layers`` among them take over the
-    keys that they rank by. ``deciding``, ``products``, ``cut``, ``behind``: as ``make_report`` has them."""
+    """One request.
+
+    Attributes
+    ----------
+    sample : SampleCounts
+        The prompt.
+    new : int
+        Tokens to write: the prompt's pass gives the first, each further one takes a step.
+    scored_layers, reused_layers : tuple of int
+        Layers that rank; those among them that reuse the keys of their ranking.
+    projects_all : bool
+        As in ``make_report``.
+    selection, selection_bytes : int
+        FLOPs and bytes of the selection before the decoder (in float32).
+    deciding, products, cut, scores_after_drop
+        As in ``make_report``.
+    """
 
     sample: SampleCounts
     new: int
@@ -82,11 +97,11 @@ class Workload:
     deciding: int = 0
     products: bool = True
     cut: bool = False
-    behind: bool = False
+    scores_after_drop: bool = False
 
     @property
     def steps(self) -> int:
-        """Passes of the decoder over one new row each."""
+        """Passes of the decoder over one new token each."""
         return max(0, self.new - 1)
 
     @property
@@ -98,7 +113,7 @@ class Workload:
         return self.sample.text + sum(plan.entry for plan in self.sample.plans)
 
     def rows(self, depth: int) -> list[int]:
-        """Rows that each decoder layer reads."""
+        """Tokens at the input of each decoder layer."""
         return [self.sample.text + sum(plan.counts[layer] for plan in self.sample.plans) for layer in range(depth)]
 
     def full(self) -> Workload:
@@ -110,7 +125,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class StageTime:
-    """A part of the work: its products, the bytes it moves, and the seconds that follow; ``bound``: what they follow from."""
+    """One stage of the work: its FLOPs, the bytes it moves, its seconds, and their ``bound``."""
 
     flops: float
     bytes: float
@@ -120,10 +135,21 @@ class StageTime:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A batch of equal requests on ``devices`` devices that share one model.
+    """Predicted time of a batch of equal requests.
 
-    ``selection`` is what comes between tower and decoder; ``decode`` is all new tokens but the first, which the prefill gives; ``memory`` the
-    bytes at the peak; ``max_batch`` the largest batch that fits on these devices.
+    Attributes
+    ----------
+    batch, new : int
+        Requests, and new tokens of each.
+    devices : int
+        Devices that share one model.
+    vision, selection, prefill, decode : StageTime
+        Tower and projector; the selection after them; the prompt in the decoder, with the first token; all further
+        tokens.
+    memory : float
+        Bytes at the peak.
+    max_batch : int
+        The largest batch that fits on these devices.
     """
 
     batch: int
@@ -146,7 +172,7 @@ class Prediction:
 
     @property
     def step(self) -> float:
-        """Seconds of one step of decoding; 0 where there is none."""
+        """Seconds of one step of decoding; 0 without any."""
         return self.decode.seconds / (self.new - 1) if self.new > 1 else 0.0
 
     @property
@@ -170,19 +196,21 @@ def predict(
     Raises
     ------
     ValueError
-        If the device's sheet does not know ``dtype``, or no 1,024 devices hold the batch.
+        If the device's sheet lacks ``dtype``, or no 1,024 devices hold the batch.
     """
     assumed = assumed or Assumptions.of(device)
     size = ELEMENT_BYTES[dtype]
-    needed = memory_bytes(model, work, size, batch)
-    devices = next((n for n in (2**i for i in range(11)) if needed <= n * device.memory * assumed.usable), None)
+    memory = memory_bytes(model, work, size, batch)
+    devices = next((n for n in (2**i for i in range(11)) if memory <= n * device.memory * assumed.usable), None)
     if devices is None:
-        raise ValueError(f"batch={batch}: {needed / 1e9:.0f} GB do not fit on 1,024 devices of {device.memory / 1e9:.0f} GB")
+        raise ValueError(f"batch={batch}: {memory / 1e9:.0f} GB do not fit on 1,024 devices of {device.memory / 1e9:.0f} GB")
     speed = _DeviceSpeed(device, dtype, assumed, devices)
-    fits = largest_int(2**20, lambda n: memory_bytes(model, work, size, n) <= devices * device.memory * assumed.usable)
+    max_batch = largest_int(2**20, lambda n: memory_bytes(model, work, size, n) <= devices * device.memory * assumed.usable)
     return Prediction(
-        batch, work.new, devices, _vision(model, work, speed, batch), speed.exact(batch * work.selection, batch * work.selection_bytes),
-        _prefill(model, work, speed, batch), _decode(model, work, speed, batch), needed, fits,
+        batch=batch, new=work.new, devices=devices, vision=_vision(model, work, speed, batch),
+        selection=speed.exact(batch * work.selection, batch * work.selection_bytes),
+        prefill=_prefill(model, work, speed, batch), decode=_decode(model, work, speed, batch), memory=memory,
+        max_batch=max_batch,
     )  # fmt: skip
 
 
@@ -190,8 +218,8 @@ def memory_bytes(model: ModelCost, work: Workload, element_bytes: int, batch: in
     """Weights, and the larger of the prompt's peak and the full cache at the end."""
     depth = model.decoder.layers
     rows = work.rows(depth)
-    held = [n + work.steps for n in rows_held(model.decoder, rows, work.cut)]
-    end = kv_bytes(model.decoder, held, element_bytes) + state_bytes(model.decoder, element_bytes)
+    cache_rows = [n + work.steps for n in rows_held(model.decoder, rows, work.cut)]
+    end = kv_bytes(model.decoder, cache_rows, element_bytes) + state_bytes(model.decoder, element_bytes)
     patches = sum(tower_rows(model.vision, dict(stages).get(0, n)) for n, _, stages, _ in work.sample.in_tower())
     peak = max(
         prefill_peak_bytes(model.decoder, work.entry, rows, work.tokens, element_bytes),
@@ -202,7 +230,7 @@ def memory_bytes(model: ModelCost, work: Workload, element_bytes: int, batch: in
 
 
 class _DeviceSpeed:
-    """What a second is worth."""
+    """Rates of ``devices`` devices under the assumptions, and the time of work at these rates."""
 
     def __init__(self, device: Device, dtype: str, assumed: Assumptions, devices: int) -> None:
         self.size, self.assumed = ELEMENT_BYTES[dtype], assumed
@@ -212,12 +240,12 @@ class _DeviceSpeed:
         self.bytes = device.bandwidth * assumed.bandwidth * together
 
     def exact(self, flops: float, moved: float) -> StageTime:
-        """Products in float32 and bytes that do not overlap with them."""
+        """Time of products in float32, and of bytes that do not overlap with them."""
         compute, stream = flops / self.exact_flops, moved / self.bytes
         return StageTime(flops, moved, compute + stream, "compute" if compute > stream else "memory")
 
     def layer(self, flops: float, weights: float, touched: float, launches: int = 1) -> StageTime:
-        """Products that need ``weights`` numbers, and ``touched`` numbers that no product hides."""
+        """Time of products with ``weights`` numbers, and of ``touched`` numbers that no product hides."""
         compute, stream = flops / self.flops, weights * self.size / self.bytes
         seconds, launch = max(compute, stream) + touched * self.size / self.bytes, self.assumed.launch * launches
         bound = "host" if launch > seconds else "compute" if compute > stream + touched * self.size / self.bytes else "memory"
@@ -226,8 +254,8 @@ class _DeviceSpeed:
 
 def _sum(stages: Sequence[StageTime]) -> StageTime:
     by_bound = {stage.bound: sum(s.seconds for s in stages if s.bound == stage.bound) for stage in stages}
-    most = max(by_bound, key=lambda bound: by_bound[bound])
-    return StageTime(sum(s.flops for s in stages), sum(s.bytes for s in stages), sum(s.seconds for s in stages), most)
+    bound = max(by_bound, key=lambda bound: by_bound[bound])
+    return StageTime(sum(s.flops for s in stages), sum(s.bytes for s in stages), sum(s.seconds for s in stages), bound)
 
 
 def _vision(model: ModelCost, work: Workload, speed: _DeviceSpeed, batch: int) -> StageTime:
@@ -236,10 +264,10 @@ def _vision(model: ModelCost, work: Workload, speed: _DeviceSpeed, batch: int) -
     if not parts:
         return StageTime(0, 0, 0.0, "-")
     shape = model.vision.read() if work.sample.skipped else model.vision
-    left = work.sample.in_tower()
-    rows = sum(mean_rows(shape, n, grid, stages) for n, grid, stages, _ in left)
+    tower_parts = work.sample.in_tower()
+    rows = sum(mean_rows(shape, n, grid, stages) for n, grid, stages, _ in tower_parts)
     projected = sum(work.sample.reaching_projector()) if work.projects_all else sum(plan.entry for plan in work.sample.plans)
-    flops = tower_flops(shape, left) + projector_flops(shape, projected)
+    flops = tower_flops(shape, tower_parts) + projector_flops(shape, projected)
     touched = rows * shape.layers * (speed.assumed.hidden_touches * shape.width + speed.assumed.mlp_touches * shape.mlp)
     return speed.layer(batch * flops, vision_weights(shape), batch * touched, shape.layers)
 
@@ -254,8 +282,8 @@ def _prefill(model: ModelCost, work: Workload, speed: _DeviceSpeed, batch: int) 
         touched = rows * _touched(shape, layer, assumed)
         stages.append(speed.layer(batch * flops, layer_weights(shape, layer, batch * rows), batch * touched))
     before = [work.entry, *work.rows(shape.layers)]
-    for layer in work.scored_layers:  # projections as in a layer, then float32 scores of every query and row, touched some six times
-        rows, queries, reused = before[layer + work.behind], work.sample.queries, before[layer + 1] if layer in work.reused_layers else 0
+    for layer in work.scored_layers:  # projections as in a layer, then float32 scores of each query and row, touched some six times
+        rows, queries, reused = before[layer + work.scores_after_drop], work.sample.queries, before[layer + 1] if layer in work.reused_layers else 0
         projections = scoring_flops(shape, rows, queries, reused, products=False, layer=layer)
         product = scoring_flops(shape, rows, queries, reused, work.products, layer) - projections
         weights = shape.hidden * _made_width(shape, layer, bool(reused))
@@ -268,7 +296,7 @@ def _prefill(model: ModelCost, work: Workload, speed: _DeviceSpeed, batch: int) 
 
 
 def _made_width(shape: DecoderDims, layer: int, reused: bool) -> int:
-    """Channels that ranking makes of a row; keys that are made once are counted with the layer."""
+    """Channels that ranking computes per row; reused keys are counted with the layer."""
     if shape.kind(layer) == LINEAR and shape.linear is not None:
         return shape.linear.mixed + shape.linear.value_heads
     return shape.query_width + (0 if reused else shape.narrow)
@@ -278,16 +306,16 @@ def _decode(model: ModelCost, work: Workload, speed: _DeviceSpeed, batch: int) -
     """All steps, each at the cache's mean length."""
     shape, size, steps = model.decoder, speed.size, work.steps
     lengths = [rows + steps // 2 for rows in rows_held(shape, work.rows(shape.layers), work.cut)]
-    kept = kv_bytes_per_layer(shape, lengths, size)
+    cache_bytes = kv_bytes_per_layer(shape, lengths, size)
     state = state_bytes(shape, size) / shape.layers
     stages = []
     for layer, length in enumerate(lengths):
         flops = decoder_layer_flops(shape, 1, shape.seen(length + 1, layer), layer)
-        read = layer_weights(shape, layer, batch) + batch * (kept[layer] + 2 * state) / size
-        stages.append(speed.layer(batch * flops, read, batch * _touched(shape, layer, speed.assumed)))
+        moved = layer_weights(shape, layer, batch) + batch * (cache_bytes[layer] + 2 * state) / size
+        stages.append(speed.layer(batch * flops, moved, batch * _touched(shape, layer, speed.assumed)))
     stages.append(speed.layer(batch * head_flops(shape, 1), shape.hidden * shape.vocab, 0, 0))
-    once = _sum(stages)
-    return StageTime(once.flops * steps, once.bytes * steps, once.seconds * steps, once.bound)
+    step = _sum(stages)
+    return StageTime(step.flops * steps, step.bytes * steps, step.seconds * steps, step.bound)
 
 
 def _touched(shape: DecoderDims, layer: int, assumed: Assumptions) -> float:

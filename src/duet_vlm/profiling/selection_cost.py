@@ -1,4 +1,4 @@
-"""What choosing and merging cost: the method's own code, run on shapes without data."""
+"""Cost of choosing and merging: the method's own code, run on shapes without data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from duet_vlm.ops.merge import by_table
 from duet_vlm.planning.budget import SpanPlan, TowerStages
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.profiling.flops import Grid, Spare, asking_rows, decoder_layer_flops, probe_flops, signal_flops, tower_rows
+from duet_vlm.profiling.flops import Grid, Spare, decoder_layer_flops, probe_flops, query_rows, signal_flops, tower_rows
 from duet_vlm.profiling.model_dims import DecoderDims, VisionDims, probed_layer
 from duet_vlm.reducers.base import Reducer
 from duet_vlm.reducers.compressor import Compressor, ModuleSizes, compressor_of
@@ -38,20 +38,20 @@ def selection_flops(
     projecting: int = 0,
     spare: Sequence[Sequence[Spare]] | None = None,
 ) -> int:
-    """Signals, choice and merge before the decoder for the spans of one call; 0 where the method leaves them whole.
+    """Signals, choice and merge before the decoder for the spans of one call; 0 if the method keeps them whole.
 
     Parameters
     ----------
     passes : sequence of sequence of int
         Per span, visual tokens of each part (crop, frame) that it is chosen from.
     key_width, feature_width : int
-        Width of one head of the tower, and of the rows that are reduced.
+        Width of one head of the tower, and of the features that are reduced.
     steps : sequence of sequence of int, optional
-        Per span, visual tokens of each step of time; left out, every part is one.
+        Per span, visual tokens of each time step; by default every part is one.
     ranked : sequence of sequence of int, optional
-        Per span, visual tokens of the parts that signals are made of, as the tower looks at them; left out, ``passes``.
+        Per span, visual tokens of the parts that signals are made of, as the tower encodes them; by default ``passes``.
     projecting : int
-        FLOPs of the projector on what it was given in this call, for methods that ask it themselves.
+        FLOPs of the projector on the tokens of this call, for methods that run it themselves.
     spare : sequence of sequence of tuple, optional
         Per span, of the parts that signals are made of, patches that become no token.
     """
@@ -66,18 +66,21 @@ def selection_flops(
         signals = sum(signal_flops(vision, n, reducer.signal_queries, heads, more) for n, more in looks) * _attentions(reducer)
     keys = vision.width if reducer.scoring_rules().signal_heads == "one" else key_width
     timed = _steps(plans, passes if steps is None else steps) if reducer.compares_frames else None
-    return signals + choice_flops(reducer, tuple(_taken_apart(plans, passes)), keys, feature_width, vision, timed, projecting)
+    return signals + choice_flops(reducer, tuple(_plans_by_part(plans, passes)), keys, feature_width, vision, timed, projecting)
 
 
 def _steps(plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]]) -> tuple[int, int] | None:
-    """The most steps of a span and the most tokens of one, for methods that compare them."""
+    """The largest number of steps of a span and of tokens of a step, for methods that compare steps."""
     steps = max(map(len, passes), default=0)
     return (steps, max(-(-plan.tokens // max(1, len(parts))) for plan, parts in zip(plans, passes, strict=True))) if steps > 1 else None
 
 
 def tower_choice_flops(reducer: Reducer, parts: Sequence[tuple[int, Grid, TowerStages, Spare]], vision: VisionDims, key_width: int) -> int:
-    """Finding out who is like whom in the tower, and its attention where it ranks units, in one call: ``parts`` as ``Sample.in_tower`` lists them.
-    Pictures are compared side by side, padded to the largest; attention is that of each by itself."""
+    """Similarities inside the tower, and its attention where it ranks units, in one call; ``parts`` as
+    ``SampleCounts.in_tower`` lists them.
+
+    Images are compared side by side, padded to the largest; attention is within each image.
+    """
     tower, total = tower_of(reducer), 0
     if not isinstance(tower, TowerReducer):
         return 0
@@ -92,22 +95,23 @@ def tower_choice_flops(reducer: Reducer, parts: Sequence[tuple[int, Grid, TowerS
 
 
 def selection_bytes(reducer: Reducer, plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]], vision: VisionDims, key_width: int) -> int:
-    """What the softmax of the signals reads and writes, in float32: every head's scores some four times."""
+    """Bytes that the softmax of the signals moves, in float32: every head's scores some four times."""
     if not isinstance(reducer, EncoderReducer) or not reducer.requires & VISION_LAYER_INPUTS or not any(plan.merges for plan in plans):
         return 0
     rows = [tower_rows(vision, n) for span in passes for n in span]
     heads = 1 if reducer.scoring_rules().signal_heads == "one" else vision.width // key_width
-    return sum(16 * heads * asking_rows(vision, n, reducer.signal_queries) * n for n in rows) * _attentions(reducer)
+    return sum(16 * heads * query_rows(vision, n, reducer.signal_queries) * n for n in rows) * _attentions(reducer)
 
 
 def _attentions(reducer: EncoderReducer) -> int:
-    """How often attention is computed for a method: once for each layer that it names, and once more where it wants the heads apart."""
+    """Number of times that attention is computed for a method: once per named layer, and once more where it needs the
+    heads apart."""
     kinds = bool(reducer.requires & {Input.IMPORTANCE, Input.KEYS}) + (Input.HEAD_IMPORTANCE in reducer.requires)
     return kinds * len(set(reducer.signal_layers))
 
 
-def _taken_apart(plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]]) -> list[SpanPlan]:
-    """One plan for every part that is reduced by itself; all spans of a call are padded to equally many."""
+def _plans_by_part(plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]]) -> list[SpanPlan]:
+    """One plan for every part that is reduced independently; all spans of a call are padded to equally many."""
     parts = [plan.parts for plan in plans]
     most = max(map(len, parts), default=0)
     if most == 0:
@@ -130,35 +134,55 @@ def choice_flops(
     steps: tuple[int, int] | None = None,
     projecting: int = 0,
 ) -> int:
-    """Matrix products of choosing and merging on spans with these plans, counted on the meta device; ``steps``: of how many steps of time, of
-    how many tokens each, at most; ``projecting``: what the projector costs, each time that the method asks it."""
-    batch, tokens, asked = len(plans), max(plan.tokens for plan in plans), 0
+    """Matrix products of choosing and merging on spans with these plans, counted on the meta device.
+
+    ``steps``: largest number of time steps, and of tokens of each; ``projecting``: cost of the projector each time that
+    the method runs it.
+    """
+    batch, tokens, projector_runs = len(plans), max(plan.tokens for plan in plans), 0
     decoder = vision.projector[-1][1]
     sizes = ModuleSizes(feature_width, len(reducer.signal_layers) * vision.width, decoder, steps[1] if steps else tokens)
     with torch.no_grad(), torch.device("meta") as meta, FlopCounterMode(display=False) as counter:
         count = torch.empty(batch, dtype=torch.long, device=meta)
         empty = functools.partial(torch.empty, batch, tokens, device=meta)
-        one = LayerView(empty(), empty(HEADS), empty(key_width), empty(key_width), empty(vision.width))
+        layer = LayerView(empty(), empty(HEADS), empty(key_width), empty(key_width), empty(vision.width))
         pairs, longs = torch.empty(batch, 2, dtype=torch.long, device=meta), functools.partial(empty, dtype=torch.long)
 
         def project(change: Change) -> Tensor:
-            nonlocal asked
-            asked += 1
+            nonlocal projector_runs
+            projector_runs += 1
             change(empty(vision.projector[0][0]))
             return empty(decoder)
 
         selection = reducer.select_tokens(
             EncoderView(
-                valid=empty(dtype=torch.bool), dominant=count, contextual=count, plans=plans, importance=one.importance, keys=one.keys,
-                features=empty(feature_width), parts=longs(), layers=(one,) * len(reducer.signal_layers), coords=longs(2), grid_size=pairs, crop_grid=pairs,
-                question=QuestionView(torch.empty(batch, WORDS, feature_width, device=meta), torch.empty(batch, WORDS, dtype=torch.bool, device=meta)),
-                question_state=torch.empty(batch, decoder, device=meta), module=_module(reducer, sizes),
-                text_similarity=empty(1), text_similarity_valid=torch.empty(batch, 1, dtype=torch.bool, device=meta), project=project,
-                modality="video" if steps else "image", max_parts=steps,
+                valid=empty(dtype=torch.bool),
+                dominant=count,
+                contextual=count,
+                plans=plans,
+                importance=layer.importance,
+                keys=layer.keys,
+                features=empty(feature_width),
+                parts=longs(),
+                layers=(layer,) * len(reducer.signal_layers),
+                coords=longs(2),
+                grid_size=pairs,
+                crop_grid=pairs,
+                question=QuestionView(
+                    torch.empty(batch, WORDS, feature_width, device=meta),
+                    torch.empty(batch, WORDS, dtype=torch.bool, device=meta),
+                ),
+                question_state=torch.empty(batch, decoder, device=meta),
+                module=_module(reducer, sizes),
+                text_similarity=empty(1),
+                text_similarity_valid=torch.empty(batch, 1, dtype=torch.bool, device=meta),
+                project=project,
+                modality="video" if steps else "image",
+                max_parts=steps,
             )
-        )  # fmt: skip
+        )
     merging = 2 * selection.index.numel() * tokens * feature_width if by_table(selection, tokens) else 0
-    return counter.get_total_flops() + merging + asked * projecting
+    return counter.get_total_flops() + merging + projector_runs * projecting
 
 
 def _module(reducer: EncoderReducer, sizes: ModuleSizes) -> nn.Module | None:
@@ -168,7 +192,8 @@ def _module(reducer: EncoderReducer, sizes: ModuleSizes) -> nn.Module | None:
 
 
 def question_flops(reducer: Reducer, words: Sequence[int], shape: DecoderDims) -> int:
-    """The decoder reading the questions by themselves, of so many ``words`` each, for methods that want to know what it makes of them."""
+    """The decoder's pass over the questions alone, of ``words`` tokens each, for methods that need its hidden
+    states."""
     if Input.QUESTION_STATE not in reducer.requires:
         return 0
     return sum(decoder_layer_flops(shape, rows, layer=layer) for rows in words for layer in range(shape.layers))
@@ -178,12 +203,13 @@ PREDICTED = 4  # rows that a gradient is taken of (runtime/prefill/prediction_gr
 
 
 def deciding_flops(reducer: Reducer, visual: Sequence[int], rows: Sequence[int], queries: int, shape: DecoderDims) -> int:
-    """What a method inside the decoder costs beyond attention from text (``measure.flops.scoring_flops``), for one sample.
+    """Cost of a method inside the decoder beyond attention from text (``profiling.flops.scoring_flops``), for one
+    sample.
 
     Parameters
     ----------
     visual, rows : sequence of int
-        Visual and all rows that enter, and that each layer reads: one number more than there are layers.
+        Visual and all tokens at the entry, and at the input of each layer: one number more than there are layers.
     """
     if not isinstance(reducer, DecoderReducer):
         return 0
@@ -192,7 +218,7 @@ def deciding_flops(reducer: Reducer, visual: Sequence[int], rows: Sequence[int],
     for layer, (before, stay) in enumerate(zip(visual, visual[1:], strict=False)):
         if not 0 < stay < before:
             continue
-        total += _shown_flops(reducer, before, stay, queries, shape)
+        total += _decision_flops(reducer, before, stay, queries, shape)
         if Input.VISUAL_SELF_ATTENTION in reducer.requires:
             scored = probed_layer(shape.attends, layer - reducer.score_layer_offset + 1, last=True)
             among[scored] = scored + (scored < layer)
@@ -202,24 +228,37 @@ def deciding_flops(reducer: Reducer, visual: Sequence[int], rows: Sequence[int],
 
 
 @lru_cache(maxsize=256)
-def _shown_flops(reducer: DecoderReducer, before: int, stay: int, queries: int, shape: DecoderDims) -> int:
+def _decision_flops(reducer: DecoderReducer, before: int, stay: int, queries: int, shape: DecoderDims) -> int:
     """Matrix products of one decision, and of merging, counted on the meta device."""
     with torch.no_grad(), torch.device("meta") as meta, FlopCounterMode(display=False) as counter:
 
         def rows(count: int, width: int) -> torch.Tensor:
             return torch.empty(1, count, width, device=meta)
 
-        every = (1, before, shape.heads) if reducer.score_heads == "each" else (1, before)
-        places = torch.zeros(1, before, dtype=torch.long, device=meta)
-        chosen = reducer.prune_tokens(
+        score_shape = (1, before, shape.heads) if reducer.score_heads == "each" else (1, before)
+        positions = torch.zeros(1, before, dtype=torch.long, device=meta)
+        decision = reducer.prune_tokens(
             DecoderView(
-                valid=torch.empty(1, before, dtype=torch.bool, device=meta), num_keep=torch.empty(1, dtype=torch.long, device=meta),
-                spans=((0, before),), span_index=places, token_index=places, scores=torch.empty(every, device=meta), host_counts=((before, stay),), grids=(None,),
-                hidden_states=rows(before, shape.hidden), previous_hidden_states=rows(before, shape.hidden), text_hidden_states=rows(queries, shape.hidden),
-                text_valid=torch.empty(1, queries, dtype=torch.bool, device=meta), keys=rows(before, shape.narrow),
-                text_keys=rows(queries, shape.narrow), positions=places, text_positions=torch.zeros(1, queries, dtype=torch.long, device=meta),
-                visual_self_attention=torch.empty(every, device=meta), gradient=rows(before, shape.hidden), tags=torch.empty(1, before, device=meta),
+                valid=torch.empty(1, before, dtype=torch.bool, device=meta),
+                num_keep=torch.empty(1, dtype=torch.long, device=meta),
+                spans=((0, before),),
+                span_index=positions,
+                token_index=positions,
+                scores=torch.empty(score_shape, device=meta),
+                host_counts=((before, stay),),
+                grids=(None,),
+                hidden_states=rows(before, shape.hidden),
+                previous_hidden_states=rows(before, shape.hidden),
+                text_hidden_states=rows(queries, shape.hidden),
+                text_valid=torch.empty(1, queries, dtype=torch.bool, device=meta),
+                keys=rows(before, shape.narrow),
+                text_keys=rows(queries, shape.narrow),
+                positions=positions,
+                text_positions=torch.zeros(1, queries, dtype=torch.long, device=meta),
+                visual_self_attention=torch.empty(score_shape, device=meta),
+                gradient=rows(before, shape.hidden),
+                tags=torch.empty(1, before, device=meta),
             )
-        )  # fmt: skip
-    weighed = isinstance(chosen, Selection) and chosen.weights is not None
-    return counter.get_total_flops() + (2 * stay * before * shape.hidden if weighed else 0)
+        )
+    weighted = isinstance(decision, Selection) and decision.weights is not None
+    return counter.get_total_flops() + (2 * stay * before * shape.hidden if weighted else 0)

@@ -49,13 +49,13 @@ def time_paired(
 ) -> dict[str, Timing]:
     """Time functions in turns: A B C, C B A, A B C, ...
 
-    Slow drifts of the machine (clock, neighbours) then hit all of them alike, and reversing every other round cancels the effect of the
-    place in the round.
+    Slow drifts of the machine (clock, neighbours) then hit all of them alike, and reversing every other round cancels
+    the effect of the order in the round.
 
     Parameters
     ----------
     functions : dict of str to callable
-        What to time, by name; set-up belongs outside.
+        Functions by name; set-up belongs outside.
     repeats : int
         Measured rounds.
     warmup : int
@@ -74,23 +74,25 @@ def time_paired(
                 start = time.perf_counter()
                 functions[name]()
                 _finish()
-                took = time.perf_counter() - start
+                elapsed = time.perf_counter() - start
             if turn >= 0:
-                seconds[name].append(took)
+                seconds[name].append(elapsed)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
 def ratio(first: Timing, second: Timing) -> Ratio:
-    """Time of ``first`` over time of ``second``, round by round; both from the same ``paired`` call."""
+    """Time of ``first`` over time of ``second``, round by round; both from the same ``time_paired`` call."""
     if len(first.seconds) != len(second.seconds):
-        raise ValueError(f"{len(first.seconds)} rounds against {len(second.seconds)}: both timings must come from the same paired() call")
+        raise ValueError(f"{len(first.seconds)} rounds against {len(second.seconds)}: both timings must come from the same "
+            "time_paired() call")
     ratios = sorted(a / b for a, b in zip(first.seconds, second.seconds, strict=True))
     below = _outside(len(ratios))
     return Ratio(statistics.median(ratios), ratios[below], ratios[-1 - below])
 
 
 def _outside(n: int) -> int:
-    """How many of ``n`` sorted values to leave out at either end so that the rest covers the median with 95 % (under 6 values: none)."""
+    """Number of the ``n`` sorted values to cut at either end so that the rest covers the median with 95 % (under 6
+    values: none)."""
     below, tail = 0, 1 / 2**n
     while tail + math.comb(n, below + 1) / 2**n <= 0.025:
         below += 1

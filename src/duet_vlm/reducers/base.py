@@ -113,7 +113,7 @@ class Reducer(ABC):
         return self.plan(tokens, depth, budget)
 
     def scoring_rules(self) -> ScoringRules:
-        """How signals and scores are made for the method."""
+        """Rules by which signals and scores are made for the method."""
         return ScoringRules()
 
     def calibration(self) -> Calibration | None:
@@ -125,11 +125,11 @@ class Reducer(ABC):
         return frozenset()
 
     def uses_text_queries(self) -> bool:
-        """Whether text queries are made for the method."""
+        """True if text queries are made for the method."""
         return bool(self.requires & TEXT_QUERY_INPUTS)
 
     def uses_attention(self) -> bool:
-        """Whether queries or keys of a decoder layer are made for the method."""
+        """True if queries or keys of a decoder layer are made for the method."""
         return bool(self.requires & ATTENTION_INPUTS)
 
 

@@ -1,4 +1,4 @@
-"""What a method was told about one model by looking at it: a file, and the check that it belongs to the model that it is used on."""
+"""Calibration of a method on one model: a file, and the check that it belongs to the model that it is used on."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class NewWeights(UserWarning):
 
 @dataclass(frozen=True)
 class ModuleSizes:
-    """What a module is made for.
+    """Sizes that a module is made for.
 
     Attributes
     ----------
@@ -108,7 +108,7 @@ class Compressor(EncoderReducer):
         """
 
     def imitation_target(self, view: EncoderView, made: Selection) -> Tensor:
-        """What rows that were ``made`` may learn to be like before they learn from answers, [B, K, C]: the means of the tokens each is made of."""
+        """Regression targets for warming up a module, [B, K, C]: the mean of the tokens that each of the rows ``made`` consists of."""
         return merged_rows(view.require(Input.FEATURES).float(), replace(made, custom_rows=None))
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:

@@ -1,4 +1,4 @@
-"""What a decoder reducer may look at. A method names what it needs, the flow makes only that."""
+"""The view of a method inside the decoder; only inputs that it requires are made."""
 
 from __future__ import annotations
 
@@ -31,25 +31,47 @@ def _unchanged(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DecoderView:
-    """What a decoder reducer may look at at one drop; B samples with up to V visual tokens alive. With ``multi_image="per_image"`` the rows are spans.
+    """Inputs of a method at one drop inside the decoder, for B samples of up to V visual tokens that are left.
 
-    ``valid`` [B, V], ``keep`` [B] how many stay; ``counts`` the same on the host: (there now, stay) of each row. ``scores`` [B, V] float32: attention
-    from the text queries (None unless required), [B, V, H] with ``score_heads`` "each". With ``Input.TOKENS``: ``spans`` lists, for
-    every span of the call, its number within its sample and its unreduced token count, ``grids`` its (rows, columns) or None; ``span`` [B, V] is
-    each token's row of that list and ``token`` [B, V] its number within the span.
+    With ``multi_image="per_image"`` the rows are spans instead of samples. What the method does not list in ``requires`` is None; nothing carries a
+    gradient. D is the width of the decoder, Q the largest number of text queries.
 
-    The others are None unless the method requires them; all are without gradient. D is the decoder's width, Q the most text queries.
-
-    - "hidden_states": ``hidden_states`` [B, V, D], the hidden states that the layer behind the drop would read.
-    - "previous_hidden_states": ``previous_hidden_states`` [B, V, D], the same tokens' one layer earlier.
-    - "text_hidden_states": ``text_hidden_states`` [B, Q, D], the hidden states of the text queries; ``text_valid`` [B, Q].
-    - "keys": ``keys`` [B, V, w] and ``text_keys`` [B, Q, w], rotated keys of the scoring layer, its heads side by side.
-    - "positions": ``positions`` [B, V] and ``text_positions`` [B, Q], their places in the prompt, counted from its first real token.
-    - "visual_self_attention": ``visual_self_attention`` [B, V], attention from the visual rows themselves, as ``scores``.
-    - "gradient": ``gradient`` [B, V, D] float32, of the decoder's own prediction after one more layer (``flow.probe``) by the tokens' hidden states.
-    - "tags": ``tags`` [B, V] float32, what the method noted of the rows before the decoder (``Selection.tags``); 0 where it did not.
-
-    ``normed`` is the decoder's last norm, a function of rows [..., D].
+    Attributes
+    ----------
+    valid : Tensor
+        [B, V] bool, False for padding.
+    num_keep : Tensor
+        [B] long, tokens to keep of each row.
+    host_counts : tuple of (int, int)
+        The same on the host: tokens that are there, tokens to keep.
+    spans : tuple of (int, int)
+        For every span of the call: its number in its sample, and its unreduced number of tokens.
+    grids : tuple of (int, int) or None
+        Rows and columns of each of ``spans``, where the family has them.
+    span_index, token_index : Tensor or None
+        [B, V] long, entry of ``spans`` that each token belongs to, and its number there. Need ``Input.TOKENS``.
+    scores : Tensor or None
+        [B, V] float32 attention from the text queries; [B, V, H] where ``score_heads`` is "each". Needs ``Input.SCORES``.
+    hidden_states : Tensor or None
+        [B, V, D] hidden states that the layer after the drop would read. Needs ``Input.HIDDEN_STATES``.
+    previous_hidden_states : Tensor or None
+        [B, V, D] those of the same tokens one layer earlier. Needs ``Input.PREVIOUS_HIDDEN_STATES``.
+    text_hidden_states, text_valid : Tensor or None
+        [B, Q, D] hidden states of the text queries, and [B, Q] bool. Need ``Input.TEXT_HIDDEN_STATES``.
+    keys, text_keys : Tensor or None
+        [B, V, w] and [B, Q, w] rotated keys of the scoring layer, heads side by side. Need ``Input.DECODER_KEYS``.
+    positions, text_positions : Tensor or None
+        [B, V] and [B, Q] long, places in the prompt, counted from its first token that is no padding. Need ``Input.POSITIONS``.
+    visual_self_attention : Tensor or None
+        [B, V] float32 attention from the visual tokens themselves. Needs ``Input.VISUAL_SELF_ATTENTION``.
+    gradient : Tensor or None
+        [B, V, D] float32 gradient of the decoder's own prediction by the tokens' hidden states. Needs ``Input.GRADIENT``.
+    tags : Tensor or None
+        [B, V] float32 numbers that the method gave its tokens before the decoder (``Selection.tags``), else 0. Needs ``Input.TAGS``.
+    final_norm : callable
+        The decoder's last norm, of rows [..., D].
+    method : str
+        Name of the method, for errors.
     """
 
     valid: Tensor
@@ -79,7 +101,7 @@ class DecoderView:
     @overload
     def require(self, needed: Input) -> Tensor: ...
     def require(self, needed: Input) -> Any:
-        """What an input that the method has declared fills.
+        """The field, or fields, of an input that the method has declared.
 
         ``Input.TOKENS``: ``span_index``, ``token_index``; ``Input.TEXT_HIDDEN_STATES``: ``text_hidden_states``, ``text_valid``; ``Input.DECODER_KEYS``:
         ``keys``, ``text_keys``; ``Input.POSITIONS``: ``positions``, ``text_positions``; any other: its one field.

@@ -24,24 +24,24 @@ QUERIES = 256  # rows of a picture that rank its tokens where the tower has no C
 class EncoderReducer(Reducer):
     """A method that reduces before the decoder.
 
-    Without ``Input.FEATURES`` or ``Input.PROJECTED_FEATURES`` among what it requires it chooses as soon as its signals are there, and nothing but its
-    choice lives through the rest of the vision tower.
+    One that requires neither ``Input.FEATURES`` nor ``Input.PROJECTED_FEATURES`` chooses as soon as its signals are recorded, and keeps no more in
+    memory than its choice.
 
     Attributes
     ----------
     cls_token : bool
-        Feed the tower's CLS row as a visual token, as the released code of DUET-VLM and VisionZip does. It counts in the dominant
-        tokens; needs ``positions="compact"`` and a tower with a CLS row.
+        Feed the tower's CLS row as a visual token (released code of DUET-VLM and VisionZip). It counts among the dominant tokens; needs
+        ``positions="compact"`` and a tower with a CLS row.
     signal_layer : int or None
-        Vision layer whose attention is read; None leaves the choice to the model family.
+        Vision layer whose attention is read; None: the model family's choice.
     signal_queries : int or None
-        Where the tower has no CLS row, tokens are ranked by the attention that they receive: from that many of its rows, spread over the grid
-        of each picture or frame, or from all of them (None, as the released codes do). The sum costs as many rows times all.
+        In a tower without a CLS row: number of rows of each picture, spread over its grid, whose attention ranks the tokens. None: all of them
+        (released code). The cost is this number times the number of tokens.
     crops : str
-        "joint": all crops of an image or frames of a clip are reduced together; "per_crop": every one by itself, within one budget, and the
-        method's own counts are per part; "auto": what the model family's documentation states.
+        "joint": all crops of an image or frames of a clip are reduced together; "per_crop": each by itself, within one budget, with the method's
+        own counts per crop; "auto": what the model family's documentation states.
     newline_tokens : str
-        "drop": newline rows of packed crops leave first when their image is reduced; "keep": all of them enter, taken from the budget.
+        "drop": newline rows of packed crops leave first when their image is reduced; "keep": all of them enter, within the budget.
     """
 
     available = ENCODER_INPUTS
@@ -105,4 +105,4 @@ class EncoderReducer(Reducer):
 
     @abstractmethod
     def select_tokens(self, view: EncoderView) -> Selection:
-        """Which rows enter the decoder, and which tokens are merged into which row."""
+        """Select the rows that enter the decoder, and the tokens that are merged into each."""

@@ -1,4 +1,4 @@
-"""What an encoder reducer may look at. A method names what it needs, the flow makes only that."""
+"""The view of a method before the decoder; only inputs that it requires are made."""
 
 from __future__ import annotations
 
@@ -35,11 +35,20 @@ FIELDS = {
 
 @dataclass(frozen=True)
 class LayerView:
-    """What one vision layer says of B spans of up to N tokens; None what the method does not require.
+    """Signals of one vision layer for B spans of up to N tokens; a token of several patches has their means.
 
-    ``importance`` [B, N] is the attention of the CLS row, summed over heads, or what a token receives where the tower has none; ``heads``
-    [B, N, H] the same head by head; ``keys`` and ``queries`` [B, N, d] are means over heads; ``states`` [B, N, C] are the rows that leave the
-    layer. A token of several patches has their means.
+    Attributes
+    ----------
+    importance : Tensor or None
+        [B, N] attention of the CLS row, summed over heads; in a tower without one, attention that a token receives. Needs ``Input.IMPORTANCE``.
+    heads : Tensor or None
+        [B, N, H] the same head by head. Needs ``Input.HEAD_IMPORTANCE``.
+    keys, queries : Tensor or None
+        [B, N, d] means over heads. Need ``Input.KEYS``, ``Input.QUERIES``.
+    states : Tensor or None
+        [B, N, C] output rows of the layer. Needs ``Input.STATES``.
+    method : str
+        Name of the method, for errors.
     """
 
     importance: Tensor | None = None
@@ -50,16 +59,22 @@ class LayerView:
     method: str = ""
 
     def tensors(self) -> list[Tensor]:
-        """What is there."""
+        """The signals that were made."""
         return [x for x in (getattr(self, each.name) for each in fields(self)) if isinstance(x, Tensor)]
 
 
 @dataclass(frozen=True)
 class QuestionView:
-    """What the prompt asks of each span: ``rows`` [B, T, D] as the decoder gets them, of which ``valid`` [B, T] are real.
+    """The question that belongs to each span, as the decoder gets it.
 
-    The text behind the last picture of the span's sample (with labels, what stands there in front of the first answer); where there is none,
-    all of the sample's text.
+    It is the text after the last image of the span's sample (with labels, up to the first answer); where there is none, all of the sample's text.
+
+    Attributes
+    ----------
+    embeddings : Tensor
+        [B, T, D].
+    valid : Tensor
+        [B, T] bool, False for padding.
     """
 
     embeddings: Tensor
@@ -68,24 +83,52 @@ class QuestionView:
 
 @dataclass(frozen=True)
 class EncoderView:
-    """What an encoder reducer may look at; B spans of up to N tokens.
+    """Inputs of a method before the decoder, for B spans of up to N tokens.
 
-    ``valid`` [B, N]; ``dominant`` and ``contextual`` [B] are the planned counts, ``plans`` the same on the host. ``features`` [B, N, C] are the
-    rows that are being reduced, without gradient: tower features in front of a point-wise projector, merged rows of a grid merger, projected
-    rows for methods that require those, None for those that require neither. ``parts`` [B, N] is the
-    number of the crop, tile or frame that each row shows, -1 for padding and structure rows; with ``stream`` "video" parts are steps of
-    time, all with equally many rows in the same order. ``most`` bounds their number and their rows where the host knows them (None: look).
+    What the method does not list in ``requires`` is None. ``require`` gives an input, or an error that names what to declare.
 
-    ``layers`` are the vision layers that the method names (``signal_layers``), in its order; ``importance`` and ``keys`` are those of the first.
-    All else is None unless required. "grid": ``place`` [B, N, 2], row and column of each token within its part, counted in what
-    the part had as a whole (-1 where it shows no picture), ``sides`` [B, 2] rows and columns of a part, and ``tiles`` [B, 2] rows and columns of
-    the crops that follow the overview (0: the picture was not cut). "question": the ``question``. "similar": cosine of each token and each piece of
-    the question in the space of the text tower that the user passed, ``similar`` [B, N, c], of which ``pieces`` [B, c] are real.
-    "projector": ``project(change)`` runs the projector in float32 on what ``change`` makes of its input [..., C], and returns its rows
-    [B, N, D]. "decoded": ``decoded`` [B, D], what the decoder makes of the question when it reads nothing else: the last word's hidden state
-    behind the last norm, without gradient (zeros where there is no text).
-
-    ``module``: of a compressor, the module that makes its rows; ``features`` then carry a gradient where they have one.
+    Attributes
+    ----------
+    valid : Tensor
+        [B, N] bool, False for padding.
+    dominant, contextual : Tensor
+        [B] long, planned rows of each span: kept, and made by merging.
+    plans : tuple of SpanPlan
+        The plan of each span, on the host.
+    importance, keys : Tensor or None
+        Those of the first of ``layers``: [B, N], [B, N, d].
+    features : Tensor or None
+        [B, N, C] rows that are reduced, without gradient: tower features before a point-wise projector, merged rows of a grid merger. With
+        ``Input.PROJECTED_FEATURES`` rows as the decoder gets them. Of a compressor they carry a gradient.
+    parts : Tensor or None
+        [B, N] long, crop, tile or frame of each token; -1 for padding and separator rows. In a video all have equally many rows, in one order.
+    modality : str
+        "image" or "video".
+    layers : tuple of LayerView
+        The vision layers that ``signal_layers`` names, in that order.
+    coords : Tensor or None
+        [B, N, 2] long, row and column of each token in its crop; -1 for padding and separator rows. Needs ``Input.GRID``.
+    grid_size : Tensor or None
+        [B, 2] long, rows and columns of a crop. Needs ``Input.GRID``.
+    crop_grid : Tensor or None
+        [B, 2] long, rows and columns of the crops that follow the overview; 0 where the image was not cut. Needs ``Input.GRID``.
+    question : QuestionView or None
+        Needs ``Input.QUESTION``.
+    text_similarity : Tensor or None
+        [B, N, c] cosine of each token and each piece of the question in the space of a text tower. Needs ``Input.TEXT_SIMILARITY``.
+    text_similarity_valid : Tensor or None
+        [B, c] bool, False for padding among the pieces.
+    project : callable or None
+        ``project(change)`` runs the projector in float32 on ``change`` of its input [..., C] and returns [B, N, D]. Needs ``Input.PROJECTOR``.
+    question_state : Tensor or None
+        [B, D] last hidden state, after the last norm, of a decoder that reads the question alone; without gradient, zeros where there is no text.
+        Needs ``Input.QUESTION_STATE``.
+    module : nn.Module or None
+        The module that makes the rows of a compressor.
+    max_parts : tuple of int or None
+        Largest number of crops or frames, and of rows in one, where the host knows them.
+    method : str
+        Name of the method, for errors.
     """
 
     valid: Tensor
@@ -121,7 +164,7 @@ class EncoderView:
     @overload
     def require(self, needed: Input, layer: int | None = None) -> Tensor: ...
     def require(self, needed: Input, layer: int | None = None) -> Any:
-        """What an input that the method has declared fills, of the view or of one of its ``layers``.
+        """The field, or fields, of an input that the method has declared, of the view or of one of its ``layers``.
 
         ``Input.GRID``: ``coords``, ``grid_size``, ``crop_grid``; ``Input.TEXT_SIMILARITY``: ``text_similarity``, ``text_similarity_valid``; any other:
         its one field.
@@ -165,7 +208,7 @@ class EncoderView:
         )  # fmt: skip
 
     def finite_inputs(self) -> list[Tensor]:
-        """What it holds of each token [B, N] or [B, N, c]: numbers that have to be finite."""
+        """Tensors of the view with numbers for each token, [B, N] or [B, N, c], which have to be finite."""
         first = () if self.layers else (self.importance, self.keys)
         of_layers = [x for layer in self.layers for x in layer.tensors()]
         return [*of_layers, *(x for x in (*first, self.features, self.text_similarity) if x is not None)]

@@ -21,7 +21,7 @@ NAMED = re.compile(r"(?P<path>.+\.py)(:(?P<name>\w+))?")
 
 
 def names_module(method: str) -> bool:
-    """Whether what is given as a method is a Python file: ``./mine.py``, or ``./mine.py:name`` where it registers several."""
+    """True if a given method is a Python file: ``./mine.py``, or ``./mine.py:name`` where it registers several."""
     return NAMED.fullmatch(method) is not None
 
 
@@ -82,7 +82,7 @@ def names() -> list[str]:
 
 
 def digest() -> bytes:
-    """What tells two states of the announced files apart; nothing where there are none."""
+    """Digest of the announced files; empty where there are none."""
     return b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files())
 
 

@@ -14,7 +14,7 @@ from duet_vlm.reducers.plans import plan_keep_all
 
 
 class Observations:
-    """What was seen so far, in order."""
+    """Observations so far, in order."""
 
     def __init__(self) -> None:
         self.entries: list[Any] = []
@@ -40,8 +40,8 @@ class Observer(DecoderReducer):
 
     @abstractmethod
     def observe(self, view: DecoderView) -> Any:
-        """What to remember of one view."""
+        """The observation of one view."""
 
     @abstractmethod
     def result(self, depth: int) -> dict[str, Any]:
-        """What to store, of all notes of a decoder of ``depth`` layers: plain values, or tensors by name."""
+        """The calibration to store, from all observations of a decoder of ``depth`` layers: plain values, or tensors by name."""

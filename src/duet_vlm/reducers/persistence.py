@@ -19,7 +19,7 @@ PARTS = {"method", "budget", "settings"}
 
 
 def to_record(reducer: Reducer, budget: Budget | None) -> dict[str, Any]:
-    """What is written down: the method, the budget, and the settings that are not the method's defaults."""
+    """The record that is saved: the method, the budget, and the settings that are not the method's defaults."""
     changed = {
         field.name: getattr(reducer, field.name) for field in dataclasses.fields(reducer) if getattr(reducer, field.name) != field.default
     }
@@ -33,7 +33,7 @@ def to_checkpoint_record(reducer: Reducer, budget: Budget | None) -> dict[str, A
 
 
 def _names_weights(setting: str) -> bool:
-    """Whether a setting names a file of weights; compositions put the method in front."""
+    """True if a setting names a file of weights; compositions put the method in front."""
     return setting.rpartition("_")[2] == "weights"
 
 
@@ -74,7 +74,7 @@ def load_from_config(place: Any) -> dict[str, Any] | None:
 
 
 def is_method_file(method: object) -> bool:
-    """Whether what is given as a method is the name of a file that holds one (``duet.json``)."""
+    """True if a given method is the name of a file that holds one (``duet.json``)."""
     return isinstance(method, Path) or isinstance(method, str) and method.endswith(".json")
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ScoringRules:
-    """How the runtime makes the signals and scores of a method. The defaults are what papers describe; another value reproduces the code of one.
+    """Rules by which the runtime makes the signals and scores of a method. The defaults are what papers describe; another value reproduces the code of one.
 
     Attributes
     ----------

@@ -42,25 +42,48 @@ FIELDS = {  # the field that an input fills
 
 @dataclass(frozen=True)
 class TowerView:
-    """What a tower reducer may look at; P pictures (images, crops or frames: whatever the tower looks at by itself) of U units.
+    """Inputs of a method inside the vision tower, for P pictures of up to U units.
 
-    ``valid`` [P, U] bool: units that may be chosen; ``keep`` [P] how many of them stay, ``keeps`` the same on the host (empty where a threshold
-    says how many). ``grids``: (rows,
-    columns) of each picture's units; in front of the blocks they stand line by line. ``after``: how many blocks' attention has run.
-    ``unit`` [P, U]: the number of each unit in its picture; ``extra`` rows (CLS) stand in front of them in the tower.
+    A picture is what the tower processes by itself: an image, a crop or a frame. A unit is what enters or leaves together: a patch, or the
+    patches that a merger joins. Signals are float32 means over the patches of a unit, and None unless the method requires them.
 
-    The rest is None unless the method requires it. In front of the blocks: ``contrast`` [P, U] float32, how far a unit's
-    patch embeddings, without position, lie from the picture's mean (length of the difference, mean over the unit's patches); ``pixels``
-    [P, U, T, m], what the processor made of the unit's pixels, of each of the T frames that it shows. Behind the attention of a block, of that
-    block, means over a unit's patches in float32: ``keys`` [P, U, d] means over heads, ``key_norm`` [P, U] mean length of a head's keys,
-    ``attention`` [P, U] CLS attention, or attention received where there is no CLS row; ``size`` [P, U], how many units each stands for.
-
-    ``before``: per picture the number of the one that shows the step of time before it; -1 where there is none.
+    Attributes
+    ----------
+    valid : Tensor
+        [P, U] bool, units that may be chosen.
+    num_keep : Tensor
+        [P] long, units to keep of each picture.
+    host_num_keep : tuple of int
+        ``num_keep`` on the host; empty where a threshold decides.
+    grids : tuple of (int, int)
+        Rows and columns of units of each picture; before the first block they stand line by line.
+    contrast : Tensor or None
+        [P, U] distance of a unit's patch embeddings, without position, from the picture's mean. Needs ``Input.PATCH_CONTRAST``.
+    pixels : Tensor or None
+        [P, U, T, m] pixels of a unit as the processor made them, of each of the T frames that it shows. Needs ``Input.PIXELS``.
+    previous_picture : tuple of int
+        Number of the picture one step of time earlier; -1 where there is none.
+    after : int
+        Number of blocks whose attention has run.
+    unit_index : Tensor or None
+        [P, U] long, number of each unit in its picture.
+    num_cls : int
+        Rows (CLS) before the units.
+    keys : Tensor or None
+        [P, U, d] means over heads, of the block that has run. Needs ``Input.BLOCK_KEYS``.
+    key_norm : Tensor or None
+        [P, U] mean length of a head's keys. Needs ``Input.KEY_NORM``.
+    attention : Tensor or None
+        [P, U] attention of the CLS row, or attention received where there is none. Needs ``Input.BLOCK_ATTENTION``.
+    size : Tensor or None
+        [P, U] number of units that each stands for.
+    method : str
+        Name of the method, for errors.
     """
 
     valid: Tensor
     num_keep: Tensor
-    has_count: tuple[int, ...]
+    host_num_keep: tuple[int, ...]
     grids: tuple[Grid, ...]
     contrast: Tensor | None = None
     pixels: Tensor | None = None
@@ -82,8 +105,15 @@ class TowerView:
 
 @dataclass(frozen=True)
 class MergePairs:
-    """Units that leave by joining others. ``into`` [P, U]: the place in the view of the unit that each one joins, its own if it stays.
-    ``order`` [P, U], optional: the places of the view in the order in which what stays is to be shown next time."""
+    """Units that join others instead of being dropped.
+
+    Attributes
+    ----------
+    target : Tensor
+        [P, U] long, place in the view of the unit that each one joins; its own for a unit that stays.
+    order : Tensor or None
+        [P, U] long, places of the view in the order in which the next view shows the units that stay.
+    """
 
     target: Tensor
     order: Tensor | None = None
@@ -93,20 +123,20 @@ class MergePairs:
 class TowerReducer(EncoderReducer):
     """A method that reduces inside the vision tower.
 
-    Alone, all that is left of a picture enters the decoder, and a budget says how much that is. In front of other methods
-    (``"contrast+duet_plus"``) the budget is theirs, over the unreduced tokens, and ``keep`` belongs to the tower.
+    Alone, all that the tower leaves enters the decoder, and a budget says how much that is. Before other methods (``"contrast+duet_plus"``) the
+    budget is theirs, over the unreduced tokens, and ``keep`` belongs to the tower.
 
     Attributes
     ----------
     keep : int or float or None
-        Tokens of a span that are left behind the tower: a count, or a fraction.
+        Tokens of a span that the tower leaves: a count, or a fraction.
     proportional_attention : bool
-        A unit that leaves is counted with the one that is most like it (cosine of patch embeddings, or of keys): in the tower's attention, and
-        where tokens are ranked by it, the survivor weighs as many rows as it stands for. Kernels that take no bias (flash attention) go without.
+        Count each dropped unit with the one that is most like it (cosine of patch embeddings, or of keys): the kept unit weighs as many rows as
+        it stands for, in the tower's attention and in rankings by it. Kernels without a bias (flash attention) go without.
     pooled_context_tokens : int
-        Rows that stand for what leaves a picture. In front of the first block the units that leave, line by line, are divided into so many
-        groups of the same size. Each goes through the tower as one unit more, the mean of its members at the place of the middle one, that weighs
-        as many rows as it has members and that nobody reads behind the tower. ``proportional_attention`` then plays no part. 0: none.
+        Rows that stand for the dropped units of a picture; 0: none. Before the first block these, line by line, form so many groups of equal
+        size. The mean of a group goes through the tower at the place of its middle unit, with the weight of its members, and leaves after it.
+        ``proportional_attention`` then plays no part.
     """
 
     available = TOWER_INPUTS
@@ -148,7 +178,7 @@ class TowerReducer(EncoderReducer):
 
     @property
     def tower_reducer(self) -> TowerReducer:
-        """What reduces inside the tower: this method itself."""
+        """The method itself."""
         return self
 
     def boundaries(self, depth: int) -> Sequence[int]:
@@ -162,11 +192,11 @@ class TowerReducer(EncoderReducer):
 
     @property
     def prunes_inside(self) -> bool:
-        """Whether units leave behind some block."""
+        """True if units leave after some block."""
         return any(self.boundaries(1 << 10))
 
     def stage_counts(self, units: int, left: int, depth: int) -> Sequence[int]:
-        """How many units of a picture each boundary leaves: equal shares of what came to it, the last one ``left``."""
+        """Number of units of a picture that each boundary leaves: equal shares of what reaches it, the last one ``left``."""
         several = len(self.boundaries(depth))
         return [max(left, math.ceil(units * (left / units) ** (k / several) - EPSILON)) for k in range(1, several)] + [left]
 
@@ -175,11 +205,11 @@ class TowerReducer(EncoderReducer):
         """Mask [P, U] of the units that stay, exactly ``view.num_keep`` of each picture's ``view.valid``; or who joins whom."""
 
     def merge_pairs(self, units: int, left: int) -> int:
-        """How many likenesses of two units a boundary computes that leaves ``left`` of ``units``."""
+        """Number of pairwise similarities that a boundary computes that leaves ``left`` of ``units``."""
         return units * left if self.proportional_attention and not self.pooled_context_tokens else 0
 
     def pooled_features(self, units: int, left: int) -> int:
-        """How many units a picture of ``units`` sends through the tower for those that leave it, where ``left`` stay: each stands for two or more."""
+        """Number of units that stand for the dropped ones of a picture of ``units`` of which ``left`` stay: each for two or more."""
         return min(self.pooled_context_tokens, (units - left) // 2)
 
 
@@ -227,7 +257,7 @@ class ThresholdReducer(TowerReducer):
     def keep_patches(self, view: TowerView) -> Tensor:
         """[P, U] bool: what passes; or the highest ``view.num_keep`` scores, where a number is wanted."""
         scores = self.scores(view)
-        if view.has_count:
+        if view.host_num_keep:
             return top(scores, view.valid, view.num_keep)
         return view.valid & (scores > 0) | top(scores, view.valid, torch.ones_like(view.num_keep))
 

@@ -263,7 +263,7 @@ def _shown_to(view: EncoderView) -> Tensor | None:
 
 def check_units(reducer: TowerReducer, mask: Tensor, view: TowerView) -> tuple[Tensor, Tensor]:
     """As ``check_mask``, for the units [P, U] that go through the tower; any number of them where a threshold decides."""
-    keep = view.num_keep if view.has_count else None
+    keep = view.num_keep if view.host_num_keep else None
     return check_mask(reducer, mask, view.valid, keep, "keep_patches", InvalidSelection.UNITS)
 
 

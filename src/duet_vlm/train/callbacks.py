@@ -1,4 +1,4 @@
-"""Callbacks of the Trainer: set the step's budget, remember the reduction, show progress."""
+"""Callbacks of the Trainer: set the step's budget, save the reduction, show progress."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ SHOWN = {"loss": "loss", "lr": "learning_rate", "held-out loss": "eval_loss"}
 
 
 def budget_at(settings: TrainSettings, step: int, steps: int, seed: int) -> Budget | None:
-    """The budget of one optimiser step: a function of the step alone, so that all ranks agree and a resumed run goes on alike."""
+    """The budget of one optimiser step: a function of the step alone, so that all ranks agree and a resumed run
+    continues alike."""
     budgets = settings.budgets
     if len(budgets) > 1:
         return random.Random(seed * 1_000_003 + step).choice(budgets)
@@ -43,8 +44,11 @@ class BudgetCallback(TrainerCallback):
 
 
 class FrozenTowerCallback(TrainerCallback):
-    """Leaves a frozen tower out of the backward pass. transformers lets the inputs of everything that is checkpointed require a gradient,
-    which only re-entrant checkpointing needs; the tower would be differentiated for nothing."""
+    """Leaves a frozen tower out of the backward pass.
+
+    transformers lets the inputs of every checkpointed module require a gradient, which only re-entrant checkpointing
+    needs; the tower would be differentiated without use.
+    """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
@@ -76,7 +80,7 @@ class RememberCallback(TrainerCallback):
 
 
 class ProgressCallback(TrainerCallback):
-    """On the first process: one bar with loss and learning rate; a line for each log where no terminal shows a bar."""
+    """On the first process: one bar with loss and learning rate; a line for each log without a terminal."""
 
     def __init__(self) -> None:
         self.progress = Progress(

@@ -1,4 +1,4 @@
-"""Conversations -> model inputs with labels: what the assistant says is learned, everything else is -100."""
+"""Conversations to model inputs with labels: the assistant's text is learned, everything else is -100."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ IGNORED = -100
 class Collator:
     """Makes batches with the model's own processor, padded on the right.
 
-    Learned is what the assistant says and the special token that ends it: the template's own, or the end-of-sequence token where the
-    template ends a turn without one (LLaVA's). ``prompts`` 'chat' renders the chat template; 'plain' is the images followed by what the
-    assistant says (LLaVA's first stage).
+    Learned are the assistant's text and the special token that ends it: the template's own, or the end-of-sequence
+    token where the template ends a turn without one (LLaVA's). ``prompts`` 'chat' renders the chat template; 'plain' is
+    the images followed by the assistant's text (LLaVA's first stage).
     """
 
     def __init__(self, processor: Any, prompts: str = "chat", max_length: int | None = None) -> None:
@@ -75,7 +75,8 @@ class Collator:
         return text, spans
 
     def _chat(self, conversation: Conversation) -> list[tuple[str, bool]]:
-        """The rendered template in pieces, and whether each is learned: an answer is what its turn adds to the prompt that asks for it."""
+        """The rendered template in pieces, each with True if it is learned: an answer is the text that its turn adds to
+        the prompt before it."""
         messages = conversation.messages
         whole = self.processor.apply_chat_template(messages)
         pieces, done = [], 0
@@ -97,7 +98,7 @@ class Collator:
         return [(self.processor.image_token * len(conversation.images), False), *((text, True) for text in said)]
 
     def _cut(self, inputs: dict[str, Tensor], batch: Sequence[Conversation]) -> dict[str, Tensor]:
-        """Drop what is longer than ``max_length``; the placeholders of an image cannot be cut."""
+        """Drop tokens after ``max_length``; the placeholders of an image cannot be cut."""
         ids = inputs["input_ids"]
         if self.max_length is None or ids.shape[1] <= self.max_length:
             return inputs

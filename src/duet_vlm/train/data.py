@@ -25,7 +25,8 @@ MARKER = "<image>"  # where an image goes in LLaVA's texts
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in the chat format (``content`` is a list of parts), the images of their image parts in order, and where it comes from."""
+    """Messages in the chat format (``content`` is a list of parts), the images of their image parts in order, and the
+    origin."""
 
     messages: list[dict[str, Any]]
     images: tuple[Image.Image, ...]
@@ -49,7 +50,8 @@ class DataRow:
 
 
 class Conversations(Dataset[Conversation]):
-    """Rows that are made into conversations when they are asked for, so that images are opened in the data workers (which may pickle this)."""
+    """Rows that become conversations on access, so that images are opened in the data workers (which may pickle
+    this)."""
 
     def __init__(self, count: int, make: Callable[[int], Conversation]) -> None:
         self.count, self.make = count, make
@@ -119,7 +121,7 @@ def _known() -> str:
 
 
 def _values(path: Path) -> list[tuple[Any, str]]:
-    """The values of a file, each with its place in words."""
+    """The values of a file, each with its location in words."""
     if str(path) in lab.TASKS:
         raise ValueError(lab.how_to_install("data:", str(path)))
     if path.suffix not in (".json", ".jsonl") or not path.is_file():

@@ -1,7 +1,9 @@
-"""A first stage for a method's own module: before anything learns from answers, the new module alone learns to make means of tokens.
+"""A first stage for a method's own module: before any learning from answers, the new module alone learns to make means
+of tokens.
 
-A decoder that can read a model's visual tokens can read means of them, and nothing of what random weights make. Papers bridge that with hundreds of
-thousands of captions; a few hundred steps of regression, in which the decoder learns nothing, do it where there are only questions.
+A decoder that understands a model's visual tokens understands means of them, and not the output of random weights.
+Papers bridge that with hundreds of thousands of captions; a few hundred steps of regression, in which the decoder
+learns nothing, do it where there are only questions.
 """
 
 from __future__ import annotations
@@ -77,7 +79,8 @@ def batches(data: Dataset, collator: Collator, args: TrainingArguments) -> Itera
 
 
 def imitating(reducer: EncoderReducer, wrong: list[Tensor]) -> EncoderReducer:
-    """The same method, which writes down how far its rows are from what they should be like; a gradient reaches its module and nothing else."""
+    """The same method, which records the difference of its rows from their targets; a gradient reaches its module and
+    nothing else."""
     kind = type(reducer)
 
     def select_tokens(self: Any, view: EncoderView) -> Selection:

@@ -1,4 +1,4 @@
-"""A folder that training can go on in: its settings, its checkpoints, and whether it is finished."""
+"""A folder in which training can continue: its settings, its checkpoints, and its state."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ UNFINISHED = f"{STATE}, which is written last, cannot be read"
 
 
 def begin(settings: TrainSettings, restart: bool) -> None:
-    """Claim the folder ``settings.out``; with ``restart`` what an earlier run left there is deleted first.
+    """Claim the folder ``settings.out``; with ``restart`` the files of an earlier run are deleted first.
 
     Raises
     ------
     ValueError
         If it holds a run with other settings (those that differ are named), on data that have changed since, or another
-        program's training, which is neither deleted nor gone on from.
+        program's training, which is neither deleted nor continued.
     """
     out = Path(settings.out)
     file = out / SETTINGS
@@ -56,7 +56,7 @@ def begin(settings: TrainSettings, restart: bool) -> None:
 
 
 def _ours(file: Path) -> bool:
-    """Whether settings of a run are there; those of an older version count, too."""
+    """True if the folder holds settings of a run; those of an older version count, too."""
     try:
         found = mapping(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else {}
         return {"model", "data", "method", "trainer"} <= found.keys()
@@ -65,18 +65,19 @@ def _ours(file: Path) -> bool:
 
 
 def _contents(settings: TrainSettings) -> list[str | None]:
-    """Digests of what is trained on and of what is held out."""
+    """Digests of the training data and of the held-out data."""
     asked = ((settings.data, settings.limit), (settings.eval_data, settings.eval_limit))
     return [digest(sources, settings.images, limit) for sources, limit in asked]
 
 
 def finished(out: Path) -> bool:
-    """Whether a run came to its end here: its last act is to write the Trainer's state beside the model."""
+    """True if a run is complete: its last act is to write the Trainer's state beside the model."""
     return (out / STATE).is_file()
 
 
 def state(out: Path) -> dict[str, Any]:
-    """What a finished run says of itself: ``steps``, ``epoch``, and the last ``loss`` and ``eval_loss`` that were logged (None: never)."""
+    """Summary of a finished run: ``steps``, ``epoch``, and the last ``loss`` and ``eval_loss`` that were logged (None:
+    never)."""
     found = json.loads((out / STATE).read_text())
     logged = {key: line[key] for line in found["log_history"] for key in ("loss", "eval_loss") if key in line}
     return {"steps": found["global_step"], "epoch": found["epoch"], "loss": logged.get("loss"), "eval_loss": logged.get("eval_loss")}
@@ -109,7 +110,7 @@ def last_whole(out: Path) -> Path | None:
 
 
 def damaged(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint; None if every file of a kind we know is whole. Headers are read, not weights."""
+    """Fault of a checkpoint; None if every file of a known kind is complete. Headers are read, not weights."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -31,9 +31,11 @@ DEFAULTS = {
 
 
 class ConversationTrainer(Trainer):
-    """The Trainer, to which a batch without any answer is worth nothing (a mean over no label is no number), with a
-    held-out loss that is the mean over all answer tokens, with a projector's rate, and with the weights of a method's
-    own beside the model's."""
+    """The Trainer for conversations.
+
+    A batch without any answer has no loss (a mean over no label is no number). The held-out loss is the mean over all
+    answer tokens. The projector may have its own rate, and a method's own weights are saved beside the model's.
+    """
 
     projector_lr: float | None = None
     handle: Handle
@@ -45,8 +47,11 @@ class ConversationTrainer(Trainer):
             self.handle.save_weights(Path(output_dir or self.args.output_dir))
 
     def _load_best_model(self) -> None:
-        """The weights of the best checkpoint. The Trainer's own way leaves a whole model as it is (its names are others
-        than the file's, transformers issue 43701), and knows nothing of a module of the method's own."""
+        """Load the weights of the best checkpoint.
+
+        The Trainer's own way does not load a whole model (its names are others than the file's, transformers issue
+        43701), and does not know a module of the method's own.
+        """
         best = Path(self.state.best_model_checkpoint)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or hasattr(self.model, "peft_config"):
             super()._load_best_model()
@@ -56,7 +61,7 @@ class ConversationTrainer(Trainer):
             self.handle.load_weights(best)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """The loss that is logged is the mean over the answer tokens of all rows, whatever batches they come in.
+        """Log as loss the mean over the answer tokens of all rows, whatever batches they come in.
 
         Raises
         ------
@@ -131,7 +136,8 @@ def arguments(settings: TrainSettings) -> TrainingArguments:
 
 
 def tuned(model: nn.Module, settings: TrainSettings) -> nn.Module:
-    """Freeze what does not learn, in ``frozen_dtype``; with tune='lora' the adapters are added, and the projector is saved beside them."""
+    """Freeze all weights that do not learn, in ``frozen_dtype``; with tune='lora' the adapters are added, and the
+    projector is saved beside them."""
     adapter = adapter_for(model)
     projector = adapter.projector()
     model.requires_grad_(False)
@@ -154,8 +160,9 @@ def tuned(model: nn.Module, settings: TrainSettings) -> nn.Module:
 def build(settings: TrainSettings, checkpoint: Path | None = None) -> tuple[Trainer, Handle]:
     """The Trainer with the reduced model; detach the handle when done.
 
-    To go on from a ``checkpoint`` of a whole model it is loaded like any model: the Trainer's own loading passes over the key names that
-    ``save_pretrained`` writes for these families (transformers issue 43701) and would go on from the start. Adapters it does load.
+    To continue from a ``checkpoint`` of a whole model it is loaded like any model: the Trainer's own loading ignores
+    the key names that ``save_pretrained`` writes for these families (transformers issue 43701) and would begin anew.
+    Adapters it does load.
     """
     args = arguments(settings)
     if settings.tune == "lora" and base_of(settings.model) is not None:
@@ -196,9 +203,10 @@ def build(settings: TrainSettings, checkpoint: Path | None = None) -> tuple[Trai
 
 
 def train(settings: TrainSettings, restart: bool = False) -> Path:
-    """Train, going on from the last whole checkpoint in ``out`` if there is one; returns the folder of the finished model.
+    """Train, continuing from the last whole checkpoint in ``out`` if there is one; returns the folder of the finished
+    model.
 
-    A finished run is left as it is. ``restart`` deletes what an earlier run left in ``out``.
+    A finished run is not changed. ``restart`` deletes the files of an earlier run in ``out``.
 
     Raises
     ------

@@ -48,7 +48,8 @@ def written(values: Mapping[str, Any]) -> str:
 
 
 def _loader() -> Any:
-    """PyYAML's safe loader with numbers and truth values as in YAML 1.2; a class of our own, so that nobody else's loader changes."""
+    """PyYAML's safe loader with numbers and truth values as in YAML 1.2; a class of our own, so that other loaders do
+    not change."""
     import yaml
 
     class Loader(yaml.SafeLoader):

@@ -1,4 +1,4 @@
-"""What questions and pictures hold, as one short text: work that goes on after a kill has to go on with the same."""
+"""Digests of questions and pictures: work that is resumed has to continue with the same."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class MethodWrapper(Hook):
 
 
 def _itself(function: Any) -> Any:
-    """What a copy of an ended wrapper is: the method that it passed to."""
+    """The method that an ended wrapper passed to, as a copy of it."""
     return function
 
 
@@ -118,6 +118,6 @@ def _take_off(module: nn.Module, name: str, ours: MethodWrapper) -> str | None:
 
 
 def foreign(place: str, there: Any) -> str:
-    """What stands at ``place``, in words."""
+    """Name what stands at ``place``."""
     code = getattr(getattr(there, "func", there), "__code__", None)  # ``func``: of a partial
     return f"{place} ({type(there).__name__ if code is None else f'{code.co_name} of {Path(code.co_filename).name}'})"

@@ -1,4 +1,4 @@
-"""Pictures of what was kept, merged and dropped; users of the public API only."""
+"""Drawings of the kept, merged and dropped tokens; uses the public API only."""
 
 from duet_vlm.viz.depth import TokenFates, at_depth, history, token_fates, told
 from duet_vlm.viz.overlay import Panel, draw, stack

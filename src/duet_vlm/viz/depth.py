@@ -1,4 +1,4 @@
-"""One image at one depth of the model: which patches are alive there, which were merged into whom, and which were dropped."""
+"""One image at one depth of the model: the kept, the merged and the dropped patches there."""
 
 from __future__ import annotations
 
@@ -17,8 +17,12 @@ from duet_vlm.viz.overlay import ANCHOR, DROPPED, MEMBER, NUMBERED, SHADE, Panel
 
 @dataclass(frozen=True)
 class TokenFates:
-    """The tokens of a span at one depth, each in one of three: ``alive``; ``into``, merged into which tokens that are alive; ``dropped``, and in
-    front of which layer (-1: in the vision tower). What was merged into a token that is dropped leaves with it."""
+    """The tokens of a span at one depth, each in one of three groups.
+
+    ``alive``: kept tokens. ``into``: merged tokens, with the kept tokens that they are merged into. ``dropped``:
+    dropped tokens, with the layer before which they are dropped (-1: in the vision tower). Tokens merged into a dropped
+    token are dropped with it.
+    """
 
     alive: frozenset[int]
     into: dict[int, tuple[int, ...]]
@@ -26,7 +30,8 @@ class TokenFates:
 
 
 def token_fates(trace: SpanTrace, layer: int) -> TokenFates:
-    """What has become of every token of a span where decoder layer ``layer`` reads it; -1 is the vision tower, 0 the entry to the decoder.
+    """The fate of every token of a span at the input of decoder layer ``layer``; -1 is the vision tower, 0 the entry to
+    the decoder.
 
     Raises
     ------
@@ -58,7 +63,8 @@ def token_fates(trace: SpanTrace, layer: int) -> TokenFates:
 
 
 def history(trace: SpanTrace, token: int, layer: int, steps: int = 1) -> str:
-    """What has become of one token up to a layer, in a sentence; of a clip whose grid holds ``steps`` of time below each other, with its step."""
+    """The fate of one token up to a layer, in a sentence; for a video whose grid holds ``steps`` time steps below each
+    other, with its step."""
     found, name = token_fates(trace, layer), _place(trace, token, steps)
     if token in found.alive:
         members = sum(token in anchors for anchors in found.into.values())
@@ -72,7 +78,7 @@ def history(trace: SpanTrace, token: int, layer: int, steps: int = 1) -> str:
 
 
 def told(traces: Sequence[SpanTrace], layer: int) -> tuple[str, str]:
-    """How many tokens are alive at a layer, and in a second line how many were merged and dropped; of several spans together."""
+    """Numbers of tokens at a layer: alive, and in a second line merged and dropped; of several spans together."""
     found = [token_fates(trace, layer) for trace in traces]
     left = [where for each in found for where in each.dropped.values()]
     into, groups = sum(len(each.into) for each in found), sum(len({end for ends in each.into.values() for end in ends}) for each in found)
@@ -90,21 +96,21 @@ def at_depth(image: Image.Image, trace: SpanTrace, layer: int, scores: Sequence[
     Parameters
     ----------
     image : PIL.Image.Image
-        As the model sees it (``seen``); it is stretched to the token grid.
+        As the model sees it (``model_view``); it is stretched to the token grid.
     trace : SpanTrace
         From ``handle.trace``.
     layer : int
-        As ``fates``.
+        As in ``token_fates``.
     scores : sequence of (mapping or None)
-        As for ``draw``. The heat map is that of the last decision in front of ``layer``.
+        As for ``draw``. The heat map is that of the last decision before ``layer``.
     size : int
         Longer side in pixels, rounded to whole patches.
 
     Returns
     -------
     Panel
-        Alive patches are clear; merged ones are tinted and numbered by the group of the patch that stands for them, which is outlined; dropped
-        ones are dark. ``scores`` is None where no score decided.
+        Kept patches are clear; merged ones are tinted and numbered by the group of the patch that they are merged into,
+        which is outlined; dropped ones are dark. ``scores`` is None where no score decided.
 
     Raises
     ------
@@ -138,7 +144,7 @@ def at_depth(image: Image.Image, trace: SpanTrace, layer: int, scores: Sequence[
 
 
 def _ends(member: int, joined: Mapping[int, list[int]]) -> set[int]:
-    """The tokens at the end of the chain of merges that a token went through."""
+    """The tokens at the end of the chain of merges of a token."""
     return {end for anchor in joined[member] for end in (_ends(anchor, joined) if anchor in joined else {anchor})}
 
 

@@ -1,4 +1,4 @@
-"""Text in any script: each piece of a line in the first font at hand that has its letters."""
+"""Text in any script: each piece of a line in the first available font that has its letters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MISSING = "\U0010fffd"  # nobody's letter: how a font draws what it lacks
 
 @functools.cache
 def fonts(size: int) -> tuple[Font, ...]:
-    """Pillow's own font, then those of ``NAMES`` that are here, then all that matplotlib knows of."""
+    """Pillow's own font, then the installed ones of ``NAMES``, then all that matplotlib knows of."""
     own = ImageFont.load_default(size)
     found = [own] if isinstance(own, Font) else []
     for name in (*NAMES, *_known()):
@@ -44,14 +44,14 @@ def _known() -> list[str]:
 
 @functools.cache
 def has(font: Font, letter: str) -> bool:
-    """Whether a font draws a letter as something else than what it draws for letters that it lacks."""
+    """True if a font has a glyph for a letter, other than its glyph for missing letters."""
     if letter.isspace() or unicodedata.category(letter) in ("Cf", "Mn"):
         return True
     return bytes(font.getmask(letter)) != bytes(font.getmask(MISSING)) or font.getlength(letter) != font.getlength(MISSING)
 
 
 def pieces(text: str, size: int) -> Iterator[tuple[str, Font]]:
-    """``text`` in pieces with their fonts; letters that no font here has are written as their number, [U+4E2D]."""
+    """``text`` in pieces with their fonts; letters without a font are written as their number, [U+4E2D]."""
     known = fonts(size)
     spelled = ((letter, next((font for font in known if has(font, letter)), None)) for letter in text)
     written = ((letter, font) if font is not None else (f"[U+{ord(letter):04X}]", known[0]) for letter, font in spelled)
@@ -66,7 +66,7 @@ def width(text: str, size: int) -> int:
 
 
 def write(pen: ImageDraw.ImageDraw, place: tuple[float, float], text: str, size: int, color: tuple[int, int, int]) -> None:
-    """A line of text whose letters stand on one line, whatever their fonts."""
+    """A line of text with a common baseline, whatever the fonts of its letters."""
     x, y = place
     base = y + fonts(size)[0].getmetrics()[0]
     for piece, font in pieces(text, size):
@@ -75,7 +75,7 @@ def write(pen: ImageDraw.ImageDraw, place: tuple[float, float], text: str, size:
 
 
 def fitted(text: str, size: int, most: int) -> list[str]:
-    """``text`` in lines of at most ``most`` pixels, broken at blanks; a word that is longer is cut at a letter."""
+    """``text`` in lines of at most ``max_width`` pixels, broken at blanks; a word that is longer is cut at a letter."""
     lines: list[str] = []
     for word in text.split():
         joined = f"{lines[-1]} {word}" if lines else word

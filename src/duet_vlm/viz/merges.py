@@ -1,4 +1,4 @@
-"""Who was merged into whom, stage by stage; groups have the same numbers in all pictures of a span."""
+"""Merges stage by stage; groups have the same numbers in all pictures of a span."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MergeSources = Mapping[int, tuple[int, ...]]
 
 
 def stages(trace: SpanTrace) -> Iterator[tuple[StageTrace, MergeSources]]:
-    """The stages along the depth, a reduced tower first, with who is merged into whom at each."""
+    """The stages along the depth, a reduced tower first, with the merges of each."""
     if trace.tower is not None:
         yield trace.tower, {}
     for number, stage in enumerate(trace.stages):
@@ -27,12 +27,12 @@ def numbered(trace: SpanTrace) -> dict[int, int]:
 
 
 def stage_name(layer: int) -> str:
-    """A stage in words, by the layer in front of which it is: -1 in the tower, 0 in front of the decoder."""
+    """A stage in words, by the layer after it: -1 in the tower, 0 before the decoder."""
     return {-1: "in the vision tower", 0: "at the entry to the decoder"}.get(layer, f"in front of layer {layer}")
 
 
 def origins(trace: SpanTrace) -> str:
-    """Which groups began at which stage, in a line; empty where nothing was merged."""
+    """The groups that began at each stage, in a line; empty without merges."""
     known: set[int] = set()
     said = []
     for stage, merged in stages(trace):

@@ -1,4 +1,4 @@
-"""Panels side by side: the image, what V2V made of it, and what each stage inside the decoder left and merged."""
+"""Panels side by side: the image, the result of the encoder stage, and of each stage inside the decoder."""
 
 from __future__ import annotations
 
@@ -53,27 +53,29 @@ def draw(
     Parameters
     ----------
     image : PIL.Image.Image
-        The image as the model sees it (``duet_vlm.viz.seen``); it is stretched to the token grid.
+        The image as the model sees it (``duet_vlm.viz.model_view``); it is stretched to the token grid.
     trace : SpanTrace
         From ``handle.trace``: one entry per sample and image.
     title : str
         A line above the panels.
     lines : sequence of str
-        Smaller lines below it: the prompt, what the full and the reduced model answer. Any script that a font on this machine has.
+        Smaller lines below it: the prompt, the answers of the full and the reduced model. Any script that a font on
+        this machine has.
     scores : sequence of (mapping or None)
-        Of each stage of ``trace.stages``, the score of each token that was ranked there (``duet_vlm.viz.Watched``): a heat map below the stage,
-        coloured by rank.
+        Of each stage of ``trace.stages``, the score of each token that was ranked there
+        (``duet_vlm.viz.ScoreRecorder``): a heat map below the stage, coloured by rank.
     size : int
         Longer side of a panel in pixels, rounded to whole patches.
     shows : str
-        What stands above the first panel.
+        Title of the first panel.
 
     Returns
     -------
     PIL.Image.Image
-        RGB. First panel: the image. Then one per stage, that of a reduced tower in front: kept patches are clear, dropped ones dark, those
-        merged there tinted in the colour of their group and numbered. The patch that they are merged into is outlined and keeps its number
-        in later panels. A line below the legend says at which stage each group began.
+        RGB. First panel: the image. Then one per stage, beginning with a reduced tower: kept patches are clear, dropped
+        ones dark, those merged there tinted in the colour of their group and numbered. The patch that they are merged
+        into is outlined and keeps its number in later panels. A line below the legend says at which stage each group
+        began.
 
     Raises
     ------
@@ -105,7 +107,7 @@ def stack(sheets: Sequence[Image.Image]) -> Image.Image:
 
 
 def cell_box(trace: SpanTrace, token: int, cell: int) -> tuple[int, int, int, int] | None:
-    """Pixels (left, top, right, bottom) of a token within a panel; None for rows outside the grid (a CLS row in front)."""
+    """Pixels (left, top, right, bottom) of a token within a panel; None for tokens outside the grid (CLS first)."""
     assert trace.span.grid is not None
     rows, columns = trace.span.grid
     place = token - (trace.span.tokens - rows * columns)

@@ -1,4 +1,4 @@
-"""What decided, as it was seen: the scores that a method looked at are written down beside its choice."""
+"""The scores behind each decision, recorded beside the method's choice."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from duet_vlm.reducers.inputs import Input
 
 
 class ScoreRecorder:
-    """A method that acts as before and keeps the scores that it was shown.
+    """A method that acts as before and records the scores in its views.
 
     Attributes
     ----------
@@ -42,8 +42,9 @@ class ScoreRecorder:
         self.reducer: Reducer = made(**method.settings())
 
     def of(self, trace: SpanTrace, number: int) -> list[dict[int, float] | None]:
-        """For each stage of ``trace``, span ``number`` of the only sample of the last prompt: the score of every token that was ranked there, by
-        its number within the span; None where nothing was ranked, or not token by token (crops or frames each by itself)."""
+        """For each stage of ``trace``, span ``number`` of the only sample of the last prompt: the score of every token
+        that was ranked there, by its number within the span; None where nothing was ranked, or not token by token
+        (crops or frames reduced independently)."""
         found: list[dict[int, float] | None] = [self._at_entry(trace, number) if trace.stages and trace.stages[0].dropped or trace.merged else None]
         drops = iter(self._drops)
         for _ in trace.stages[1:]:

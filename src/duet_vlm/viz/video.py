@@ -1,4 +1,4 @@
-"""Clips as pictures: their frames, and their tokens on the grid of these frames."""
+"""Videos as pictures: their frames, and their tokens on the grid of these frames."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from duet_vlm.planning.tokens import SpanTrace, StageTrace
 
 
 def film(frames: Sequence[Image.Image], steps: int) -> Image.Image:
-    """The frames of a clip one below the other, one for each step of time that the model makes of them."""
+    """The frames of a video one below the other, one for each of the model's time steps."""
     chosen = [frames[step * len(frames) // steps] for step in range(steps)]
     width, height = chosen[0].size
     strip = Image.new("RGB", (width, height * steps))
@@ -22,8 +22,11 @@ def film(frames: Sequence[Image.Image], steps: int) -> Image.Image:
 
 
 def on_film(trace: SpanTrace, steps: int) -> SpanTrace:
-    """The trace of a clip on the grid of its ``film``. Families that hand out a square per frame behind its CLS row name no grid: there the
-    CLS rows are counted first, as ``draw`` wants rows that show nothing, and the patches of all frames after them."""
+    """The trace of a video on the grid of its ``film``.
+
+    Families that return a square per frame after its CLS token have no grid: there the CLS tokens are counted first, as
+    ``draw`` wants tokens that show no patch, and the patches of all frames after them.
+    """
     place, side = film_place(trace, steps), math.isqrt(trace.span.tokens // steps)
     if trace.span.grid is not None or place is None:
         return trace
@@ -44,7 +47,7 @@ def on_film(trace: SpanTrace, steps: int) -> SpanTrace:
 
 
 def film_place(trace: SpanTrace, steps: int) -> Callable[[int], int] | None:
-    """What ``on_film`` makes of the number of a token; None where a span without a grid is no square per step."""
+    """The map of token numbers that ``on_film`` applies; None where a span without a grid is no square per step."""
     each, side = trace.span.tokens // steps, math.isqrt(trace.span.tokens // steps)
     patches, front = side * side, each - side * side
     if trace.span.grid is not None:

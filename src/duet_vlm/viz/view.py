@@ -1,4 +1,5 @@
-"""The picture as the model sees it: some processors cut the middle out of an image, and the token grid lies on that cut."""
+"""The image as the model sees it: some processors cut the middle out of an image, and the token grid covers that
+cut."""
 
 from __future__ import annotations
 
@@ -30,20 +31,21 @@ def model_view(image: Image.Image, pixels: Any, processor: Any) -> Image.Image:
 
 
 def cropped_picture(image: Image.Image, inputs: Any, number: int, processor: Any) -> Image.Image:
-    """Picture ``number`` of a one-sample call as ``seen``."""
+    """Image ``number`` of a one-sample call as ``model_view``."""
     pixels = _pixels(inputs)
     return model_view(image, pixels[number] if pixels.ndim == 4 else None, processor)
 
 
 def part_pictures(inputs: Any, processor: Any, count: int) -> list[Image.Image]:
-    """The ``count`` pictures that a processor made of one, where it hands out tiles one by one; none where it made another number."""
+    """The ``count`` crops of a processor that returns tiles one by one; none where it made another number."""
     pixels = _pixels(inputs)
     tiles = pixels.flatten(0, -4) if pixels.ndim > 3 else pixels[:0]
     return [_picture(tile, getattr(processor, "image_processor", processor)) for tile in tiles] if len(tiles) == count else []
 
 
 def frame_pictures(frames: Sequence[Image.Image], inputs: Any, number: int, processor: Any) -> tuple[list[Image.Image], int]:
-    """The frames of clip ``number`` of a one-sample call as ``seen``, and how many steps of time the model makes of them."""
+    """The frames of video ``number`` of a one-sample call as ``model_view``, and the number of the model's time
+    steps."""
     pixels, grids = inputs["pixel_values_videos"], inputs.get("video_grid_thw")
     found = [model_view(frame, pixels[number, i] if pixels.ndim == 5 else None, processor) for i, frame in enumerate(frames)]
     return found, len(found) if grids is None else int(grids[number, 0])

@@ -1,4 +1,4 @@
-"""What ``custom`` is made of: scorers, selectors, mergers and schedules by name, each with what it needs. The rules themselves are in ``ops``."""
+"""Building blocks of ``custom``: scorers, selectors, mergers and schedules by name, each with its inputs. The rules themselves are in ``ops``."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ TAKEN = 32  # tokens that a chosen one takes in, PruMerge's
 
 
 class BlockSettings(Protocol):
-    """What blocks read of the method's settings (``custom``)."""
+    """Settings of the method that blocks read (``custom``)."""
 
     @property
     def alpha(self) -> float: ...

@@ -1,6 +1,9 @@
-"""lmms-eval: our model for it (``lmms-eval --model duet_vlm``), a task for it, and ``run``, which starts it and reads its results."""
+"""lmms-eval: our model for it (``lmms-eval --model duet_vlm``), and the folder of a task for it (``--include_path``)."""
 
-from duet_vlm.evaluation.lmms.launch import TASKS, run
+from pathlib import Path
+
 from duet_vlm.evaluation.lmms.plugin import manifest
 
-__all__ = ["TASKS", "manifest", "run"]
+TASKS = Path(__file__).parent / "tasks"
+
+__all__ = ["TASKS", "manifest"]

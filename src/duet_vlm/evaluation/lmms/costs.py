@@ -1,4 +1,4 @@
-"""What a whole run cost, summed over its batches: measured from the rows that the layers read, beside the plan."""
+"""Cost of a whole run, summed over its batches: measured at the layers' inputs, beside the plan."""
 
 from __future__ import annotations
 
@@ -10,7 +10,19 @@ from duet_vlm import Report
 
 @dataclass
 class PromptCosts:
-    """Sums over the batches of one task that held images."""
+    """Sums over the batches of one task that held images.
+
+    Attributes
+    ----------
+    prompts, images, tokens : int
+        Prompts, images, and their visual tokens unreduced.
+    nominal, measured : float
+        Visual tokens per decoder layer, planned and measured, summed over the prompts.
+    full_flops, flops : int
+        FLOPs of the full model, and of the run.
+    full_kv_bytes, kv_bytes : int
+        Bytes of the KV cache of the full model, and of the run.
+    """
 
     prompts: int = 0
     images: int = 0

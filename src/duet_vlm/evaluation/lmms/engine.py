@@ -1,4 +1,4 @@
-"""A checkpoint with a method on it that answers batches of conversations and counts what they cost. Needs no harness."""
+"""A checkpoint with a method attached that answers batches of conversations and counts their cost. Needs no harness."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Engine:
     ----------
     pretrained : str
         Hub id, folder, or "tiny" for the embedded model.
-    chosen : Chosen
+    chosen : ModelArguments
         The method.
     device, device_map, dtype, attn_implementation : str, optional
         As transformers takes them. Default: cuda if there is one, the checkpoint's own dtype (float32 for "tiny").
@@ -38,7 +38,7 @@ class Engine:
     Raises
     ------
     ValueError
-        A checkpoint without chat template, or what ``duet_vlm.attach`` refuses.
+        A checkpoint without chat template, or a method that ``duet_vlm.attach`` refuses.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Engine:
         return [cut(answer, stops) for answer in said]
 
     def write(self, file: Path) -> None:
-        """What the run cost so far, as JSON."""
+        """Write the cost of the run so far, as JSON."""
         reducer = self.handle.reducer
         found = {
             "model": self.pretrained,

@@ -1,4 +1,5 @@
-"""Is a result complete enough to be shown? A result file may come from anyone, so its types are looked at too."""
+"""Check that a result is complete enough for a report. A result file may come from anyone, so its types are checked
+too."""
 
 from __future__ import annotations
 
@@ -83,12 +84,12 @@ NESTED: dict[str, Mapping[str, Test]] = {"solved": SOLVED, "prefill": PREFILL, "
 
 
 def check(result: dict[str, Any], source: str) -> None:
-    """Every entry that tables and plots read is there and of the right kind.
+    """Check that every entry of tables and plots exists and is of the right kind.
 
     Raises
     ------
     ValueError
-        Naming the file (``source``), the run, the entry, what was found and what is wanted.
+        Naming the file (``source``), the run, the entry, its value and the expected kind.
     """
     problem = next(_problems(result), None)
     if problem:

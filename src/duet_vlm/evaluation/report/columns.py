@@ -1,4 +1,5 @@
-"""What a table shows: every column once, for markdown and for the page. Values are the file's; only the writing is done here."""
+"""Columns of tables: each defined once, for markdown and for the page. Values come from the file; only the formatting
+is done here."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ def share(value: float) -> str:
 
 
 def points(value: float) -> str:
-    """A signed difference of shares, in percentage points; a rounded nothing has no sign."""
+    """A signed difference of shares, in percentage points; a rounded zero has no sign."""
     text = f"{100 * value:+.1f}"
     return "0.0" if float(text) == 0 else text
 
@@ -50,7 +51,7 @@ def span(interval: Sequence[float] | None, form: Callable[[float], str]) -> str:
 
 
 def budget(value: int | float | None) -> str:
-    """As people write it: ``11 %`` of the tokens, ``64 tokens``, or nothing where the method's own settings rule."""
+    """Format a budget: ``11 %`` of the tokens, ``64 tokens``, or nothing where the method's own settings rule."""
     if value is None:
         return ""
     return f"{value} tokens" if isinstance(value, int) else f"{100 * value:.4g} %"
@@ -61,7 +62,7 @@ def name(run: Run) -> str:
 
 
 def verdict(run: Run, sure: float = 0.05) -> str:
-    """An arrow where the difference to the reference is beyond doubt: adjusted p-value below ``sure``."""
+    """An arrow where the difference to the reference is significant: adjusted p-value below ``sure``."""
     found = run.get("against")
     if not found or found["p_adjusted"] >= sure:
         return ""
@@ -77,9 +78,9 @@ class Cell:
     value : float
         The number in the result file, for sorting.
     text : str
-        The number as people read it.
+        The number as it is written.
     extra : str
-        What belongs beside it, such as its interval; may be empty.
+        A note beside it, such as its interval; may be empty.
     """
 
     value: float
@@ -92,7 +93,21 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A column: where its number stands in a run, how it is written, and what goes beside it."""
+    """One column of a table.
+
+    Attributes
+    ----------
+    key : str
+        Unique name.
+    title, help : str
+        Head of the column, and its explanation.
+    path : tuple of str
+        Keys of its number in a run.
+    form : callable
+        Formats the number.
+    beside : callable
+        Text beside the number, from the run.
+    """
 
     key: str
     title: str
@@ -199,7 +214,7 @@ def kinds(result: dict[str, Any]) -> list[str]:
 
 
 def kind(key: str) -> Column:
-    """Accuracy on one kind of questions; beside it, how much of the full model's is kept."""
+    """Accuracy on one kind of questions; beside it, the share kept of the full model's."""
 
     def kept(run: Run) -> str:
         value = at(run, "kinds", key, "kept")
@@ -240,7 +255,7 @@ def best(result: dict[str, Any], references: frozenset[str]) -> list[tuple[str, 
 
 
 def leaders(result: dict[str, Any], references: frozenset[str], most: int) -> list[str]:
-    """Labels of up to ``most`` methods: the one that others are compared with, those that keep the most at one of the budgets, then the second
+    """Labels of up to ``most`` methods: the reference, those that keep the most at one of the budgets, then the second
     of each, and so on."""
     groups: dict[str, list[Run]] = {}
     for run in ordered(result)[1:]:
@@ -252,13 +267,13 @@ def leaders(result: dict[str, Any], references: frozenset[str], most: int) -> li
 
 
 def refusal(run: Run) -> str:
-    """What stands in place of numbers: ``infeasible, floor 21.3``."""
+    """Text in place of numbers: ``infeasible, floor 21.3``."""
     floor = run.get("floor")
     return run["status"] if floor is None else f"{run['status']}, floor {tokens(floor)}"
 
 
 def facts(result: dict[str, Any]) -> str:
-    """What was asked and by which code; a second sentence where no commit has that code."""
+    """Number of questions and code of a result; a second sentence where no commit has that code."""
     asked, seeds = result["questions"], result["experiment"].get("seeds") or []
     each = f", {asked['per_seed']:,} for each of the seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else ""
     commit = str(result["environment"].get("commit") or "")

@@ -22,20 +22,20 @@ NOTE = (
 
 
 def escape(text: str) -> str:
-    """Text that markdown shows as it is, on one line: for labels, which come from a file."""
+    """Escape text so that markdown shows it unchanged, on one line: for labels, which come from a file."""
     line = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*\[\]|~]|(?<!\w)_|_(?!\w))", r"\\\1", line)
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Cells as they are; escape what comes from a file."""
+    """Markdown table of cells as they are; text from a file is to be escaped before."""
     head = list(head)
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def runs_table(result: dict[str, Any], shown: Sequence[Column]) -> str:
-    """One row per run; an infeasible one says so, with its floor, in the first column that has nothing to show."""
+    """One row per run; an infeasible one has its floor in the first column."""
     rows = []
     for run in columns.ordered(result):
         cells = [str(cell) if (cell := column.cell(run)) else columns.NOTHING for column in shown]
@@ -53,7 +53,7 @@ def compact(result: dict[str, Any]) -> str:
 
 
 def matrix(result: dict[str, Any]) -> str:
-    """The table of one screen: rows are labels, columns budgets, cells the accuracy kept with its interval, or the floor."""
+    """The short overview: rows are labels, columns budgets, cells the accuracy kept with its interval, or the floor."""
     runs = columns.ordered(result)[1:]
     budgets = list(dict.fromkeys(columns.budget(run["budget"]) or "own settings" for run in runs))
     cells: dict[str, dict[str, str]] = {}

@@ -1,4 +1,5 @@
-"""One page that needs nothing else: no network, no file beside it. What a result file holds is shown as text, never as markup."""
+"""One page that needs nothing else: no network, no file beside it. Content of a result file is shown as text, never as
+markup."""
 
 from __future__ import annotations
 
@@ -73,7 +74,7 @@ def _section(slug: str, source: str, result: dict[str, Any], plots: Plots) -> di
 
 
 def _best(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """What opens a section: budgets, the runs that keep the most at each, and what one that is alone costs."""
+    """Opening of a section: budgets, the runs that keep the most at each, and the cost of a single best run."""
     shown = (columns.KEPT, columns.MEASURED, *columns.COST)
     named = [(c, *c.title.partition(", ")[::2]) for c in shown]  # "kept, %" in a head is "kept 99.8 %" in a line
     return [
@@ -129,7 +130,7 @@ def _row(run: Run, shown: Sequence[tuple[str, str | None, Column]]) -> dict[str,
 
 
 def _cards(run: Run) -> list[dict[str, Any]]:
-    """What a click on a run shows: settings, what the solver made of the budget, seeds, cost, comparison, kinds."""
+    """Details of a run: settings, solved counts, seeds, cost, comparison, kinds."""
     cards = [_card("Run", {"id": run["id"], "method": run["method"], "preset": run.get("preset")}), _card("Settings", run["settings"])]
     if run["status"] != "ok":
         return cards
@@ -167,7 +168,8 @@ def _value(value: Any) -> str:
 
 
 def _inline(svg: bytes, prefix: str, caption: str) -> Markup:
-    """An SVG of ours as part of the page: ids made unique, colours left to the page, described for those who cannot see it.
+    """An SVG of ours as part of the page: ids made unique, colours left to the page, with a description for screen
+    readers.
 
     The drawing comes from matplotlib, which escapes the labels in it; its comments hold labels and are dropped.
     """

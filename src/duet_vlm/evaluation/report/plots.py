@@ -30,7 +30,8 @@ STEPS, DIGITS, ENOUGH = (10, 5, 1, 0.5, 0.1), ((1, 2, 5), (3, 4, 6, 8, 1.5), (7,
 
 
 def all_plots(result: dict[str, Any], say: Callable[[str], None] = lambda caption: None) -> dict[str, tuple[str, bytes, bytes]]:
-    """name -> (caption, PNG, SVG). Plots that have nothing to show (no timing) are absent. ``say`` is told what is drawn next.
+    """name -> (caption, PNG, SVG). Plots without data (no timing) are absent. ``say`` is called with the next plot's
+    name.
 
     Raises
     ------
@@ -170,7 +171,7 @@ def _line(axes: Axes, points: list[list[float]], look: Look) -> None:
 
 
 def _around(middle: list[float], low: list[float], high: list[float]) -> list[list[float]]:
-    """Distances below and above, as error bars want them."""
+    """Distances below and above, in the form of error bars."""
     below = [max(0.0, m - edge) for m, edge in zip(middle, low, strict=True)]
     above = [max(0.0, edge - m) for m, edge in zip(middle, high, strict=True)]
     return [below, above]
@@ -218,7 +219,8 @@ def _scales(axes: Axes, xs: list[float], ys: list[float], anchor: float) -> None
 
 
 def _spaced(wanted: list[list[float]], scale: Callable[[float], float], low: float, high: float, gap: float) -> list[float]:
-    """Of the ``wanted`` ticks, rank by rank until there are enough, those within [low, high] that keep ``gap`` axis lengths from the ones before."""
+    """Of the ``candidates`` ticks, rank by rank until there are enough, those within [low, high] that keep ``gap`` axis
+    lengths from the ones before."""
     least = gap * (scale(high) - scale(low))
     out: list[float] = []
     for rank in wanted:
@@ -250,7 +252,8 @@ def _names(figure: Figure, axes: Axes, ends: list[tuple[str, float, float]], sty
 
 
 def by_kind(result: dict[str, Any]) -> Figure | None:
-    """Rows are runs, columns kinds; a cell says what share of the full model's accuracy is kept, and is the darker the more is lost."""
+    """Rows are runs, columns kinds; a cell shows the share kept of the full model's accuracy, and is the darker the
+    more is lost."""
     kinds, (full, *runs) = columns.kinds(result), columns.ordered(result)
     if not kinds or not runs:
         return None

@@ -1,4 +1,4 @@
-"""How series look: colour, marker, dash; where labels go, and labels that cannot disturb a plot."""
+"""Style of series: colour, marker, dash; positions of labels, and labels that cannot disturb a plot."""
 
 from __future__ import annotations
 
@@ -17,7 +17,21 @@ LONGEST = 48
 
 @dataclass(frozen=True)
 class Look:
-    """Of one series."""
+    """Style of one series.
+
+    Attributes
+    ----------
+    colour, marker : str
+        Colour and marker.
+    dash : Any
+        Line style of matplotlib.
+    width, size : float
+        Width of the line, and size of the marker.
+    filled : bool
+        The marker is filled.
+    order : int
+        Drawing order.
+    """
 
     colour: str
     marker: str
@@ -29,7 +43,8 @@ class Look:
 
 
 def looks(methods: dict[str, str]) -> dict[str, Look]:
-    """The look of every label, from its method. References (oracle, floors) are grey, thin and hollow; methods have colour."""
+    """Style of every label, from its method. References (oracle, baselines) are grey, thin and hollow; methods have
+    colour."""
     out, coloured, floors = {}, 0, 0
     for label, method in methods.items():
         if method == ORACLE:
@@ -56,9 +71,10 @@ def plain(text: str) -> str:
 
 
 def apart(wanted: list[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions as near as can be to the ``wanted`` ones, in their order, at least ``gap`` apart, within [low, high] if there is room.
+    """Positions as near as can be to the ``desired`` ones, in their order, at least ``gap`` apart, within [low, high]
+    if there is room.
 
-    Neighbours that collide form a block that is centred on the mean of what its members want.
+    Neighbours that collide form a block that is centred on the mean of the desired positions of its members.
     """
     blocks: list[tuple[float, list[int]]] = []  # (centre, members)
     for index in sorted(range(len(wanted)), key=lambda i: wanted[i]):

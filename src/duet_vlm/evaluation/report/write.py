@@ -1,4 +1,4 @@
-"""From result files to files of a report."""
+"""Files of a report from result files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAGE = "report.html"
 
 
 def render(paths: Sequence[Path], say: Callable[[str], None] = lambda text: None) -> dict[str, bytes]:
-    """file name -> content of everything that a report of these result files consists of. ``say`` is told what is drawn next.
+    """file name -> content of a report of these result files. ``say`` is called with the next plot's name.
 
     Raises
     ------

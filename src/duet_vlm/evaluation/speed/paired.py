@@ -1,4 +1,4 @@
-"""One benchmark: sides (the full model, methods, floors) in turns on the same prompts, with everything that is known of each."""
+"""One benchmark: sides (the full model, methods, baselines) in turns on the same prompts, with all their facts."""
 
 from __future__ import annotations
 
@@ -46,11 +46,28 @@ class BenchSide:
 
 @dataclass(frozen=True)
 class BenchPlan:
-    """What is measured: every side on every (batch, text); ``tokens`` and ``frames`` as ``bench.inputs.prompt_for``.
+    """The measurements of a benchmark: every side on every (batch, text).
 
-    ``steps`` of decoding are clocked one by one (None: all ``new`` but the first); generate() writes ``new`` tokens in ``generate_rounds``
-    rounds of its own (None: as many as ``rounds``; 0: not at all). ``chunk_frames`` and ``still_frames`` as ``attach`` takes them, for all but the
-    full model.
+    Attributes
+    ----------
+    sides : tuple of BenchSide
+        The full model and the methods.
+    batches, texts : tuple of int
+        Batch sizes, and text tokens of a prompt.
+    tokens, frames : int or None, int
+        As ``prompt_for`` takes them.
+    new : int
+        Tokens that generate() writes.
+    rounds, warmup : int
+        Measured rounds, and rounds before them.
+    memory : bool
+        Measure the peak of memory, too.
+    steps : int or None
+        Steps of decoding that are timed one by one (None: all ``new`` but the first).
+    generate_rounds : int or None
+        Rounds of generate() (None: as many as ``rounds``; 0: none).
+    chunk_frames, still_frames
+        As ``attach`` takes them, for all but the full model.
     """
 
     sides: tuple[BenchSide, ...]
@@ -73,7 +90,7 @@ def sides_of(methods: Sequence[str], budgets: Sequence[int | float]) -> tuple[Be
 
 
 def result(name: str, model: nn.Module, plan: BenchPlan, sheet: Device | None, say: Callable[[str], object], picture: Any = None) -> dict[str, Any]:
-    """A result file: what was measured, of which model, where, and with what."""
+    """A result file: the measurements, the model, the machine and the versions."""
     weight, sheet = next(model.parameters()), _known(sheet, model, say)
     dtype = str(weight.dtype).removeprefix("torch.")
     return {
@@ -128,7 +145,7 @@ def _end_to_end(passes: dict[BenchSide, BenchPass], plan: BenchPlan) -> dict[str
 
 
 def _feasible(adapter: Adapter, sides: Sequence[BenchSide], prompt: BenchPrompt) -> tuple[list[BenchSide], list[dict[str, Any]]]:
-    """The sides that can be attached; those below a method's floor become rows that say so."""
+    """The sides that can be attached; a side below a method's floor becomes a row with the floor."""
     found, rows = [], []
     for side in sides:
         try:
@@ -141,7 +158,7 @@ def _feasible(adapter: Adapter, sides: Sequence[BenchSide], prompt: BenchPrompt)
 
 
 class BenchPass:
-    """From pixels through some steps of decoding, of one side, with clocks."""
+    """One side from pixels through some steps of decoding, with timers."""
 
     def __init__(self, adapter: Adapter, side: BenchSide, prompt: BenchPrompt, plan: BenchPlan) -> None:
         self.adapter, self.side, self.prompt, self.plan = adapter, side, prompt, plan
@@ -206,7 +223,8 @@ class BenchPass:
         return self.adapter.model(**self.prompt.text, **self.prompt.picture, logits_to_keep=1, use_cache=True)
 
     def facts(self, sheet: Device | None) -> dict[str, Any]:
-        """What the report says; the peak of memory up to the first logits (of the full model without a handle); what the sheet predicts."""
+        """Facts of the report; the peak of memory up to the first logits (of the full model without a handle); the
+        sheet's predictions."""
         device, prompt = str(next(self.adapter.model.parameters()).device), self.prompt
         text = prompt.rows - prompt.tokens
         with self.attached() as handle:
@@ -237,7 +255,8 @@ def _spread(timing: Timing) -> dict[str, float]:
 
 
 def _by_layer(times: dict[str, Timing], rows: Sequence[int]) -> dict[str, Any]:
-    """Layers that read equally many rows as one group; what the handle does in front of a layer where the number changes or it ranks."""
+    """Layers with equally many tokens as one group; time of the hooks before a layer where the number changes or that
+    ranks."""
     layers = [1000 * times[f"layer {i}"].median for i in range(len(rows))]
     starts = [i for i, count in enumerate(rows) if i == 0 or count != rows[i - 1]]
     groups = []
@@ -249,8 +268,8 @@ def _by_layer(times: dict[str, Timing], rows: Sequence[int]) -> dict[str, Any]:
 
 
 def sheet_of(device: str, say: Callable[[str], object] = print) -> Device | None:
-    """The sheet of the device that runs, where there is one: measured on a CPU; on CUDA by its name and memory, which have to be those of the
-    sheet's own module (an H100 as a PCIe card is another device)."""
+    """The sheet of the running device, where there is one: measured on a CPU; on CUDA by its name and memory, which
+    have to be those of the sheet's own module (an H100 as a PCIe card is another device)."""
     if not device.startswith("cuda"):
         return this_machine()
     name, memory = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory

@@ -1,4 +1,4 @@
-"""Pictures of a benchmark: time against tokens, speed-up against what FLOPs allow, cache against context."""
+"""Plots of a benchmark: time against tokens, speed-up against FLOPs, cache against context."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def draw(found: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def title(found: dict[str, Any]) -> str:
-    """What was measured, and on what."""
+    """Model, dtype and device of the measurement."""
     made = found["environment"]
     cpu = f" ({made['cpu']}, {made['threads']} threads)" if made["device"].startswith("cpu") and "cpu" in made else ""
     return f"{plain(found['model'])}, {made['dtype']}, on {made['device']}{cpu}"

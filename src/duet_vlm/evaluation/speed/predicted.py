@@ -1,4 +1,4 @@
-"""What a handle will make of a prompt before it is run, as reports and the roofline describe it."""
+"""The plan of a prompt under a handle, as reports and the roofline describe it, without running it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from duet_vlm.reducers.vision_tower import tower_of
 
 @dataclass(frozen=True)
 class PlannedPrompt:
-    """A prompt as the current settings plan it; the decoder layers that rank, and those of them that take over the keys they rank by."""
+    """A prompt as the current settings plan it; the decoder layers that rank, and those of them that reuse the keys of
+    their ranking."""
 
     sample: SampleCounts
     scored: tuple[int, ...] = ()
@@ -27,8 +28,9 @@ class PlannedPrompt:
 
 
 def equal_parts(adapter: Adapter, tokens: int, parts: int) -> tuple[tuple[int, ...], ...]:
-    """Tokens of each part, span by span, of a picture in ``parts`` crops or frames that the tower sees one by one: parts of one span where the
-    family joins them, each a span of its own where it does not (InternVL's tiles, several images)."""
+    """Tokens of each part, span by span, of an image in ``parts`` crops or frames that the tower encodes one by one:
+    parts of one span where the family joins them, each a span of its own where it does not (InternVL's tiles, several
+    images)."""
     sizes = tuple(tokens * (i + 1) // parts - tokens * i // parts for i in range(parts))
     joins = type(adapter).tokens_per_crop is not Adapter.tokens_per_crop
     return (sizes,) if joins else tuple((size,) for size in sizes)
@@ -37,8 +39,10 @@ def equal_parts(adapter: Adapter, tokens: int, parts: int) -> tuple[tuple[int, .
 def plan_prompt(
     handle: Handle, passes: Sequence[tuple[int, ...]], text: int, spans: Sequence[int] | None = None, projected: Sequence[int] = ()
 ) -> PlannedPrompt:
-    """A prompt of ``text`` tokens and spans whose parts have ``passes`` tokens; ``spans``: tokens of each where packing adds or cuts rows;
-    ``projected``: rows of each that the projector works on where it does not see them all.
+    """Plan a prompt of ``text`` tokens and spans whose parts have ``passes`` tokens.
+
+    ``spans``: tokens of each where packing adds or cuts tokens; ``projected``: tokens of each at the projector's input
+    where it does not get them all.
 
     Raises
     ------
@@ -77,7 +81,7 @@ def plan_prompt(
 
 
 def padded(left: tuple[tuple[TowerStages, ...], ...], passes: Sequence[tuple[int, ...]]) -> tuple[tuple[TowerStages, ...], ...]:
-    """Where tokens leave the tower, of parts that stand in one batch: all as those of which most are left."""
+    """Tower stages of parts in one batch: all with the counts of the part that keeps the most."""
     parts = [(n, dict(stages)) for sizes, span in zip(passes, left, strict=True) for n, stages in zip(sizes, span, strict=True)]
     most: dict[int, int] = {}
     for after in sorted({after for _, stages in parts for after in stages}):
@@ -86,18 +90,18 @@ def padded(left: tuple[tuple[TowerStages, ...], ...], passes: Sequence[tuple[int
 
 
 def _pads(handle: Handle) -> bool:
-    """Whether a reduced tower takes the parts of a picture as a batch."""
+    """True if a reduced tower takes the parts of an image as a batch."""
     blocks = handle.adapter.blocks_to_reduce()[0] if handle.reducer.reduces_in_tower else None
     return isinstance(blocks, TowerBlocks) and not isinstance(blocks, ConcatenatedBlocks)
 
 
 def _merges_left(handle: Handle) -> bool:
-    """Whether the merger runs on what a reduced tower leaves."""
+    """True if the merger runs on the kept tokens of a reduced tower."""
     return handle.reducer.reduces_in_tower and isinstance(handle.adapter.blocks_to_reduce()[0], VarlenTower)
 
 
 def _skips(handle: Handle) -> bool:
-    """Whether unused tower layers are skipped: there are some, the method reduces, and takes no signal from them."""
+    """True if unused tower layers are skipped: there are some, the method reduces, and takes no signal from them."""
     adapter, reducer = handle.adapter, handle.reducer
     if not isinstance(reducer, EncoderReducer | DecoderReducer):
         return False
@@ -107,7 +111,7 @@ def _skips(handle: Handle) -> bool:
 def workload(
     handle: Handle, passes: Sequence[tuple[int, ...]], text: int, new: int, spans: Sequence[int] | None = None, projected: Sequence[int] = ()
 ) -> Workload:
-    """The same as a request to predict."""
+    """The plan of a prompt as a request to predict."""
     found = plan_prompt(handle, passes, text, spans, projected)
     cost = handle.selection_cost([found.sample])
     terms = decoder_terms(handle.adapter, handle.reducer, [found.sample])
@@ -136,7 +140,7 @@ def planned_report(handle: Handle, found: PlannedPrompt, element_bytes: int) -> 
 
 
 def whole_of(sample: SampleCounts) -> SpanPlan:
-    """The plans of all spans of a picture as one."""
+    """The plans of all spans of an image as one."""
     plans = sample.plans
     kept, merged = sum(plan.dominant for plan in plans), sum(plan.contextual for plan in plans)
     return SpanPlan(sum(sample.spans), kept, merged, sample.measured[0])

@@ -1,5 +1,5 @@
-"""Prompts for any supported model without a processor: pictures of noise, placeholders, random words. What is read does not change how long it
-takes."""
+"""Prompts for any supported model without a processor: images of noise, placeholders, random words. Content does not
+change the time."""
 
 from __future__ import annotations
 
@@ -19,8 +19,23 @@ USUAL = 256  # tokens of an image (of a step of time), where its size is free an
 
 @dataclass(frozen=True)
 class BenchPrompt:
-    """``text``: what the model is called with besides the picture; ``picture``: the encoder's arguments; per span of a row its visual tokens,
-    those of each part that the tower looks at by itself, and the rows that the projector works on."""
+    """A prompt of a benchmark.
+
+    Attributes
+    ----------
+    stream : str
+        Its modality.
+    text : dict
+        Arguments of the model besides the image.
+    picture : dict
+        Arguments of the encoder.
+    spans : tuple of int
+        Visual tokens of each span of a row.
+    passes : tuple of tuple of int
+        Per span: tokens of each part that the tower encodes independently.
+    projected : tuple of int
+        Per span: rows at the projector's input.
+    """
 
     stream: str
     text: dict[str, Tensor]
@@ -44,22 +59,22 @@ class BenchPrompt:
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """Arguments of the picture that the model reads beside its features (grids)."""
+        """Arguments of the image that the model takes beside its features (grids)."""
         return {name: value for name, value in self.picture.items() if not name.startswith("pixel_")}
 
 
 def prompt_for(adapter: Adapter, batch: int, text: int, tokens: int | None = None, frames: int = 0, picture: Any = None) -> BenchPrompt:
-    """One picture and ``text`` words per row.
+    """One image and ``text`` words per row.
 
     Parameters
     ----------
     tokens : int, optional
-        Visual tokens per picture, where the family leaves its size free: the nearest square is taken (per step of time, with ``frames``), or
-        the nearest size among whole crops.
+        Visual tokens per image, where the family leaves its size free: the nearest square is taken (per time step, with
+        ``frames``), or the nearest size among whole crops.
     frames : int
-        Steps of time of a clip; 0 for an image.
+        Time steps of a video; 0 for an image.
     picture : dict, optional
-        The encoder's arguments for one picture, instead of a square of noise.
+        The encoder's arguments for one image, instead of a square of noise.
 
     Raises
     ------
@@ -94,8 +109,11 @@ def encode(model: nn.Module, pictures: dict[str, Any]) -> dict[str, Any]:
 
 
 def _noise(adapter: Adapter, stream: Modality, tokens: int | None, frames: int) -> dict[str, Any]:
-    """Where a family says sizes, it says them as patches (time, height, width), or as pixels of images that it takes whole or cuts into crops;
-    all others take their own blank image, or frames of its size, filled with noise."""
+    """Encoder arguments of noise.
+
+    Families with sizes take them as patches (time, height, width), or as pixels of images that are kept whole or cut
+    into crops; all others take their own blank image, or frames of its size, filled with noise.
+    """
     if stream.sizes is not None and stream.sizes.endswith("grid_thw"):
         return _patches(adapter, stream, stream.sizes, tokens, frames)
     blank = adapter.blank_image()

@@ -1,4 +1,4 @@
-"""Clocks around the parts of a model: hooks that note the time, read nothing and change nothing."""
+"""Timers around the parts of a model: hooks that note the time and change nothing."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from duet_vlm.models.adapter import Adapter
 class StageTimers:
     """Times of one pass. On CUDA the device's own clock is noted, so nothing waits for it before ``read``.
 
-    Made before a handle is attached; ``inside`` is called after, so that its hooks run within the handle's: what lies between the two is
-    the handle's own work.
+    Made before a handle is attached; ``inside`` is called after, so that its hooks run within the handle's: the time
+    between the two is the handle's own work.
     """
 
     def __init__(self, adapter: Adapter) -> None:
@@ -45,7 +45,7 @@ class StageTimers:
             hook.remove()
 
     def note(self, name: str) -> None:
-        """One more time of ``name``."""
+        """Record the time of ``name`` once more."""
         if self.cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -55,7 +55,8 @@ class StageTimers:
         self.notes.setdefault(name, []).append(now)
 
     def read(self) -> dict[str, float]:
-        """Seconds of each stage of the pass, and of its layers: ``layer i``, and ``hook i`` for what the handle does in front of it."""
+        """Seconds of each stage of the pass, and of its layers: ``layer i``, and ``hook i`` for the handle's work
+        before it."""
         if self.cuda:
             torch.cuda.synchronize()
         depth = len(self.adapter.layers)
@@ -82,7 +83,7 @@ class StageTimers:
         return sum(pairs) / len(pairs) if pairs else 0.0
 
     def _first(self, start: str, end: str) -> float:
-        """Of the prompt's own pass; later ones are steps of decoding."""
+        """Seconds of the prompt's own pass; later ones are steps of decoding."""
         return self._pairs(start, end)[0]
 
     def _before(self, module: nn.Module, name: str) -> None:

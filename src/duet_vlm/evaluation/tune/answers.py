@@ -1,4 +1,4 @@
-"""Questions through the model: what the full model says, and what reduced runs make of it. Every reply is on the disk before it counts."""
+"""Answers of the full model and of reduced runs to questions. Every answer is on the disk before it counts."""
 
 from __future__ import annotations
 
@@ -25,18 +25,34 @@ FULL = ExperimentCell(BASELINE, label="full model")
 
 @dataclass
 class AnswerSource:
-    """Asks ``loaded`` the questions of a task's stream, ``batch`` at a time; ``diary`` keeps every page, so that nothing is asked twice."""
+    """Answers of a model to the questions of a task, each computed once.
+
+    Attributes
+    ----------
+    loaded : LoadedModel
+        The model.
+    task : Task
+        The task.
+    seed : int
+        Its stream of questions.
+    batch : int
+        Questions per batch.
+    journal : Journal
+        Record of every page, so that no question is answered twice.
+    advance : callable
+        Called with the number of new answers.
+    """
 
     loaded: LoadedModel
     task: Task
     seed: int
     batch: int
-    diary: Journal
+    journal: Journal
     advance: Callable[[int], None] = lambda answers: None
     _accepted: dict[int, tuple[str, ...]] = field(default_factory=dict)  # by number, so that no picture is opened only to judge
 
     def full(self, count: int) -> dict[int, str]:
-        """What the full model answers to the first ``count`` questions."""
+        """The full model's answers to the first ``count`` questions."""
         out: dict[int, str] = {}
         for numbers in self._batches(range(count)):
             page = self._page("full", numbers, [FULL])
@@ -44,13 +60,14 @@ class AnswerSource:
         return out
 
     def pace(self) -> float:
-        """Seconds that an answer of the full model took when it was asked, now or in an earlier call."""
-        pages = [page for name, page in self.diary.batches.items() if name.startswith("full/")]
+        """Seconds per answer of the full model, measured now or in an earlier call."""
+        pages = [page for name, page in self.journal.batches.items() if name.startswith("full/")]
         whole = sum(page["runs"][FULL.id]["seconds"] * len(page["questions"]) for page in pages)
         return whole / sum(len(page["questions"]) for page in pages)
 
     def replies(self, runs: Sequence[ExperimentCell], numbers: Sequence[int], said: dict[int, str]) -> dict[str, list[AnswerScore] | str]:
-        """Replies of reduced runs to questions that the full model got right (``said``: by number); for a run that could not answer, why."""
+        """Scores of reduced runs on questions that the full model got right (``full_answers``: by number); the reason
+        for a run that cannot answer."""
         out: dict[str, list[AnswerScore] | str] = {run.id: [] for run in runs}
         for some in self._batches(numbers):
             page = self._page("reduced", some, [run for run in runs if isinstance(out[run.id], list)])
@@ -66,15 +83,15 @@ class AnswerSource:
         return out
 
     def said(self, run: ExperimentCell, number: int) -> str:
-        """What a run answered to a question that it was asked."""
+        """The answer of a run to a question."""
         return next(
             page["runs"][run.id]["answers"][page["questions"].index(number)]
-            for page in self.diary.batches.values()
+            for page in self.journal.batches.values()
             if number in page["questions"] and "answers" in page["runs"].get(run.id, ())  # times are of some of the same questions
         )
 
     def accepted(self, number: int) -> tuple[str, ...]:
-        """The answers that a question's author accepts; none where the full model's own is held to be right."""
+        """The accepted answers of a question; none where the full model's own answer counts as right."""
         if number not in self._accepted:
             self.question(number)
         return self._accepted[number]
@@ -90,19 +107,20 @@ class AnswerSource:
 
     def _page(self, stage: str, numbers: Sequence[int], runs: Sequence[ExperimentCell]) -> dict[str, Any]:
         name = f"{stage}/{hashlib.sha256(repr(list(numbers)).encode()).hexdigest()[:16]}"
-        known = self.diary.batches.get(name, {"runs": {}})["runs"]
+        known = self.journal.batches.get(name, {"runs": {}})["runs"]
         missing = [run for run in runs if run.id not in known]
         if missing:
             begun = time.perf_counter()
             made = answers(self.loaded, missing, [self.question(number) for number in numbers], self.task.max_new_tokens)
             seconds = (time.perf_counter() - begun) / (len(missing) * len(numbers))
-            self.diary.add(name, {"questions": list(numbers), "runs": {key: found | {"seconds": seconds} for key, found in made.items()}})
+            self.journal.add(name, {"questions": list(numbers), "runs": {key: found | {"seconds": seconds} for key, found in made.items()}})
         self.advance(len(runs) * len(numbers))
-        return self.diary.batches[name]["runs"]
+        return self.journal.batches[name]["runs"]
 
 
 def answers(loaded: LoadedModel, runs: Sequence[ExperimentCell], questions: Sequence[TaskQuestion], max_new_tokens: int) -> dict[str, dict[str, Any]]:
-    """By run: ``answers``, and ``moved``, the divergence of each first answer token from the full model's; or ``message``, why it cannot answer."""
+    """By run: ``answers``, and ``moved``, the divergence of each first answer token from the full model's; or
+    ``message``, the reason for none."""
     plain, shared = inputs_of(loaded, questions), SharedVision(loaded.model)
     first = None
     if any(run.method != BASELINE for run in runs):
@@ -127,7 +145,8 @@ def answers(loaded: LoadedModel, runs: Sequence[ExperimentCell], questions: Sequ
 
 
 def divergence(full: Tensor, reduced: Tensor) -> Tensor:
-    """[B] Kullback-Leibler divergence in nats, of [B, V] log-probabilities: what the reduced model's cost beyond the full model's."""
+    """[B] Kullback-Leibler divergence in nats, of [B, V] log-probabilities: cross-entropy with the reduced model minus
+    the full model's."""
     return (full.exp() * (full - reduced)).sum(-1).clamp(min=0)
 
 

@@ -15,19 +15,21 @@ FEWEST = 24  # questions to choose by, at least
 
 
 def percent(share: float, digits: int = 4) -> str:
-    """A share as people read it: ``98 %``; so many digits that count."""
+    """A share as a percentage: ``98 %``; with ``digits`` significant digits."""
     return f"{100 * share:.{digits}g} %"
 
 
 def lower_bound(kept: int, asked: int, level: float = LEVEL) -> float:
-    """The one-sided exact lower bound (Clopper and Pearson) of the share that is kept; 0 where nothing was asked or kept."""
+    """The one-sided exact lower bound (Clopper and Pearson) of the share that is kept; 0 without questions or without
+    kept answers."""
     from scipy.stats import beta
 
     return float(beta.ppf(level, kept, asked - kept + 1)) if kept else 0.0
 
 
 def allowed(asked: int, keep: float, level: float = LEVEL) -> int:
-    """The most losses among ``asked`` at which the lower bound is ``keep`` or better; -1 where even none are too few questions."""
+    """The largest number of losses among ``trials`` at which the lower bound is ``keep`` or better; -1 if even without
+    a loss it is below."""
     from scipy.stats import binom
 
     losses = -1
@@ -48,7 +50,8 @@ def needed(keep: float, losses: int = 0, level: float = LEVEL) -> int:
 
 
 def chance(lost: int, asked: int, keep: float) -> float:
-    """How likely at least ``lost`` of ``asked`` are where exactly ``keep`` is kept: small where a candidate cannot qualify."""
+    """Probability of at least ``lost`` losses in ``trials`` if exactly ``keep`` is kept: small where a candidate cannot
+    qualify."""
     from scipy.stats import binom
 
     return float(binom.sf(lost - 1, asked, 1 - keep))
@@ -64,13 +67,13 @@ class QuestionSplit:
 
 
 def split(count: int, keep: float | None) -> QuestionSplit:
-    """How ``count`` usable questions are spent: no more of them on the test than the largest number of losses that it may allow needs.
+    """Split ``count`` usable questions: the test gets as many as the largest number of losses that it may allow needs.
 
     Raises
     ------
     ValueError
-        If they are too few to know ``keep`` with 95 %; says how many more are needed, and what they would do for. Without ``keep``, if there are
-        not two: one chooses, another one tests.
+        If they are too few to know ``keep`` with 95 %; says how many more are needed, and for which share they would
+        suffice. Without ``keep``, if there are not two: one chooses, another one tests.
     """
     if count < 2 and keep is None:
         raise ValueError(f"{_questions(count)} that the full model answers: give at least two, as one chooses and another one tests")

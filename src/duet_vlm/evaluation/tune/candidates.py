@@ -1,4 +1,4 @@
-"""What is searched: methods x budgets x schedules."""
+"""The candidates of the search: methods x budgets x schedules."""
 
 from __future__ import annotations
 

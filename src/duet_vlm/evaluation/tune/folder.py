@@ -1,4 +1,4 @@
-"""A folder of pictures and clips as a task: every file with every prompt, or with those of a text file of its name."""
+"""A folder of images and videos as a task: every file with every prompt, or with those of a text file of its name."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ CLIPS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts
 
 
 def folder_task(folder: Path, prompts: Sequence[str], frames: int | None = None) -> Task:
-    """``photo.jpg`` is asked each line of ``photo.txt`` beside it, or each of ``prompts`` where there is no such file.
+    """Each line of ``photo.txt`` beside ``photo.jpg`` is a question about it, or each of ``prompts`` where there is no
+    such file.
 
     Raises
     ------
     ValueError
-        No pictures or clips in the folder, or nothing to ask about one of them; the file is named.
+        No images or videos in the folder, or no prompt for one of them; the file is named.
     """
     asked: list[tuple[Path, str]] = []
     for file in sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES | CLIPS):

@@ -1,4 +1,4 @@
-"""What a search is to reach."""
+"""The goal of a search."""
 
 from __future__ import annotations
 

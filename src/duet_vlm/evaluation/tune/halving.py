@@ -1,8 +1,10 @@
-"""The race: candidates answer ever more questions, those that cannot win leave with a reason, and a ladder of the rest is tested.
+"""Successive halving: candidates answer ever more questions, hopeless ones are dropped with a reason, and a ladder of
+the rest is tested.
 
-Who is within the goal goes on before anybody who is not, so that the cheapest setting that holds is found. Choosing and testing never share a
-question. The ladder is tested from its safest rung to its cheapest, each at the full level, and ends at the
-first that fails (a fixed sequence of hypotheses, so the chance of a wrong rung at the end is at most the level, however many there are).
+Candidates within the goal rank before all others, so that the cheapest setting that holds is found. Choosing and
+testing never share a question. The ladder is tested from its safest rung to its cheapest, each at the full level, and
+ends at the first that fails (a fixed sequence of hypotheses, so the chance of a wrong rung at the end is at most the
+level, however many there are).
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ RUNGS = 6  # of the ladder, at most
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """To one question: whether the full model's right answer was lost, and how far the first answer token's distribution moved (KL divergence,
-    nats)."""
+    """Score of one answer: True in ``lost`` if the full model's right answer was lost, and the KL divergence (nats) of
+    the first answer token."""
 
     lost: bool
     divergence: float
@@ -27,7 +29,23 @@ class AnswerScore:
 
 @dataclass
 class Candidate:
-    """A setting and what is known of it. ``ms``: measured time to the first token; ``reason``: why it left, empty while it has not."""
+    """A setting and its results so far.
+
+    Attributes
+    ----------
+    run : ExperimentCell
+        The setting.
+    ms : float
+        Measured time to the first token.
+    asked, lost, moved : int, int, float
+        Questions answered while choosing, answers lost, and the sum of divergences.
+    tested, tested_lost : int
+        Questions of the test answered, and answers lost.
+    reason : str
+        Reason for dropping it, empty while it is in the search.
+    losses : list of int
+        Numbers of the questions whose answers were lost.
+    """
 
     run: ExperimentCell
     ms: float = 0.0
@@ -56,11 +74,11 @@ class Candidate:
 
     @property
     def bound(self) -> float | None:
-        """Of the test alone: nothing that chose it counts."""
+        """Lower bound from the test alone: questions that chose the candidate do not count."""
         return lower_bound(self.tested - self.tested_lost, self.tested) if self.tested else None
 
     def no_worse(self, other: Candidate) -> bool:
-        """As cheap, as few losses, as near to the full model."""
+        """At most the other's time, losses and divergence."""
         return self.ms <= other.ms and self.lost <= other.lost and self.moved <= other.moved
 
 
@@ -68,9 +86,11 @@ Ask = Callable[[Sequence[ExperimentCell], Sequence[int]], dict[str, list[AnswerS
 
 
 def choose(candidates: Sequence[Candidate], questions: Sequence[int], keep: float | None, ask: Ask) -> list[Candidate]:
-    """Successive halving over three rounds of questions; the ladder, the safest (costliest) first. Candidates that leave have a ``reason``.
+    """Successive halving over three rounds of questions; returns the ladder, the safest (costliest) first. Dropped
+    candidates have a ``reason``.
 
-    In each round those that have lost no more than ``keep`` allows go on first. None of the ladder is beyond that, unless all are.
+    In each round candidates with no more losses than ``keep`` allows are kept first. None of the ladder is beyond that,
+    unless all are.
     """
     standing = [c for c in candidates if not c.reason]
     for part in _rounds(questions):
@@ -88,7 +108,8 @@ def choose(candidates: Sequence[Candidate], questions: Sequence[int], keep: floa
 
 
 def confirm(ladder: Sequence[Candidate], questions: Sequence[int], losses: int | None, ask: Ask, batch: int) -> Candidate | None:
-    """The cheapest rung that passes with all rungs before it; None where the first one fails. ``losses``: what the test allows (None: any)."""
+    """The cheapest rung that passes with all rungs before it; None where the first one fails. ``losses``: largest
+    number that the test allows (None: any)."""
     standing = list(ladder)
     for start in range(0, len(questions), batch):
         _count(standing, questions[start : start + batch], ask, testing=True)
@@ -126,14 +147,14 @@ def _count(standing: Sequence[Candidate], questions: Sequence[int], ask: Ask, te
 
 
 def _rounds(questions: Sequence[int]) -> list[Sequence[int]]:
-    """A quarter, a quarter, a half: every round doubles what the survivors have answered."""
+    """A quarter, a quarter, a half: every round doubles the answers of the survivors."""
     quarter = -(-len(questions) // 4)
     parts = [questions[:quarter], questions[quarter : 2 * quarter], questions[2 * quarter :]]
     return [part for part in parts if part]
 
 
 def _front(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those that no other is at least as good as in cost, losses and divergence; the first of equals."""
+    """The Pareto front of time, losses and divergence; the first of equals."""
     return [
         c
         for place, c in enumerate(candidates)
@@ -142,13 +163,14 @@ def _front(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _by_goal(candidates: Sequence[Candidate], keep: float | None) -> tuple[list[Candidate], list[Candidate]]:
-    """Those that have lost no more than ``keep`` allows, and the others."""
+    """Candidates with no more losses than ``keep`` allows, and the others."""
     within = [c for c in candidates if keep is None or c.lost <= (1 - keep) * c.asked + 1e-9]
     return within, [c for c in candidates if c not in within]
 
 
 def _spread(front: Sequence[Candidate], count: int) -> list[Candidate]:
-    """``count`` of a front, evenly over its costs' order; the cheapest of those that lost least is always among them."""
+    """``count`` of a front, evenly over the order of their times; the cheapest with the fewest losses is always among
+    them."""
     by_cost = sorted(front, key=lambda c: c.ms)
     if len(by_cost) <= count:
         return by_cost

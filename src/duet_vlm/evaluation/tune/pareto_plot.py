@@ -12,8 +12,10 @@ MARKERS = "os^DvpP<>h"
 
 
 def pareto(result: dict[str, Any]) -> bytes:
-    """A PNG. One marker and colour per method, faint where a setting left before it had answered what the others did. The line joins the full
-    model and those that were asked the whole test and that no other of these beats in both; the bar is the chosen one's test.
+    """A PNG of the search.
+
+    One marker and colour per method, faint where a setting was dropped early. The line joins the full model and the
+    settings with the whole test that no other of these beats in both; the bar is the chosen one's test.
 
     Raises
     ------
@@ -65,8 +67,8 @@ def pareto(result: dict[str, Any]) -> bytes:
 
 
 def front(result: dict[str, Any]) -> list[tuple[float, float]]:
-    """Milliseconds and percent kept of the settings that were asked the whole test, from cheap to dear, each keeping more than all cheaper ones;
-    last the full model. A handful of answers while choosing shows too little to join in."""
+    """Milliseconds and percent kept of the settings with the whole test, from cheap to dear, each keeping more than all
+    cheaper ones; last the full model. The few answers of the choosing rounds show too little to be included."""
     asked = [row for row in result["candidates"] if row["ms"] and row["testing"]["asked"] >= max(1, result["questions"]["testing"])]
     out: list[tuple[float, float]] = []
     for row in sorted(asked, key=lambda row: (row["ms"], -row["kept"])):

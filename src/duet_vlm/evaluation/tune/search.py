@@ -1,4 +1,5 @@
-"""From questions and candidates to the cheapest setting that holds: the full model, times, the race, the result."""
+"""The search from questions and candidates to the cheapest setting that holds: the full model, times, halving, the
+result."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ EXAMPLES = 5  # of lost answers, in the result
 
 @dataclass(frozen=True)
 class Preview:
-    """What the search will cost, said before it begins: at most so many ``answers``, and ``seconds`` at the full model's pace."""
+    """Estimated cost of the search, known before it begins: at most so many ``answers``, and ``seconds`` at the full
+    model's pace."""
 
     answers: int
     seconds: float
@@ -54,14 +56,15 @@ def search(
     rounds : int
         Of the timing, every candidate once in each.
     preview : callable
-        Told what it will cost, after the first batch; False ends the search (the result is None).
+        Called with the estimated cost, after the first batch; False ends the search (the result is None).
     say : callable
-        Told, in words, what begins.
+        Called with a sentence when a stage begins.
 
     Returns
     -------
     dict
-        The result, plain values: goal, chosen candidate or None, all candidates with what was measured and why they left, examples of losses.
+        The result, plain values: goal, chosen candidate or None, all candidates with their measurements and the reasons
+        for dropping them, examples of losses.
 
     Raises
     ------
@@ -86,6 +89,7 @@ def search(
     say(f"choosing among {sum(not c.reason for c in candidates)} on {spent.choosing} questions")
 
     def ask(asked: Sequence[ExperimentCell], numbers: Sequence[int]) -> Any:
+        """Scores of the runs, given the full model's answers."""
         return asker.replies(asked, numbers, said)
 
     testing = usable[spent.choosing : spent.choosing + spent.testing]
@@ -106,7 +110,7 @@ def _cost(count: int, candidates: int, goal: Goal, pace: float) -> Preview:
 
 
 def _usable(asker: AnswerSource, said: dict[int, str]) -> list[int]:
-    """Numbers of the questions that the full model answers, and answers right where that can be told."""
+    """Numbers of the questions that the full model answers, and answers right where that is known."""
     if not any(said.values()):
         raise ValueError(f"the full model answers nothing to any of {len(said)} questions: there is nothing to keep; ask something that it answers")
     judged = {number: asker.accepted(number) for number in said}
@@ -123,16 +127,18 @@ def _usable(asker: AnswerSource, said: dict[int, str]) -> list[int]:
 def _times(
     asker: AnswerSource, candidates: Sequence[Candidate], numbers: Sequence[int], questions: Sequence[TaskQuestion], rounds: int
 ) -> dict[str, dict[str, Any]]:
-    """Time to the first token of all candidates that can run, and of the full model; the others get their reason. All are timed in turns, so one
-    that is new means all anew."""
-    known = asker.diary.batches.get("times")
+    """Time to the first token of all candidates that can run, and of the full model; the others get a reason.
+
+    All are timed in turns, so a single new candidate means timing all again.
+    """
+    known = asker.journal.batches.get("times")
     if known is None or not {c.name for c in candidates} <= set(known["runs"]):
         refused = {c.name: why for c in candidates if (why := _refusal(asker.loaded, c.run, questions))}
         runs = [FULL, *(c.run for c in candidates if c.name not in refused)]
         found = prefill_times(asker.loaded, runs, questions, rounds) if len(runs) > 1 else {}
         page = {name: {"message": why} for name, why in refused.items()} | found
-        asker.diary.add("times", {"questions": list(numbers), "runs": page})
-        known = asker.diary.batches["times"]
+        asker.journal.add("times", {"questions": list(numbers), "runs": page})
+        known = asker.journal.batches["times"]
     times = known["runs"]
     for c in candidates:
         c.reason = times[c.name].get("message", "")
@@ -143,7 +149,7 @@ def _times(
 
 
 def _refusal(loaded: LoadedModel, run: ExperimentCell, questions: Sequence[TaskQuestion]) -> str:
-    """Why a run cannot read these questions; empty where it can."""
+    """Reason for which a run cannot take these questions; empty if it can."""
     try:
         with attached(loaded, run, questions), torch.no_grad():
             loaded.model(**inputs_of(loaded, questions, salient=run.settings.get("text_query") == "salient"), logits_to_keep=1)
@@ -155,7 +161,7 @@ def _refusal(loaded: LoadedModel, run: ExperimentCell, questions: Sequence[TaskQ
 def _check_costs(
     loaded: LoadedModel, candidates: Sequence[Candidate], times: dict[str, dict[str, Any]], question: TaskQuestion, goal: Goal, new: int
 ) -> None:
-    """Candidates that the costs alone rule out get their reason."""
+    """Give a reason to the candidates that are ruled out by cost alone."""
     for c in candidates:
         if c.reason:
             continue
@@ -182,7 +188,7 @@ def _memory(loaded: LoadedModel, run: ExperimentCell, question: TaskQuestion, ne
 
 
 def setting(run: ExperimentCell) -> dict[str, Any]:
-    """What ``duet.json`` holds: method, budget, and the settings that are not the method's own."""
+    """Content of ``duet.json``: method, budget, and the settings other than the method's defaults."""
     return {"method": run.method, "budget": run.budget, "settings": dict(run.settings)}
 
 

@@ -1,4 +1,4 @@
-"""A finished search in words: what to use, or why there is nothing."""
+"""A finished search in words: the setting to use, or the reason for none."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from duet_vlm.evaluation.tune.binomial import LEVEL, needed
 
 
 def setting_file(result: dict[str, Any]) -> dict[str, Any]:
-    """What ``duet.json`` holds: the chosen method, budget and settings, and where they come from."""
+    """Content of ``duet.json``: the chosen method, budget and settings, and their origin."""
     row = chosen_row(result)
     assert row is not None  # a file is written only where something was chosen
     told = {key: row[key] for key in ("kept", "bound", "ms", "speedup")} | {"tested": row["testing"]}
@@ -22,14 +22,14 @@ def chosen_row(result: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def python_line(row: dict[str, Any]) -> str:
-    """What attaches the setting without its file."""
+    """The Python line that attaches the setting without its file."""
     settings = "".join(f", {key}={_tuples(value)!r}" for key, value in row["settings"].items())
     budget = "" if row["budget"] is None else f", budget={row['budget']!r}"
     return f"handle = duet_vlm.attach(model, {row['method']!r}{budget}{settings})"
 
 
 def shell_line(row: dict[str, Any], model: str, clips: bool = False) -> str:
-    """The same for the command line; ``clips``: the questions were about some."""
+    """The command line that uses the setting; ``clips``: the questions were about videos."""
     words = ["duet-vlm", "run", "--model", model, "--method", row["method"]]
     words += [] if row["budget"] is None else ["--budget", f"{row['budget']:g}" if isinstance(row["budget"], float) else str(row["budget"])]
     for key, value in row["settings"].items():
@@ -38,7 +38,8 @@ def shell_line(row: dict[str, Any], model: str, clips: bool = False) -> str:
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """One paragraph: the choice with its bound, or the nearest candidate and what would tell more."""
+    """One paragraph: the choice with its bound, or the nearest candidate and the number of questions that would tell
+    more."""
     row, asked = chosen_row(result), result["questions"]
     if row is not None:
         tested = row["testing"]
