@@ -33,8 +33,8 @@ from duet_vlm.runtime.prefill.layers import PrefillPass
 FREE, MERGES, CHOOSES, RANKS = 0.01, 0.02, 0.03, 0.03
 BUDGETS = (0.22, 0.33)  # the first that a method can reach
 OURS: tuple[tuple[Any, str], ...] = (
-    *((EncoderHooks, name) for name in ("after_attention", "after_block", "asks_projector", "before_projector", "after_projector", "_finish")),
-    (QKRecorder, "seen"), (entry, "_prefill"), (PrefillPass, "at_layer"),
+    *((EncoderHooks, name) for name in ("after_attention", "after_block", "record_projector_args", "before_projector", "after_projector", "_store_result")),
+    (QKRecorder, "on_attention"), (entry, "_prefill"), (PrefillPass, "at_layer"),
 )  # fmt: skip
 
 

@@ -65,7 +65,7 @@ MUTANTS = (
     ),
     Mutant(
         "a prompt that ends in an image is answered blind",
-        "runtime/prefill/prompt_layout.py", "return rows & visual & valid", "return rows & visual & ~valid",
+        "runtime/prefill/prompt_layout.py", "return predicting & visual & valid", "return predicting & visual & ~valid",
         "tests/test_predicting.py", "six_pictures or equals_the_oracle",
     ),
     Mutant(
@@ -75,11 +75,11 @@ MUTANTS = (
     ),
     Mutant(
         "rows of a reordered cache lose their prompts",
-        "runtime/decode/cache.py", "self.duet_order = self._rows(index.device)[index]", "pass", "tests/test_caches.py", "follows",
+        "runtime/decode/cache.py", "self.duet_order = self._sample_numbers(index.device)[index]", "pass", "tests/test_caches.py", "follows",
     ),
     Mutant(
         "a cache that others compress is not noticed",
-        "runtime/decode/cache.py", "missing if any(missing) else ()", "()", "tests/test_works_with.py tests/test_caches.py", "compress",
+        "runtime/decode/cache.py", "evicted if any(evicted) else ()", "()", "tests/test_works_with.py tests/test_caches.py", "compress",
     ),
     Mutant(
         "positions after a clip are the largest, not those of the last row",
@@ -119,7 +119,7 @@ MUTANTS = (
     ),
     Mutant(
         "a gradient in float16 vanishes",
-        "runtime/prefill/prediction_gradient.py", "lift = LIFTED if hidden.dtype == torch.float16 else 1.0", "lift = 1e-4",
+        "runtime/prefill/prediction_gradient.py", "scale = LOSS_SCALE if hidden.dtype == torch.float16 else 1.0", "scale = 1e-4",
         "tests/methods/test_pio.py", "finite",
     ),
 )  # fmt: skip

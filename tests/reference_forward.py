@@ -66,7 +66,7 @@ class Walk:
 
 def choices_of(handle: Handle) -> list[Choice]:
     """The decisions of the last run, read from its token maps and selections."""
-    run = handle._run
+    run = handle._prompt_state
     assert run is not None
     choices = []
     number = 0

@@ -196,7 +196,7 @@ def test_what_is_planned_is_what_runs(name: str, parts: int, method: str, settin
         real = handle.report()
         text = sum(token not in (IMAGE, VIDEO) for token in family.expand((1, *pictures, 5, 6, 7)))
         found = plan_prompt(handle, equal_parts(handle.adapter, parts * each, parts), text)
-        run = handle._last_run()
+        run = handle._last_prompt()
         predicted = make_report(
             method="", settings={}, budget=handle.budget, samples=[found.sample], scored_layers=found.scored, reused_layers=found.reused,
             decoder=handle.adapter.decoder_dims(), vision=handle.adapter.vision_dims(), element_bytes=4, cache_bytes=None, decoded=0,

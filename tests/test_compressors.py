@@ -589,7 +589,7 @@ def test_the_code_form_says_what_it_cannot_read() -> None:
     model, inputs = shared("video_llava"), FAMILIES["video_llava"].inputs(clips_for("video_llava")[:1])
     with duet_vlm.attach(model, "pool", keep=0.4) as handle:
         forward(model, inputs)
-        span = handle._run.spans[0][0].tokens  # type: ignore[union-attr]
+        span = handle._prompt_state.spans[0][0].tokens  # type: ignore[union-attr]
     frames = next(n for n in (8, 4, 3, 2) if span % n == 0)
     with duet_vlm.attach(model, "vqtoken", keep=frames + 1, form="code", frame=span // frames) as handle:
         forward(model, inputs)

@@ -265,7 +265,7 @@ def test_rows_and_texts_are_those_that_the_layers_read(family: str) -> None:
         for hook in hooks:
             hook.remove()
     (view,) = VIEWS
-    visual = handle._run.prompt.visual[0]
+    visual = handle._prompt_state.prompt.visual[0]
     assert view.host_counts == ((int(visual.sum()), int(visual.sum()) // 2),)
     assert torch.equal(view.hidden_states[0], read[3][0][visual]) and torch.equal(view.previous_hidden_states[0], read[2][0][visual])
     after = torch.arange(len(visual)) > visual.nonzero().max()
@@ -302,7 +302,7 @@ def test_raters_are_the_text_that_pictures_resemble_more_than_the_mean() -> None
         VIEWS.clear()
         forward(model, inputs)
     hook.remove()
-    (view,), prompt = VIEWS, handle._run.prompt
+    (view,), prompt = VIEWS, handle._prompt_state.prompt
     for sample in range(len(RAGGED)):
         visual, real = prompt.visual[sample], prompt.valid[sample]
         if not visual.any():
@@ -366,7 +366,7 @@ def test_layers_in_a_row_rank_by_the_rows_that_are_left(rows: Any) -> None:
 
     with duet_vlm.attach(model, Spy(schedule=((2, 0.7), (3, 0.5), (4, 0.4)), recycle=False, text_query="last")) as handle:
         out = forward(model, inputs, output_attentions=True)
-        groups = [handle._run.layer_group(layer).tokens for layer in (1, 2, 3)]
+        groups = [handle._prompt_state.layer_group(layer).tokens for layer in (1, 2, 3)]
     for shown, tokens, attention in zip(seen, groups, out.attentions[1:4], strict=True):
         for b in range(len(rows)):
             expected = attention[b, :, -1][:, tokens.visual[b]].T

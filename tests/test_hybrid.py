@@ -63,7 +63,7 @@ def test_the_named_layer_is_accepted_and_methods_without_ranking_drop_anywhere()
     ):
         with duet_vlm.attach(model, method, **settings) as handle:
             forward(model, inputs)
-            assert handle._run is not None and handle._run.scored_layers == scored
+            assert handle._prompt_state is not None and handle._prompt_state.scored_layers == scored
             assert handle.report().measured[7] < 20
 
 
@@ -112,7 +112,7 @@ def test_a_state_is_read_by_what_the_stock_rule_is_called_with(family: str) -> N
     """The first drop ranks all rows of the prompt; heads of values share queries and keys."""
     model, inputs = shared(family), FAMILIES[family].inputs([ONE])
     seen, handle = views_of(model, inputs, power=20.0)  # 19 of 20 from layer 3 on
-    run: Any = handle._run
+    run: Any = handle._prompt_state
     layer = next(layer for layer in range(8) if run.visual(layer) != [20])
     assert model.config.text_config.layer_types[layer] == "linear_attention"
     (call,) = written_and_read(model, inputs, layer)
@@ -161,9 +161,9 @@ def test_every_layer_ranks_its_own_rows_and_a_budget_is_met() -> None:
     model, inputs = released(), FAMILIES["qwen3_5"].inputs([ONE])
     with duet_vlm.attach(model, "stateful", budget=0.5) as handle:
         forward(model, inputs)
-        counts = handle._run.plans[0][0].counts  # type: ignore[union-attr]
+        counts = handle._prompt_state.plans[0][0].counts  # type: ignore[union-attr]
         dropping = tuple(layer for layer in range(1, 8) if 0 < counts[layer] < counts[layer - 1])
-        assert handle._run.scored_layers == dropping and len(dropping) >= 6  # type: ignore[union-attr]
+        assert handle._prompt_state.scored_layers == dropping and len(dropping) >= 6  # type: ignore[union-attr]
         report = handle.report()
         assert 9.5 < report.measured_mean <= 10 and report.measured == counts
         steps = [a - b for a, b in zip(counts, counts[1:], strict=False)]
@@ -204,7 +204,7 @@ def test_caches_of_linear_layers_hold_no_tokens() -> None:
     model, inputs = shared("qwen3_5"), FAMILIES["qwen3_5"].inputs([ONE])
     with duet_vlm.attach(model, "duet", budget=0.4) as handle:
         cache = forward(model, inputs, use_cache=True).past_key_values
-        held = handle._run.cache_bytes  # type: ignore[union-attr]
+        held = handle._prompt_state.cache_bytes  # type: ignore[union-attr]
         report = handle.report()
     assert [bytes_ > 0 for bytes_ in held] == [kind == "full_attention" for kind in model.config.text_config.layer_types]
     assert sum(held) == report.observed.kv_bytes == sum(c.keys.nbytes + c.values.nbytes for c in cache.layers if hasattr(c, "keys"))

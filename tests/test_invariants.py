@@ -254,7 +254,7 @@ def test_token_map_accounts_for_every_visual_token(case: Case) -> None:
     with case.attach() as handle:
         forward(case.model(), inputs)
         traces, plan = handle.trace, handle.plan
-        weighs = any(encoded.selection is not None and encoded.selection.weights is not None for encoded, _ in handle._run.sources)
+        weighs = any(encoded.selection is not None and encoded.selection.weights is not None for encoded, _ in handle._prompt_state.sources)
     assert [len(row) for row in traces] == [1, 3, 0, 2]
     for span in (span for row in traces for span in row):
         everything = set(range(span.span.tokens))

@@ -19,8 +19,8 @@ SEVERAL = (THREE, ONE, TWO)
 def kept_and_planned(handle: duet_vlm.Handle) -> tuple[list[list[list[int]]], list[list[list[int]]]]:
     """Per sample, span and layer: tokens alive, and those of the plan."""
     kept = [[[len(tokens) for tokens in layers] for layers in alive(row)] for row in handle.trace]
-    assert handle._run is not None
-    return kept, [[list(plan.counts) for plan in row] for row in handle._run.plans]
+    assert handle._prompt_state is not None
+    return kept, [[list(plan.counts) for plan in row] for row in handle._prompt_state.plans]
 
 
 @pytest.mark.parametrize("share", ["joint", "per_image"])

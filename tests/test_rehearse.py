@@ -136,12 +136,12 @@ def reads_of(family: str, content: str, method: str) -> Counter[str]:
         per, where, count, _ = MORE[method]
         reads[where] += count * (len(calls) if per == "call" else 1)
     if method == "zoo_prune" and family.startswith("mistral3"):  # whose projector is given the sizes of the pictures
-        reads["_on_the_host"] += len(calls)
+        reads["_sizes_on_host"] += len(calls)
     if method == "quecc":
         reads["question_state"] += len(calls) * reads_of_a_stack(family)
     if family in WINDOWS and method in TOWER and method not in MORE:
         reads["tables"] += len(calls)
-        reads["ends_left"] += len(calls) * (method in INSIDE)
+        reads["kept_ends"] += len(calls) * (method in INSIDE)
     return +reads
 
 

@@ -20,7 +20,7 @@ from duet_vlm.ops.merge import in_stretches
 from duet_vlm.profiling.flop_counter import count_flops
 from duet_vlm.reducers.vision_tower import MergePairs, TowerReducer, TowerView
 from duet_vlm.runtime.vision_tower.batched import BatchedTowerState
-from duet_vlm.runtime.vision_tower.capabilities import bias_refusal
+from duet_vlm.runtime.vision_tower.capabilities import use_size_bias
 from duet_vlm.runtime.vision_tower.concatenated import ConcatenatedTowerState
 from duet_vlm.runtime.vision_tower.selection import select_patches
 from duet_vlm.runtime.vision_tower.varlen import VarlenTowerState
@@ -70,7 +70,7 @@ def towers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     seen: list[Any] = []
     from duet_vlm.runtime.encode.encoder import EncoderHooks
 
-    real, cuts = EncoderHooks._finish, {}
+    real, cuts = EncoderHooks._store_result, {}
     for kind in (BatchedTowerState, VarlenTowerState):
         monkeypatch.setattr(kind, "drop_patches", remembering(kind.drop_patches, cuts))
 
@@ -85,7 +85,7 @@ def towers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             seen.append((call.encoding.stream, call.tower_state))
         return real(self, output, call)
 
-    monkeypatch.setattr(EncoderHooks, "_finish", finish)
+    monkeypatch.setattr(EncoderHooks, "_store_result", finish)
     return seen
 
 
@@ -115,7 +115,7 @@ def whole_sizes(run: Any) -> Tensor:
         return run.whole(run.row_sizes()[None])
     if isinstance(run, BatchedTowerState):
         return run.whole(run.row_sizes())
-    sizes = run.size.new_zeros(run.total).index_copy(0, run.slots[run.place], run.size if run.uses_size_bias else torch.ones_like(run.size))
+    sizes = run.size.new_zeros(run.total).index_copy(0, run.slots[run.entry_index], run.size if run.uses_size_bias else torch.ones_like(run.size))
     return sizes.repeat_interleave(run.unit)[None]
 
 
@@ -221,7 +221,7 @@ def rows_of_twin(family: str, inputs: Inputs, runs: list[Any]) -> dict[str, list
 def by_stream(handle: duet_vlm.Handle) -> dict[str, list[Tensor]]:
     """Per stream the rows of each span as the decoder got them, marked where they are gone."""
     found: dict[str, list[Tensor]] = {}
-    for encoded, number in handle._run.sources:
+    for encoded, number in handle._prompt_state.sources:
         found.setdefault(encoded.modality, []).append(encoded.rows[number])
     return found
 
@@ -295,7 +295,7 @@ def test_counts_and_costs_are_as_planned_and_detach_leaves_no_trace(family: str,
         assert report.observed.vision_flops < (0.95 if method in INSIDE or settings else 0.8) * report.full.vision_flops
         assert report.predicted.vision_flops == report.observed.vision_flops
         ((_, run),) = towers
-        spans = [span for sample in handle._run.plans for span in sample]
+        spans = [span for sample in handle._prompt_state.plans for span in sample]
         assert sum(run.counts) == sum(plan.tower for plan in spans)
         assert report.measured == report.nominal
     assert torch.equal(forward(model, inputs).logits, plain)
@@ -457,10 +457,10 @@ def test_context_stands_for_what_leaves_in_stretches() -> None:
 
 def test_rows_that_stand_for_what_leaves_need_a_bias() -> None:
     contrast = duet_vlm.get_method("contrast")
-    assert bias_refusal(contrast(keep=0.5, pooled_context_tokens=2, proportional_attention=False), True) and not bias_refusal(contrast(keep=0.5, proportional_attention=False), True)
-    assert bias_refusal(contrast(keep=0.5), True) and not bias_refusal(contrast(keep=0.5), False)
-    with pytest.raises(ValueError, match="pooled_context_tokens=2: rows that stand for what leaves need a bias .* attn_implementation='sdpa'"):
-        bias_refusal(contrast(keep=0.5, pooled_context_tokens=2), False)
+    assert use_size_bias(contrast(keep=0.5, pooled_context_tokens=2, proportional_attention=False), True) and not use_size_bias(contrast(keep=0.5, proportional_attention=False), True)
+    assert use_size_bias(contrast(keep=0.5), True) and not use_size_bias(contrast(keep=0.5), False)
+    with pytest.raises(ValueError, match="pooled_context_tokens=2: rows that represent dropped units need a bias .* attn_implementation='sdpa'"):
+        use_size_bias(contrast(keep=0.5, pooled_context_tokens=2), False)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 12])
@@ -565,7 +565,7 @@ def test_thresholds_account_for_what_they_leave(family: str, method: str, towers
             assert not towers and report.observed.vision_flops == report.predicted.vision_flops
             return
         ((_, run),) = towers
-        (span,) = handle._run.plans[0]
+        (span,) = handle._prompt_state.plans[0]
         assert run.counts == (span.tower,) and span.entry <= span.tower < span.tokens / 2
         assert report.observed.vision_flops == report.predicted.vision_flops < report.full.vision_flops
         assert report.measured == report.nominal
@@ -605,7 +605,7 @@ def test_no_more_enters_than_the_tower_leaves() -> None:
         ("rlt+duet", {"budget": 0.2, "rlt_threshold": float("nan")}, "threshold=nan: give a finite difference"),
         ("contrast", {"budget": 0.2, "pooled_context_tokens": -1}, "pooled_context_tokens=-1: a number of rows for what leaves a picture, 0 or more"),
         ("motion+duet", {"budget": 0.2, "motion_pooled_context_tokens": -2}, "pooled_context_tokens=-2: a number of rows"),
-        ("evit", {"budget": 0.2, "pooled_context_tokens": 2}, "pooled_context_tokens=2: with evit units leave behind blocks"),
+        ("evit", {"budget": 0.2, "pooled_context_tokens": 2}, "pooled_context_tokens=2: with evit units are dropped after blocks"),
         ("rlt", {"budget": 0.2, "against": "next"}, "against='next': choose one of 'kept', 'before'"),
     ],
 )

@@ -139,8 +139,8 @@ def test_free_memory_is_what_the_device_and_torch_have_left(monkeypatch: pytest.
     call = Encoding("video", [[9, 4, 4]], {})
     there = torch.zeros(9 * 16, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2).to("meta")  # on the CPU nobody asks
     monkeypatch.setattr(compat, "free_bytes", lambda device: 8_000_000)
-    assert ChunkConfig()._steps(adapter, reducer, call, there) == 8_000_000 // 4 // (16 * values * 4)
-    assert ChunkConfig(4)._steps(adapter, reducer, call, there) == 2  # what is asked for goes first
+    assert ChunkConfig()._steps_per_chunk(adapter, reducer, call, there) == 8_000_000 // 4 // (16 * values * 4)
+    assert ChunkConfig(4)._steps_per_chunk(adapter, reducer, call, there) == 2  # what is asked for goes first
 
 
 def test_a_caller_of_the_encoder_gets_the_stock_output() -> None:
@@ -163,7 +163,7 @@ def test_a_caller_of_the_encoder_gets_the_stock_output() -> None:
         ("qwen2_5_vl", "duet", 2.0, TypeError, r"chunk_frames=2.0: a number of frames \(int\)"),
         ("qwen2_5_vl", "contrast", 2, TypeError, "chunk_frames: contrast reduces in the tower, so a clip goes through it as it is"),
         ("qwen2_5_vl", "motion+duet", 2, TypeError, r"chunk_frames: motion\+duet reduces in the tower"),
-        ("video_llava", "zoo_prune", 2, TypeError, "chunk_frames: zoo_prune asks the projector"),
+        ("video_llava", "zoo_prune", 2, TypeError, "chunk_frames: zoo_prune calls the projector"),
     ],
 )
 def test_what_cannot_be_cut_is_named(family: str, method: str, chunk: Any, error: type[Exception], message: str) -> None:
@@ -205,7 +205,7 @@ def test_frames_that_are_the_same_have_the_same_rows(family: str, method: str, c
         whole, kept = forward(model, inputs).logits, handle.trace
     with duet_vlm.attach(model, method, **settings, chunk_frames=chunk, still_frames=0.0) as handle:
         assert same(family, forward(model, inputs).logits, whole) and handle.trace == kept
-        assert sum(handle._run.sources[0][0].repeated_parts[0]) == (3 if "video_grid_thw" in inputs else 1)  # type: ignore[union-attr]
+        assert sum(handle._prompt_state.sources[0][0].repeated_parts[0]) == (3 if "video_grid_thw" in inputs else 1)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("family", MOVING)

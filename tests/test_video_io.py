@@ -454,7 +454,7 @@ def test_pieces_of_what_is_no_clip(tmp_path: Path) -> None:
         (["eval", "--experiment", path, "--still-frames", 0], "says what is asked: leave out --still-frames"),
         (["generate", "--data", tmp_path, "-p", "x", "-b", 64, "-o", tmp_path / "o", "--chunk-frames", 4], 'give --data with "video" in its lines'),
         (["run", "--video", path, "-p", "x", "--method", "duet", "-b", 64, "--chunk-frames", 4], "llava takes no clips, so frames"),
-        ([*shared, "zoo_prune", "--chunk-frames", 4], "asks the projector"),
+        ([*shared, "zoo_prune", "--chunk-frames", 4], "calls the projector"),
         ([*shared, "duet", "--still-frames", "nan"], "Invalid value for '--still-frames'"),
         (["eval", "--task", "tiny-video", "--methods", "rlt", "-b", "0.5", "--chunk-frames", 4, "-o", tmp_path / "o"], "rlt reduces in the tower"),
     ):

@@ -95,7 +95,7 @@ def compare_stages(case: Case, run: str, layers: list[int], handle: Any, watch: 
     """Survivors at each stage, and with the recorded features their scores."""
     if not layers:
         return
-    state = handle._run
+    state = handle._prompt_state
     scored = dict(zip(state.scored_layers, [v for v in views if isinstance(v, DecoderView)], strict=True))
     entry = state.layer_groups[0].tokens
     entered = {slot: i for i, slot in enumerate(entry.prompt_index[0][entry.visual[0]].tolist())}

@@ -37,7 +37,7 @@ def _check_run(case: Case, run: str, settings: dict[str, Any], prompt: Prompt, r
     cache = DynamicCache(config=prompt.text_model.config) if settings.get("use_cache") else None
     with attach(prompt.model, spying(reducer, views)) as handle, Watch(prompt.text_model) as watch:
         prompt(past_key_values=cache, use_cache=cache is not None)
-        tokens = handle._run.layer_groups[-1].tokens
+        tokens = handle._prompt_state.layer_groups[-1].tokens
         if not recorded:
             assert torch.isfinite(watch.last).all()
             return

@@ -25,7 +25,7 @@ class Inside:
         self.cache = DynamicCache(config=prompt.text_model.config)
         with attach(prompt.model, spying(reducer, self.views)) as self.handle, Watch(prompt.text_model) as self.watch:
             prompt(past_key_values=self.cache, use_cache=True)
-            self.last, self.state = self.watch.last, self.handle._run
+            self.last, self.state = self.watch.last, self.handle._prompt_state
             self.lengths = [layer.keys.shape[-2] for layer in self.cache.layers]
             self.widths = [h.shape[1] for h in self.watch.hidden]
             self.compare()
@@ -98,4 +98,4 @@ def runs(case: Case, kind: type[Inside], reducer: Any) -> None:
 
 
 def _finite(handle: Handle) -> None:
-    assert handle._run is None or all(bool(flag) for flag, _ in handle._run.finite)
+    assert handle._prompt_state is None or all(bool(flag) for flag, _ in handle._prompt_state.finite)

@@ -35,7 +35,7 @@ class Stages:
         cache = DynamicCache(config=prompt.text_model.config)
         with attach(prompt.model, spying(reducer, self.views)) as self.handle, Watch(prompt.text_model) as self.watch:
             prompt(past_key_values=cache, use_cache=True)
-            self.state = self.handle._run
+            self.state = self.handle._prompt_state
             case.fact(run, "seq_len_entering_each_layer", self.calls())
             case.close(run, "last_hidden_state", self.watch.last)
             if case.has(run, "logits_last"):

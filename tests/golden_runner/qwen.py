@@ -140,7 +140,7 @@ class Qwen:
             assert torch.isfinite(watch.last).all()
             widths = [h.shape[1] for h in watch.hidden]
             assert widths == sorted(widths, reverse=True)
-            if len(handle._run.spans) == 1 == len(handle._run.spans[0]):
+            if len(handle._prompt_state.spans) == 1 == len(handle._prompt_state.spans[0]):
                 text = self.inputs["input_ids"].shape[1] - self.tokens
                 assert widths == [text + n for n in handle.plan(self.tokens).counts]
 
@@ -215,7 +215,7 @@ class Qwen:
             case.same(run, "v2v/assignment", selection.target_row[0][joins] - dominant)
 
     def compare_entry(self, handle: Handle, watch: Watch) -> None:
-        tokens = handle._run.layer_groups[0].tokens
+        tokens = handle._prompt_state.layer_groups[0].tokens
         mask = torch.zeros(self.inputs["input_ids"].shape[1], dtype=torch.long)
         mask[tokens.prompt_index[0]] = 1
         self.case.same(self.run, "v2v/sequence_keep_mask", mask)
@@ -224,7 +224,7 @@ class Qwen:
     # ---- T2V
 
     def compare_first_stage(self, handle: Handle, watch: Watch, views: list[DecoderView]) -> None:
-        case, run, state, layer = self.case, self.run, handle._run, self.layers[0]
+        case, run, state, layer = self.case, self.run, handle._prompt_state, self.layers[0]
         before, after = state.layer_group(layer - 1).tokens, state.layer_group(layer).tokens
         if layer in state.scored_layers:
             scores = views[state.scored_layers.index(layer)].scores[0]
@@ -239,7 +239,7 @@ class Qwen:
 
     def compare_twin(self, handle: Handle, watch: Watch, views: list[Any]) -> None:
         """Our later stages: every visual token alive is ranked by the text after the image, keeps count from the entry."""
-        state = handle._run
+        state = handle._prompt_state
         scored = dict(zip(state.scored_layers, [v for v in views if isinstance(v, DecoderView)], strict=True))
         entered = int(state.layer_groups[0].tokens.visual.sum())
         for layer, ratio in list(zip(self.layers, self.ratios, strict=True))[1:]:

@@ -84,7 +84,7 @@ def scores_at(
     handle: Handle, layer: int, watch: Watch, labels: Tensor | None = None, salient: Tensor | None = None, call: int = -1
 ) -> Tensor:
     """Ranking scores [B, T] of the rows in front of ``layer``, for stages that keep all or none, which the library does not score."""
-    run, reducer, adapter = handle._run, handle.reducer, handle.adapter
+    run, reducer, adapter = handle._prompt_state, handle.reducer, handle.adapter
     tokens = run.layer_group(layer - 1).tokens
     rows = query_rows(reducer.text_query, run.prompt.visual, run.prompt.valid, labels, salient, reducer.training_turns)
     index, valid = pack_right(gather_rows(rows, tokens.prompt_index) & tokens.valid, max(1, int(rows.sum(1).max())))

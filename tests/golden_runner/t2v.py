@@ -103,12 +103,12 @@ def _check_run(case: Case, run: str, settings: dict[str, Any], prompt: Prompt, r
     with handle, Watch(prompt.text_model) as watch:
         prompt(labels=labels, past_key_values=cache, use_cache=cache is not None, **extra)
         if not recorded:
-            assert torch.isfinite(watch.last).all() and watch.last.shape[1] == max(handle._run.layer_groups[-1].lengths)
+            assert torch.isfinite(watch.last).all() and watch.last.shape[1] == max(handle._prompt_state.layer_groups[-1].lengths)
             return
         compare_prefill(case, run, handle, watch)
         compare_stages(case, run, settings["layer_list"], prompt, handle, watch, views, labels, salient)
         if labels is not None:
-            tokens = handle._run.layer_groups[-1].tokens
+            tokens = handle._prompt_state.layer_groups[-1].tokens
             case.rows(run, "new_labels", losses[0], tokens.valid, equal)
             rest = case.out(run, "new_labels")[torch.arange(losses[0].shape[1]) >= tokens.valid.sum(1, keepdim=True)]
             assert (rest == IGNORED).all() and (losses[0][~tokens.valid] == IGNORED).all()
@@ -116,7 +116,7 @@ def _check_run(case: Case, run: str, settings: dict[str, Any], prompt: Prompt, r
 
 
 def compare_prefill(case: Case, run: str, handle: Handle, watch: Watch) -> None:
-    state, depth = handle._run, len(watch.hidden)
+    state, depth = handle._prompt_state, len(watch.hidden)
     case.fact(run, "seq_len_entering_each_layer", [h.shape[1] for h in watch.hidden])
     case.rows(run, "last_hidden_state", watch.last, state.layer_groups[-1].tokens.valid)
     for name in case.names(run, "layer_input/"):
@@ -127,7 +127,7 @@ def compare_prefill(case: Case, run: str, handle: Handle, watch: Watch) -> None:
 
 
 def compare_positions(case: Case, run: str, name: str, handle: Handle, watch: Watch, layer: int) -> None:
-    watch.rotates(layer, case.out(run, name), handle._run.layer_group(layer).tokens.valid)
+    watch.rotates(layer, case.out(run, name), handle._prompt_state.layer_group(layer).tokens.valid)
     case.compared.add(f"out/{run}/{name}")
 
 
@@ -142,7 +142,7 @@ def compare_stages(
     labels: Tensor | None,
     salient: Tensor | None,
 ) -> None:
-    state = handle._run
+    state = handle._prompt_state
     scored = dict(zip(state.scored_layers, views, strict=True))
     told = [{stage.layer: list(stage.kept) for stage in spans[0].stages} if spans else {} for spans in handle.trace]
     for s, layer in enumerate(layers):

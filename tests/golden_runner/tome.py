@@ -153,8 +153,8 @@ def check_flow(case: Case, run: str, leaving: list[int], size: Tensor) -> None:
     every = torch.ones(len(given), count, dtype=torch.bool)
     tower = BatchedTowerState(
         stages={after: counts * len(given) for after, counts in stages.items()}, grids=((side, side),) * len(given), num_cls=extra,
-        uses_size_bias=reducer.proportional_attention, invalid_code=torch.tensor(0), pooled_count=(0,) * len(given), units=torch.arange(count).expand(len(given), -1), there=every,
-        read=every, content=every, size=every.float(), cells=torch.arange(count)[:, None], total=given.shape[1],
+        uses_size_bias=reducer.proportional_attention, invalid_code=torch.tensor(0), pooled_count=(0,) * len(given), units=torch.arange(count).expand(len(given), -1), valid=every,
+        is_output=every, content=every, size=every.float(), cells=torch.arange(count)[:, None], total=given.shape[1],
     )  # fmt: skip
     stacks.encode_contexts.append(EncodeContext(Encoding("image"), ActiveConfig(reducer, None, 1), tower_state=tower))
     inside = BlockHooks(flow)
@@ -162,8 +162,8 @@ def check_flow(case: Case, run: str, leaving: list[int], size: Tensor) -> None:
     for number, block in enumerate(blocks.block_modules):
         SizeBias(block.attention, stacks, number)
         block.norm.register_forward_pre_hook(functools.partial(inside.before_mlp, number))
-        block.mlp.register_forward_hook(functools.partial(inside.after_block, number))
-        block.block.register_forward_hook(functools.partial(inside.end, number))
+        block.mlp.register_forward_hook(functools.partial(inside.after_mlp, number))
+        block.block.register_forward_hook(functools.partial(inside.after_block, number))
         hidden = block.block(hidden, None)
     weights = case.weights()
     case.close(run, "features", F.layer_norm(hidden, hidden.shape[-1:], weights["norm.weight"], weights["norm.bias"], 1e-6), STATE)

@@ -115,7 +115,7 @@ def run_decoder(case: Case, run: str, settings: dict[str, Any], prompt: Prompt, 
             return
         compare_prefill(case, run, handle, watch)
         case.close(run, "logits_last", watch.last[:, -1] @ prompt.table.T, STATE)
-        state, start = handle._run, prompt.starts[0]
+        state, start = handle._prompt_state, prompt.starts[0]
         for number, (layer, view) in enumerate(zip(settings["layer_list"], views, strict=True)):
             before, after, name = state.layer_group(layer - 1), state.layer_group(layer), f"stage{number}"
             case.close(run, f"{name}/hidden_before", watch.output[layer - 1], STATE)

@@ -10,7 +10,7 @@ from method_views import decoder_view
 
 import duet_vlm
 from duet_vlm.methods.fitprune import FitPrune
-from duet_vlm.ops.fitting import fitted, counts_after_layers
+from duet_vlm.ops.fitting import counts_after_layers, fitted
 
 
 def test_fitprune_keeps_the_largest_products() -> None:

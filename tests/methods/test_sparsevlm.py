@@ -102,7 +102,7 @@ def test_sparsevlm_official_asks_where_only_the_order_changes() -> None:
     model = shared("llava")
     with duet_vlm.attach(model, method) as handle:
         forward(model, FAMILIES["llava"].inputs([ONE]))
-        before, after = (handle._run.layer_group(layer).tokens for layer in (3, 4))
+        before, after = (handle._prompt_state.layer_group(layer).tokens for layer in (3, 4))
     slots = [tokens.prompt_index[0][tokens.visual[0]].tolist() for tokens in (before, after)]
     assert sorted(slots[0]) == sorted(slots[1]) and slots[0] != slots[1] and slots[1][:-1] == [s for s in slots[0] if s != slots[1][-1]]
 

@@ -1,1 +1,1 @@
-"""The calls of users: attach a method to a model, load, save, calibrate, stream."""
+"""The user interface: attach a method to a model, load, save, calibrate, stream."""

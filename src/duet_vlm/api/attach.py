@@ -1,4 +1,4 @@
-"""attach(): find the adapter of a model, check the settings, install the hooks; and who is attached to what."""
+"""attach(): find the adapter of a model, check the settings, install the hooks; registry of attached models."""
 
 from __future__ import annotations
 
@@ -40,30 +40,34 @@ def attach(
     model : nn.Module
         A loaded image-text-to-text model of transformers (PEFT models too).
     method : str, Path or Reducer, optional
-        Name of a method (``duet_vlm.list_methods()``), an instance with its settings, or a file that holds method, budget and settings
-        (``"duet.json"``, as ``duet-vlm tune`` writes it). Left out: what the checkpoint was trained with, if its config remembers it
-        (``remember``), else "duet". A budget or settings named here go before those of a file or a checkpoint.
+        Name of a method (``duet_vlm.list_methods()``), an instance with its settings, or a file that holds method,
+        budget and settings (``"duet.json"``, as ``duet-vlm tune`` writes it). Left out: what the checkpoint was trained
+        with, if its config remembers it (``remember``), else "duet". A budget or settings named here go before those of
+        a file or a checkpoint.
     budget : int or float, optional
-        Mean visual tokens per decoder layer and image (int), or that as a fraction of the image's tokens (float in (0, 1]).
+        Mean visual tokens per decoder layer and image (int), or that as a fraction of the image's tokens (float in (0,
+        1]).
     processor : optional
         The model's processor; needed for ``text_query="salient"``, whose words it marks.
     positions : str, optional
         "keep" (default) or "compact".
     align : bool
-        Give the decoder's output one row per prompt slot again, a dropped slot repeating the survivor before it: for trainers and metrics
-        that line logits up with labels themselves (TRL, label smoothing, ``compute_metrics``). The loss is the same; the head then works
-        on every row. Without it logits have the surviving rows only, and ``Handle.slots`` says which.
+        Give the decoder's output one row per prompt slot again, a dropped slot repeating the survivor before it: for
+        trainers and metrics that line logits up with labels themselves (TRL, label smoothing, ``compute_metrics``). The
+        loss is the same; the head then works on every row. Without it logits have the surviving rows only, and
+        ``Handle.slots`` says which.
     text_tower : duet_vlm.inputs.clip_text.ClipTextEncoder, optional
-        The text side of the CLIP model that the vision tower comes from, for methods that compare tokens with the words of the question
-        (``cdpruner`` with ``relevance="contrastive"``); needs ``processor`` too.
+        The text side of the CLIP model that the vision tower comes from, for methods that compare tokens with the words
+        of the question (``cdpruner`` with ``relevance="contrastive"``); needs ``processor`` too.
     chunk_frames : int, optional
-        Frames of a clip that go through the vision tower at a time, outside of training: a multiple of what the tower looks at as one (two frames
-        in Qwen's). The result is the same; the tower's memory depends on the piece and not on the clip. Left out: on an
-        accelerator as many as fit in a quarter of its free memory, on the CPU the whole clip.
+        Frames of a clip that go through the vision tower at a time, outside of training: a multiple of what the tower
+        looks at as one (two frames in Qwen's). The result is the same; the tower's memory depends on the piece and not
+        on the clip. Left out: on an accelerator as many as fit in a quarter of its free memory, on the CPU the whole
+        clip.
     still_frames : float, optional
-        Frames of a clip that differ from the last encoded one in no patch by more than that (mean absolute difference of its pixels, in the scale in
-        which the processor hands them over; 0: not at all) do not go through the vision tower, outside of training: they get the rows of that one.
-        Left out: all are encoded.
+        Frames of a clip that differ from the last encoded one in no patch by more than that (mean absolute difference
+        of its pixels, in the scale in which the processor hands them over; 0: not at all) do not go through the vision
+        tower, outside of training: they get the rows of that one. Left out: all are encoded.
     **fields
         Settings of the method; they override those of an instance.
 
@@ -88,9 +92,9 @@ def attach(
     core = core_of(model)
     fields |= {} if positions is None else {"positions": positions}
     if method is None or isinstance(method, str | Path) and is_method_file(method):
-        known = load_from_file(method) if isinstance(method, str | Path) else load_from_config(core) or {"method": "duet", "budget": None, "settings": {}}
-        method, fields = known["method"], known["settings"] | fields
-        budget = known["budget"] if budget is None else budget
+        saved = load_from_file(method) if isinstance(method, str | Path) else load_from_config(core) or {"method": "duet", "budget": None, "settings": {}}
+        method, fields = saved["method"], saved["settings"] | fields
+        budget = saved["budget"] if budget is None else budget
     if isinstance(method, str):
         reducer = with_fields(lookup.get_method(method), fields)
     elif isinstance(method, Reducer):
@@ -103,7 +107,15 @@ def attach(
             "a reducer is attached to this model already: detach() its handle first (duet_vlm.detach(model) if nobody kept it), or change it "
             "with handle.set(...)"
         )
-    handle = Handle(adapter, reducer, budget, processor, align, text_tower, ChunkConfig(chunk_frames, still_frames))
+    handle = Handle(
+        adapter,
+        reducer,
+        budget,
+        processor=processor,
+        align=align,
+        text_tower=text_tower,
+        chunks=ChunkConfig(chunk_frames, still_frames),
+    )
     _attached[core] = weakref.ref(handle)
     return handle
 
@@ -111,13 +123,16 @@ def attach(
 def handle_of(model: nn.Module) -> Handle | None:
     """The handle of the reducer that is attached to ``model``, None if there is none."""
     core = core_of(model)
-    known = _attached.get(core) if isinstance(core, nn.Module) else None
-    handle = None if known is None else known()
+    reference = _attached.get(core) if isinstance(core, nn.Module) else None
+    handle = None if reference is None else reference()
     return handle if handle is not None and handle.installed else None
 
 
 def detach(model: nn.Module) -> None:
-    """Take off whatever reducer is attached to ``model``, for callers who did not keep its handle; harmless if there is none."""
+    """Take off whatever reducer is attached to ``model``, for callers who did not keep its handle.
+
+    Harmless if there is none.
+    """
     handle = handle_of(model)
     if handle is not None:
         handle.detach()
@@ -126,7 +141,7 @@ def detach(model: nn.Module) -> None:
 def save_to_config(handle: Handle) -> None:
     """Write the handle's reduction into the model's config, so that the checkpoint keeps it and ``attach(model)`` takes it up again.
 
-    It stays there when the handle is detached; ``del model.config.duet_vlm`` takes it out. Weights of the method's own are looked for beside the
-    checkpoint: ``handle.save_weights(folder)`` puts them there.
+    It stays there when the handle is detached; ``del model.config.duet_vlm`` takes it out. Weights of the method's own
+    are looked for beside the checkpoint: ``handle.save_weights(folder)`` puts them there.
     """
     setattr(handle.adapter.model.config, KEY, to_checkpoint_record(handle.reducer, handle.budget))

@@ -1,4 +1,4 @@
-"""``calibrate``: learn about a model, from prompts with images, what some methods want to know before they run on it."""
+"""``calibrate``: measure, on prompts with images, the statistics of a model that some methods need."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from duet_vlm.runtime.compatibility import facts
 
 
 def calibrate(model: nn.Module, method: str, prompts: Iterable[Mapping[str, Any]], path: str | Path | None = None) -> Calibration:
-    """Calibrate ``method`` on ``model`` ("fitprune": its table; "d2pruner": the attention that positions get).
+    """Measure the statistics of ``model`` that ``method`` needs ("fitprune": its table; "d2pruner": the attention by position).
 
     Parameters
     ----------
     model : nn.Module
         A loaded model that nothing is attached to; it is left as it was.
     prompts : iterable of mappings
-        What a processor makes: the arguments of ``model.forward``, each with images and a question behind them. Some hundred are plenty.
+        What a processor makes: the arguments of ``model.forward``, each with images and a question behind them. Some
+        hundred are plenty.
     path : path, optional
         Where to save it: .json for "fitprune", .safetensors for "d2pruner".
 
@@ -38,22 +39,22 @@ def calibrate(model: nn.Module, method: str, prompts: Iterable[Mapping[str, Any]
     with attach(model, observer) as handle, torch.no_grad():
         for inputs in prompts:
             model(**inputs, use_cache=False)
-        found = facts(handle.adapter)
+        model_facts = facts(handle.adapter)
     if not observer.observations.entries:
         raise ValueError("nothing to calibrate by: give prompts with an image and a question behind it")
-    made = Calibration(method, found, observer.result(found["layers"]))
+    calibration = Calibration(method, model_facts, observer.result(model_facts["layers"]))
     if path is not None:
-        made.save(path)
-    return made
+        calibration.save(path)
+    return calibration
 
 
 def observer_of(method: str) -> Observer:
-    """The observer that calibrates a method.
+    """The observer that measures a model for a method.
 
     Raises
     ------
     ValueError
-        Unknown methods, and those that need to know nothing.
+        Unknown methods, and those without calibration.
     """
     make = getattr(lookup.get_method(method), "observer", None)
     if make is None:

@@ -1,4 +1,4 @@
-"""The handle that ``attach`` returns."""
+"""The handle that attach() returns."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.persistence import to_record
 from duet_vlm.runtime.active_config import ActiveConfig
 from duet_vlm.runtime.call_tracker import CallTracker
-from duet_vlm.runtime.compatibility import check, facts, hooked
+from duet_vlm.runtime.compatibility import check, facts, hook_settings
 from duet_vlm.runtime.decode.cache import PromptState, static_copy
-from duet_vlm.runtime.encode.build_view import named_layers
+from duet_vlm.runtime.encode.build_view import find_signal_layers
 from duet_vlm.runtime.encode.encoder import check_finite
 from duet_vlm.runtime.encode.video_chunks import ChunkConfig
 from duet_vlm.runtime.install import install
@@ -36,11 +36,12 @@ from duet_vlm.utils.hooks import Hooks
 
 
 class Handle:
-    """Handle of an attached model, as ``attach`` returns it; a context manager that detaches at its end.
+    """Controls an attached reducer; a context manager that detaches at its end.
 
-    A call (``generate()``, ``forward``) runs to its end by the settings that it began with, in every thread. ``paused()`` belongs to the
-    thread (the context) that asked for it, ``report()``, ``trace`` and ``slots`` to the last call of the thread that reads them; a thread that
-    made no call itself (a streamer generates in another one) reads those of the last call of all.
+    A call (``generate()``, ``forward``) runs to its end by the settings that it began with, in every thread.
+    ``paused()`` belongs to the thread (the context) that asked for it, ``report()``, ``trace`` and ``slots`` to the
+    last call of the thread that reads them; a thread that made no call itself (a streamer generates in another one)
+    reads those of the last call of all.
 
     Attributes
     ----------
@@ -48,8 +49,8 @@ class Handle:
         The method with its settings.
     budget : int, float or None
         As given.
-    pieces : Pieces
-        How clips go through the vision tower: ``chunk_frames`` and ``still_frames`` as given.
+    chunks : ChunkConfig
+        Settings of chunked videos: ``chunk_frames`` and ``still_frames`` as given.
     """
 
     def __init__(
@@ -60,15 +61,17 @@ class Handle:
         processor: Any,
         align: bool,
         text_tower: Any = None,
-        pieces: ChunkConfig | None = None,
+        chunks: ChunkConfig | None = None,
     ) -> None:
-        self.adapter, self.chunks = adapter, pieces or ChunkConfig()
-        self._processor, self._text_tower = processor, text_tower
-        rules = ActiveConfig(reducer, budget, len(adapter.layers))
-        check(adapter, reducer, rules.plan, processor, budget, text_tower)
+        self.adapter = adapter
+        self.chunks = chunks or ChunkConfig()
+        self._processor = processor
+        self._text_tower = text_tower
+        config = ActiveConfig(reducer, budget, len(adapter.layers))
+        check(adapter, reducer, config.plan, processor, budget, text_tower)
         self.chunks.check(adapter, reducer)
         self._hooks = Hooks()
-        self._tracker = CallTracker(rules, self._hooks.undo)
+        self._tracker = CallTracker(config, self._hooks.undo)
         self._model_hooks = ModelHooks(adapter, self._tracker, self._hooks, align)
         self._model_hooks.handle = self
         try:
@@ -128,9 +131,9 @@ class Handle:
             A method without weights, no such file, or one that was trained for another model or with other settings.
         """
         compressor = self._compressor()
-        found = facts(self.adapter) | weight_facts(self.adapter, compressor)
+        model_facts = facts(self.adapter) | weight_facts(self.adapter, compressor)
         assert self.module is not None  # as there is a compressor
-        self.module.load_state_dict(stored(place, compressor.name, found, compressor.shape))
+        self.module.load_state_dict(stored(place, compressor.name, model_facts, compressor.shape))
 
     def _compressor(self) -> Compressor:
         compressor = compressor_of(self.reducer)
@@ -144,7 +147,7 @@ class Handle:
         return not self._tracker.detached
 
     def dropping(self, tokens: int, left: int) -> TowerStages:
-        """Stages at which a picture of ``tokens`` loses some in the tower if ``left`` are to be left, and the numbers left."""
+        """Stages inside the tower for a picture of ``tokens``, of which ``left`` are kept: (block, kept tokens)."""
         return blocks_to_cut(self.adapter, self.reducer, tokens, left)
 
     def __enter__(self) -> Handle:
@@ -157,8 +160,8 @@ class Handle:
     def detach(self) -> None:
         """Take every hook off again; the model is then exactly what it was. Calling it twice is harmless.
 
-        Calls of other threads that run are waited for, since they go on by what they began with. Inside a running call of this thread (a
-        streamer, a logits processor) the hooks go when that call ends.
+        Calls of other threads that run are waited for, since they go on by what they began with. Inside a running call
+        of this thread (a streamer, a logits processor) the hooks go when that call ends.
         """
         self._tracker.close()
 
@@ -166,8 +169,8 @@ class Handle:
     def paused(self) -> Iterator[Handle]:
         """Run the full model inside the ``with`` block (new prompts only; a reduced cache goes on as it is).
 
-        The pause belongs to this thread, or asyncio task: others go on, and so does a thread started inside the block (run it in
-        ``contextvars.copy_context()`` to take the pause along).
+        The pause belongs to this thread, or asyncio task: others go on, and so does a thread started inside the block
+        (run it in ``contextvars.copy_context()`` to take the pause along).
         """
         self._check_attached()
         with self._tracker.paused():
@@ -185,19 +188,19 @@ class Handle:
         reducer = with_fields(self.reducer, fields) if fields else self.reducer
         budget = self.budget if isinstance(budget, EllipsisType) else budget
         check_budget(budget)
-        rules = ActiveConfig(reducer, budget, len(self.adapter.layers))
-        check(self.adapter, reducer, rules.plan, self._processor, budget, self._text_tower)
+        config = ActiveConfig(reducer, budget, len(self.adapter.layers))
+        check(self.adapter, reducer, config.plan, self._processor, budget, self._text_tower)
         self.chunks.check(self.adapter, reducer)
-        if hooked(reducer) != hooked(self.reducer):
+        if hook_settings(reducer) != hook_settings(self.reducer):
             raise ValueError(
                 "signal_layer cannot change while attached, nor what else decides where the vision tower is read or what a module is made of: "
                 "detach and attach again"
             )
-        self._tracker.config = rules
+        self._tracker.config = config
         return self
 
     def plan(self, tokens: int) -> SpanPlan:
-        """The plan that the current settings make of a span of ``tokens`` visual tokens."""
+        """The plan of a span of ``tokens`` visual tokens with the current settings."""
         return self._tracker.config.plan(tokens)
 
     def static_cache(self, cache: Any, max_new_tokens: int) -> Any:
@@ -218,29 +221,30 @@ class Handle:
         Raises
         ------
         ValueError
-            A decoder with sliding or linear layers, flash attention, a cache that holds no plain keys, or no new tokens.
+            A decoder with sliding or linear layers, flash attention, a cache that holds no plain keys, or no new
+            tokens.
         """
         self._check_attached()
         return static_copy(self.adapter, cache, max_new_tokens)
 
     def report(self) -> Report:
         """Tokens, FLOPs and KV bytes of the last prompt and its decoding, predicted beside measured."""
-        run = self._last_run()
-        reducer = run.config.reducer
-        samples = sample_counts(run, self.adapter.vision_dims().patches_per_token)
+        prompt_state = self._last_prompt()
+        reducer = prompt_state.config.reducer
+        samples = sample_counts(prompt_state, self.adapter.vision_dims().patches_per_token)
         projects_all = self._projects_all(reducer)
         return make_report(
             method=reducer.name,
             settings=reducer.settings(),
-            budget=run.config.budget,
+            budget=prompt_state.config.budget,
             samples=samples,
-            scored_layers=run.scored_layers,
-            reused_layers=run.reused_layers,
+            scored_layers=prompt_state.scored_layers,
+            reused_layers=prompt_state.reused_layers,
             decoder=self.adapter.decoder_dims(),
             vision=self.adapter.vision_dims(),
-            element_bytes=run.element_bytes,
-            cache_bytes=run.cache_bytes,
-            decoded=run.num_decoded,
+            element_bytes=prompt_state.element_bytes,
+            cache_bytes=prompt_state.cache_bytes,
+            decoded=prompt_state.num_decoded,
             projects_all=projects_all,
             selection=selection_cost(self.adapter, reducer, samples, projects_all)[0],
             **decoder_terms(self.adapter, reducer, samples),
@@ -252,7 +256,7 @@ class Handle:
 
     def reads_layers(self, layers: Iterable[nn.Module]) -> bool:
         """True if the method takes signals from any of these layers of the vision tower."""
-        return named_layers(self.adapter, self.reducer).requested(layers)
+        return find_signal_layers(self.adapter, self.reducer).requested(layers)
 
     @property
     def projects_all(self) -> bool:
@@ -261,13 +265,16 @@ class Handle:
 
     @property
     def trace(self) -> list[list[SpanTrace]]:
-        """For each sample and span of the last prompt: which tokens were kept, merged into whom, and dropped, stage by stage."""
-        return trace_of(self._last_run())
+        """For each sample and span of the last prompt: the tokens kept, merged (with their anchors) and dropped, stage by stage."""
+        return trace_of(self._last_prompt())
 
     @property
     def slots(self) -> Tensor:
-        """[B, T] prompt slots of the rows that reached the last layer in the last prompt, -1 for padding: aligns logits with labels."""
-        tokens = self._last_run().layer_groups[-1].tokens
+        """[B, T] prompt slots of the rows that reached the last layer in the last prompt, -1 for padding.
+
+        Aligns logits with labels.
+        """
+        tokens = self._last_prompt().layer_groups[-1].tokens
         return tokens.prompt_index.masked_fill(~tokens.valid, -1)
 
     def _projects_all(self, reducer: Reducer) -> bool:
@@ -278,15 +285,15 @@ class Handle:
             raise RuntimeError("this handle is detached: call attach() again")
 
     @property
-    def _run(self) -> PromptState | None:
+    def _prompt_state(self) -> PromptState | None:
         return self._model_hooks.prompt_state
 
-    def _last_run(self) -> PromptState:
-        run = self._run
-        if run is None:
+    def _last_prompt(self) -> PromptState:
+        prompt_state = self._prompt_state
+        if prompt_state is None:
             raise RuntimeError("nothing to report yet: run the attached model on a prompt with an image first")
-        for flag, what in run.finite:
+        for flag, what in prompt_state.finite:
             check_finite(flag.cpu(), what)
-        for code in run.invalid_code:
-            raise_if_invalid(int(code), run.config.reducer)
-        return run
+        for code in prompt_state.invalid_code:
+            raise_if_invalid(int(code), prompt_state.config.reducer)
+        return prompt_state

@@ -50,7 +50,7 @@ class LoadedModel:
         return hasattr(self.processor, "video_processor") or any(stream.name == "video" for stream in adapter_for(self.model).modalities)
 
     def inputs(self, images: Sequence[Image.Image], prompt: str, clips: Sequence[VideoFrames] = ()) -> Any:
-        """Inputs of the model, on its device and in its precision; pictures and then clips precede the prompt.
+        """The model's inputs, on its device and in its precision; pictures and then clips go in front of the prompt.
 
         Raises
         ------
@@ -96,7 +96,7 @@ def quiet() -> Iterator[None]:
 
 
 def device_for(device: str | None = None) -> str:
-    """The device of a model: ``device``, which has to exist; without one "cuda" where there is one, else "cpu".
+    """The device of a model: ``device``, which has to be there; without one "cuda" where there is one, else "cpu".
 
     Raises
     ------
@@ -121,7 +121,7 @@ def device_for(device: str | None = None) -> str:
 
 
 def source(name: str) -> tuple[str, bool]:
-    """Source of a model: (folder or hub id, whether it is local).
+    """The source of a model: (folder or hub id, whether it is local).
 
     Raises
     ------
@@ -227,8 +227,8 @@ def config_of(name: str) -> Any:
 def load(name: str, device: str | None = None, dtype: torch.dtype | None = None) -> LoadedModel:
     """A model in evaluation mode with its processor; weights from safetensors files only.
 
-    In ``dtype``, or the checkpoint's own precision, except that float16 becomes float32 on a CPU. A folder of PEFT adapters is loaded with the
-    model under it, into which the adapters are merged; that model must be on this machine.
+    In ``dtype``, or the checkpoint's own precision, except that float16 becomes float32 on a CPU. A folder of PEFT
+    adapters is loaded with the model under it, into which the adapters are merged; that model must be on this machine.
     """
     import torch
     from transformers import AutoModelForImageTextToText
@@ -256,7 +256,7 @@ def _processor(name: str, place: str, local: bool) -> Any:
 
 
 def _with(name: str, file: str) -> tuple[str, bool]:
-    """Folder or hub id that a model's ``file`` is read from: its own place, or, for adapters saved without it, the model under them."""
+    """The place that a model's ``file`` is read from: its own place, or, for adapters saved without it, the model under them."""
     (place, local), base = source(name), base_of(name)
     return (place, local) if base is None or (Path(place) / file).is_file() else (base, True)
 

@@ -1,8 +1,9 @@
 """Settings of papers and of their released code, by name.
 
-A preset is a method with its settings fixed, as published for one model: ``attach(model, duet_vlm.preset("duet-192"))``. A budget instead
-(``attach(model, "duet", budget=192)``) solves the same arithmetic for any model and takes this library's defaults, which differ from
-the released code (see each method). Names end in the mean token count that the settings are known by.
+A preset is a method with its settings fixed, as published for one model: ``attach(model,
+duet_vlm.preset("duet-192"))``. A budget instead (``attach(model, "duet", budget=192)``) solves the same arithmetic for
+any model and takes this library's defaults, which differ from the released code (see each method). Names end in the
+mean token count that the settings are known by.
 """
 
 from __future__ import annotations
@@ -35,11 +36,13 @@ class Preset:
     model : str
         The checkpoint that the settings are for.
     tokens, depth : int
-        Visual tokens of one image (of one frame, for video) there, and decoder layers. Images of Qwen2.5-VL differ in size: an example.
+        Visual tokens of one image (of one frame, for video) there, and decoder layers. Images of Qwen2.5-VL differ in
+        size: an example.
     mean : float
         Visual tokens per decoder layer that the settings mean there, by their own arithmetic.
     published : bool
-        Whether authors published these settings. False: solved by us for a budget of which only the result was published.
+        Whether authors published these settings. False: solved by us for a budget of which only the result was
+        published.
     source : str
         Where they stand, or what they are solved from.
     """

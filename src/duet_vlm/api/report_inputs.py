@@ -1,4 +1,7 @@
-"""Numbers of a run for its report: rows that entered, rows that tower, projector and layers processed, cost of the selection."""
+"""Inputs of the report.
+
+Tokens that entered, tokens that tower, projector and layers processed, and the cost of the selection.
+"""
 
 from __future__ import annotations
 
@@ -22,40 +25,48 @@ from duet_vlm.runtime.encode.build_view import layer_number
 from duet_vlm.runtime.trace import rows_per_layer, trace_of
 
 
-def sample_counts(run: PromptState, per_token: int) -> list[SampleCounts]:
+def sample_counts(prompt_state: PromptState, per_token: int) -> list[SampleCounts]:
     """The rows of the batch; ``per_token``: patches of the tower that make one token."""
-    rest = iter(run.sources)
-    sources = [[next(rest) for _ in row] for row in run.spans]
-    nominal_rows = zip(*(run.visual(layer) for layer in range(-1, run.depth)), strict=True)
+    rest = iter(prompt_state.sources)
+    sources = [[next(rest) for _ in row] for row in prompt_state.spans]
+    nominal_rows = zip(*(prompt_state.visual(layer) for layer in range(-1, prompt_state.depth)), strict=True)
     return [
         SampleCounts(
             text=length - sum(span.tokens for span in spans),
             spans=tuple(span.tokens for span in spans),
-            tokens_per_crop=tuple(encoded.tokens_per_crop[number] for encoded, number in of),
+            tokens_per_crop=tuple(encoded.tokens_per_crop[number] for encoded, number in sample_sources),
             plans=plans,
-            queries=asked,
+            queries=num_queries,
             measured=measured,
             grids=tuple(span.grid for span in spans),
-            projected=tuple(encoded.projected_rows[number] for encoded, number in of),
-            skipped=any(encoded.skipped_layers for encoded, _ in of),
+            projected=tuple(encoded.projected_rows[number] for encoded, number in sample_sources),
+            skipped=any(encoded.skipped_layers for encoded, _ in sample_sources),
             nominal=nominal,
-            projects_survivors_only=any(encoded.tower_state is not None and encoded.tower_state.pending_merges for encoded, _ in of),
-            planned_left=tuple(_of_span(encoded, number, "planned_stages", per_token) for encoded, number in of),
-            in_tower_counts=tuple(_of_span(encoded, number, "run_stages", per_token) for encoded, number in of),
-            still=tuple(encoded.modality != "video" for encoded, _ in of),
-            repeated=tuple(encoded.repeated_parts[number] if encoded.repeated_parts else () for encoded, number in of),
-            sizes=tuple(encoded.sizes[number] if encoded.sizes else encoded.tokens_per_crop[number] for encoded, number in of),
-            spare=tuple(encoded.spare[number] if encoded.spare else ((0, 0),) * len(encoded.tokens_per_crop[number]) for encoded, number in of),
-            kept=tuple(_mean_kept(span, run.depth) for span in history),
+            projects_survivors_only=any(encoded.tower_state is not None and encoded.tower_state.pending_merges for encoded, _ in sample_sources),
+            planned_left=tuple(_of_span(encoded, number, "planned_stages", per_token) for encoded, number in sample_sources),
+            in_tower_counts=tuple(_of_span(encoded, number, "run_stages", per_token) for encoded, number in sample_sources),
+            still=tuple(encoded.modality != "video" for encoded, _ in sample_sources),
+            repeated=tuple(encoded.repeated_parts[number] if encoded.repeated_parts else () for encoded, number in sample_sources),
+            sizes=tuple(encoded.sizes[number] if encoded.sizes else encoded.tokens_per_crop[number] for encoded, number in sample_sources),
+            spare=tuple(encoded.spare[number] if encoded.spare else ((0, 0),) * len(encoded.tokens_per_crop[number]) for encoded, number in sample_sources),
+            kept=tuple(_mean_kept(span, prompt_state.depth) for span in history),
         )
-        for length, spans, of, plans, asked, measured, nominal, history in zip(
-            run.prompt.valid.sum(1).tolist(), run.spans, sources, run.plans, run.num_queries, rows_per_layer(run), nominal_rows, trace_of(run), strict=True
+        for length, spans, sample_sources, plans, num_queries, measured, nominal, history in zip(
+            prompt_state.prompt.valid.sum(1).tolist(),
+            prompt_state.spans,
+            sources,
+            prompt_state.plans,
+            prompt_state.num_queries,
+            rows_per_layer(prompt_state),
+            nominal_rows,
+            trace_of(prompt_state),
+            strict=True,
         )
     ]
 
 
 def _of_span(encoded: EncodedFeatures, number: int, name: str, per_token: int) -> tuple[TowerStages, ...]:
-    """Stages at which patches of each picture of a span leave the tower."""
+    """Stages of each picture of a span in the tower, in patches."""
     if encoded.tower_state is None:
         return ((),) * len(encoded.tokens_per_crop[number])
     first = sum(map(len, encoded.tokens_per_crop[:number]))
@@ -71,7 +82,7 @@ def _mean_kept(span: SpanTrace, depth: int) -> float:
 
 
 def decoder_terms(adapter: Adapter, reducer: Reducer, samples: Sequence[SampleCounts]) -> dict[str, Any]:
-    """Arguments of ``make_report`` and ``Workload`` about a method inside the decoder: ``deciding``, ``products``, ``cut``, ``scores_after_drop``."""
+    """Arguments of ``make_report`` and ``Workload`` about the decoder stages: ``deciding``, ``products``, ``cut``, ``scores_after_drop``."""
     shape = adapter.decoder_dims()
 
     def of(sample: SampleCounts) -> int:
@@ -91,17 +102,17 @@ def selection_cost(adapter: Adapter, reducer: Reducer, samples: Sequence[SampleC
     head = adapter.vision_attention(layer_number(adapter, reducer.signal_layers[0])).head_dim
     width = shape.hidden if projects_all else vision.projector[0][0]
     linear = [layer for layer in adapter.projector().modules() if isinstance(layer, nn.Linear)]
-    maps = [(layer.in_features, layer.out_features) for layer in linear] or vision.projector  # not those of further mergers
+    projector_shapes = [(layer.in_features, layer.out_features) for layer in linear] or vision.projector  # not those of further mergers
     flops = read = 0
     for still in (True, False):  # images and clips are encoded, and chosen from, by themselves
         flops += tower_choice_flops(reducer, [part for s in samples for part in s.in_tower(still=still)], vision, head)
-        asked = [(s.queries, rows) for s in samples if (rows := _encoded(s, still))]
-        if not asked:
+        by_sample = [(s.queries, rows) for s in samples if (rows := _encoded(s, still))]
+        if not by_sample:
             continue
-        plans, sizes, passes, steps, ranked, spare, projected = zip(*(row for _, rows in asked for row in rows), strict=True)
-        projecting = 2 * sum(projected) * sum(math.prod(sides) for sides in maps)
+        plans, sizes, passes, steps, ranked, spare, projected = zip(*(row for _, rows in by_sample for row in rows), strict=True)
+        projecting = 2 * sum(projected) * sum(math.prod(sides) for sides in projector_shapes)
         flops += selection_flops(reducer, plans, sizes, vision, head, width, steps, ranked, projecting, spare)
-        flops += question_flops(reducer, [words for words, rows in asked if any(plan.merges for plan, *_ in rows)], shape)
+        flops += question_flops(reducer, [words for words, rows in by_sample if any(plan.merges for plan, *_ in rows)], shape)
         read += selection_bytes(reducer, plans, passes, vision, head)
     return flops, read
 

@@ -26,10 +26,11 @@ from duet_vlm.ops.select import spaced_picks
 class StreamingVideo:
     """The visual tokens of one clip that is still going on.
 
-    Each piece goes through the vision encoder when it comes and is then forgotten, so memory depends on the longest piece, on ``budget`` and on
-    nothing else. Of all steps so far those ``budget`` tokens are held that ``evs`` keeps of the whole clip: the first step, then those that
-    changed most since the step before. As the score of a token depends on its own and the last step only, the choice is the same, however the
-    clip is cut into pieces, as long as the encoder sees each step by itself.
+    Each piece goes through the vision encoder when it comes and is then forgotten, so memory depends on the longest
+    piece, on ``budget`` and on nothing else. Of all steps so far those ``budget`` tokens are held that ``evs`` keeps of
+    the whole clip: the first step, then those that changed most since the step before. As the score of a token depends
+    on its own and the last step only, the choice is the same, however the clip is cut into pieces, as long as the
+    encoder sees each step by itself.
 
     Parameters
     ----------
@@ -129,17 +130,18 @@ class StreamingVideo:
         self._last, self.steps = unit[-1].clone(), self.steps + len(unit)
 
     def inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """Arguments of ``generate`` and ``forward`` for a question about all frames so far.
+        """Inputs of ``generate`` and ``forward`` for a question about everything added so far.
 
         Parameters
         ----------
         input_ids : Tensor
-            [1, S] a prompt with the placeholders of one clip, of any length: they stand for what is held.
+            [1, S] a prompt with the placeholders of one clip, of any length: they are replaced by the held tokens.
 
         Returns
         -------
         dict
-            ``inputs_embeds`` [1, S', D], ``attention_mask`` [1, S'] and ``position_ids``: every token where it stands in the whole clip.
+            ``inputs_embeds`` [1, S', D], ``attention_mask`` [1, S'] and ``position_ids``: every token where it stands
+            in the whole clip.
 
         Raises
         ------

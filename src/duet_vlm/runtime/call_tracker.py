@@ -1,4 +1,4 @@
-"""Which rules a call begins with, and when the hooks may go: pauses belong to a context, and a call that runs is waited for."""
+"""Running calls of an attached model: their configuration, pauses, and the removal of the hooks once no call runs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,23 @@ _paused: ContextVar[frozenset[CallTracker]] = ContextVar("duet_vlm_paused", defa
 
 
 class CallTracker:
-    """``rules`` are those of calls to come; ``leave`` takes the hooks off, once, when the gate is closed and nobody runs any more."""
+    """Counts the running calls of one attached model.
 
-    def __init__(self, rules: ActiveConfig, leave: Callable[[], None]) -> None:
-        self.config = rules
+    Attributes
+    ----------
+    config : ActiveConfig
+        Of calls to come.
+    closed : bool
+        The reducer was detached: new calls run the full model.
+    detached : bool
+        The hooks are removed, which happens once, when the tracker is closed and no call runs.
+    """
+
+    def __init__(self, config: ActiveConfig, undo_hooks: Callable[[], None]) -> None:
+        self.config = config
         self.closed = False
-        self._undo_hooks, self.detached = leave, False
+        self._undo_hooks = undo_hooks
+        self.detached = False
         self._running: Counter[int] = Counter()  # calls by thread
         self._changed = threading.Condition()
 
@@ -29,7 +40,7 @@ class CallTracker:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Calls that this thread (this context) begins inside run the full model."""
+        """Run the full model in calls that begin inside the block, in this thread (this context)."""
         token = _paused.set(_paused.get() | {self})
         try:
             yield
@@ -38,7 +49,7 @@ class CallTracker:
 
     @contextlib.contextmanager
     def track_call(self) -> Iterator[ActiveConfig | None]:
-        """One outermost call of this thread: the rules that it runs by to its end, None for the full model."""
+        """Count one outermost call of this thread; yields its configuration to the end, None for the full model."""
         thread = threading.get_ident()
         with self._changed:
             counted = not self.closed
@@ -54,8 +65,10 @@ class CallTracker:
                     self._undo_if_idle()
 
     def close(self) -> None:
-        """No call begins by these rules any more. Waits for those of other threads that run; where this thread itself runs one, the hooks
-        go when that one ends."""
+        """Let no further call be reduced, and wait for the running calls of other threads.
+
+        Where this thread itself runs a call, the hooks are removed when that call ends.
+        """
         with self._changed:
             self.closed = True
             self._undo_if_idle()
@@ -67,5 +80,5 @@ class CallTracker:
             self.detached = True
             try:
                 self._undo_hooks()
-            finally:  # who waits must not wait for ever, whatever went wrong
+            finally:  # waiting threads must be woken also after an error
                 self._changed.notify_all()

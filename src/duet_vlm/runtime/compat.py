@@ -1,9 +1,9 @@
-"""Every fact about a transformers version that the flow leans on, in one place (tests/test_compat.py fails loudly when one changes).
+"""Every fact about a transformers version that the runtime depends on, in one place (tests/test_compat.py fails loudly when one changes).
 
-Oldest supported: 5.21; the rest of the package takes 5.16, as vLLM holds transformers back. From 5.18 on generate() encodes images before
-prefill and hands the output on, and M-RoPE tables reach the layers mixed; from 5.19 on beams repeat the images of a sample as a group
-(before, several images in one sample reached the wrong beams); before 5.21 encoders of Video-LLaVA, Idefics3 and Qwen3.5 ask for or hand out
-other things.
+Oldest supported: 5.21; the rest of the package takes 5.16, as vLLM holds transformers back. From 5.18 on generate()
+encodes images before prefill and hands the output on, and M-RoPE tables reach the layers mixed; from 5.19 on beams
+repeat the images of a sample as a group (before, several images in one sample reached the wrong beams); before 5.21
+encoders of Video-LLaVA, Idefics3 and Qwen3.5 ask for or hand out other things.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def check_version() -> None:
 def decoder_mask(config: Any, hidden: Tensor, mask: Tensor | None, cache: Any, layer: int) -> Any:
     """The causal mask that the decoder would build for one layer: ``mask`` is 2-D [B, keys] or None, sizes come from that layer's cache.
 
-    Position ids are never handed over: without a cache and mask, gaps in them would be read as packed sequences. Where padding is known
-    the mask is made here, as the stock function would read the device to find it out.
+    Position ids are never handed over: without a cache and mask, gaps in them would be read as packed sequences. Where
+    padding is known the mask is made here, as the stock function would read the device to find it out.
     """
     if mask is not None and makes_masks(config):
         keys, rows = mask.shape[1], hidden.shape[1]
@@ -56,7 +56,7 @@ def decoder_mask(config: Any, hidden: Tensor, mask: Tensor | None, cache: Any, l
 
 
 def makes_masks(config: Any) -> bool:
-    """Whether the attention implementation takes 4-D masks."""
+    """True if the attention implementation takes 4-D masks."""
     return config._attn_implementation in ("sdpa", "eager")
 
 
@@ -81,7 +81,10 @@ def is_static(cache: Any) -> bool:
 
 
 def capacity(cache: Any, layer: int) -> int:
-    """Keys that one layer hands to attention whatever it holds: those that its tensors have room for; 0 where they grow."""
+    """Keys that one layer hands to attention whatever it holds: those that its tensors have room for.
+
+    0 where they grow.
+    """
     held = None if cache is None else cache.layers[layer]
     return int(held.max_cache_len) if isinstance(held, StaticLayer) else 0
 
@@ -105,8 +108,9 @@ def fixed_cache(cache: Any, new: int) -> Cache:
 
 def cache_bytes(cache: Any) -> tuple[int, ...] | None:
     """Bytes of keys and values per layer, read from the tensors' shapes (no device access); a linear layer's state has neither, nor has a
-    layer that was not filled (recomputed layers pass the cache over). A quantised layer's are its packed numbers, their scales and what it has
-    not packed yet. None where a layer holds rows, but not where any known layer has them."""
+    layer that was not filled (recomputed layers pass the cache over). A quantised layer's are its packed numbers, their
+    scales and what it has not packed yet. None where a layer holds rows, but not where any known layer has them.
+    """
     stored = tuple(sum(_bytes(getattr(layer, name, None)) for name in STORED) for layer in cache.layers)
     unknown = any(size == 0 and getattr(layer, "get_seq_length", int)() > 0 for layer, size in zip(cache.layers, stored, strict=True))
     return None if unknown else stored
@@ -155,19 +159,19 @@ def use_attention(config: Any, name: str) -> None:
 
 
 def is_assistant_call(options: dict[str, Any]) -> bool:
-    """Whether a call of generate() is that of another model's assistant (assisted decoding)."""
+    """True if a call of generate() runs the assistant of another model (assisted decoding)."""
     return bool(getattr(options.get("generation_config"), "is_assistant", None))
 
 
 def uses_cache(text_model: nn.Module, use_cache: bool | None) -> bool:
-    """Whether the text model will create a cache when none is given (its own rule)."""
+    """True if the text model will create a cache when none is given (its own rule)."""
     if text_model.training and getattr(text_model, "gradient_checkpointing", False):
         return False
     return bool(text_model.config.use_cache if use_cache is None else use_cache)
 
 
 def is_eager(layer: nn.Module) -> bool:
-    """Whether a layer runs as plain Python, so that what its modules do can be changed from call to call."""
+    """True if a layer runs as plain Python, so that its modules can be changed from call to call."""
     return layer._compiled_call_impl is None and not hasattr(layer.forward, "_torchdynamo_orig_callable")
 
 
@@ -189,7 +193,7 @@ _in_a_graph._torchdynamo_disable_msg = "a reducer is attached, and its hooks can
 
 
 def is_dispatched(layer: nn.Module) -> bool:
-    """Whether accelerate's device map moves what the layer is given; else it runs where its input is."""
+    """True if accelerate's device map moves the layer's input; else it runs on the device of its input."""
     return hasattr(layer, "_hf_hook")
 
 
@@ -199,7 +203,10 @@ def finite(x: Tensor) -> Tensor:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that an accelerator has left, what torch holds and does not use included; None where nobody knows, and on the CPU."""
+    """Memory that an accelerator has left, what torch holds and does not use included.
+
+    None on the CPU and where it is unknown.
+    """
     if device.type != "cuda":
         return None
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,4 +1,4 @@
-"""Settings that cannot be right for a model, found before any call."""
+"""Check settings against a model before any call."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from duet_vlm.runtime.encode.build_view import layer_number
 from duet_vlm.runtime.prefill.layers import scoring_layers
 from duet_vlm.runtime.vision_tower.block_hooks import check_boundaries
 
-WITHOUT = {Input.TEXT_SIMILARITY.value: "take relevance='decoder', which compares with the question as the decoder reads it"}
+WITHOUT = {Input.TEXT_SIMILARITY.value: "take relevance='decoder', which compares with the question as the decoder encodes it"}
 ANY_SIZE = 4096  # a span size to try settings on where images differ in size
 
 
-def hooked(reducer: Reducer) -> tuple[Any, ...]:
-    """What the hooks on the vision tower, and a module of the method's own, were chosen by."""
+def hook_settings(reducer: Reducer) -> tuple[Any, ...]:
+    """The settings that decide the hooks on the vision tower and the method's own module."""
     compressor = compressor_of(reducer)
     module = None if compressor is None else (compressor.weights, compressor.seed, tuple(compressor.shape.items()))
     return reducer.signal_layers, reducer.requires & (ENCODER_INPUTS - FEATURE_INPUTS), reducer.cls_token, module
@@ -32,24 +32,26 @@ def hooked(reducer: Reducer) -> tuple[Any, ...]:
 def check(
     adapter: Adapter, reducer: Reducer, plan: Callable[[int], SpanPlan], processor: Any, budget: Budget | None, text_tower: Any = None
 ) -> None:
-    """Everything that can be known to be wrong before a call."""
+    """Raise for every setting that is known to be wrong before a call."""
     if reducer.positions == "compact" and adapter.mrope:
         raise TypeError(f"positions='compact' cannot work on {adapter.family}: its positions are grids (M-RoPE); use positions='keep'")
     if isinstance(reducer, EncoderReducer):
         if reducer.tower_reducer is not None:
-            check_boundaries(adapter, reducer)  # raises where nothing can leave
+            check_boundaries(adapter, reducer)
             for layer in (layer_number(adapter, layer) for layer in reducer.signal_layers):
                 if layer is not None and not adapter.attends_globally(layer):
                     raise ValueError(f"signal_layer={layer} attends within windows, of which a reduced tower leaves pieces: name another")
             if Input.STATES in reducer.requires:
-                raise TypeError(f"{reducer.name} reads rows inside the vision tower, of which a reduced tower has some only: leave the tower whole")
+                raise TypeError(
+                    f"{reducer.name} uses the output of blocks of the vision tower, which a reduced tower has for some patches only: do not reduce the tower"
+                )
         if reducer.cls_token:
             adapter.cls_module()
             if adapter.feeds_cls:
                 raise ValueError("cls_token=True adds the CLS row, but this model feeds it already (vision_feature_select_strategy='full')")
         _check_layers(adapter, reducer)
-        for need in sorted({need.value for need in reducer.requires & ENCODER_INPUTS} & adapter.unsupported.keys()):
-            raise TypeError(f"{reducer.name} needs {need!r}, which {adapter.family} cannot give: {adapter.unsupported[need]}. {WITHOUT[need]}")
+        for missing in sorted({needed.value for needed in reducer.requires & ENCODER_INPUTS} & adapter.unsupported.keys()):
+            raise TypeError(f"{reducer.name} needs {missing!r}, which {adapter.family} cannot give: {adapter.unsupported[missing]}. {WITHOUT[missing]}")
         if Input.TEXT_SIMILARITY in reducer.requires:
             _check_text_tower(adapter, reducer, text_tower, processor)
     if processor is not None and not hasattr(processor, "tokenizer"):
@@ -62,21 +64,21 @@ def check(
     if adapter.fixed_tokens is not None:
         _check_counts(adapter.fixed_tokens, reducer)
     if adapter.fixed_tokens is not None or budget is None:  # layers out of range are wrong for every image; budgets wait for its size
-        made = plan(adapter.fixed_tokens or ANY_SIZE)
-        counts = made.counts
-        if made.floored:
-            reducer.plan(made.tokens, len(counts), budget)  # raises: no image of this tower could do better
+        example_plan = plan(adapter.fixed_tokens or ANY_SIZE)
+        counts = example_plan.counts
+        if example_plan.floored:
+            reducer.plan(example_plan.tokens, len(counts), budget)  # raises: no image of this tower could do better
         scoring_layers(adapter, reducer, [layer for layer in range(1, len(counts)) if 0 < counts[layer] < counts[layer - 1]])
 
 
 def facts(adapter: Adapter) -> dict[str, Any]:
-    """What a calibration must share with the model that it is used on."""
+    """Facts that a calibration must share with the model that it is used on."""
     shape = adapter.decoder_dims()
     return {"family": adapter.family, "layers": shape.layers, "hidden": shape.hidden, "heads": shape.heads, "tokens": adapter.fixed_tokens}
 
 
 def _check_layers(adapter: Adapter, reducer: EncoderReducer) -> None:
-    """Every vision layer that is named is there."""
+    """Refuse signal layers that the vision tower does not have."""
     depth = adapter.vision_dims().layers
     for layer in reducer.signal_layers:
         if layer is not None and not (0 <= layer <= 1 if isinstance(layer, float) else -depth <= layer < depth):
@@ -87,11 +89,11 @@ def _check_layers(adapter: Adapter, reducer: EncoderReducer) -> None:
 
 
 def _check_text_tower(adapter: Adapter, reducer: EncoderReducer, text_tower: Any, processor: Any) -> None:
-    """A text tower that shares a space with the vision tower, and the words for it."""
+    """Refuse a text tower that does not share a space with the vision tower, or a missing tokenizer."""
     if not isinstance(text_tower, ClipTextEncoder):
-        given = "" if text_tower is None else f", got {type(text_tower).__name__}"
+        got = "" if text_tower is None else f", got {type(text_tower).__name__}"
         raise ValueError(
-            f"{reducer.name} compares tokens with the question in the space of a text tower{given}: pass "
+            f"{reducer.name} compares tokens with the question in the space of a text tower{got}: pass "
             f"text_tower=duet_vlm.inputs.clip_text.ClipTextEncoder(clip, tokenizer) to attach(), or {WITHOUT[Input.TEXT_SIMILARITY.value]}"
         )
     if not hasattr(processor, "tokenizer"):
@@ -104,7 +106,7 @@ def _check_text_tower(adapter: Adapter, reducer: EncoderReducer, text_tower: Any
 
 
 def _check_counts(tokens: int, reducer: Reducer) -> None:
-    """Asking for more tokens than a fixed tower makes is a mistake in the settings."""
+    """Refuse counts above the number of tokens of a tower with a fixed size."""
     for name in ("dominant", "contextual", "entry", "keep"):
         value = getattr(reducer, name, None)
         if isinstance(value, int) and not isinstance(value, bool) and value > tokens + reducer.cls_token:

@@ -1,4 +1,7 @@
-"""What one call knows, on stacks per thread: nothing lives on modules, so calls nest and threads do not meet."""
+"""State of the running calls, on stacks per thread.
+
+Nothing of it lives on modules, so calls may nest, and calls of several threads do not meet.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +10,75 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from duet_vlm.models.adapter import Encoding
+from duet_vlm.models.adapter import Encoding, RecordedQK
 from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.runtime.active_config import ActiveConfig
+from duet_vlm.runtime.decode.cache import PromptState
+from duet_vlm.runtime.prefill.projection_reuse import ProjectionCache
 
-ENCODED = "_duet_vlm_encoded"  # attribute of the encoder output that carries its decisions to the decoder
+ENCODED = "_duet_vlm_encoded"  # attribute of the encoder output that carries its EncodedFeatures to the decoder
 
 
 @dataclass
 class EncodedFeatures:
-    """The decisions of one encoder call; rides on the encoder's output object, which generate() hands to every later step.
+    """The result of one reduced encoder call, with the decisions that were made in it.
 
-    ``rows`` are the feature tensors as handed out, one per span: beam expansion repeats these very objects, so a span is found by
-    identity. ``selection`` is None where V2V left the spans whole; ``slots`` [spans, K] says where its rows were put within their span.
+    It is stored on the encoder's output object, which generate() hands to every later step. "Part" means a crop of an
+    image or a frame of a video.
 
-    ``aside``: the encoder was called by the user, who got all rows; these are the reduced ones, for when its output comes back with a
-    prompt, and ``levels`` those of the rows that are added behind the first decoder layers. ``ends`` [spans, C] are the last rows of the
-    spans (before the projector if ``unprojected``), for prompts that are predicted from such a row.
+    Attributes
+    ----------
+    modality : str
+        "image" or "video".
+    rows : list of Tensor
+        The features [n, D] as handed out, one tensor per span. Beam expansion repeats these very objects, so a span is
+        found by identity.
+    grids : tuple
+        Per span its (rows, columns), or None.
+    plans : tuple of SpanPlan
+        Per span.
+    config : ActiveConfig
+        Method and budget of the call.
+    selection : Selection or None
+        Kept tokens of all spans; None where every span keeps all of its tokens.
+    slots : Tensor or None
+        [spans, K] positions within the span that the selected tokens were written to.
+    cls_token : bool
+        The selection counts a CLS row before the tokens.
+    reduced_rows : list of Tensor or None
+        Reduced features, where ``rows`` are those of the stock model: the user called the encoder. They are used when
+        the output comes back with a prompt.
+    deepstack_rows : list of tuple of Tensor or None
+        Reduced features of the levels that are added after the first decoder layers.
+    last_rows : Tensor or None
+        [spans, C] the last token of each span, for prompts that predict from it.
+    last_rows_unprojected : bool
+        ``last_rows`` come from before the projector.
+    finite : Tensor or None
+        0-dim bool, every feature is finite.
+    invalid_code : Tensor or None
+        0-dim code of what is wrong with the selection (runtime/validation.py).
+    tokens_per_crop : tuple of tuple of int
+        Per span and part, visual tokens as the tower sees them.
+    projected_rows : tuple of int
+        Per span, rows that the projector works on where all tokens are kept.
+    sizes : tuple of tuple of int
+        Per span and part, visual tokens as the encoder stage sees them.
+    spare : tuple
+        Per span and part, (patches that become no token, padding patches that are embedded).
+    skipped_layers : bool
+        Tower layers with unused output were not run.
+    repeated_parts : tuple of tuple of bool
+        Per span, parts that were not encoded, as they repeat the part before.
+    tower_survivors : Tensor or None
+        [spans, N] bool, tokens that went through a reduced tower.
+    tower_state : TowerState or None
+        State of the reduced tower (runtime/vision_tower/state.py).
+    decisions : dict
+        Kept tokens of the first pass without a cache, which later passes replay.
     """
 
     modality: str
@@ -42,32 +94,51 @@ class EncodedFeatures:
     last_rows: Tensor | None = None
     last_rows_unprojected: bool = False
     finite: Tensor | None = None
-    invalid_code: Tensor | None = None  # the code of what the method returned (runtime/validation.py)
-    tokens_per_crop: tuple[tuple[int, ...], ...] = ()  # per span, visual tokens of each part that the tower looked at by itself
-    projected_rows: tuple[int, ...] = ()  # per span, rows that the projector works on where V2V leaves them all to it
-    sizes: tuple[tuple[int, ...], ...] = ()  # per span, visual tokens of each part as V2V sees them
-    spare: tuple[tuple[tuple[int, int], ...], ...] = ()  # per span and part, patches that become no token, and padding that is embedded
-    skipped_layers: bool = False  # tower layers that nobody reads were not run
-    repeated_parts: tuple[tuple[bool, ...], ...] = ()  # per span, parts that were not encoded since they repeat the one before
-    tower_survivors: Tensor | None = None  # [spans, N], the tokens that went through a reduced tower
-    tower_state: Any = None  # what went through the tower, where it was reduced (flow/tower)
-    decisions: dict[Any, Any] = field(default_factory=dict)  # survivors of the first cache-free pass, replayed by later ones
+    invalid_code: Tensor | None = None
+    tokens_per_crop: tuple[tuple[int, ...], ...] = ()
+    projected_rows: tuple[int, ...] = ()
+    sizes: tuple[tuple[int, ...], ...] = ()
+    spare: tuple[tuple[tuple[int, int], ...], ...] = ()
+    skipped_layers: bool = False
+    repeated_parts: tuple[tuple[bool, ...], ...] = ()
+    tower_survivors: Tensor | None = None
+    tower_state: Any = None  # one of several classes, by the kind of tower
+    decisions: dict[Any, Any] = field(default_factory=dict)
 
-    def number_of(self, rows: Tensor, position: int, total: int) -> int:
-        """Which span of the encoder call a feature tensor is; failing identity (moved, or rows of one tensor), the one at ``position`` of
-        ``total``."""
-        for number, known in enumerate(self.rows):
-            if known is rows:
+    def span_number(self, rows: Tensor, position: int, total: int) -> int:
+        """The number of the span that a feature tensor belongs to.
+
+        Tensors are compared by identity. Where none is the same object (moved to another device or dtype), it is the
+        span at ``position`` of ``total``.
+        """
+        for number, span_rows in enumerate(self.rows):
+            if span_rows is rows:
                 return number
-        if total == len(self.rows) and self.rows[position].shape == rows.shape:  # moved to another device or dtype
+        if total == len(self.rows) and self.rows[position].shape == rows.shape:
             return position
-        raise ValueError("the image features were rebuilt between encoder and decoder, their reduction is unknown: pass them on unchanged")
+        raise ValueError(
+            "the image features were rebuilt between encoder and decoder, their reduction is unknown: pass them on "
+            "unchanged"
+        )
 
 
 @dataclass(frozen=True)
 class SpanSelection:
-    """How many rows of each span go on, and which: ``selection`` is None where V2V leaves all spans whole. ``alive`` [spans, N]: those it
-    could choose from, where a tower was reduced. ``sizes``: per span, tokens of each part."""
+    """The tokens that are kept of the spans of one encoder call.
+
+    Attributes
+    ----------
+    plans : tuple of SpanPlan
+        Per span, how many tokens are kept.
+    selection : Selection or None
+        The kept tokens; None where every span keeps all of its tokens.
+    invalid_code : Tensor or None
+        0-dim code of what is wrong with the selection (runtime/validation.py).
+    tower_survivors : Tensor or None
+        [spans, N] bool, tokens that could be chosen, where the tower was reduced.
+    sizes : tuple of tuple of int
+        Per span, tokens of each crop or frame.
+    """
 
     plans: tuple[SpanPlan, ...]
     selection: Selection | None = None
@@ -78,7 +149,7 @@ class SpanSelection:
 
 @dataclass(frozen=True)
 class PromptText:
-    """What generate(), or a forward of the multimodal model, was called with: text for those who choose by it."""
+    """The text arguments of generate(), or of a forward, for methods that select by the question."""
 
     input_ids: Tensor | None = None
     input_embeds: Tensor | None = None
@@ -88,21 +159,62 @@ class PromptText:
 
 @dataclass
 class EncodeContext:
-    """Scratch of one running encoder call: what the recorder saw and what was decided in front of the projector.
+    """State of one running encoder call: what was recorded so far and what was decided before the projector.
 
-    ``aside``: the user called the encoder, and gets what the stock model gives, ``twice``: by a run of its own; ``each``: parts are reduced one by
-    one; ``skips``: tower layers that nobody reads are not run; ``signals``: by number of the layer that a method names, what it takes of it
-    per span, made of what was ``recorded`` (by attention module), until the choice is made of them; ``projecting``: what the projector was
-    called with, for methods that ask it themselves; ``heard``: numbers of the layers whose attention ran; ``prompt``: None where the encoder
-    was called by itself; ``begun``: how many forwards and generations
-    ran when it began; ``merged``: the rows that go through the projector a second time, beside all of them. ``gathers``: it is a piece of a
-    call, which makes rows and signals and chooses nothing; ``unprojected``: its rows in front of the projector, where V2V works on those.
-    ``learns``: a gradient goes through what a module reads, ``states``: rows of vision layers that carry it, as the
-    blocks have them, by the numbers of ``signals``.
-    ``patches``: patch embeddings [P, D, h, w] until units are chosen, ``pixels`` what they were made of, ``embedded``: those that were made to
-    choose by, of what comes to the first block, until a packed tower asks for them, ``tower``: the units that go through the tower
-    (flow/tower), ``watched``: attention of the block that runs, where units leave behind it, ``cutting``: what is happening to its
-    rows (runtime/vision_tower/block_hooks.py).
+    Attributes
+    ----------
+    encoding : Encoding
+        Modality, arguments and sizes of the call.
+    config : ActiveConfig
+        Method and budget of the call.
+    standalone : bool
+        The user called the encoder, and gets the features of the stock model.
+    per_crop : bool
+        Crops or frames are reduced one by one.
+    skips_unused_layers : bool
+        Tower layers with unused output are not run.
+    prompt : PromptText or None
+        The text around the call; None where the encoder was called without a prompt.
+    run_stock_too : bool
+        The stock encoder runs a second time for the user, as the tower itself is reduced.
+    call_depth : tuple of int
+        Numbers of forwards and of generate() calls that were running when the encoder call began.
+    recorded_qk : dict
+        Attention module -> queries and keys that its layer recorded.
+    captured_layers : set of int
+        Numbers of the signal layers whose attention has run.
+    signals : dict
+        Number of a signal layer -> signal name -> one tensor per span, until the selection is made.
+    projector_args : tuple or None
+        Arguments of the projector, for methods that call it themselves.
+    selection : SpanSelection or None
+        The selection, once it is made.
+    cls_row : Tensor or None
+        The CLS row, where the method counts it.
+    pending_features : EncodedFeatures or None
+        Reduced features on their way through the projector.
+    merged_rows : Tensor or None
+        Reduced rows that go through the projector a second time, besides all rows.
+    is_chunk : bool
+        The call encodes one chunk of a video: it records features and signals and selects nothing.
+    needs_grad : bool
+        A gradient flows into what a trainable module reads.
+    block_outputs : dict
+        Number of a signal layer -> output of its block, where that carries a gradient.
+    unprojected_rows : Tensor or None
+        Rows of a chunk before the projector, where the encoder stage works on those.
+    patches : Tensor or None
+        Patch embeddings [P, D, h, w], until the patches of the tower are selected.
+    pixels : Tensor or None
+        Pixels of ``patches``.
+    embedded : Tensor or None
+        Patch embeddings of the selected patches, until a packed tower embeds them.
+    tower_state : TowerState or None
+        State of the reduced tower (runtime/vision_tower/state.py).
+    captured_attention : list of RecordedQK
+        Queries and keys of the running block, where patches are dropped after it.
+    active_cut : BlockCut or None
+        The drop inside the running block.
     """
 
     encoding: Encoding
@@ -112,8 +224,8 @@ class EncodeContext:
     skips_unused_layers: bool = False
     prompt: PromptText | None = None
     run_stock_too: bool = False
-    begun: tuple[int, int] = (0, 0)
-    recorded_qk: dict[Any, list[Any]] = field(default_factory=dict)
+    call_depth: tuple[int, int] = (0, 0)
+    recorded_qk: dict[nn.Module, list[RecordedQK]] = field(default_factory=dict)
     captured_layers: set[int] = field(default_factory=set)
     signals: dict[int, dict[str, list[Tensor]]] = field(default_factory=dict)
     projector_args: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -122,20 +234,20 @@ class EncodeContext:
     pending_features: EncodedFeatures | None = None
     merged_rows: Tensor | None = None
     is_chunk: bool = False
-    learns: bool = False
-    states: dict[int, Tensor] = field(default_factory=dict)
+    needs_grad: bool = False
+    block_outputs: dict[int, Tensor] = field(default_factory=dict)
     unprojected_rows: Tensor | None = None
     patches: Tensor | None = None
     pixels: Tensor | None = None
     embedded: Tensor | None = None
-    tower_state: Any = None
-    captured_attention: list[Any] = field(default_factory=list)
+    tower_state: Any = None  # one of several classes, by the kind of tower
+    captured_attention: list[RecordedQK] = field(default_factory=list)
     active_cut: Any = None
 
 
 @dataclass
 class ReceivedFeatures:
-    """What one encoder call brought: feature tensors as they reached the decoder, one per span, and their decisions."""
+    """Visual features as they reached the decoder: one tensor per span, and the encoder call that made them."""
 
     features: Sequence[Tensor]
     decisions: EncodedFeatures | None
@@ -143,48 +255,104 @@ class ReceivedFeatures:
 
 @dataclass(frozen=True)
 class OriginalArgs:
-    """What a module was called with, before anybody who wraps its forward changed it: a device map rebuilds encoder outputs, a trainer's
-    fused head takes the labels away."""
+    """Arguments of the model's forward as the caller gave them.
+
+    Other wrappers of the forward may change them on the way: a device map rebuilds encoder outputs, a trainer's fused
+    head takes the labels away.
+    """
 
     labels: Tensor | None = None
     salient_mask: Tensor | None = None
-    logits_to_keep: Any = None  # logits_to_keep
+    logits_to_keep: Any = None
     encoder_outputs: dict[str, Any] | None = None
 
 
 @dataclass
 class ForwardContext:
-    """One running forward of the model; ``placeholders`` and ``arrived`` are by stream (image, video)."""
+    """State of one running forward of the model.
 
-    owner: Any
+    Attributes
+    ----------
+    owner : nn.Module or None
+        The module whose forward began it.
+    config : ActiveConfig or None
+        Method and budget; None for the full model.
+    in_base_model : bool
+        The multimodal model inside the owner is running.
+    logits_by_prompt_position : bool
+        The caller selects logits by prompt position, so the output has one row for each position of the prompt.
+    labels, salient_mask : Tensor or None
+        Of the call.
+    num_draft_tokens : int
+        Tokens at the end that assisted decoding guessed; they are no part of the question.
+    input_ids, input_embeds : Tensor or None
+        Of the call.
+    attention_mask : Tensor, dict or None
+        The caller's mask, before the family prepares others from it.
+    layer : int
+        The decoder layer that is running.
+    brings_images : bool
+        The call has pixels or encoder outputs.
+    placeholders : dict
+        Modality -> [B, S] bool, placeholder positions.
+    received : dict
+        Modality -> its visual features.
+    prompt_state : PromptState or None
+        The prompt that is being processed.
+    rotary_calls : list
+        Calls of the decoder's rotary embedding: (module, arguments, keywords, output).
+    projection_cache : ProjectionCache or None
+        Projections that scoring computed in the running prefill.
+    """
+
+    owner: nn.Module | None
     config: ActiveConfig | None
-    in_base_model: bool = False  # the multimodal model inside the owner runs
-    logits_by_prompt_position: bool = False  # the caller counts rows by prompt slots: the output gets one row for each
+    in_base_model: bool = False
+    logits_by_prompt_position: bool = False
     labels: Tensor | None = None
     salient_mask: Tensor | None = None
-    num_draft_tokens: int = 0  # rows at the end that assisted decoding guessed: they are no part of the question
+    num_draft_tokens: int = 0
     input_ids: Tensor | None = None
     input_embeds: Tensor | None = None
-    attention_mask: Any = None  # the caller's attention mask, before the family prepares others from it
-    layer: int = 0  # the decoder layer that runs
+    attention_mask: Any = None
+    layer: int = 0
     brings_images: bool = False
     placeholders: dict[str, Tensor] = field(default_factory=dict)
     received: dict[str, ReceivedFeatures] = field(default_factory=dict)
-    prompt_state: Any = None
-    tables: Any = None  # how the decoder's rotary tables were made: module, arguments, what came out
-    projection_cache: Any = None  # by ranking, in the prefill that runs
+    prompt_state: PromptState | None = None
+    rotary_calls: list[Any] | None = None
+    projection_cache: ProjectionCache | None = None
 
 
 class ThreadState(threading.local):
-    """Per thread: the rules of what has begun (generate, forward, encoder calls, innermost last), the running forward and encoder calls,
-    and the last run (None: nothing to report)."""
+    """The running calls of one thread, innermost last.
+
+    Attributes
+    ----------
+    active_configs : list of ActiveConfig or None
+        Of every call that has begun (generate, forward, encoder); None for the full model.
+    forward_contexts : list of ForwardContext
+        Running forwards.
+    encode_contexts : list of EncodeContext
+        Running encoder calls.
+    generate_preparations : int
+        Steps of generate() that are encoding the images of their prompt.
+    generate_prompts : list of PromptText
+        Of the running calls of generate().
+    original_args : OriginalArgs or None
+        Of the model that was called last, until its forward has ended.
+    has_prompt_state : bool
+        This thread has made a call.
+    last_prompt_state : PromptState or None
+        Of its last call; None where there is nothing to report.
+    """
 
     def __init__(self) -> None:
         self.active_configs: list[ActiveConfig | None] = []
         self.forward_contexts: list[ForwardContext] = []
         self.encode_contexts: list[EncodeContext] = []
-        self.generate_preparations = 0  # generate() encodes what its prompt shows
-        self.generate_prompts: list[PromptText] = []  # of the calls of generate() that run
-        self.original_args: OriginalArgs | None = None  # of the model that was called last, until its own forward has ended
+        self.generate_preparations = 0
+        self.generate_prompts: list[PromptText] = []
+        self.original_args: OriginalArgs | None = None
         self.has_prompt_state = False
-        self.last_prompt_state: Any = None
+        self.last_prompt_state: PromptState | None = None

@@ -1,4 +1,4 @@
-"""What each hook on an attached model does when a call passes it."""
+"""The hooks of an attached model: calls of generate(), of the model, of its decoder and of each layer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from duet_vlm.runtime import compat
 from duet_vlm.runtime.active_config import ActiveConfig
 from duet_vlm.runtime.call_tracker import CallTracker
 from duet_vlm.runtime.context import ForwardContext, OriginalArgs, PromptText, ThreadState
-from duet_vlm.runtime.decode.cache import PromptState, note_evicted, trim_cache
+from duet_vlm.runtime.decode.cache import PromptState, record_evicted, trim_cache
 from duet_vlm.runtime.encode.multimodal_inputs import OUTPUTS, collect_features, collect_inputs, restore_decisions, swap_in_reduced, without_marks
 from duet_vlm.runtime.prefill.align_output import align
 from duet_vlm.runtime.prefill.entry import begin_decoder
@@ -28,74 +28,97 @@ from duet_vlm.runtime.training.compressor_module import check_learns, touch_all_
 from duet_vlm.runtime.training.distributed import add_dummy_image, needs_rank_sync
 from duet_vlm.utils.hooks import Hooks
 
-PASS = "duet_vlm_pass"  # keyword that carries the running pass from the decoder stack to its layers, recomputation included
+PASS = "duet_vlm_pass"  # keyword with the running pass, from the decoder to its layers, also when they are recomputed
 
 
 class ModelHooks:
-    """The calls of one attached model. ``align``: outputs have one row per prompt slot."""
+    """The hooks of one attached model.
 
-    def __init__(self, adapter: Adapter, gate: CallTracker, hooks: Hooks, align: bool) -> None:
-        self.adapter, self.tracker, self.hooks, self.align = adapter, gate, hooks, align
+    Attributes
+    ----------
+    tracker : CallTracker
+        Running calls and the configuration of new ones.
+    hooks : Hooks
+        Everything that is to be undone.
+    align : bool
+        Outputs have one row per prompt position.
+    state : ThreadState
+        Running calls of each thread.
+    latest_prompt_state : PromptState or None
+        Of the last call of any thread.
+    handle : Handle
+        The user's handle, kept alive by its hooks.
+    module : nn.Module or None
+        The trainable module of the method.
+    """
+
+    def __init__(self, adapter: Adapter, tracker: CallTracker, hooks: Hooks, align: bool) -> None:
+        self.adapter = adapter
+        self.tracker = tracker
+        self.hooks = hooks
+        self.align = align
         self.state = ThreadState()
-        self.latest_prompt_state: PromptState | None = None  # of any thread
-        self.handle: Any = None  # the handle, which so lives as long as its hooks
-        self._encode = getattr(adapter.base, adapter.modalities[0].encode)  # as the stock model has it
+        self.latest_prompt_state: PromptState | None = None
+        self.handle: Any = None
+        self._encode = getattr(adapter.base, adapter.modalities[0].encode)  # the stock method
         self._wrapped_layers: set[nn.Module] = set()
-        self.module: nn.Module | None = None  # of a method that has one
+        self.module: nn.Module | None = None
 
     @property
     def prompt_state(self) -> PromptState | None:
-        """What this thread's last call left; of a thread that made none (it had another one generate), what the last call of all left."""
+        """The prompt of this thread's last call; in a thread without calls (another one generates for it), that of the last call of all."""
         return self.state.last_prompt_state if self.state.has_prompt_state else self.latest_prompt_state
 
     # ---- calls: generate, its encoding, forwards
 
     @contextlib.contextmanager
     def begin(self, full: bool = False) -> Iterator[ActiveConfig | None]:
-        """Whatever begins runs by the rules of the call around it, unless that thread paused in between; an outermost one by those of now.
-        ``full``: by none."""
-        begun = self.state.active_configs
-        with contextlib.nullcontext(begun[-1]) if begun else self.tracker.track_call() as rules:
-            begun.append(None if full or self.tracker.paused_here else rules)
+        """Begin a call with the configuration of the call around it, an outermost one with the current configuration.
+
+        It is None, which means the full model, where the thread paused in between, and with ``full``.
+        """
+        configs = self.state.active_configs
+        with contextlib.nullcontext(configs[-1]) if configs else self.tracker.track_call() as config:
+            configs.append(None if full or self.tracker.paused_here else config)
             try:
-                yield begun[-1]
+                yield configs[-1]
             finally:
-                begun.pop()
+                configs.pop()
 
-    def generate(self, plain: Callable[..., Any]) -> Callable[..., Any]:
-        """generate() from its first step to its last under the same rules."""
+    def generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """generate() with one configuration from its first step to its last."""
 
-        @functools.wraps(plain)
+        @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
-            with self.begin(full=compat.is_assistant_call(kwargs)) as rules:  # an assistant is given no pictures, only their placeholders
-                swap_in_reduced(rules, kwargs, whole=True)
-                self.state.generate_prompts.append(_prompt(args, kwargs))
+            with self.begin(full=compat.is_assistant_call(kwargs)) as config:  # an assistant gets no images, only their placeholders
+                swap_in_reduced(config, kwargs, copy_all=True)
+                self.state.generate_prompts.append(_prompt_text(args, kwargs))
                 try:
-                    return plain(*args, **kwargs)
+                    return original(*args, **kwargs)
                 finally:
                     self.state.generate_prompts.pop()
 
         return generate
 
-    def prepare(self, plain: Callable[..., Any]) -> Callable[..., Any]:
-        """The step of generate() that encodes what the prompt shows."""
+    def prepare(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """The step of generate() that encodes the images and videos of the prompt."""
 
-        @functools.wraps(plain)
+        @functools.wraps(original)
         def prepare(*args: Any, **kwargs: Any) -> Any:
             self.state.generate_preparations += 1
             try:
-                return plain(*args, **kwargs)
+                return original(*args, **kwargs)
             finally:
                 self.state.generate_preparations -= 1
 
         return prepare
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Pre-hook of the model and of the multimodal model inside it, in front of whatever wraps their forward."""
+        """Pre-hook of the model and of the multimodal model inside it, before other wrappers of their forward."""
         compat.refuse_graph(module)
-        salient = kwargs.pop(SALIENT, None)
+        mask = kwargs.pop(SALIENT, None)
         if module is self.adapter.model or self.state.original_args is None:
-            self.state.original_args = OriginalArgs(kwargs.get("labels"), salient, kwargs.get("logits_to_keep"), kwargs.get(OUTPUTS))
+            self.state.original_args = OriginalArgs(kwargs.get("labels"), mask, kwargs.get("logits_to_keep"), kwargs.get(OUTPUTS))
         return args, kwargs
 
     def after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -103,58 +126,67 @@ class ModelHooks:
         if module is self.adapter.model or not self.state.forward_contexts:
             self.state.original_args = None
 
-    def forward(self, module: nn.Module, plain: Callable[..., Any]) -> Callable[..., Any]:
-        """The forward of the model, or of the multimodal model inside it: collects what the decoder stack cannot see."""
-        named = inspect.signature(plain)
+    def forward(self, module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+        """The forward of the model, or of the multimodal model inside it.
 
-        @functools.wraps(plain)
+        Collects inputs that the decoder stack does not get.
+        """
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            with self.begin() as rules, self._call(module, rules) as call:
+            with self.begin() as config, self._forward_context(module, config) as context:
                 restore_decisions(self.state.original_args, kwargs)
-                swap_in_reduced(rules, kwargs)
-                arguments = named.bind_partial(*args, **kwargs).arguments if args else kwargs
-                if call.owner is module:
-                    self._record_call_args(call, arguments)
+                swap_in_reduced(config, kwargs)
+                arguments = signature.bind_partial(*args, **kwargs).arguments if args else kwargs
+                if context.owner is module:
+                    self._record_call_args(context, arguments)
                 if module is self.adapter.base:
-                    collect_inputs(self.adapter, call, arguments)
-                output = plain(*args, **kwargs)
-                return self._finish_output(call, output) if module is self.adapter.base else output
+                    collect_inputs(self.adapter, context, arguments)
+                output = original(*args, **kwargs)
+                return self._finish_output(context, output) if module is self.adapter.base else output
 
         return forward
 
     @contextlib.contextmanager
-    def _call(self, module: nn.Module, rules: ActiveConfig | None) -> Iterator[ForwardContext]:
+    def _forward_context(self, module: nn.Module, config: ActiveConfig | None) -> Iterator[ForwardContext]:
         """The call that a forward belongs to: its own, or that of the model around the multimodal model."""
-        calls = self.state.forward_contexts
-        if calls and module is self.adapter.base and calls[-1].owner is self.adapter.model and not calls[-1].in_base_model:
-            calls[-1].in_base_model = True
+        contexts = self.state.forward_contexts
+        if contexts and module is self.adapter.base and contexts[-1].owner is self.adapter.model and not contexts[-1].in_base_model:
+            contexts[-1].in_base_model = True
             try:
-                yield calls[-1]
+                yield contexts[-1]
             finally:
-                calls[-1].in_base_model = False
+                contexts[-1].in_base_model = False
             return
-        calls.append(ForwardContext(module, rules))
+        contexts.append(ForwardContext(module, config))
         try:
-            yield calls[-1]
+            yield contexts[-1]
         finally:
-            calls.pop()
+            contexts.pop()
             self.state.original_args = None
 
-    def _record_call_args(self, call: ForwardContext, arguments: dict[str, Any]) -> None:
-        """What an outermost forward was called with: as noted where it was called, or, given by position or without a call, as it came here."""
-        note = self.state.original_args or OriginalArgs()
-        call.labels, call.salient_mask = arguments.get("labels") if note.labels is None else note.labels, note.salient_mask
-        kept = arguments.get("logits_to_keep") if note.logits_to_keep is None else note.logits_to_keep
-        call.num_draft_tokens = max(0, kept - 1) if isinstance(kept, int) and call.labels is None else 0  # assisted decoding wants their logits too
-        call.logits_by_prompt_position = isinstance(kept, Tensor) and call.labels is None
-        collect_features(call, arguments.get(OUTPUTS))
+    def _record_call_args(self, context: ForwardContext, arguments: dict[str, Any]) -> None:
+        """Store the arguments of an outermost forward.
 
-    def _finish_output(self, call: ForwardContext, output: Any) -> Any:
-        """The output of the multimodal model as its caller counts rows."""
-        run = call.prompt_state
-        if run is not None and run.reduces and (self.align or call.logits_by_prompt_position):
-            output = align(output, run)
-        return without_marks(output) if call.received else output
+        Those of the pre-hook, or, if passed by position or without it, those seen here.
+        """
+        original = self.state.original_args or OriginalArgs()
+        context.labels = arguments.get("labels") if original.labels is None else original.labels
+        context.salient_mask = original.salient_mask
+        logits_to_keep = arguments.get("logits_to_keep") if original.logits_to_keep is None else original.logits_to_keep
+        context.num_draft_tokens = 0
+        if isinstance(logits_to_keep, int) and context.labels is None:
+            context.num_draft_tokens = max(0, logits_to_keep - 1)  # assisted decoding needs their logits, too
+        context.logits_by_prompt_position = isinstance(logits_to_keep, Tensor) and context.labels is None
+        collect_features(context, arguments.get(OUTPUTS))
+
+    def _finish_output(self, context: ForwardContext, output: Any) -> Any:
+        """The output of the multimodal model, aligned with the prompt where the caller expects it."""
+        prompt_state = context.prompt_state
+        if prompt_state is not None and prompt_state.reduces and (self.align or context.logits_by_prompt_position):
+            output = align(output, prompt_state)
+        return without_marks(output) if context.received else output
 
     # ---- the decoder stack and its layers
 
@@ -163,73 +195,81 @@ class ModelHooks:
         compat.refuse_graph(module)
         if not self.state.forward_contexts or kwargs.get("inputs_embeds") is None:
             return None
-        call = self.state.forward_contexts[-1]
-        # where images would have been encoded: not in the embedding's own hook, which sharding counts as part of the embedding
-        if call.placeholders and not call.brings_images and needs_rank_sync(self.adapter.model):
+        context = self.state.forward_contexts[-1]
+        # here, where images would have been encoded, not in the embedding's hook, which sharding counts as part of the embedding
+        if context.placeholders and not context.brings_images and needs_rank_sync(self.adapter.model):
             kwargs["inputs_embeds"] = add_dummy_image(self.adapter, self._encode, kwargs["inputs_embeds"])
-        if self.module is not None and call.config is not None and torch.is_grad_enabled() and needs_rank_sync(self.adapter.model):
+        if self.module is not None and context.config is not None and torch.is_grad_enabled() and needs_rank_sync(self.adapter.model):
             kwargs["inputs_embeds"] = touch_all_params(kwargs["inputs_embeds"], self.module)
-        if self.module is not None and call.config is not None and torch.is_grad_enabled() and self.adapter.model.training:
-            check_learns(self.adapter, call.config.reducer.name)
-        step = begin_decoder(self.adapter, call, kwargs)
-        if step is not None:
-            kwargs[PASS] = step
-            call.projection_cache = step.projection_cache if isinstance(step, PrefillPass) else None
-            self._set_prompt_state(step.prompt_state)
-        elif call.placeholders and call.config is not None:
+        if self.module is not None and context.config is not None and torch.is_grad_enabled() and self.adapter.model.training:
+            check_learns(self.adapter, context.config.reducer.name)
+        running_pass = begin_decoder(self.adapter, context, kwargs)
+        if running_pass is not None:
+            kwargs[PASS] = running_pass
+            context.projection_cache = running_pass.projection_cache if isinstance(running_pass, PrefillPass) else None
+            self._set_prompt_state(running_pass.prompt_state)
+        elif context.placeholders and context.config is not None:
             self._set_prompt_state(None)  # a prompt without images
         return args, kwargs
 
-    def tabled(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Post-hook of what makes the decoder's rotary tables, for those who rank in half precision."""
-        call = self.state.forward_contexts[-1] if self.state.forward_contexts else None
-        if call is not None and args and isinstance(args[0], Tensor) and args[0].dtype in (torch.float16, torch.bfloat16):
-            kind = args[0][..., :1].clone()  # of the rows only the kind of numbers counts, and nothing else of them is to live on
-            call.tables = [*(call.tables or ()), (module, (kind, *args[1:]), kwargs, output)]
+    def record_rotary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Post-hook of the decoder's rotary embedding, for scoring in half precision."""
+        context = self.state.forward_contexts[-1] if self.state.forward_contexts else None
+        if context is not None and args and isinstance(args[0], Tensor) and args[0].dtype in (torch.float16, torch.bfloat16):
+            example = args[0][..., :1].clone()  # only dtype and device are used; frees the hidden states
+            context.rotary_calls = [*(context.rotary_calls or ()), (module, (example, *args[1:]), kwargs, output)]
 
-    def _set_prompt_state(self, run: PromptState | None) -> None:
-        self.state.has_prompt_state, self.state.last_prompt_state, self.latest_prompt_state = True, run, run
+    def _set_prompt_state(self, prompt_state: PromptState | None) -> None:
+        """Set the prompt that reports are about."""
+        self.state.has_prompt_state = True
+        self.state.last_prompt_state = prompt_state
+        self.latest_prompt_state = prompt_state
 
     def after_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Post-hook of the decoder stack."""
-        step, cache = kwargs.get(PASS), kwargs.get("past_key_values")
-        if isinstance(step, PrefillPass) and cache is not None and step.prompt_state.reduces:
-            note_evicted(cache, step.prompt_state, step.kinds)
-            if step.reducer.trim_kv_cache:
-                trim_cache(cache, step.prompt_state, step.kinds)
-        if step is not None and step.prompt_state.cache_bytes is None:
-            filled = getattr(output, "past_key_values", None) if cache is None else cache  # of a prompt left whole the decoder made its own
-            step.prompt_state.cache_bytes = None if filled is None else compat.cache_bytes(filled)
+        running_pass = kwargs.get(PASS)
+        cache = kwargs.get("past_key_values")
+        if isinstance(running_pass, PrefillPass) and cache is not None and running_pass.prompt_state.reduces:
+            record_evicted(cache, running_pass.prompt_state, running_pass.kinds)
+            if running_pass.reducer.trim_kv_cache:
+                trim_cache(cache, running_pass.prompt_state, running_pass.kinds)
+        if running_pass is not None and running_pass.prompt_state.cache_bytes is None:
+            cache_after = getattr(output, "past_key_values", None) if cache is None else cache  # without a given cache the decoder made its own
+            running_pass.prompt_state.cache_bytes = None if cache_after is None else compat.cache_bytes(cache_after)
 
     def before_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Pre-hook of a decoder layer."""
-        step = kwargs.pop(PASS, None)
-        if step is None:
+        running_pass = kwargs.pop(PASS, None)
+        if running_pass is None:
             return None
         if self.state.forward_contexts:
             self.state.forward_contexts[-1].layer = index
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        if isinstance(step, PrefillPass) and self.state.forward_contexts:
-            step.tables = self.state.forward_contexts[-1].tables or []
-        if isinstance(step, PrefillPass) and step.reuses(index, layer):
+        if isinstance(running_pass, PrefillPass) and self.state.forward_contexts:
+            running_pass.rotary_calls = self.state.forward_contexts[-1].rotary_calls or []
+        if isinstance(running_pass, PrefillPass) and running_pass.reuses(index, layer):
             self._wrap_projections_once(layer)
-            step.projection_cache.recording = True
-        return (step.at_layer(index, layer, hidden, kwargs), *args[1:]), kwargs
+            running_pass.projection_cache.recording = True
+        return (running_pass.at_layer(index, layer, hidden, kwargs), *args[1:]), kwargs
 
     def _wrap_projections_once(self, layer: nn.Module) -> None:
-        """Where a layer first ranks, not at attach: compiled layers have to stay alike, or each needs a graph of its own."""
+        """Wrap the projections of a layer when it is first scored, not at attach.
+
+        Compiled layers share a graph only while they are alike.
+        """
         if layer not in self._wrapped_layers:
             self._wrapped_layers.add(layer)
             for module in self.adapter.modules_run_for_scores(layer):
                 self.hooks.shadow(module, "forward", reuse_projection(module, self._projection_cache))
 
     def _projection_cache(self) -> ProjectionCache | None:
+        """The projections of the running prefill."""
         return self.state.forward_contexts[-1].projection_cache if self.state.forward_contexts else None
 
     def current_tokens(self) -> TokenMap | None:
-        """The rows of the decoder layer that just ran, None where they are those of the prompt."""
-        call = self.state.forward_contexts[-1] if self.state.forward_contexts else None
-        return None if call is None or call.prompt_state is None else call.prompt_state.layer_group(call.layer).tokens
+        """The tokens of the decoder layer that just ran; None where they are those of the prompt."""
+        context = self.state.forward_contexts[-1] if self.state.forward_contexts else None
+        return None if context is None or context.prompt_state is None else context.prompt_state.layer_group(context.layer).tokens
 
     def record_cls(self, module: nn.Module, args: Any, output: Any) -> None:
         """Post-hook of the vision layer with the CLS row."""
@@ -238,7 +278,7 @@ class ModelHooks:
             self.state.encode_contexts[-1].cls_row = hidden[:, :1]
 
 
-def _prompt(args: tuple[Any, ...], kwargs: dict[str, Any]) -> PromptText:
-    """The text that generate() was given."""
+def _prompt_text(args: tuple[Any, ...], kwargs: dict[str, Any]) -> PromptText:
+    """The text arguments of generate()."""
     ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
     return PromptText(ids, None if ids is not None else kwargs.get("inputs_embeds"), kwargs.get("attention_mask"))

@@ -1,4 +1,7 @@
-"""Salient words travel as ``salient_mask``: the processor adds it to its inputs, generate() lets it pass, the handle takes it out again."""
+"""Salient words travel as ``salient_mask``.
+
+The processor adds it to its inputs, generate() lets it pass, the handle takes it out again.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,10 @@ _changes = threading.Lock()
 
 
 class SalientProcessor:
-    """One handle's wish that a processor's calls add ``salient_mask`` [B, S]; ``remove`` takes it back.
+    """Makes a processor's calls add ``salient_mask`` [B, S] for one handle, until ``remove``.
 
-    Python looks ``processor(...)`` up on the class, so the instance gets a private subclass of its own class, same name, as long as anybody
-    wants the mask. Copies and pickles of the instance are of its own class.
+    Python looks ``processor(...)`` up on the class, so the instance gets a private subclass of its own class, same
+    name, as long as a handle uses the mask. Copies and pickles of the instance are of its own class.
     """
 
     def __init__(self, processor: Any, image_token_id: int) -> None:
@@ -92,7 +95,10 @@ def _mask(tokenizer: Any, text: Any, ids: Any, image: int) -> Any:
 
 
 def accept_salient(prepare: Callable[..., Any]) -> Callable[..., Any]:
-    """``prepare_inputs_for_generation`` with ``salient_mask`` in its signature: generate() refuses arguments that no signature names."""
+    """``prepare_inputs_for_generation`` with ``salient_mask`` in its signature.
+
+    Generate() refuses arguments that no signature names.
+    """
 
     @functools.wraps(prepare)
     def prepare_with_mask(*args: Any, **kwargs: Any) -> Any:

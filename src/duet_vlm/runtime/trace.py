@@ -1,4 +1,7 @@
-"""Reading a finished run: who was kept, merged and dropped, and how many rows each layer saw. Device reads happen here, on demand."""
+"""Trace of a finished prompt: tokens kept, merged and dropped, and the token counts of each layer.
+
+Copies from the device on demand.
+"""
 
 from __future__ import annotations
 
@@ -9,93 +12,103 @@ from duet_vlm.runtime.context import EncodedFeatures
 from duet_vlm.runtime.decode.cache import LayerGroup, PromptState
 
 
-def rows_per_layer(run: PromptState) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Per sample: (visual rows, all rows) at the input of each layer, counted on the maps that the layers really used."""
-    counts = [(g.tokens.visual.sum(1).tolist(), g.tokens.valid.sum(1).tolist()) for g in run.layer_groups]
-    used = [counts[run.layer_groups.index(run.layer_group(layer))] for layer in range(run.depth)]
-    return [(tuple(visual[b] for visual, _ in used), tuple(rows[b] for _, rows in used)) for b in range(len(run.spans))]
+def rows_per_layer(prompt_state: PromptState) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Per sample: (visual tokens, all tokens) at the input of each layer, counted on the token maps that the layers used."""
+    counts = [(group.tokens.visual.sum(1).tolist(), group.tokens.valid.sum(1).tolist()) for group in prompt_state.layer_groups]
+    used = [counts[prompt_state.layer_groups.index(prompt_state.layer_group(layer))] for layer in range(prompt_state.depth)]
+    return [(tuple(visual[sample] for visual, _ in used), tuple(rows[sample] for _, rows in used)) for sample in range(len(prompt_state.spans))]
 
 
-def trace_of(run: PromptState) -> list[list[SpanTrace]]:
-    """The history of every span, token numbers counted within the span (a fed CLS row of official presets is left out).
+def trace_of(prompt_state: PromptState) -> list[list[SpanTrace]]:
+    """The history of every span, token numbers counted within the span (without the CLS row of official presets).
 
-    A token that V2V left out, or merged, and that came back since its row predicts, is one that is kept.
+    A token that the encoder stage dropped or merged, and that was restored since it predicts, counts as kept.
     """
-    rank = run.prompt.visual.cumsum(1) - 1
+    rank = prompt_state.prompt.visual.cumsum(1) - 1
     ranks = rank.tolist()
-    back = [{ranks[b][s] for s in slots} for b, slots in enumerate(_slots(run.prompt.prompt_index, run.prompt.protected))]
-    alive = []  # per group: the visual ranks of each sample that are left
-    for group in run.layer_groups:
-        alive.append([{ranks[b][s] for s in slots} for b, slots in enumerate(_slots(group.tokens.prompt_index, group.tokens.visual))])
+    protected_ranks = [{ranks[b][s] for s in slots} for b, slots in enumerate(_selected_positions(prompt_state.prompt.prompt_index, prompt_state.prompt.protected))]
+    kept_ranks = []  # per layer group: the visual ranks of each sample that are kept
+    for group in prompt_state.layer_groups:
+        kept_ranks.append([{ranks[b][s] for s in slots} for b, slots in enumerate(_selected_positions(group.tokens.prompt_index, group.tokens.visual))])
     history: list[list[SpanTrace]] = []
     number = 0
-    for sample, spans in enumerate(run.spans):
+    for sample, spans in enumerate(prompt_state.spans):
         row: list[SpanTrace] = []
         for span in spans:
-            source = run.sources[number]
-            token_at, merged = _entry(*source, span.tokens)
+            source = prompt_state.sources[number]
+            token_at, merged = _after_encoder(*source, span.tokens)
             number += 1
-            own = {r - span.offset for r in back[sample] if 0 <= r - span.offset < span.tokens and token_at[r - span.offset] < 0}
-            for token in own:
+            restored = {r - span.offset for r in protected_ranks[sample] if 0 <= r - span.offset < span.tokens and token_at[r - span.offset] < 0}
+            for token in restored:
                 token_at[token] = token
-            merged = {anchor: tuple(m for m in members if m not in own) for anchor, members in merged.items()}
+            merged = {anchor: tuple(m for m in members if m not in restored) for anchor, members in merged.items()}
             merged = {anchor: members for anchor, members in merged.items() if members}
-            tower = _in_tower(*source, span.tokens)
+            tower = _tower_trace(*source, span.tokens)
             before = set(range(span.tokens) if tower is None else tower.kept) - {m for members in merged.values() for m in members}
             stages = []
-            for group, left in zip(run.layer_groups, alive, strict=True):
-                here = {token_at[r - span.offset] for r in left[sample] if span.offset <= r < span.offset + span.tokens}
-                kept = {token for token in here if token >= 0}
+            for group, group_ranks in zip(prompt_state.layer_groups, kept_ranks, strict=True):
+                current = {token_at[r - span.offset] for r in group_ranks[sample] if span.offset <= r < span.offset + span.tokens}
+                kept = {token for token in current if token >= 0}
                 into = {}
-                for anchor, members in _merged(group, sample, ranks[sample]).items():
-                    own_members = [m - span.offset for m in members if 0 <= m - span.offset < span.tokens]  # of other images: dropped there
+                for anchor, members in _merged_before(group, sample, ranks[sample]).items():
+                    own_members = [m - span.offset for m in members if 0 <= m - span.offset < span.tokens]  # tokens of other images count as dropped there
                     if 0 <= anchor - span.offset < span.tokens and own_members:
                         into[token_at[anchor - span.offset]] = tuple(sorted(token_at[m] for m in own_members))
-                gone = before - kept - {m for members in into.values() for m in members}
-                stages.append(StageTrace(group.first_layer, tuple(sorted(kept)), tuple(sorted(gone)), into))
+                dropped = before - kept - {m for members in into.values() for m in members}
+                stages.append(StageTrace(group.first_layer, tuple(sorted(kept)), tuple(sorted(dropped)), into))
                 before = kept
             row.append(SpanTrace(span, merged, tuple(stages), tower))
         history.append(row)
     return history
 
 
-def _slots(slot: Tensor, mask: Tensor) -> list[list[int]]:
-    """Per sample the slots [B, T] where ``mask`` [B, T] is true."""
-    return [[s for s, there in zip(*row, strict=True) if there] for row in zip(slot.tolist(), mask.tolist(), strict=True)]
+def _selected_positions(positions: Tensor, mask: Tensor) -> list[list[int]]:
+    """Per sample the prompt positions [B, T] where ``mask`` [B, T] is True."""
+    selected = []
+    for row, flags in zip(positions.tolist(), mask.tolist(), strict=True):
+        selected.append([position for position, flag in zip(row, flags, strict=True) if flag])
+    return selected
 
 
-def _merged(group: LayerGroup, sample: int, ranks: list[int]) -> dict[int, tuple[int, ...]]:
-    """Who was merged into whom in front of a group's first layer, by visual rank in the prompt; a token may join several."""
-    found: dict[int, tuple[int, ...]] = {}
+def _merged_before(group: LayerGroup, sample: int, ranks: list[int]) -> dict[int, tuple[int, ...]]:
+    """Merged tokens before a group's first layer: anchor -> members, by visual rank in the prompt.
+
+    A token may have several anchors.
+    """
+    merged: dict[int, tuple[int, ...]] = {}
     selection = group.merged_into
     if selection is not None:
-        index, members, into = (x[sample].tolist() for x in (selection.index, selection.source_tokens, selection.target_row))
+        index = selection.index[sample].tolist()
+        members = selection.source_tokens[sample].tolist()
+        into = selection.target_row[sample].tolist()
         for member, row in zip(members, into, strict=True):
             if row >= 0 and member != index[row]:
                 anchor = ranks[index[row]]
-                found[anchor] = (*found.get(anchor, ()), ranks[member])
-    return found
+                merged[anchor] = (*merged.get(anchor, ()), ranks[member])
+    return merged
 
 
-def _in_tower(encoded: EncodedFeatures, number: int, tokens: int) -> StageTrace | None:
+def _tower_trace(encoded: EncodedFeatures, number: int, tokens: int) -> StageTrace | None:
     """The tokens of a span that went through a reduced tower."""
     if encoded.tower_survivors is None:
         return None
-    left = encoded.tower_survivors[number, int(encoded.cls_token) :][:tokens].tolist()
-    kept = tuple(token for token, there in enumerate(left) if there)
-    return None if len(kept) == tokens else StageTrace(-1, kept, tuple(token for token, there in enumerate(left) if not there))
+    survivors = encoded.tower_survivors[number, int(encoded.cls_token) :][:tokens].tolist()
+    kept = tuple(token for token, flag in enumerate(survivors) if flag)
+    return None if len(kept) == tokens else StageTrace(-1, kept, tuple(token for token, flag in enumerate(survivors) if not flag))
 
 
-def _entry(encoded: EncodedFeatures, number: int, tokens: int) -> tuple[list[int], dict[int, tuple[int, ...]]]:
-    """Which token sits in each slot of a span after V2V, and who was merged into whom."""
-    selection, slots = encoded.selection, encoded.slots
+def _after_encoder(encoded: EncodedFeatures, number: int, tokens: int) -> tuple[list[int], dict[int, tuple[int, ...]]]:
+    """The token at each position of a span after the encoder stage, and the merged ones: anchor -> members."""
+    selection = encoded.selection
+    slots = encoded.slots
     if selection is None or slots is None:
         return list(range(tokens)), {}
     shift = int(encoded.cls_token)
-    index, valid = selection.index[number].tolist(), selection.valid[number].tolist()
+    index = selection.index[number].tolist()
+    valid = selection.valid[number].tolist()
     token_at = [-1] * tokens
-    for source, slot, real in zip(index, slots[number].tolist(), valid, strict=True):
-        if real:
+    for source, slot, is_valid in zip(index, slots[number].tolist(), valid, strict=True):
+        if is_valid:
             token_at[slot] = source - shift
     merged: dict[int, tuple[int, ...]] = {}
     for member, into in zip(selection.source_tokens[number].tolist(), selection.target_row[number].tolist(), strict=True):

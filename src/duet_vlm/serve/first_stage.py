@@ -62,7 +62,7 @@ def reduce_rows(
         layers = (LayerView(pad_rows(list(signals[0]))[0], keys=pad_rows(list(signals[1]))[0]),)
     with torch.no_grad():
         shown = features if seen is None else pad_rows(list(seen))[0]
-        selection, code, _ = select_tokens(reducer, plans, parts, layers, shown, stream=stream, each=served.each)
+        selection, code, _ = select_tokens(reducer, plans, parts, layers, shown, modality=stream, per_crop=served.each)
         raise_if_invalid(int(code), reducer)
         merged = merged_rows(features, selection)
         number = torch.arange(selection.index.shape[1], device=features.device)

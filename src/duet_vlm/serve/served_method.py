@@ -144,7 +144,7 @@ class ServedMethod:
     @property
     def each(self) -> bool:
         """Whether the parts of an image are reduced one by one."""
-        return reduces_per_crop(self.reducer, usual=False)
+        return reduces_per_crop(self.reducer, family_default=False)
 
 
 @lru_cache(maxsize=4096, typed=True)  # 1 is a token, 1.0 is all of them
@@ -153,7 +153,7 @@ def _span(reducer: EncoderReducer, budget: Budget | None, sizes: tuple[int, ...]
         plan = reducer.plan(tokens, DEPTH, None) if budget is None else reducer.plan_entry(tokens, budget, DEPTH)
         return check_plan(reducer, plan, tokens, DEPTH)
 
-    return plan_span(solve, budget, sizes, structure, reduces_per_crop(reducer, usual=False), reducer.newline_tokens == "keep")
+    return plan_span(solve, budget, sizes, structure, reduces_per_crop(reducer, family_default=False), reducer.newline_tokens == "keep")
 
 
 def _check_stage(name: str, cls: type[Reducer]) -> None:

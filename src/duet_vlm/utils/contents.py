@@ -1,4 +1,4 @@
-"""Digests of questions and pictures: work that is resumed has to continue with the same."""
+"""Digests of questions and image files, so that resumed work is known to have the same inputs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ READERS = 16  # files at once: shared disks answer late, not slowly
 PIECE = 1 << 20
 
 
-def digest_of(asked: Any, files: Iterable[Path]) -> str:
-    """Of what is ``asked`` (plain values) and of every byte of its ``files``, wherever they lie. One that cannot be read counts as that: who opens
-    it says so."""
-    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
-    each = list(dict.fromkeys(files))
+def digest_of(values: Any, files: Iterable[Path]) -> str:
+    """The digest of ``values`` (plain values) and of every byte of ``files``, wherever they are; an unreadable file counts by its error."""
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+    unique = list(dict.fromkeys(files))
     with ThreadPoolExecutor(READERS) as pool:  # reading and hashing let the other threads run
-        for found in pool.map(_of_file, each):
-            digest.update(found.encode())
+        for file_digest in pool.map(_of_file, unique):
+            digest.update(file_digest.encode())
     return digest.hexdigest()[:16]
 
 

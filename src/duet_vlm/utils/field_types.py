@@ -41,7 +41,7 @@ def read_value(text: str) -> Any:
 
 
 def to_plain(value: Any) -> Any:
-    """Numbers of numpy as Python's, lists as tuples; all else as it is. What comes out can be written as JSON and compared."""
+    """Numbers of numpy as Python's, lists as tuples; all else unchanged. The result can be written as JSON and compared."""
     if isinstance(value, list | tuple):
         return tuple(to_plain(item) for item in value)
     if isinstance(value, np.floating):

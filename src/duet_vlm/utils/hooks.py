@@ -1,4 +1,4 @@
-"""Hooks on one model instance that undo themselves, in reverse order of their installation, and leave alone what others put there since."""
+"""Hooks on one model instance that undo themselves, in reverse order of their installation, and keep hooks that other code put there since."""
 
 from __future__ import annotations
 
@@ -40,13 +40,14 @@ class Hook:
 class MethodWrapper(Hook):
     """A wrapped bound method of a module; keeps the signature that callers read. After ``end`` it passes straight to the method.
 
-    ``plain`` is what was called before, None where the module had nothing of that name; ``below`` the instance attribute that it hides.
+    ``plain`` is what was called before, None where the module had nothing of that name; ``below`` the instance
+    attribute that it hides.
     """
 
-    def __init__(self, function: Callable[..., Any], plain: Callable[..., Any] | None, below: Any) -> None:
+    def __init__(self, function: Callable[..., Any], original: Callable[..., Any] | None, hidden: Any) -> None:
         super().__init__(function)
         self.__wrapped__ = function
-        self.plain, self.below, self.ended = plain, below, False
+        self.plain, self.below, self.ended = original, hidden, False
 
     def end(self) -> None:
         self.ended = True
@@ -58,7 +59,7 @@ class MethodWrapper(Hook):
 
 
 def _itself(function: Any) -> Any:
-    """The method that an ended wrapper passed to, as a copy of it."""
+    """A copy of an ended wrapper: the method that it passed calls to."""
     return function
 
 
@@ -80,27 +81,30 @@ class Hooks:
         self._undo.append(partial(_take_off, module, name, ours))
 
     def on_undo(self, undo: Callable[[], str | None]) -> None:
-        """Remember how to undo something that was done elsewhere; ``undo`` names what it left, because others have put it there since."""
+        """Remember how to undo something that was done elsewhere.
+
+        ``undo`` names what it left, because others have put it there since.
+        """
         self._undo.append(undo)
 
     def undo(self) -> None:
         """Undo everything, last thing first; what others put on top in the meantime stays, with a warning."""
-        left: Counter[str] = Counter()
+        remaining: Counter[str] = Counter()
         while self._undo:
             name = self._undo.pop()()
             if name is not None:
-                left[name] += 1
-        if left:
-            names = ", ".join(name if count == 1 else f"{name} ({count} times)" for name, count in left.items())
+                remaining[name] += 1
+        if remaining:
+            names = ", ".join(name if count == 1 else f"{name} ({count} times)" for name, count in remaining.items())
             warnings.warn(
                 f"put on while a reducer was attached, and left there: {names}. What it calls of duet_vlm passes straight to what "
                 "was there before",
-                stacklevel=5,  # whoever called detach()
+                stacklevel=5,  # the caller of detach()
             )
 
 
 def _take_off(module: nn.Module, name: str, ours: MethodWrapper) -> str | None:
-    """Put back what ``ours`` hides; or the name of somebody else's attribute that stands there by now, and may call ours."""
+    """Put back what ``ours`` hides; return the name of an attribute of other code that stands there by now, and may call ours."""
     ours.end()
     top = vars(module).get(name, ABSENT)
     if top is ours:
@@ -117,7 +121,7 @@ def _take_off(module: nn.Module, name: str, ours: MethodWrapper) -> str | None:
     return foreign(f"{type(module).__name__}.{name}", top)
 
 
-def foreign(place: str, there: Any) -> str:
-    """Name what stands at ``place``."""
-    code = getattr(getattr(there, "func", there), "__code__", None)  # ``func``: of a partial
-    return f"{place} ({type(there).__name__ if code is None else f'{code.co_name} of {Path(code.co_filename).name}'})"
+def foreign(place: str, value: Any) -> str:
+    """The name of another code's object at ``place``, for a warning."""
+    code = getattr(getattr(value, "func", value), "__code__", None)  # ``func``: of a partial
+    return f"{place} ({type(value).__name__ if code is None else f'{code.co_name} of {Path(code.co_filename).name}'})"

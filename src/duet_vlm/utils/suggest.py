@@ -1,4 +1,4 @@
-"""The words that somebody may have meant, for errors about unknown names."""
+"""Suggest the nearest known names, for errors about unknown names."""
 
 from __future__ import annotations
 

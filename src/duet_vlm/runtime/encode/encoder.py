@@ -1,9 +1,10 @@
-"""V2V: reduce the rows of each span between vision tower and decoder, without changing how many rows the model counts.
+"""The encoder stage (V2V): reduce the tokens of each span between vision tower and decoder, at unchanged feature counts.
 
-Reduced spans keep their length: rows that are gone are marked, so the model's own checks, packing, position code and beam expansion
-keep working; the marked rows are removed where the decoder begins. Users who call the encoder themselves get what the stock model gives;
-the reduced rows ride along, in case its output comes back with a prompt. Point-wise projectors are reduced in front (only the surviving
-rows are projected, merged ones included); grid mergers, and methods that read projected rows, after the encoder call.
+Reduced spans keep their length: dropped tokens are marked with NaN, so the model's own checks, packing, position code
+and beam expansion keep working; the marked rows are removed where the decoder begins. Users who call the encoder
+themselves get the features of the stock model; the reduced ones are stored with the output, in case it comes back with
+a prompt. With a point-wise projector tokens are dropped before it (only kept and merged tokens are projected); with a
+grid merger, or a method that uses projected features, after the encoder call.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ from duet_vlm.runtime.context import ENCODED, EncodeContext, EncodedFeatures, Pr
 from duet_vlm.runtime.encode.build_view import (
     QuestionTextEncoder,
     SignalLayers,
+    find_question,
     grid_of,
     layer_view,
     layer_views,
     projector_function,
-    question_of,
     question_state,
 )
 from duet_vlm.runtime.encode.selection import part_sizes, plan_spans, reduces_per_crop, select_tokens, slots_of
@@ -46,134 +47,177 @@ from duet_vlm.runtime.validation import not_finite
 
 Features = Callable[[], Tensor | None]
 
-MARK = float("nan")  # of rows that do not exist any more; real rows are checked to be finite
+MARK = float("nan")  # value of dropped rows; kept rows are checked to be finite
 
 
 def is_marked(rows: Tensor) -> Tensor:
-    """[..., D] -> [...] bool."""
+    """Rows [..., D] that were dropped: [...] bool."""
     return rows[..., 0].isnan()
 
 
 class EncoderHooks:
-    """Wraps the encoder call of one model. ``begun`` says by which rules a call runs (None: the full model), ``words`` who reads a question."""
+    """The hooks on the encoder calls of one model.
+
+    Attributes
+    ----------
+    begin : callable
+        Context manager of a call that yields its configuration, None for the full model.
+    text_encoder : QuestionTextEncoder
+        Encodes the text of a question.
+    chunks : ChunkConfig
+        Settings of chunked videos.
+    skips_unused_layers : bool
+        Tower layers with unused output are skipped.
+    signal_layers : SignalLayers
+        The vision layers that the method takes signals from.
+    module : nn.Module or None
+        The trainable module of the method.
+    """
 
     def __init__(
         self,
         adapter: Adapter,
         state: ThreadState,
-        begun: Callable[[], AbstractContextManager[ActiveConfig | None]],
-        words: QuestionTextEncoder,
-        pieces: ChunkConfig,
+        begin: Callable[[], AbstractContextManager[ActiveConfig | None]],
+        text_encoder: QuestionTextEncoder,
+        chunks: ChunkConfig,
     ) -> None:
-        self.adapter, self.state, self.begin, self.text_encoder, self.chunks = adapter, state, begun, words, pieces
-        self.skips_unused_layers = False  # whether layers that nobody reads were found
-        self.signal_layers = SignalLayers((), ())  # the vision layers that the method reads
-        self.module: nn.Module | None = None  # of a method that has one
+        self.adapter = adapter
+        self.state = state
+        self.begin = begin
+        self.text_encoder = text_encoder
+        self.chunks = chunks
+        self.skips_unused_layers = False
+        self.signal_layers = SignalLayers((), ())
+        self.module: nn.Module | None = None
 
-    def wrap(self, encode: Callable[..., Any], stream: Modality) -> Callable[..., Any]:
-        """The encoder method of a stream with V2V around it; keeps its signature, which generate() reads."""
+    def wrap(self, encode: Callable[..., Any], modality: Modality) -> Callable[..., Any]:
+        """The encoder method of a modality with the reduction around it.
+
+        Keeps its signature, which generate() inspects.
+        """
         signature = inspect.signature(encode)
 
         @functools.wraps(encode)
         def encode_and_reduce(*args: Any, **kwargs: Any) -> Any:
-            with self.begin() as rules:
+            with self.begin() as config:
                 if self.state.encode_contexts:
-                    self._check_nested(stream)
-                if rules is None or self.state.encode_contexts:  # nobody reduces, or one encoder method calls another
+                    self._refuse_nested(modality)
+                if config is None or self.state.encode_contexts:  # the full model, or one encoder method calls another
                     return encode(*args, **kwargs)
                 bound = signature.bind_partial(*args, **kwargs)
-                call = self._call(stream, stream.encoding(bound.arguments), rules)
-                pixels = bound.arguments.get(stream.pixels)
-                if not call.standalone and isinstance(pixels, Tensor):
-                    cut = self.chunks.plan_chunks(self.adapter, rules.reducer, call.encoding, pixels)
-                    if cut is not None:
-                        return self._in_pieces(functools.partial(_with_arguments, encode, signature), stream, call, cut)
-                plain = encode(*args, **kwargs) if call.run_stock_too else None
-                self.state.encode_contexts.append(call)
+                context = self._new_context(modality, modality.encoding(bound.arguments), config)
+                pixels = bound.arguments.get(modality.pixels)
+                if not context.standalone and isinstance(pixels, Tensor):
+                    chunk_plan = self.chunks.plan_chunks(self.adapter, config.reducer, context.encoding, pixels)
+                    if chunk_plan is not None:
+                        return self._encode_in_chunks(functools.partial(_call_bound, encode, signature), modality, context, chunk_plan)
+                stock_output = encode(*args, **kwargs) if context.run_stock_too else None
+                self.state.encode_contexts.append(context)
                 try:
                     output = encode(*args, **kwargs)
                 finally:
                     self.state.encode_contexts.pop()
-                output = self._finish(output, call)
-                return output if plain is None else self._beside(plain, output, call)
+                output = self._store_result(output, context)
+                return output if stock_output is None else self._attach_to_stock(stock_output, output, context)
 
         return encode_and_reduce
 
-    def _in_pieces(self, encode: Callable[[dict[str, Any]], Any], stream: Modality, call: EncodeContext, cut: ChunkPlan) -> Any:
-        """The output of an encoder call for clips, piece by piece."""
-        gathered = ChunkedFeatures(cut)
-        for piece in cut.chunks:
-            one = self._call(stream, self.adapter.slice_frames(call.encoding, piece.video, piece.steps), call.config)
-            one.is_chunk = True
-            self.state.encode_contexts.append(one)
+    def _encode_in_chunks(self, encode: Callable[[dict[str, Any]], Any], modality: Modality, context: EncodeContext, chunk_plan: ChunkPlan) -> Any:
+        """The output of an encoder call for videos, chunk by chunk."""
+        chunked = ChunkedFeatures(chunk_plan)
+        for chunk in chunk_plan.chunks:
+            chunk_context = self._new_context(modality, self.adapter.slice_frames(context.encoding, chunk.video, chunk.steps), context.config)
+            chunk_context.is_chunk = True
+            self.state.encode_contexts.append(chunk_context)
             try:
-                output = encode(one.encoding.arguments)
+                output = encode(chunk_context.encoding.arguments)
             finally:
                 self.state.encode_contexts.pop()
-            gathered.add(self.adapter, piece, one, output)
-        rows, levels, call.signals = gathered.concatenate()
-        projects = gathered.projects
-        del gathered, one  # what they hold of the whole clip is in ``rows`` now
+            chunked.add(self.adapter, chunk, chunk_context, output)
+        rows, levels, context.signals = chunked.concatenate()
+        projects = chunked.projects
+        del chunked, chunk_context  # frees the chunks: their features are in ``rows`` now
         if projects:
-            rows = self._projected(stacked(rows), call, cut)
-        for name in ("last_hidden_state", "hidden_states", "attentions"):  # of the last piece only
+            rows = self._project_video(stacked(rows), context, chunk_plan)
+        for name in ("last_hidden_state", "hidden_states", "attentions"):  # of the last chunk only
             if getattr(output, name, None) is not None:
                 setattr(output, name, None)
         if levels:
             output.deepstack_features = levels
-        output = self._finish(output, call, rows)
-        getattr(output, ENCODED).repeated_parts = cut.repeated_steps
+        output = self._store_result(output, context, rows)
+        getattr(output, ENCODED).repeated_parts = chunk_plan.repeated_steps
         return output
 
-    def _projected(self, features: Tensor, call: EncodeContext, cut: ChunkPlan) -> list[Tensor]:
-        """Rows of clips [B, N, C] in front of a point-wise projector -> those behind it, the missing ones marked."""
+    def _project_video(self, features: Tensor, context: EncodeContext, chunk_plan: ChunkPlan) -> list[Tensor]:
+        """Project features of videos [B, N, C] with a point-wise projector; dropped rows are marked."""
         projector = self.adapter.pointwise_projector
         assert projector is not None
-        merged = self._reduced(call, features, features)
+        merged = self._select_and_merge(context, features, features)
         if merged is None:
-            return [cut.reused_steps(clip, projector.forward(cut.encoded_steps(clip, rows)[None])[0]) for clip, rows in enumerate(features)]
-        assert call.pending_features is not None
-        return list(_marked(projector.forward(merged), call.pending_features, features.shape[1]))
+            return [chunk_plan.reused_steps(video, projector.forward(chunk_plan.encoded_steps(video, rows)[None])[0]) for video, rows in enumerate(features)]
+        assert context.pending_features is not None
+        return list(_expand_marked(projector.forward(merged), context.pending_features, features.shape[1]))
 
-    def _call(self, stream: Modality, encoding: Encoding, rules: ActiveConfig) -> EncodeContext:
-        aside = not (self.state.forward_contexts or self.state.generate_preparations)
-        twice = aside and rules.tower_reducer is not None and rules.tower_reducer.prunes_inside
-        aside = aside and not twice
-        skips = not aside and self._skips(rules.reducer, encoding)
-        begun = len(self.state.forward_contexts), len(self.state.generate_prompts)
-        each, learns = reduces_per_crop(rules.reducer, stream.each), self.module is not None and torch.is_grad_enabled()
-        return EncodeContext(encoding, rules, aside, each, skips, self._prompt(), twice, begun, learns=learns)
+    def _new_context(self, modality: Modality, encoding: Encoding, config: ActiveConfig) -> EncodeContext:
+        """The context of a new encoder call."""
+        standalone = not (self.state.forward_contexts or self.state.generate_preparations)
+        run_stock_too = standalone and config.tower_reducer is not None and config.tower_reducer.prunes_inside
+        standalone = standalone and not run_stock_too
+        return EncodeContext(
+            encoding,
+            config,
+            standalone=standalone,
+            per_crop=reduces_per_crop(config.reducer, modality.each),
+            skips_unused_layers=not standalone and self._can_skip_layers(config.reducer, encoding),
+            prompt=self._current_prompt(),
+            run_stock_too=run_stock_too,
+            call_depth=self._depth(),
+            needs_grad=self.module is not None and torch.is_grad_enabled(),
+        )
 
-    def _check_nested(self, stream: Modality) -> None:
-        """An encoder method may call that of another stream; whoever encodes pictures from inside the tower that works on some is refused."""
+    def _depth(self) -> tuple[int, int]:
+        """Numbers of running forwards and generate() calls."""
+        return len(self.state.forward_contexts), len(self.state.generate_prompts)
+
+    def _refuse_nested(self, modality: Modality) -> None:
+        """Refuse an encoder call from inside the tower; one encoder method may call that of another modality."""
         running = self.state.encode_contexts[-1]
-        if running.begun != (len(self.state.forward_contexts), len(self.state.generate_prompts)) or any(c.encoding.stream == stream.name for c in self.state.encode_contexts):
+        same_modality = any(context.encoding.stream == modality.name for context in self.state.encode_contexts)
+        if running.call_depth != self._depth() or same_modality:
             raise RuntimeError(
                 f"{type(self.adapter.model).__name__} was called with pictures from inside its own vision tower (by a hook?) while a reducer is "
                 "attached: what both calls record would mix. Call it when this call has ended, or from a hook of the decoder"
             )
 
-    def _prompt(self) -> PromptText | None:
+    def _current_prompt(self) -> PromptText | None:
         """The text around this encoder call."""
         if self.state.forward_contexts:
-            call = self.state.forward_contexts[-1]
-            return PromptText(call.input_ids, call.input_embeds if call.input_ids is None else None, call.attention_mask, call.labels)
-        return self.state.generate_prompts[-1] if self.state.generate_preparations and self.state.generate_prompts else None
+            context = self.state.forward_contexts[-1]
+            embeds = context.input_embeds if context.input_ids is None else None
+            return PromptText(context.input_ids, embeds, context.attention_mask, context.labels)
+        if self.state.generate_preparations and self.state.generate_prompts:
+            return self.state.generate_prompts[-1]
+        return None
 
-    def _beside(self, plain: Any, output: Any, call: EncodeContext) -> Any:
-        """What the stock model gives to who calls the encoder himself, with the rows that ``output`` of a reduced tower holds beside it."""
+    def _attach_to_stock(self, stock_output: Any, output: Any, context: EncodeContext) -> Any:
+        """The output of the stock encoder, with the reduced features of ``output`` stored on it."""
         encoded: EncodedFeatures = getattr(output, ENCODED)
-        encoded.reduced_rows, encoded.rows = encoded.rows, self.adapter.spans(plain, call.encoding)
-        setattr(plain, ENCODED, encoded)
-        return plain
+        encoded.reduced_rows = encoded.rows
+        encoded.rows = self.adapter.spans(stock_output, context.encoding)
+        setattr(stock_output, ENCODED, encoded)
+        return stock_output
 
-    def _skips(self, reducer: Reducer, encoding: Encoding) -> bool:
-        """Training runs the tower as it is: whoever shards or differentiates it counts on every layer."""
+    def _can_skip_layers(self, reducer: Reducer, encoding: Encoding) -> bool:
+        """True if unused tower layers can be skipped.
+
+        Training runs the whole tower: sharding and gradients need every layer.
+        """
         reduces = isinstance(reducer, EncoderReducer | DecoderReducer)
         return self.skips_unused_layers and reduces and not torch.is_grad_enabled() and self.adapter.uses_default_layers(encoding)
 
-    def instead_of(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """The forward of a tower layer that nobody reads."""
+    def skippable(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The forward of a tower layer whose output is unused: it is skipped where the call allows it."""
 
         def pass_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             if self.state.encode_contexts and self.state.encode_contexts[-1].skips_unused_layers:
@@ -183,177 +227,206 @@ class EncoderHooks:
         return pass_on
 
     def after_attention(self, attention: nn.Module, args: Any, output: Any) -> None:
-        """Post-hook of a recorded attention: nothing of it may live on beside what the layer's MLP needs, unless the choice still waits
-        for the features, or for another layer."""
-        call = self.state.encode_contexts[-1] if self.state.encode_contexts else None
-        recorded = None if call is None else call.recorded_qk.pop(attention, None)
-        if call is None or not recorded or not isinstance(call.config.reducer, EncoderReducer):
+        """Post-hook of a recorded attention: make signals of its queries and keys, and select tokens if nothing else is needed.
+
+        The selection is made here so that recorded tensors are freed before the MLP of the layer needs memory.
+        """
+        context = self.state.encode_contexts[-1] if self.state.encode_contexts else None
+        recorded = None if context is None else context.recorded_qk.pop(attention, None)
+        if context is None or not recorded or not isinstance(context.config.reducer, EncoderReducer):
             return
-        reducer, slots = call.config.reducer, self.signal_layers.slots(attention)
-        if call.selection is not None or call.captured_layers & set(slots):
-            raise RuntimeError("the vision tower ran twice in one encoder call: nobody knows which of its attentions ranks the tokens")
-        call.captured_layers |= set(slots)
-        if self._may_merge(call, sum(one.key.shape[0] * one.key.shape[2] for one in recorded)):
+        reducer, layer_numbers = context.config.reducer, self.signal_layers.numbers_of(attention)
+        if context.selection is not None or context.captured_layers & set(layer_numbers):
+            raise RuntimeError("the vision tower ran twice in one encoder call: it is not known which of its attentions ranks the tokens")
+        context.captured_layers |= set(layer_numbers)
+        if self._may_merge(context, sum(qk.key.shape[0] * qk.key.shape[2] for qk in recorded)):
             with torch.no_grad(), compat.without_autocast(recorded[0].key):
-                recorded = recorded if call.tower_state is None or call.standalone else call.tower_state.record_attention(recorded)
-                made = layer_view(self.adapter, recorded, call.encoding, reducer)
-            call.signals |= {slot: call.signals.get(slot, {}) | made for slot in slots}
-            if len(call.captured_layers) == len(self.signal_layers.attentions) and _chooses_early(reducer) and not call.is_chunk:
-                counts = [len(rows) + self.adapter.feeds_cls for rows in next(iter(made.values()))]
-                call.selection, call.signals = self._choose(call, counts, lambda: None), {}
+                recorded = recorded if context.tower_state is None or context.standalone else context.tower_state.record_attention(recorded)
+                layer_signals = layer_view(self.adapter, recorded, context.encoding, reducer)
+            context.signals |= {number: context.signals.get(number, {}) | layer_signals for number in layer_numbers}
+            if len(context.captured_layers) == len(self.signal_layers.attentions) and _needs_attention_only(reducer) and not context.is_chunk:
+                counts = [len(rows) + self.adapter.feeds_cls for rows in next(iter(layer_signals.values()))]
+                context.selection, context.signals = self._select(context, counts, lambda: None), {}
 
     def after_block(self, block: nn.Module, args: Any, output: Any) -> None:
-        """Post-hook of a vision layer whose rows the method reads."""
-        call = self.state.encode_contexts[-1] if self.state.encode_contexts else None
-        if call is None:
+        """Post-hook of a vision layer whose output the method uses."""
+        context = self.state.encode_contexts[-1] if self.state.encode_contexts else None
+        if context is None:
             return
         rows = output[0] if isinstance(output, tuple) else output
-        slots = self.signal_layers.slots(block)
-        if call.learns and not torch.is_grad_enabled() and any(w.requires_grad for w in self.adapter.tower().parameters()):
+        layer_numbers = self.signal_layers.numbers_of(block)
+        if context.needs_grad and not torch.is_grad_enabled() and any(weight.requires_grad for weight in self.adapter.tower().parameters()):
             raise ValueError(
-                f"{call.config.reducer.name} reads layers of the vision tower, whose gradient re-entrant checkpointing "
+                f"{context.config.reducer.name} uses layers of the vision tower, whose gradient re-entrant checkpointing "
                 "loses: pass gradient_checkpointing_kwargs={'use_reentrant': False}, or freeze the tower"
             )
-        if rows.requires_grad and call.learns:  # read behind the tower: what is checkpointed must not save more than its second run
-            call.states |= dict.fromkeys(slots, rows)
+        if rows.requires_grad and context.needs_grad:  # used after the tower: a checkpointed block must not save more than its second run does
+            context.block_outputs |= dict.fromkeys(layer_numbers, rows)
         else:
             with torch.no_grad():
-                self._tell_states(call, slots, rows.detach())
+                self._store_block_output(context, layer_numbers, rows.detach())
 
-    def _tell_states(self, call: EncodeContext, slots: Iterable[int], rows: Tensor) -> None:
-        """Put rows as the blocks have them among the signals of the layers that they are of."""
-        tokens = self.adapter.token_rows(rows, call.encoding)
-        call.signals |= {slot: call.signals.get(slot, {}) | {"states": tokens} for slot in slots}
+    def _store_block_output(self, context: EncodeContext, layer_numbers: Iterable[int], rows: Tensor) -> None:
+        """Store a block's output among the signals of its layers."""
+        tokens = self.adapter.token_rows(rows, context.encoding)
+        context.signals |= {number: context.signals.get(number, {}) | {"states": tokens} for number in layer_numbers}
 
-    def asks_projector(self, projector: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Pre-hook of the projector, for methods that ask it themselves."""
+    def record_projector_args(self, projector: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Pre-hook of the projector, for methods that call it themselves."""
         if self.state.encode_contexts:
             self.state.encode_contexts[-1].projector_args = args, kwargs
 
-    def _may_merge(self, call: EncodeContext, rows: int) -> bool:
-        """Whether spans can be reduced at all: no span is larger than all the ``rows`` that the tower looked at and its newlines."""
-        if call.tower_state is not None or call.is_chunk:
+    def _may_merge(self, context: EncodeContext, rows: int) -> bool:
+        """True if spans can be reduced at all: no span is larger than all ``rows`` of the tower plus its newlines."""
+        if context.tower_state is not None or context.is_chunk:
             return True
         try:
-            return call.config.plan_span((rows,), max(self.adapter.num_separator_rows(call.encoding, 1)), call.per_crop).merges
-        except ValueError:  # so many rows cannot be reduced so far (or not at all by these settings), fewer may
+            return context.config.plan_span((rows,), max(self.adapter.num_separator_rows(context.encoding, 1)), context.per_crop).merges
+        except ValueError:  # this many rows cannot be reduced so far (or not at all by these settings), fewer may
             return True
 
-    def _left_of(self, call: EncodeContext, parts: list[Tensor]) -> list[list[int] | None]:
-        """Per span how many tokens of each part a threshold in the tower left."""
-        if call.tower_state is None or not call.config.by_threshold:
+    def _tower_counts(self, context: EncodeContext, parts: list[Tensor]) -> list[list[int] | None]:
+        """Per span how many tokens of each part a threshold in the tower kept; None where no threshold decides."""
+        if context.tower_state is None or not context.config.by_threshold:
             return [None] * len(parts)
-        left, fed = iter(call.tower_state.counts), self.adapter.num_cls_rows(call.encoding)
-        passes = self.adapter.tokens_per_crop(call.encoding, [len(rows) for rows in parts])
-        found = [[next(left) + fed for _ in pictures] for pictures in passes]  # of crops, too, of which packing leaves nothing
-        return [[min(n, size) for n, size in zip(some, part_sizes(rows)[0], strict=False)] for some, rows in zip(found, parts, strict=True)]
+        survivors = iter(context.tower_state.counts)
+        num_cls = self.adapter.num_cls_rows(context.encoding)
+        tokens_per_crop = self.adapter.tokens_per_crop(context.encoding, [len(rows) for rows in parts])
+        counts_of_spans: list[list[int] | None] = []
+        for crops, rows in zip(tokens_per_crop, parts, strict=True):
+            counts = [next(survivors) + num_cls for _ in crops]  # also of crops that packing drops completely
+            counts_of_spans.append([min(n, size) for n, size in zip(counts, part_sizes(rows)[0], strict=False)])
+        return counts_of_spans
 
     # ---- point-wise projector: before it
 
     def before_projector(self, projector: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Pre-hook of the projector: features [B, N, C] -> surviving rows [B, K, C]."""
-        call = self.state.encode_contexts[-1] if self.state.encode_contexts else None
-        if call is None or not isinstance(call.config.reducer, EncoderReducer) or Input.PROJECTED_FEATURES in call.config.reducer.requires:
+        context = self.state.encode_contexts[-1] if self.state.encode_contexts else None
+        if context is None or not isinstance(context.config.reducer, EncoderReducer) or Input.PROJECTED_FEATURES in context.config.reducer.requires:
             return None
-        reducer = call.config.reducer
-        together = self.adapter.projected_together(call.encoding)
-        spans = features = args[0].unflatten(0, (-1, together)).flatten(1, 2)
-        if call.is_chunk:  # a row of each frame instead: nobody reads what is made of it
-            call.unprojected_rows = args[0]
+        reducer = context.config.reducer
+        pictures_per_span = self.adapter.projected_together(context.encoding)
+        spans = features = args[0].unflatten(0, (-1, pictures_per_span)).flatten(1, 2)
+        if context.is_chunk:  # one row of each frame instead: the projected output of a chunk is unused
+            context.unprojected_rows = args[0]
             return (args[0][:, :1], *args[1:])
         if reducer.cls_token:
-            features = torch.cat([_cls_of(call, self.adapter), features], 1)
-        merged = self._reduced(call, spans, features)
-        if call.standalone:
-            call.merged_rows = merged
+            features = torch.cat([_recorded_cls(context, self.adapter), features], 1)
+        merged = self._select_and_merge(context, spans, features)
+        if context.standalone:
+            context.merged_rows = merged
             return None
         return None if merged is None else (merged, *args[1:])
 
-    def _reduced(self, call: EncodeContext, spans: Tensor, features: Tensor) -> Tensor | None:
-        """What stays of ``spans`` [B, N, C], chosen among ``features`` (with a CLS row in front if that is fed): [B, K, C]; None: all of them."""
-        reducer = call.config.reducer
+    def _select_and_merge(self, context: EncodeContext, spans: Tensor, features: Tensor) -> Tensor | None:
+        """Tokens kept of ``spans`` [B, N, C], selected among ``features`` (with a CLS row first if the method counts it): [B, K, C]; None: all."""
+        reducer = context.config.reducer
         assert isinstance(reducer, EncoderReducer)
-        choice = self._choice(call, [spans.shape[1]] * spans.shape[0], lambda: features)
-        if choice.selection is None:
+        span_selection = self._selection(context, [spans.shape[1]] * spans.shape[0], lambda: features)
+        if span_selection.selection is None:
             return None
-        slots = slots_of(choice.selection, reducer)
-        call.pending_features = EncodedFeatures(
-            call.encoding.stream, [], (), choice.plans, call.config, choice.selection, slots, reducer.cls_token,
-            invalid_code=choice.invalid_code, last_rows=spans[:, -1].clone(), last_rows_unprojected=True, tower_survivors=choice.tower_survivors, sizes=choice.sizes,
-        )  # fmt: skip
-        return _merged(features, choice.selection)
+        slots = slots_of(span_selection.selection, reducer)
+        context.pending_features = EncodedFeatures(
+            modality=context.encoding.stream,
+            rows=[],
+            grids=(),
+            plans=span_selection.plans,
+            config=context.config,
+            selection=span_selection.selection,
+            slots=slots,
+            cls_token=reducer.cls_token,
+            last_rows=spans[:, -1].clone(),
+            last_rows_unprojected=True,
+            invalid_code=span_selection.invalid_code,
+            tower_survivors=span_selection.tower_survivors,
+            sizes=span_selection.sizes,
+        )
+        return _merge(features, span_selection.selection)
 
     def after_projector(self, projector: nn.Module, args: tuple[Any, ...], projected: Tensor) -> Tensor | None:
-        """Post-hook of the projector: rows [B, K, D] -> [B, N, D] with the missing rows marked."""
-        call = self.state.encode_contexts[-1] if self.state.encode_contexts else None
-        if call is not None and call.unprojected_rows is not None:
-            return projected.expand(-1, call.unprojected_rows.shape[1], -1)
-        if call is None or call.pending_features is None:
+        """Post-hook of the projector: rows [B, K, D] -> [B, N, D] with the dropped rows marked."""
+        context = self.state.encode_contexts[-1] if self.state.encode_contexts else None
+        if context is not None and context.unprojected_rows is not None:
+            return projected.expand(-1, context.unprojected_rows.shape[1], -1)
+        if context is None or context.pending_features is None:
             return None
-        width = call.pending_features.plans[0].tokens
-        if call.merged_rows is not None:
-            call.pending_features.reduced_rows = list(_marked(projector.forward(call.merged_rows), call.pending_features, width))
+        width = context.pending_features.plans[0].tokens
+        if context.merged_rows is not None:
+            context.pending_features.reduced_rows = list(_expand_marked(projector.forward(context.merged_rows), context.pending_features, width))
             return None
-        together = self.adapter.projected_together(call.encoding)
-        return _marked(projected, call.pending_features, width).unflatten(1, (together, -1)).flatten(0, 1)
+        pictures_per_span = self.adapter.projected_together(context.encoding)
+        return _expand_marked(projected, context.pending_features, width).unflatten(1, (pictures_per_span, -1)).flatten(0, 1)
 
-    # ---- grid merger, or a method that reads projected rows: after the call
+    # ---- grid merger, or a method that uses projected features: after the call
 
-    def _finish(self, output: Any, call: EncodeContext, rows: list[Tensor] | None = None) -> Any:
-        """``rows``: those of the spans, where they are not in ``output``."""
+    def _store_result(self, output: Any, context: EncodeContext, rows: list[Tensor] | None = None) -> Any:
+        """Store the reduced features and their decisions on ``output``.
+
+        ``rows`` of the spans, where they are not in it.
+        """
         if not hasattr(output, "pooler_output"):
             raise TypeError(f"{self.adapter.family}: the encoder returned {type(output).__name__}; call it with return_dict=True or detach")
-        rows = self.adapter.spans(output, call.encoding) if rows is None else rows
-        counts = [len(r) for r in rows]
-        encoded = call.pending_features or self._behind(rows, getattr(output, "deepstack_features", None), call)
+        rows = self.adapter.spans(output, context.encoding) if rows is None else rows
+        counts = [len(span_rows) for span_rows in rows]
+        encoded = context.pending_features or self._reduce_after_encoder(rows, getattr(output, "deepstack_features", None), context)
         encoded.rows = rows
-        encoded.grids, encoded.tokens_per_crop = self.adapter.grids(call.encoding, counts), tuple(self.adapter.tokens_per_crop(call.encoding, counts))
-        encoded.tower_state = None if call.standalone else call.tower_state
-        encoded.spare = self.adapter.spare(call.encoding)
-        encoded.projected_rows, encoded.skipped_layers = tuple(self.adapter.projected_rows(call.encoding, counts)), call.skips_unused_layers
+        encoded.grids = self.adapter.grids(context.encoding, counts)
+        encoded.tokens_per_crop = tuple(self.adapter.tokens_per_crop(context.encoding, counts))
+        encoded.tower_state = None if context.standalone else context.tower_state
+        encoded.spare = self.adapter.spare(context.encoding)
+        encoded.projected_rows = tuple(self.adapter.projected_rows(context.encoding, counts))
+        encoded.skipped_layers = context.skips_unused_layers
         if encoded.finite is None:
-            encoded.finite = compat.finite(torch.stack([r.detach().sum(dtype=torch.float32) for r in rows]))
+            encoded.finite = compat.finite(torch.stack([span_rows.detach().sum(dtype=torch.float32) for span_rows in rows]))
         setattr(output, ENCODED, encoded)
-        if not call.standalone:
+        if not context.standalone:
             publish_features(output, encoded)
-            if self.state.forward_contexts:  # inside forward: the decoder of this very call wants them
-                self.state.forward_contexts[-1].received[call.encoding.stream] = ReceivedFeatures(encoded.rows, encoded)
+            if self.state.forward_contexts:  # inside forward: for the decoder of this call
+                self.state.forward_contexts[-1].received[context.encoding.stream] = ReceivedFeatures(encoded.rows, encoded)
         return output
 
-    def _behind(self, rows: list[Tensor], levels: Any, call: EncodeContext) -> EncodedFeatures:
-        """Spans reduced behind the encoder call; ``levels`` are rows that later layers add to the same ones."""
-        choice = self._choice(call, [len(r) for r in rows], lambda: pad_rows(rows)[0])
-        encoded = EncodedFeatures(call.encoding.stream, rows, (), choice.plans, call.config, choice.selection, sizes=choice.sizes)
-        if choice.selection is not None:
-            encoded.slots, encoded.invalid_code = slots_of(choice.selection, call.config.reducer), choice.invalid_code
-            encoded.tower_survivors = choice.tower_survivors
+    def _reduce_after_encoder(self, rows: list[Tensor], levels: Any, context: EncodeContext) -> EncodedFeatures:
+        """Reduce spans after the encoder call.
+
+        ``levels`` are deepstack features that decoder layers add to the same tokens.
+        """
+        span_selection = self._selection(context, [len(span_rows) for span_rows in rows], lambda: pad_rows(rows)[0])
+        encoded = EncodedFeatures(context.encoding.stream, rows, (), span_selection.plans, context.config, span_selection.selection, sizes=span_selection.sizes)
+        if span_selection.selection is not None:
+            encoded.slots = slots_of(span_selection.selection, context.config.reducer)
+            encoded.invalid_code = span_selection.invalid_code
+            encoded.tower_survivors = span_selection.tower_survivors
             encoded.last_rows = torch.stack([row[-1] for row in rows])
             features, _ = pad_rows(rows)
-            encoded.reduced_rows = _cut(_marked(_merged(features, choice.selection), encoded, features.shape[1]), rows)
-            encoded.deepstack_rows = [type(level)(_overwritten(list(level), encoded)) for level in levels or ()]
+            encoded.reduced_rows = _unpad(_expand_marked(_merge(features, span_selection.selection), encoded, features.shape[1]), rows)
+            encoded.deepstack_rows = [type(level)(_expand_unmarked(list(level), encoded)) for level in levels or ()]
         return encoded
 
     # ---- both
 
-    def _choice(self, call: EncodeContext, counts: list[int], features: Features) -> SpanSelection:
-        """What was chosen in front of the features, or is chosen now that they are there."""
-        if call.selection is None:
-            choice = self._choose(call, counts, features)
-            call.signals = {}
-            return choice
-        chosen_for = [plan.tokens for plan in call.selection.plans]
-        if chosen_for != counts:
+    def _selection(self, context: EncodeContext, counts: list[int], features: Features) -> SpanSelection:
+        """The selection made before the features were known, or a new one with them."""
+        if context.selection is None:
+            span_selection = self._select(context, counts, features)
+            context.signals = {}
+            return span_selection
+        selected_sizes = [plan.tokens for plan in context.selection.plans]
+        if selected_sizes != counts:
             raise RuntimeError(
-                f"{self.adapter.family}: tokens were chosen among {chosen_for}, but the encoder made {counts} of them: call it with the "
+                f"{self.adapter.family}: tokens were chosen among {selected_sizes}, but the encoder made {counts} of them: call it with the "
                 "settings of the model's config, or use handle.paused()"
             )
-        return call.selection
+        return context.selection
 
-    def _choose(self, call: EncodeContext, counts: list[int], features: Features) -> SpanSelection:
-        """Plans and selection for spans of ``counts`` rows; ``features`` makes [B, N, C], a CLS row in front if it is fed, or None."""
-        reducer = call.config.reducer
-        parts = self.adapter.parts(call.encoding, counts)
-        plans = plan_spans(call.config.plan_span, parts, call.per_crop, self._left_of(call, parts), self.adapter.num_cls_rows(call.encoding))
+    def _select(self, context: EncodeContext, counts: list[int], features: Features) -> SpanSelection:
+        """Plans and selection for spans of ``counts`` rows.
+
+        ``features`` computes [B, N, C], with a CLS row first if there is one, or None.
+        """
+        reducer = context.config.reducer
+        parts = self.adapter.parts(context.encoding, counts)
+        plans = plan_spans(context.config.plan_span, parts, context.per_crop, self._tower_counts(context, parts), self.adapter.num_cls_rows(context.encoding))
         sizes = tuple(part_sizes(rows)[0] for rows in parts)
         if not isinstance(reducer, EncoderReducer) or not any(plan.merges for plan in plans):
             return SpanSelection(plans, sizes=sizes)
@@ -361,118 +434,129 @@ class EncoderHooks:
             self.adapter.cls_module()  # raises: no CLS row here
             parts = [nn.functional.pad(rows, (1, 0)) for rows in parts]
         width = max(map(len, parts))
-        layers = self._layers(call, width) if reducer.requires & VISION_LAYER_INPUTS else ()
+        layers = self._layer_views(context, width) if reducer.requires & VISION_LAYER_INPUTS else ()
         rows = features()
-        shown = next(x for x in (*(x for layer in layers for x in layer.tensors()), rows) if x is not None)
-        left = None if call.tower_state is None else self._left(call, width).to(shown.device)
-        with torch.set_grad_enabled(call.learns), compat.without_autocast(shown):
-            read = self._read(call, counts, width, shown.device, layers)
-            selection, wrong, content = select_tokens(
-                reducer, plans, parts, layers, rows, stream=call.encoding.stream, each=call.per_crop, left=left, read=read
+        any_input = next(x for x in (*(x for layer in layers for x in layer.tensors()), rows) if x is not None)
+        survivors = None
+        if context.tower_state is not None:
+            survivors = self._tower_survivors(context, width).to(any_input.device)
+        with torch.set_grad_enabled(context.needs_grad), compat.without_autocast(any_input):
+            further_inputs = self._further_inputs(context, counts, width, any_input.device, layers)
+            selection, invalid_code, selectable = select_tokens(
+                reducer, plans, parts, layers, rows, modality=context.encoding.stream, per_crop=context.per_crop, tower_survivors=survivors, further_inputs=further_inputs
             )
-        if call.tower_state is not None:
-            wrong = torch.maximum(wrong, call.tower_state.invalid_code.to(wrong.device))
-        return SpanSelection(plans, selection, wrong, None if left is None else content, sizes)
+        if context.tower_state is not None:
+            invalid_code = torch.maximum(invalid_code, context.tower_state.invalid_code.to(invalid_code.device))
+        return SpanSelection(plans, selection, invalid_code, None if survivors is None else selectable, sizes)
 
-    def _left(self, call: EncodeContext, width: int) -> Tensor:
-        """[B, N] bool: the rows that went through the tower."""
-        left, _ = pad_rows([rows[:, 0] > 0.5 for rows in self.adapter.patches_to_tokens(call.tower_state.survivors(), call.encoding)])
-        return nn.functional.pad(left, (width - left.shape[1], 0), value=True)  # a CLS row in front never leaves
+    def _tower_survivors(self, context: EncodeContext, width: int) -> Tensor:
+        """[B, N] bool: the tokens that went through a reduced tower."""
+        survivors, _ = pad_rows([rows[:, 0] > 0.5 for rows in self.adapter.patches_to_tokens(context.tower_state.survivors(), context.encoding)])
+        return nn.functional.pad(survivors, (width - survivors.shape[1], 0), value=True)  # a CLS row before the tokens is always kept
 
-    def _layers(self, call: EncodeContext, width: int) -> tuple[LayerView, ...]:
-        for slot, rows in call.states.items():
-            self._tell_states(call, (slot,), rows)
-        call.states = {}
-        views, finite = layer_views(call, len(self.signal_layers.blocks), width)
+    def _layer_views(self, context: EncodeContext, width: int) -> tuple[LayerView, ...]:
+        """Signals of all signal layers, padded to ``width`` rows."""
+        for number, rows in context.block_outputs.items():
+            self._store_block_output(context, (number,), rows)
+        context.block_outputs = {}
+        views, finite = layer_views(context, len(self.signal_layers.blocks), width)
         check_finite(finite, "the vision attention scores")
         return views
 
-    def _read(self, call: EncodeContext, counts: list[int], width: int, device: torch.device, layers: tuple[LayerView, ...]) -> dict[str, Any]:
-        """The inputs beside layers and features that the method requires."""
-        reducer = call.config.reducer
+    def _further_inputs(self, context: EncodeContext, counts: list[int], width: int, device: torch.device, layers: tuple[LayerView, ...]) -> dict[str, Any]:
+        """The further inputs that the method declares beside layers and features, by their name in ``EncoderView``."""
+        reducer = context.config.reducer
         assert isinstance(reducer, EncoderReducer)
-        made: dict[str, Any] = {}
+        inputs: dict[str, Any] = {}
         if Input.GRID in reducer.requires:
-            made |= grid_of(self.adapter, call.encoding, counts, width, device)
+            inputs |= grid_of(self.adapter, context.encoding, counts, width, device)
         if reducer.requires & QUESTION_INPUTS:
-            asked = question_of(self.adapter, call.prompt, call.encoding.stream, counts, reducer.name, call.learns)
-            made["question"] = asked.question
+            question = find_question(self.adapter, context.prompt, context.encoding.stream, counts, reducer.name, context.needs_grad)
+            inputs["question"] = question.question
             if Input.QUESTION_STATE in reducer.requires:
-                made["question_state"] = question_state(self.adapter, asked, self.state)
+                inputs["question_state"] = question_state(self.adapter, question, self.state)
             if Input.TEXT_SIMILARITY in reducer.requires:
-                made |= self.text_encoder.similar(layers[0].states, asked, self.adapter.family)
+                inputs |= self.text_encoder.text_similarity(layers[0].states, question, self.adapter.family)
         if Input.PROJECTOR in reducer.requires:
-            made["project"] = projector_function(self.adapter, call)
+            inputs["project"] = projector_function(self.adapter, context)
         if reducer.trained_reducer is not None:
-            made["module"] = self.module
-        return made
+            inputs["module"] = self.module
+        return inputs
 
 
-def _chooses_early(reducer: EncoderReducer) -> bool:
-    """Whether a method needs nothing of what comes behind the attention of the layers that it names."""
+def _needs_attention_only(reducer: EncoderReducer) -> bool:
+    """True if a method needs only the attention of its signal layers, so that it can select before the tower ends."""
     return not reducer.requires & (FEATURE_INPUTS | {Input.STATES, Input.PROJECTOR})
 
 
-def _with_arguments(encode: Callable[..., Any], signature: inspect.Signature, arguments: dict[str, Any]) -> Any:
-    """``encode`` called with what it was bound to, by name: its wrappers add defaults by name, too."""
-    named = dict(arguments)
-    more = [named.pop(name, {}) for name, known in signature.parameters.items() if known.kind is known.VAR_KEYWORD]
-    return encode(**named, **(more[0] if more else {}))
+def _call_bound(encode: Callable[..., Any], signature: inspect.Signature, arguments: dict[str, Any]) -> Any:
+    """Call ``encode`` with bound arguments, by name: its wrappers add defaults by name, too."""
+    by_name = dict(arguments)
+    var_keywords = [by_name.pop(name, {}) for name, parameter in signature.parameters.items() if parameter.kind is parameter.VAR_KEYWORD]
+    return encode(**by_name, **(var_keywords[0] if var_keywords else {}))
 
 
 def publish_features(output: Any, encoded: EncodedFeatures) -> None:
-    """Put the reduced rows in the place of those that the encoder made, if it has reduced any."""
+    """Replace the features of an encoder output by the reduced ones, if there are any."""
     rows = encoded.rows if encoded.reduced_rows is None else encoded.reduced_rows
-    made = output.pooler_output
-    output.pooler_output = stacked(rows) if isinstance(made, Tensor) else type(made)(rows)
+    features = output.pooler_output
+    output.pooler_output = stacked(rows) if isinstance(features, Tensor) else type(features)(rows)
     if encoded.deepstack_rows:
         output.deepstack_features = encoded.deepstack_rows
-    encoded.rows, encoded.reduced_rows = list(output.pooler_output), None
+    encoded.rows = list(output.pooler_output)
+    encoded.reduced_rows = None
 
 
-def _marked(rows: Tensor, encoded: EncodedFeatures, width: int) -> Tensor:
-    """[B, K, D] -> [B, width, D]: rows in their slots, all others marked."""
+def _expand_marked(rows: Tensor, encoded: EncodedFeatures, width: int) -> Tensor:
+    """[B, K, D] -> [B, width, D]: kept rows at their positions, all others marked."""
     selection = encoded.selection
     assert selection is not None
     encoded.finite = compat.finite(rows.masked_fill(~selection.valid[..., None], 0))
-    return _placed(rows, encoded, rows.new_full((rows.shape[0], width + 1, rows.shape[2]), MARK))
+    return _write_at_positions(rows, encoded, rows.new_full((rows.shape[0], width + 1, rows.shape[2]), MARK))
 
 
-def _overwritten(rows: list[Tensor], encoded: EncodedFeatures) -> list[Tensor]:
-    """Rows of a later level [n, D] with merged ones in their slots; nobody reads those that left, so they stay as they are. What a module made of
-    the first level is nothing to the later ones, which are merged by weight."""
+def _expand_unmarked(rows: list[Tensor], encoded: EncodedFeatures) -> list[Tensor]:
+    """Deepstack features [n, D] with merged rows at their positions; dropped rows are never used, so they stay unchanged.
+
+    Rows that a trainable module made belong to the first level only; later levels are merged by weight.
+    """
     features, _ = pad_rows(rows)
     assert encoded.selection is not None
-    merged = _merged(features, dataclasses.replace(encoded.selection, custom_rows=None))
-    return _cut(_placed(merged, encoded, nn.functional.pad(features, (0, 0, 0, 1))), rows)
+    merged = _merge(features, dataclasses.replace(encoded.selection, custom_rows=None))
+    return _unpad(_write_at_positions(merged, encoded, nn.functional.pad(features, (0, 0, 0, 1))), rows)
 
 
-def _merged(features: Tensor, selection: Selection) -> Tensor:
+def _merge(features: Tensor, selection: Selection) -> Tensor:
     """[B, N, C] -> [B, K, C], in float32 also where autocast runs around it."""
     with compat.without_autocast(features):
         return merged_rows(features, selection)
 
 
-def _placed(rows: Tensor, encoded: EncodedFeatures, onto: Tensor) -> Tensor:
-    """``rows`` [B, K, D] written in their slots of ``onto`` [B, N + 1, D], those that do not exist in its last one: its others [B, N, D]."""
+def _write_at_positions(rows: Tensor, encoded: EncodedFeatures, target: Tensor) -> Tensor:
+    """Write ``rows`` [B, K, D] at their positions of ``target`` [B, N + 1, D], padding at its last one; return the first N, [B, N, D]."""
     selection, slots = encoded.selection, encoded.slots
     assert selection is not None and slots is not None
-    width = onto.shape[1] - 1
-    return onto.scatter_(1, torch.where(selection.valid, slots, width)[..., None].expand_as(rows), rows)[:, :width]
+    width = target.shape[1] - 1
+    return target.scatter_(1, torch.where(selection.valid, slots, width)[..., None].expand_as(rows), rows)[:, :width]
 
 
-def _cut(padded: Tensor, rows: list[Tensor]) -> list[Tensor]:
-    return [row[: len(old)] for row, old in zip(padded, rows, strict=True)]
+def _unpad(padded: Tensor, rows: list[Tensor]) -> list[Tensor]:
+    """Rows [B, N, D] cut to the lengths of ``rows``."""
+    return [row[: len(span_rows)] for row, span_rows in zip(padded, rows, strict=True)]
 
 
-def _cls_of(call: EncodeContext, adapter: Adapter) -> Tensor:
-    if call.cls_row is None:
+def _recorded_cls(context: EncodeContext, adapter: Adapter) -> Tensor:
+    """The recorded CLS row."""
+    if context.cls_row is None:
         adapter.cls_module()
         raise RuntimeError("the CLS row was not recorded; detach and attach again")
-    return call.cls_row
+    return context.cls_row
 
 
 def check_finite(flag: Tensor, what: str) -> None:
-    """Raise if a device flag says that something is not finite. Read at once on the CPU only: elsewhere the entry read covers the rows."""
+    """Raise if a flag says that something is not finite.
+
+    Checked at once on the CPU only; elsewhere the one read of the prefill covers it.
+    """
     if flag.device.type == "cpu" and not bool(flag):
         raise not_finite(what)

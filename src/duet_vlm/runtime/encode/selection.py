@@ -1,5 +1,7 @@
-"""What one call of a vision tower becomes: a plan for each span, what is recorded to rank by, which rows stay. Needs no model; servers choose
-by it, too."""
+"""Select the tokens of an encoder call: a plan for each span, recorded queries and keys, the kept tokens.
+
+Needs no model, so that serving uses it, too.
+"""
 
 from __future__ import annotations
 
@@ -20,41 +22,58 @@ from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import Reducer
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
 from duet_vlm.reducers.encoder_view import LayerView
-from duet_vlm.runtime.encode.per_crop import select_each, with_structure
+from duet_vlm.runtime.encode.per_crop import select_per_crop, with_structure
 from duet_vlm.runtime.validation import check_selection
 
-STRUCTURE, PADDING = -1, -2  # in place of the number of a part
+STRUCTURE, PADDING = -1, -2  # instead of the number of a part
 
 
-def reduces_per_crop(reducer: Reducer, usual: bool) -> bool:
-    """Whether V2V looks at the parts of a span one by one, where a family ``usual``ly does so or not."""
+def reduces_per_crop(reducer: Reducer, family_default: bool) -> bool:
+    """True if the encoder stage reduces the parts of a span one by one; ``family_default``: the family's default."""
     if not isinstance(reducer, EncoderReducer) or reducer.crops == "joint":
         return False
-    return reducer.crops == "per_crop" or (usual and not reducer.compares_frames)
+    return reducer.crops == "per_crop" or (family_default and not reducer.compares_frames)
 
 
 def plan_spans(
-    span: Callable[..., SpanPlan], parts: Sequence[Tensor], each: bool, left: Sequence[Sequence[int] | None] | None = None, fed: int = 0
+    solve: Callable[..., SpanPlan], parts: Sequence[Tensor], per_crop: bool, num_survivors: Sequence[Sequence[int] | None] | None = None, num_cls: int = 0
 ) -> tuple[SpanPlan, ...]:
-    """The plan of each span, made by ``span`` (``Rules.span``) from the sizes of its parts and its structure rows: ``parts`` on the host, as
-    ``Adapter.parts``. ``left``: how many tokens of each part a threshold in the tower left; ``fed``: rows of each part that are no patches."""
-    return tuple(span(*part_sizes(rows), each, some, fed) for rows, some in zip(parts, left or [None] * len(parts), strict=True))
+    """The plan of each span.
+
+    Parameters
+    ----------
+    solve : callable
+        ``ActiveConfig.plan_span``.
+    parts : sequence of Tensor
+        Per span, on the host: the part number of each of its rows, as ``Adapter.parts``.
+    per_crop : bool
+        Parts are reduced one by one.
+    num_survivors : sequence, optional
+        Per span, how many tokens of each part a threshold in the tower kept.
+    num_cls : int
+        Rows of each part that are no patches.
+    """
+    plans = []
+    for rows, counts in zip(parts, num_survivors or [None] * len(parts), strict=True):
+        sizes, structure = part_sizes(rows)
+        plans.append(solve(sizes, structure, per_crop, counts, num_cls))
+    return tuple(plans)
 
 
 def part_sizes(parts: Tensor) -> tuple[tuple[int, ...], int]:
-    """Of one span: how many rows show each part, and how many are structure."""
-    structure, *sizes = np.bincount(parts.numpy() + 1, minlength=1).tolist()  # numpy: on the host already, nothing waits
+    """Rows of each part of a span, and its structure rows."""
+    structure, *sizes = np.bincount(parts.numpy() + 1, minlength=1).tolist()  # numpy: the tensor is on the host
     return tuple(sizes), structure
 
 
 def max_parts_of(parts: Sequence[Tensor]) -> tuple[int, int]:
-    """The most parts of a span, and the most rows of a part; padding in front of a span, -2, is none."""
+    """The largest number of parts of a span, and of rows of a part; padding (-2) is not counted."""
     sizes = [part_sizes(rows.clamp(min=STRUCTURE))[0] for rows in parts]
     return max(map(len, sizes)), max((n for span in sizes for n in span), default=0)
 
 
 def record_qk(reducer: Reducer, query: Tensor, key: Tensor, scaling: float, segments: Tensor | None) -> RecordedQK:
-    """One call of the attention that ranks, as the method's settings read it: query, key [B, H, N, d] of all heads."""
+    """One recorded attention call, as the method's settings want it: query, key [B, H, N, d] of all heads."""
     query, key = query.detach(), key.detach()
     if reducer.scoring_rules().signal_heads == "one":
         query, key, scaling = one_head(query, key, scaling)
@@ -68,59 +87,72 @@ def select_tokens(
     layers: tuple[LayerView, ...],
     features: Tensor | None,
     *,
-    stream: str = "image",
-    each: bool = False,
-    left: Tensor | None = None,
-    read: Mapping[str, Any] | None = None,
+    modality: str = "image",
+    per_crop: bool = False,
+    tower_survivors: Tensor | None = None,
+    further_inputs: Mapping[str, Any] | None = None,
 ) -> tuple[Selection, Tensor, Tensor]:
-    """Which rows of B spans of up to N tokens stay.
+    """Select the tokens that are kept of B spans of up to N tokens.
 
     Parameters
     ----------
     plans : sequence of SpanPlan
-        Of each span; at least one of them reduces.
+        Per span; at least one of them drops tokens.
     parts : sequence of Tensor
-        Per span, on the host: the part (crop, frame) that each of its rows shows [n], -1 for structure rows.
+        Per span, on the host: [n] the part (crop, frame) of each of its rows, -1 for structure rows.
     layers : tuple of LayerView
-        The vision layers that the method names.
+        The signals of each signal layer.
     features : Tensor or None
-        [B, N, C] as far as the method asks for them; one tensor of either is there.
-    each : bool
-        Parts are looked at one by one.
-    left : Tensor or None
-        [B, N] bool, on their device: the rows that went through a reduced tower.
-    read : mapping
-        What else the method reads, by its name in ``EncoderView``.
+        [B, N, C] if the method needs them; at least one tensor is given, of signals or features.
+    per_crop : bool
+        Parts are reduced one by one.
+    tower_survivors : Tensor or None
+        [B, N] bool, on their device: the tokens that went through a reduced tower.
+    further_inputs : mapping
+        Further inputs of the method, by their name in ``EncoderView``.
 
     Returns
     -------
-    selection, code, content : Selection, Tensor, Tensor
-        The code of what is wrong with it (``flow.verify``); [B, N] bool, the rows that could be chosen.
+    selection, invalid_code, selectable : Selection, Tensor, Tensor
+        The code of what is wrong with it (runtime/validation.py); [B, N] bool, the tokens that could be selected.
     """
     device = next(x.device for x in (*(x for layer in layers for x in layer.tensors()), features) if x is not None)
-    numbers = upload(pad_sequence(list(parts), batch_first=True, padding_value=PADDING), device)
-    whole = upload([not plan.merges for plan in plans], device)
-    structure = numbers == STRUCTURE  # of reduced spans such rows leave, or are kept, without being ranked
-    content = (numbers >= 0) | (structure & whole[:, None])
-    if left is not None:
-        content = content & (structure | left)
-    asked = tuple(dataclasses.replace(p, dominant=p.dominant - p.structure, structure=0) for p in plans)
-    planned = upload([[p.dominant, p.contextual] for p in asked], device)
+    part_numbers = upload(pad_sequence(list(parts), batch_first=True, padding_value=PADDING), device)
+    keeps_all = upload([not plan.merges for plan in plans], device)
+    structure = part_numbers == STRUCTURE  # of reduced spans such rows are dropped, or kept, without being ranked
+    selectable = (part_numbers >= 0) | (structure & keeps_all[:, None])
+    if tower_survivors is not None:
+        selectable = selectable & (structure | tower_survivors)
+    token_plans = tuple(dataclasses.replace(p, dominant=p.dominant - p.structure, structure=0) for p in plans)
+    num_tokens = upload([[p.dominant, p.contextual] for p in token_plans], device)
     if features is not None and reducer.trained_reducer is None:
         features = features.detach()
     view = EncoderView(
-        content, planned[:, 0], planned[:, 1], asked, layers[0].importance if layers else None, layers[0].keys if layers else None,
-        features, numbers.clamp(min=STRUCTURE), stream, layers, max_parts=max_parts_of(parts), method=reducer.name, **read or {},
-    )  # fmt: skip
-    if each and any(plan.parts for plan in plans):
-        selection, wrong = select_each(reducer, view, list(parts))
+        selectable,
+        num_tokens[:, 0],
+        num_tokens[:, 1],
+        token_plans,
+        importance=layers[0].importance if layers else None,
+        keys=layers[0].keys if layers else None,
+        features=features,
+        parts=part_numbers.clamp(min=STRUCTURE),
+        modality=modality,
+        layers=layers,
+        max_parts=max_parts_of(parts),
+        method=reducer.name,
+        **further_inputs or {},
+    )
+    if per_crop and any(plan.parts for plan in plans):
+        selection, invalid_code = select_per_crop(reducer, view, list(parts))
     else:
-        selection, wrong = check_selection(reducer, reducer.select_tokens(view), view, view.plans)
-    return with_structure(selection, structure, tuple(plans)) if any(plan.structure for plan in plans) else selection, wrong, content
+        selection, invalid_code = check_selection(reducer, reducer.select_tokens(view), view, view.plans)
+    if any(plan.structure for plan in plans):
+        selection = with_structure(selection, structure, tuple(plans))
+    return selection, invalid_code, selectable
 
 
 def slots_of(selection: Selection, reducer: Reducer) -> Tensor:
-    """Slot within the span for each output row [B, K]: its own (keep) or the first ones in the method's order (compact)."""
+    """Position within the span of each selected token [B, K]: its own (keep), or the first ones in the method's order (compact)."""
     if reducer.positions == "keep":
         return selection.index
     return torch.where(selection.valid, selection.valid.cumsum(1) - 1, 0)

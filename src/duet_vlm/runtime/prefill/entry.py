@@ -1,4 +1,4 @@
-"""Where the decoder begins: marked rows leave, and everything indexed by row shrinks with them: embeddings, masks, positions."""
+"""Entry of the decoder: remove dropped (marked) tokens from embeddings, masks and positions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from duet_vlm.runtime.decode.cache import (
 )
 from duet_vlm.runtime.encode.encoder import is_marked
 from duet_vlm.runtime.prefill.layers import PrefillPass
-from duet_vlm.runtime.prefill.masks import cut_mask, documents, real_rows, window
+from duet_vlm.runtime.prefill.masks import cut_mask, documents, valid_tokens, window
 from duet_vlm.runtime.prefill.positions import entry_positions, next_positions, prompt_positions
 from duet_vlm.runtime.prefill.prompt_layout import (
     PromptLayout,
@@ -46,196 +46,226 @@ from duet_vlm.runtime.prefill.prompt_layout import (
 )
 
 
-def begin_decoder(adapter: Adapter, call: ForwardContext, kwargs: dict[str, Any]) -> DecodePass | PrefillPass | None:
-    """Prepare one call of the decoder stack; ``kwargs`` are changed in place. None: nothing to do, the stock path runs."""
+def begin_decoder(adapter: Adapter, context: ForwardContext, kwargs: dict[str, Any]) -> DecodePass | PrefillPass | None:
+    """Prepare one call of the decoder stack; ``kwargs`` are changed in place. None: the stock path runs."""
     cache = kwargs.get("past_key_values")
     filled = cache is not None and int(cache.get_seq_length()) > 0
     if not filled:
         unbind_prompt(cache)
     if isinstance(cache, PrunedCacheMixin):
-        if call.received:
+        if context.received:
             raise ValueError("new image on a reduced cache: start a new conversation (no past_key_values) or detach")
         cache.duet_prompt_state.num_decoded += kwargs["inputs_embeds"].shape[1]
-        return DecodePass(adapter, cache, call.attention_mask, kwargs)
-    rules = next((arrived.decisions.config for arrived in call.received.values() if arrived.decisions is not None), call.config)
-    if rules is None:
+        return DecodePass(adapter, cache, context.attention_mask, kwargs)
+    config = next((received.decisions.config for received in context.received.values() if received.decisions is not None), context.config)
+    if config is None:
         return None
-    if filled and call.received:
+    if filled and context.received:
         raise ValueError("new image on a cache that already holds tokens: start a new conversation (no past_key_values) or detach")
-    if not call.placeholders or filled:
+    if not context.placeholders or filled:
         return None
-    return _prefill(adapter, rules, call, kwargs)
+    return _prefill(adapter, config, context, kwargs)
 
 
-def _prefill(adapter: Adapter, rules: ActiveConfig, call: ForwardContext, kwargs: dict[str, Any]) -> PrefillPass | None:
-    embeds, cache, reducer = kwargs["inputs_embeds"], kwargs.get("past_key_values"), rules.reducer
-    valid = real_rows(call.attention_mask, embeds)
-    places = {name: rows.to(valid.device) for name, rows in call.placeholders.items()}
-    visual = torch.stack(list(places.values())).any(0)
+def _prefill(adapter: Adapter, config: ActiveConfig, context: ForwardContext, kwargs: dict[str, Any]) -> PrefillPass | None:
+    """Prepare a prompt: read its layout, drop marked tokens, and bind the cache."""
+    embeds = kwargs["inputs_embeds"]
+    cache = kwargs.get("past_key_values")
+    reducer = config.reducer
+    valid = valid_tokens(context.attention_mask, embeds)
+    placeholders = {name: rows.to(valid.device) for name, rows in context.placeholders.items()}
+    visual = torch.stack(list(placeholders.values())).any(0)
     cached = cache is not None or compat.uses_cache(adapter.text_model, kwargs.get("use_cache"))
-    stored = _decisions(call, rules) if not cached and call.labels is None and call.received else {}
-    stays = left_out = torch.zeros_like(valid)
-    if reducer.protect_predicting_tokens and call.received:
-        rows = stored.setdefault("predicting", predicting_rows(valid, visual, call.labels, call.num_draft_tokens))
+    stored = _stored_decisions(context, config) if not cached and context.labels is None and context.received else {}
+    protected = dropped_protected = torch.zeros_like(valid)
+    if reducer.protect_predicting_tokens and context.received:
+        rows = stored.setdefault("predicting", predicting_rows(valid, visual, context.labels, context.num_draft_tokens))
         rows = torch.nn.functional.pad(rows, (0, valid.shape[1] - rows.shape[1]))
-        stays, left_out = rows_that_stay(call, rows, places, embeds)
-    prompt = TokenMap.identity(valid, visual, stays)
+        protected, dropped_protected = rows_that_stay(context, rows, placeholders, embeds)
+    prompt = TokenMap.identity(valid, visual, protected)
     queries = torch.zeros_like(valid)
-    asks = reducer.uses_text_queries()
-    if (asks or Input.QUESTION_STATE in reducer.requires) and call.received:
-        asking = valid if not call.num_draft_tokens else valid & (torch.arange(valid.shape[1], device=valid.device) < valid.shape[1] - call.num_draft_tokens)
-        kind, turns = reducer.text_query, reducer.training_turns
-        queries = query_rows(kind, prompt.prunable, asking, call.labels, call.salient_mask, turns)
-    begins = documents(kwargs.get("attention_mask"), kwargs.get("position_ids"), valid, cached)
-    layout = read_layout(call, reducer, places, valid, queries, stays, left_out, begins)
-    check_pictures(call, layout)
-    if not call.received:
+    if (reducer.uses_text_queries() or Input.QUESTION_STATE in reducer.requires) and context.received:
+        candidates = valid
+        if context.num_draft_tokens:
+            candidates = valid & (torch.arange(valid.shape[1], device=valid.device) < valid.shape[1] - context.num_draft_tokens)
+        queries = query_rows(reducer.text_query, prompt.prunable, candidates, context.labels, context.salient_mask, reducer.training_turns)
+    document_starts = documents(kwargs.get("attention_mask"), kwargs.get("position_ids"), valid, cached)
+    layout = read_layout(context, reducer, placeholders, valid, queries, protected, dropped_protected, document_starts)
+    check_pictures(context, layout)
+    if not context.received:
         return None
     if compat.is_static(cache):
         raise ValueError(
             "static (compilable) caches are not supported while tokens are dropped: use the default dynamic cache or detach; "
-            "handle.static_cache makes a static one of a cache that has read the prompt"
+            "handle.static_cache makes a static one of a cache that holds the prompt"
         )
-    dealt = assign_spans(call, layout)
-    spans, sources = spans_of(dealt, layout, places, valid)
+    spans_by_sample = assign_spans(context, layout)
+    spans, sources = spans_of(spans_by_sample, layout, placeholders, valid)
     plans = tuple(tuple(encoded.plans[number] for encoded, number in row) for row in sources)
-    if reducer.scoring_rules().skip_unanswered and call.labels is not None:
-        plans = tuple(_without_drops(row) if not answered else row for row, answered in zip(plans, layout.has_labels, strict=True))
-    pools = _pools(plans, spans, layout, prompt, left_out, each=reducer.multi_image == "per_image")
-    run = PromptState(rules, embeds.shape[1], spans, pools, prompt, sum(sources, ()), min(layout.num_text_after_image), call.num_draft_tokens)
-    run.element_bytes, run.num_real_tokens = embeds.element_size(), valid.sum(1)
-    run.reduces = any(plan.entry < plan.tokens or plan.counts[-1] < plan.tokens for row in plans for plan in row)
-    call.prompt_state = run
-    if any(some.beyond_plan for some in layout.protected):
-        kwargs["inputs_embeds"] = _bring_back(adapter, call, dealt, places, left_out, embeds)
-    marks = any(arrived.decisions is not None and arrived.decisions.selection is not None for arrived in call.received.values())
-    hidden = any(any(counts) for counts in layout.num_masked.values())  # pictures under the caller's mask: rows that may be marked as well
-    _remove_marked(run, adapter, layout.lengths, hidden and (marks or run.reduces), kwargs)
-    if run.reduces and cached:
+    if reducer.scoring_rules().skip_unanswered and context.labels is not None:
+        plans = tuple(_without_drops(row) if not has_labels else row for row, has_labels in zip(plans, layout.has_labels, strict=True))
+    ranking_groups = _ranking_groups(plans, spans, layout, prompt, dropped_protected, per_image=reducer.multi_image == "per_image")
+    prompt_state = PromptState(
+        config=config,
+        prompt_len=embeds.shape[1],
+        spans=spans,
+        ranking_groups=ranking_groups,
+        prompt=prompt,
+        sources=sum(sources, ()),
+        num_text_after_image=min(layout.num_text_after_image),
+        drafts=context.num_draft_tokens,
+        element_bytes=embeds.element_size(),
+        num_real_tokens=valid.sum(1),
+    )
+    prompt_state.reduces = any(plan.entry < plan.tokens or plan.counts[-1] < plan.tokens for row in plans for plan in row)
+    context.prompt_state = prompt_state
+    if any(counts.beyond_plan for counts in layout.protected):
+        kwargs["inputs_embeds"] = _bring_back(adapter, context, spans_by_sample, placeholders, dropped_protected, embeds)
+    any_marked = any(arrived.decisions is not None and arrived.decisions.selection is not None for arrived in context.received.values())
+    any_masked = any(any(counts) for counts in layout.num_masked.values())  # images under the caller's mask, whose tokens may be marked as well
+    _remove_marked(prompt_state, adapter, layout.lengths, any_masked and (any_marked or prompt_state.reduces), kwargs)
+    if prompt_state.reduces and cached:
         cache = kwargs["past_key_values"] = compat.new_cache(adapter.text_model.config) if cache is None else cache
-        bind_prompt(cache, run)
-    replay = stored.setdefault("survivors", {}) if run.reduces and not cached else {}
+        bind_prompt(cache, prompt_state)
+    replay = stored.setdefault("survivors", {}) if prompt_state.reduces and not cached else {}
     if replay and reducer.trim_kv_cache:
         raise ValueError(f"{reducer.name}: trim_kv_cache=True takes rows out of a cache, and use_cache=False has none: use a cache, or trim_kv_cache=False")
-    return PrefillPass(run, adapter, cache, queries, list(layout.num_queries), kwargs, replay)
+    return PrefillPass(
+        prompt_state, adapter, cache=cache, queries=queries, num_queries=list(layout.num_queries), kwargs=kwargs, replay=replay
+    )
 
 
-def _pools(
-    plans: tuple[tuple[SpanPlan, ...], ...], spans: tuple[tuple[Span, ...], ...], layout: PromptLayout, prompt: TokenMap, left_out: Tensor, each: bool
+def _ranking_groups(
+    plans: tuple[tuple[SpanPlan, ...], ...], spans: tuple[tuple[Span, ...], ...], layout: PromptLayout, prompt: TokenMap, dropped_protected: Tensor, per_image: bool
 ) -> tuple[tuple[RankingGroup, ...], ...]:
-    """Which spans are ranked together: all of a sample, or each by itself."""
-    if not each:
-        return tuple((RankingGroup(row, some),) for row, some in zip(plans, layout.protected, strict=True))
-    if not any(some.in_sequence for some in layout.protected):
+    """Group the spans that are ranked together: all of a sample, or each on its own."""
+    if not per_image:
+        return tuple((RankingGroup(row, protected_count),) for row, protected_count in zip(plans, layout.protected, strict=True))
+    if not any(protected_count.in_sequence for protected_count in layout.protected):
         return tuple(tuple(RankingGroup((plan,)) for plan in row) for row in plans)
-    rank = prompt.visual.cumsum(1) - 1  # one more read, where rows stay and it matters which span they are of
-    staying = [[r[m].tolist() for r, m in zip(rank, mask, strict=True)] for mask in (prompt.protected, left_out)]
+    rank = prompt.visual.cumsum(1) - 1  # one more device read, where tokens are protected and their span matters
+    protected_ranks = [[row_ranks[selected].tolist() for row_ranks, selected in zip(rank, mask, strict=True)] for mask in (prompt.protected, dropped_protected)]
 
     def of(sample: int, span: Span) -> ProtectedCount:
-        return ProtectedCount(*(sum(span.offset <= r < span.offset + span.tokens for r in ranks[sample]) for ranks in staying))
+        return ProtectedCount(*(sum(span.offset <= row_ranks < span.offset + span.tokens for row_ranks in ranks[sample]) for ranks in protected_ranks))
 
     return tuple(
         tuple(RankingGroup((plan,), of(sample, span)) for plan, span in zip(row, spans[sample], strict=True)) for sample, row in enumerate(plans)
     )
 
 
-def _bring_back(adapter: Adapter, call: ForwardContext, dealt: SpansBySample, places: dict[str, Tensor], left_out: Tensor, embeds: Tensor) -> Tensor:
-    """Embeddings [B, S, D] with the rows that predict although V2V has left them out: the last tokens of their spans, as the tower made them."""
-    for name, arrived in call.received.items():
-        encoded = arrived.decisions
+def _bring_back(
+    adapter: Adapter, context: ForwardContext, spans_by_sample: SpansBySample, placeholders: dict[str, Tensor], dropped_protected: Tensor, embeds: Tensor
+) -> Tensor:
+    """Embeddings [B, S, D] with the predicting tokens that the encoder stage had dropped.
+
+    The last token of each span, as encoded.
+    """
+    for name, received in context.received.items():
+        encoded = received.decisions
         if encoded is None or encoded.last_rows is None:
             continue
-        place = span_ends(arrived, places[name])
-        numbers = [number for sample in dealt[name] for (_, number), _ in sample]
+        span_number = span_ends(received, placeholders[name])
+        numbers = [number for sample in spans_by_sample[name] for (_, number), _ in sample]
         rows = encoded.last_rows[upload(numbers, encoded.last_rows.device)]
-        rows = adapter.pointwise_projector.forward(rows[:, None])[:, 0] if encoded.last_rows_unprojected and adapter.pointwise_projector is not None else rows
-        rows = rows.to(embeds.device, embeds.dtype)[place.clamp(min=0).to(embeds.device)]
-        embeds = torch.where((left_out & (place >= 0)).to(embeds.device)[..., None], rows, embeds)
+        if encoded.last_rows_unprojected and adapter.pointwise_projector is not None:
+            rows = adapter.pointwise_projector.forward(rows[:, None])[:, 0]
+        rows = rows.to(embeds.device, embeds.dtype)[span_number.clamp(min=0).to(embeds.device)]
+        embeds = torch.where((dropped_protected & (span_number >= 0)).to(embeds.device)[..., None], rows, embeds)
     return embeds
 
 
-def _decisions(call: ForwardContext, rules: ActiveConfig) -> dict[str, Any]:
-    """Without a cache generate() sends the growing prompt again and again: what its first pass decided (rows that predict, survivors by layer)
-    is replayed.
+def _stored_decisions(context: ForwardContext, config: ActiveConfig) -> dict[str, Any]:
+    """Decisions of the first pass (predicting tokens, kept tokens by layer), to be replayed.
 
-    It rides on the encoder output that generate() reuses; a prompt that does not continue the first one decides anew.
+    Without a cache generate() sends the growing prompt again and again. The decisions are stored on the encoder output
+    that generate() reuses; a prompt that does not continue the first one gets new ones.
     """
-    first_arrived = next(iter(call.received.values())).decisions
-    assert first_arrived is not None
-    stored, ids = first_arrived.decisions, call.input_ids
+    first_encoded = next(iter(context.received.values())).decisions
+    assert first_encoded is not None
+    stored = first_encoded.decisions
+    ids = context.input_ids
     if ids is None:
         return {}
     first: Any = stored.get("input_ids")
-    same = stored.get("rules") is rules and first is not None and first.shape[0] == ids.shape[0] and first.shape[1] < ids.shape[1]
-    if not (same and torch.equal(first, ids[:, : first.shape[1]])):
+    continues = stored.get("config") is config and first is not None and first.shape[0] == ids.shape[0] and first.shape[1] < ids.shape[1]
+    if not (continues and torch.equal(first, ids[:, : first.shape[1]])):
         stored.clear()
-        stored.update(input_ids=ids, rules=rules)
+        stored.update(input_ids=ids, config=config)
     return stored
 
 
 def _without_drops(plans: tuple[SpanPlan, ...]) -> tuple[SpanPlan, ...]:
-    return tuple(SpanPlan(p.tokens, p.dominant, p.contextual, (p.entry,) * len(p.counts)) for p in plans)
+    """Plans without decoder stages."""
+    return tuple(SpanPlan(plan.tokens, plan.dominant, plan.contextual, (plan.entry,) * len(plan.counts)) for plan in plans)
 
 
-def _remove_marked(run: PromptState, adapter: Adapter, lengths: tuple[int, ...], hidden: bool, kwargs: dict[str, Any]) -> None:
-    """Take the marked rows out, and those that are ``hidden`` by the mask; an unreduced prompt is left alone, bit for bit."""
+def _remove_marked(prompt_state: PromptState, adapter: Adapter, lengths: tuple[int, ...], any_masked: bool, kwargs: dict[str, Any]) -> None:
+    """Remove marked tokens, and those that the mask hides (``any_masked``); an unreduced prompt stays bit-equal."""
     embeds = kwargs["inputs_embeds"]
     positions = prompt_positions(kwargs.get("position_ids"), embeds.shape[1], embeds.device)
-    run.next_position = next_positions(positions, run.prompt.valid)
-    planned = [[sum(p.tokens for p in row) for row in run.plans], run.visual(-1)]
-    left = tuple(n - tokens + entering for n, tokens, entering in zip(lengths, *planned, strict=True))
-    if left == lengths and not hidden:
-        run.layer_groups.append(LayerGroup(0, run.prompt, left))
+    prompt_state.next_position = next_positions(positions, prompt_state.prompt.valid)
+    visual_tokens = [sum(plan.tokens for plan in plans) for plans in prompt_state.plans]
+    entering = prompt_state.visual(-1)
+    new_lengths = tuple(length - tokens + entered for length, tokens, entered in zip(lengths, visual_tokens, entering, strict=True))
+    if new_lengths == lengths and not any_masked:
+        prompt_state.layer_groups.append(LayerGroup(0, prompt_state.prompt, new_lengths))
         return
-    keep = run.prompt.valid & ~(is_marked(embeds) & run.prompt.visual)
-    index, valid = pack_left(keep, max(left))
-    tokens = run.prompt.gather(index, valid)
-    run.layer_groups.append(LayerGroup(0, tokens.renumbered(), left))
+    keep = prompt_state.prompt.valid & ~(is_marked(embeds) & prompt_state.prompt.visual)
+    index, valid = pack_left(keep, max(new_lengths))
+    tokens = prompt_state.prompt.gather(index, valid)
+    prompt_state.layer_groups.append(LayerGroup(0, tokens.renumbered(), new_lengths))
     kwargs["inputs_embeds"] = gather_rows(embeds, index).masked_fill(~valid[..., None], 0)
-    kwargs["position_ids"] = positions = entry_positions(positions, tokens, run.positions)
-    if run.positions == "compact":
-        run.next_position = next_positions(positions, valid)
+    kwargs["position_ids"] = positions = entry_positions(positions, tokens, prompt_state.positions)
+    if prompt_state.positions == "compact":
+        prompt_state.next_position = next_positions(positions, valid)
     mask = kwargs.get("attention_mask")
-    unmade = isinstance(mask, dict) and run.layer_groups[0].padded and any(prepared is None for prepared in mask.values())
-    if unmade or _window_bites(adapter, run.prompt_len, mask):
-        kwargs["attention_mask"] = _slot_masks(adapter, kwargs["inputs_embeds"], tokens, run.prompt_len)
+    not_prepared = isinstance(mask, dict) and prompt_state.layer_groups[0].padded and any(prepared is None for prepared in mask.values())
+    if not_prepared or _needs_own_windows(adapter, prompt_state.prompt_len, mask):
+        kwargs["attention_mask"] = _prepared_masks(adapter, kwargs["inputs_embeds"], tokens, prompt_state.prompt_len)
     else:
-        kwargs["attention_mask"] = entry_mask(mask, run.layer_groups[0], index, kwargs.get("past_key_values") is None)
+        kwargs["attention_mask"] = entry_mask(mask, prompt_state.layer_groups[0], index, kwargs.get("past_key_values") is None)
 
 
-def _window_bites(adapter: Adapter, rows: int, mask: Any) -> bool:
-    """Whether the decoder itself would make windows from the shortened sequence, where they would reach further back than before."""
+def _needs_own_windows(adapter: Adapter, prompt_len: int, mask: Any) -> bool:
+    """True if the decoder itself would apply windows to the shortened sequence, where they would reach further back than before."""
     config = adapter.text_model.config
     prepared = isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim == 4)
-    return SLIDING in adapter.layer_types and rows > config.sliding_window and not prepared and compat.makes_masks(config)
+    return SLIDING in adapter.layer_types and prompt_len > config.sliding_window and not prepared and compat.makes_masks(config)
 
 
-def _slot_masks(adapter: Adapter, embeds: Tensor, tokens: TokenMap, prompt: int) -> Any:
-    """Prepared masks for the rows that are left of ``prompt``: windows count its slots. By layer type where the decoder has several."""
-    config, rows = adapter.text_model.config, embeds.shape[1]
-    sizes = {FULL: prompt, SLIDING: config.sliding_window}
-    made = {kind: compat.prepared_mask(config, embeds, window(tokens.valid, tokens.prompt_index, rows, size)) for kind, size in sizes.items()}
-    return made if FULL in adapter.layer_types else made[SLIDING]
+def _prepared_masks(adapter: Adapter, embeds: Tensor, tokens: TokenMap, prompt_len: int) -> Any:
+    """Prepared masks for the kept tokens of a prompt of ``prompt_len``, by layer type where there are several: windows count its positions."""
+    config, num_rows = adapter.text_model.config, embeds.shape[1]
+    sizes = {FULL: prompt_len, SLIDING: config.sliding_window}
+    masks = {kind: compat.prepared_mask(config, embeds, window(tokens.valid, tokens.prompt_index, num_rows, size)) for kind, size in sizes.items()}
+    return masks if FULL in adapter.layer_types else masks[SLIDING]
 
 
 def entry_mask(mask: Any, group: LayerGroup, index: Tensor, no_cache: bool) -> Any:
-    """The caller's mask for the shortened sequence. Without a cache even an all-ones mask is passed: gaps in kept positions would
-    otherwise be read as packed sequences."""
+    """The caller's mask for the shortened sequence.
+
+    Without a cache even an all-ones mask is passed: gaps in kept positions would otherwise be taken for packed
+    sequences.
+    """
     if isinstance(mask, dict):
-        return {kind: entry_mask(prepared, group, index, False) for kind, prepared in mask.items()}  # layers take these as they are
+        return {kind: entry_mask(prepared, group, index, False) for kind, prepared in mask.items()}  # used by layers unchanged
     if isinstance(mask, Tensor) and mask.ndim == 4:
         return cut_mask(mask, index, group.tokens.valid)
     return group.tokens.valid.long() if group.padded or no_cache else None
 
 
-def refuse_chunked_prefill(prefill: Callable[..., Any], begun: Callable[[], AbstractContextManager[ActiveConfig | None]]) -> Callable[..., Any]:
-    """generate()'s prefill step that refuses to cut prompts: the first chunk would decide without having seen the question."""
+def refuse_chunked_prefill(prefill: Callable[..., Any], begin: Callable[[], AbstractContextManager[ActiveConfig | None]]) -> Callable[..., Any]:
+    """generate()'s prefill step, which refuses chunked prompts.
+
+    The first chunk would be reduced without the question.
+    """
 
     @functools.wraps(prefill)
     def prefill_whole(input_ids: Tensor, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         size = getattr(generation_config, "prefill_chunk_size", None)
-        with begun() as rules:
-            if size is not None and rules is not None:
+        with begin() as config:
+            if size is not None and config is not None:
                 raise ValueError(f"prefill_chunk_size={size}: tokens cannot be ranked by half a prompt; leave it None, or use handle.paused()")
             return prefill(input_ids, generation_config, *args, **kwargs)
 

@@ -1,4 +1,7 @@
-"""T2V: rank and drop visual tokens between decoder layers, and give every later layer the tables of its own rows."""
+"""The decoder stages (T2V).
+
+Rank and drop visual tokens between layers, and pass every later layer the arguments of its own tokens.
+"""
 
 from __future__ import annotations
 
@@ -27,93 +30,149 @@ NAMES = {"scores": "the attention scores", "visual_self_attention": "the attenti
 
 
 class PrefillPass:
-    """One pass of a prompt through the decoder. Decisions are made once per layer and replayed if a layer runs again (checkpointing)."""
+    """One pass of a prompt through the decoder. Decisions are made once per layer and replayed if a layer runs again (checkpointing).
+
+    Attributes
+    ----------
+    prompt_state : PromptState
+        The prompt.
+    kinds : list of str
+        Type of each decoder layer.
+    prepared_masks : Tensor or None
+        4-D mask of full attention, where there is one; scoring ignores windows.
+    stages : dict
+        Layer -> visual tokens per sample that are kept before it.
+    forced_stages : frozenset
+        Layers before which the method decides although the plan drops nothing.
+    scorer : TextAttentionScorer or None
+        Computes signals, if the method drops inside the decoder.
+    scored_at : dict
+        Stage -> layer whose attention ranks for it.
+    layers_to_score : set of int
+        Layers that have not been scored yet.
+    needs_previous_hidden : set of int
+        Stages that need the input of the layer before.
+    needs_gradient : bool
+        The method needs a prediction gradient.
+    signals : dict
+        Scored layer -> its signals, for the current tokens.
+    previous_hidden : dict
+        Stage -> input of the layer before it.
+    projection_cache : ProjectionCache
+        Projections that the scored layer reuses.
+    stage_gathers : dict
+        Stage -> the tokens that continue.
+    rotaries, masks : dict
+        Rotary tables and masks of later layer groups.
+    rotary_calls : list
+        Calls of the rotary embedding in half precision.
+    entry_kwargs : dict
+        Type of layer -> arguments of its first layer, for the tokens that entered.
+    replay : dict
+        Layer groups of an earlier pass to be replayed.
+    """
 
     def __init__(
         self,
-        run: PromptState,
+        prompt_state: PromptState,
         adapter: Adapter,
         cache: Any,
         queries: Tensor,
-        asking: list[int],
+        num_queries: list[int],
         kwargs: dict[str, Any],
         replay: dict[Any, Any],
     ) -> None:
-        self.prompt_state, self.adapter, self.reducer, self.cache, self.replay = run, adapter, run.config.reducer, cache, replay
+        self.prompt_state = prompt_state
+        self.adapter = adapter
+        self.reducer = prompt_state.config.reducer
+        self.cache = cache
+        self.replay = replay
         self.kinds = adapter.layer_types
-        self.prepared_masks = _prepared(kwargs.get("attention_mask")) if FULL in self.kinds else None  # windows are lifted for ranking
-        self.forced_stages = self.reducer.extra_stages(run.depth)
-        self.stages = {layer: keeps for layer in range(run.depth) if (keeps := self._keeps_at(layer)) is not None}
-        self._check_rows_left()
-        self.scorer = TextAttentionScorer(self.reducer, adapter, queries, asking, self.prepared_masks) if isinstance(self.reducer, DecoderReducer) else None
-        self.scored_at = scoring_layers(adapter, self.reducer, [layer for layer in self.stages if _any(run.ranked(layer))])
-        run.num_queries = tuple(max(1, n) for n in asking)
-        run.scored_layers = tuple(sorted(set(self.scored_at.values())))
-        self.probes = Input.GRADIENT in self.reducer.requires
-        looks = Input.PREVIOUS_HIDDEN_STATES in self.reducer.requires
-        self.needs_previous_hidden = {drop for drop in self.stages if looks and drop not in replay and _any(run.ranked(drop))}
-        self.layers_to_score = {scored for drop, scored in self.scored_at.items() if drop not in replay}  # layers that have not done so yet
-        self.signals: dict[int, Signals] = {}  # by the layer that made them, of the rows that are there now
-        self.previous_hidden: dict[int, Tensor] = {}  # by drop, what the layer before it read
+        self.prepared_masks = _prepared_mask(kwargs.get("attention_mask")) if FULL in self.kinds else None
+        self.forced_stages = self.reducer.extra_stages(prompt_state.depth)
+        self.stages: dict[int, list[int]] = {}
+        for layer in range(prompt_state.depth):
+            counts = self._stage_counts(layer)
+            if counts is not None:
+                self.stages[layer] = counts
+        self._refuse_empty_prompt()
+        self.scorer: TextAttentionScorer | None = None
+        if isinstance(self.reducer, DecoderReducer):
+            self.scorer = TextAttentionScorer(self.reducer, adapter, queries, num_queries, self.prepared_masks)
+        self.scored_at = scoring_layers(adapter, self.reducer, [layer for layer in self.stages if _any_nonzero(prompt_state.ranked(layer))])
+        prompt_state.num_queries = tuple(max(1, count) for count in num_queries)
+        prompt_state.scored_layers = tuple(sorted(set(self.scored_at.values())))
+        self.needs_gradient = Input.GRADIENT in self.reducer.requires
+        ranking = {stage for stage in self.stages if stage not in replay and _any_nonzero(prompt_state.ranked(stage))}
+        self.needs_previous_hidden = ranking if Input.PREVIOUS_HIDDEN_STATES in self.reducer.requires else set()
+        self.layers_to_score = {scored for stage, scored in self.scored_at.items() if stage not in replay}
+        self.signals: dict[int, Signals] = {}
+        self.previous_hidden: dict[int, Tensor] = {}
         self.projection_cache = ProjectionCache()
         self.stage_gathers: dict[int, StageGather] = {}
         self.rotaries: dict[Any, Rotary] = {}
         self.masks: dict[Any, Any] = {}
-        self.tables: list[Any] = []  # how rotary tables of half precision were made
-        self.entered: dict[str, dict[str, Any]] = {}  # by kind of layer, what the first was called with for the rows that entered
+        self.rotary_calls: list[Any] = []
+        self.entry_kwargs: dict[str, dict[str, Any]] = {}
 
-    def _keeps_at(self, layer: int) -> list[int] | None:
-        """Visual tokens per sample that stay before ``layer``, None where nothing changes and nobody is asked."""
-        now = self.prompt_state.visual(layer)
-        return now if now != self.prompt_state.visual(layer - 1) or (layer in self.forced_stages and any(now)) else None
+    def _stage_counts(self, layer: int) -> list[int] | None:
+        """Visual tokens per sample that are kept before ``layer``; None where there is no stage."""
+        counts = self.prompt_state.visual(layer)
+        return counts if counts != self.prompt_state.visual(layer - 1) or (layer in self.forced_stages and any(counts)) else None
 
-    def _check_rows_left(self) -> None:
-        """Only without ``protect_predicting_tokens``: a prompt that is nothing but an image, of which nothing is kept."""
-        first = zip(self.prompt_state.layer_groups[0].lengths, self.prompt_state.visual(-1), self.prompt_state.visual(self.prompt_state.depth - 1), strict=True)
-        for sample, (rows, entered, left) in enumerate(first):
-            if rows and rows - entered + left == 0:
+    def _refuse_empty_prompt(self) -> None:
+        """Refuse a prompt of visual tokens only, if all of them are dropped (without ``protect_predicting_tokens``)."""
+        lengths = self.prompt_state.layer_groups[0].lengths
+        entering = self.prompt_state.visual(-1)
+        remaining = self.prompt_state.visual(self.prompt_state.depth - 1)
+        for sample, (length, entered, kept) in enumerate(zip(lengths, entering, remaining, strict=True)):
+            if length and length - entered + kept == 0:
                 raise ValueError(
-                    f"sample {sample} has no row left at the end of {self.reducer.name}'s schedule, and none that could predict: use "
-                    "protect_predicting_tokens=True, or write text behind the image"
+                    f"sample {sample} has no token left at the end of {self.reducer.name}'s schedule, and none that could predict: use "
+                    "protect_predicting_tokens=True, or write text after the image"
                 )
 
     def at_layer(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Rows that ``layer`` reads: score, drop, and cut its arguments to them."""
+        """The input of ``layer``: score, drop tokens, and cut its arguments to the kept ones."""
         if index == 0 and self.reducer.text_query == "raters" and self.scorer is not None and self.scorer.raters is None:
             with torch.no_grad():
                 self.scorer.choose_raters(hidden.detach(), self.prompt_state.layer_groups[0].tokens.to(hidden.device))
-        if self.scored_at.get(index) == index:  # by what all rows would do here
-            self._rank(index, layer, hidden, kwargs)
-        if self.probes:
-            self.entered.setdefault(self.kinds[index], dict(kwargs))
+        if self.scored_at.get(index) == index:  # this layer's attention, before the drop
+            self._score(index, layer, hidden, kwargs)
+        if self.needs_gradient:
+            self.entry_kwargs.setdefault(self.kinds[index], dict(kwargs))
         if index in self.stages:
-            hidden = self._drop(index, layer, hidden, kwargs)
-        self._rank(index, layer, hidden, kwargs)  # for a later drop, by what those do that are left
+            hidden = self._apply_stage(index, layer, hidden, kwargs)
+        self._score(index, layer, hidden, kwargs)  # for a later stage, with the kept tokens
         if index + 1 in self.needs_previous_hidden:
             self.previous_hidden[index + 1] = hidden.detach()
         kwargs.update(self.layer_kwargs(self.prompt_state.layer_group(index), index, hidden, kwargs))
         return hidden
 
     def layer_kwargs(self, group: LayerGroup, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """What layer ``index`` is to be given for the rows of ``group``, of the ``kwargs`` for those that entered."""
+        """Changed arguments of layer ``index`` for the tokens of ``group``; ``kwargs`` are those for the tokens that entered."""
         if group is self.prompt_state.layer_groups[0]:
             return {}
-        given = {
+        changed = {
             "position_embeddings": self._rotary(group, index, hidden, kwargs["position_embeddings"]),
             "attention_mask": self._mask(group, index, hidden, kwargs.get("attention_mask")),
         }
         if kwargs.get("position_ids") is not None:
-            given["position_ids"] = gather_last_dim(kwargs["position_ids"], group.tokens.entry_index.to(hidden.device))
-        return given
+            changed["position_ids"] = gather_last_dim(kwargs["position_ids"], group.tokens.entry_index.to(hidden.device))
+        return changed
 
     def reuses(self, index: int, layer: nn.Module) -> bool:
-        """Whether ``layer`` ranks and can then take over what ranking makes: not where gradients must pass, not in a fixed graph."""
-        merges = index in self.stages and self.reducer.merges  # then the layer reads other rows than those it ranks
+        """True if ``layer`` is scored and can reuse the keys of the scoring.
+
+        Not with gradients, not in a compiled graph.
+        """
+        merges = index in self.stages and self.reducer.merges  # merged tokens need new keys
         return index in self.layers_to_score and not merges and not torch.is_grad_enabled() and compat.is_eager(layer)
 
-    # ---- what the layer is given
+    # ---- arguments of a layer
 
     def _rotary(self, group: LayerGroup, index: int, hidden: Tensor, rotary: Rotary) -> Rotary:
+        """Rotary tables of the tokens of ``group``."""
         if group is self.prompt_state.layer_groups[0]:
             return rotary
         key = (group.first_layer, self.kinds[index])
@@ -123,9 +182,12 @@ class PrefillPass:
         return self.rotaries[key]
 
     def _exact_rotary(self, group: LayerGroup, index: int, hidden: Tensor, rotary: Rotary) -> Rotary:
-        """The same for ranking: in float32, where the model's are half precision. Rounded tables make attention depend on where a prompt begins."""
-        for module, args, kwargs, made in self.tables:
-            if made[0] is rotary[0]:
+        """The same for scoring: in float32, where the model's are half precision.
+
+        With rounded tables scores depend on the padding.
+        """
+        for module, args, kwargs, output in self.rotary_calls:
+            if output[0] is rotary[0]:
                 exact = module.forward(args[0].float(), *args[1:], **kwargs)
                 if group is self.prompt_state.layer_groups[0]:
                     return exact
@@ -133,30 +195,34 @@ class PrefillPass:
                 return group_rotary(self.adapter, hidden[..., :1].float(), exact, tokens, self.prompt_state.positions, self.kinds[index])
         return self._rotary(group, index, hidden, rotary)
 
-    def _from_zero(self, group: LayerGroup, index: int, hidden: Tensor, rotary: Rotary) -> Rotary | None:
-        """Tables of half precision for positions that begin at 0 with each prompt, so that they are rounded as those of the prompt alone; None where
-        the model's are exact. Attention only knows distances."""
+    def _rotary_from_zero(self, group: LayerGroup, index: int, hidden: Tensor, rotary: Rotary) -> Rotary | None:
+        """Half-precision tables for positions that begin at 0 with each prompt, so that they are rounded as for the prompt alone.
+
+        None where the model's tables are exact. Attention depends on distances only.
+        """
         first = self.prompt_state.layer_groups[0]
-        for module, args, kwargs, made in self.tables:
-            if made[0] is rotary[0] and self.prompt_state.positions == "keep":
+        for module, args, kwargs, output in self.rotary_calls:
+            if output[0] is rotary[0] and self.prompt_state.positions == "keep":
                 positions = args[1] if len(args) > 1 else kwargs["position_ids"]
                 valid = first.tokens.valid.to(positions.device)
                 positions = positions.expand(*positions.shape[:-2], *valid.shape)
-                begin = valid.long().argmax(1, keepdim=True).expand(*positions.shape[:-1], 1)
-                positions = (positions - positions.gather(-1, begin)).clamp(min=0)
-                given = (args[0], positions, *args[2:]) if len(args) > 1 else args
-                made = module.forward(*given, **kwargs | ({} if len(args) > 1 else {"position_ids": positions}))
-                return group_rotary(self.adapter, hidden, made, group.tokens.to(made[0].device), self.prompt_state.positions, self.kinds[index])
+                first_position = valid.long().argmax(1, keepdim=True).expand(*positions.shape[:-1], 1)
+                positions = (positions - positions.gather(-1, first_position)).clamp(min=0)
+                new_args = (args[0], positions, *args[2:]) if len(args) > 1 else args
+                output = module.forward(*new_args, **kwargs | ({} if len(args) > 1 else {"position_ids": positions}))
+                return group_rotary(self.adapter, hidden, output, group.tokens.to(output[0].device), self.prompt_state.positions, self.kinds[index])
         return None
 
     def _mask(self, group: LayerGroup, index: int, hidden: Tensor, mask: Any) -> Any:
+        """Attention mask of the tokens of ``group``, prepared once."""
         key = (group.first_layer, self.kinds[index], id(mask))
         if key not in self.masks:
-            self.masks[key] = (mask, self._new_mask(group, index, hidden, mask))  # holding the key object keeps its id unique
+            self.masks[key] = (mask, self._new_mask(group, index, hidden, mask))  # holding the mask keeps its id unique
         return self.masks[key][1]
 
     def _new_mask(self, group: LayerGroup, index: int, hidden: Tensor, mask: Any) -> Any:
-        if mask is None and not group.padded:  # the model saw that nothing is hidden, and fewer rows hide no more
+        """Prepare the attention mask of the tokens of ``group``."""
+        if mask is None and not group.padded:  # nothing is hidden
             return None
         valid = group.tokens.valid.to(hidden.device)
         if self.kinds[index] == LINEAR:
@@ -165,33 +231,35 @@ class PrefillPass:
             return cut_mask(mask, group.tokens.entry_index.to(mask.device), group.tokens.valid.to(mask.device))
         return compat.decoder_mask(self.adapter.text_model.config, hidden, valid if group.padded else None, self.cache, index)
 
-    # ---- ranking
+    # ---- scoring
 
-    def _rank(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+    def _score(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """Store the signals of a layer that is to be scored."""
         if index in self.layers_to_score:
             with torch.no_grad():
                 self.signals[index] = self._signals(index, layer, hidden, kwargs)
             self.layers_to_score.remove(index)
 
     def _signals(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Signals:
-        """What ``layer`` says of each row."""
-        assert self.scorer is not None  # a method that decides
+        """The signals of ``layer`` for the current tokens."""
+        assert self.scorer is not None
         group = self.prompt_state.layer_group(index)
         rotary = self._exact_rotary(group, index, hidden, kwargs["position_embeddings"])
-        visual = max(self.prompt_state.visual(-1 if group is self.prompt_state.layer_groups[0] else group.first_layer))
-        state = self.kinds[index] == LINEAR
-        made = self.scorer.signals(layer, hidden.detach(), group.tokens.to(hidden.device), rotary, visual, state)
+        num_visual = max(self.prompt_state.visual(-1 if group is self.prompt_state.layer_groups[0] else group.first_layer))
+        linear = self.kinds[index] == LINEAR
+        signals = self.scorer.signals(layer, hidden.detach(), group.tokens.to(hidden.device), rotary, num_visual, linear)
         self.projection_cache.recording = False
         if self.adapter.key_projection(layer) in self.projection_cache.by_module:
             self.prompt_state.reused_layers = (*self.prompt_state.reused_layers, index)
-        for name, rows in made.items():
+        for name, rows in signals.items():
             self.prompt_state.finite.append((compat.finite(rows), f"{NAMES[name]} at decoder layer {index}"))
             check_finite(*self.prompt_state.finite[-1])
-        return {name: rows.to(hidden.device) for name, rows in made.items()}
+        return {name: rows.to(hidden.device) for name, rows in signals.items()}
 
     # ---- dropping
 
-    def _drop(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def _apply_stage(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Hidden states after the stage before layer ``index``; decided once."""
         if index not in self.stage_gathers:
             with compat.without_autocast(hidden):
                 self.stage_gathers[index] = self._decide(index, layer, hidden, kwargs)
@@ -200,113 +268,119 @@ class PrefillPass:
             return self.stage_gathers[index].rows_of(hidden)
 
     def _decide(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> StageGather:
-        """Who goes on; opens the group of layers that read them."""
+        """Decide the stage before layer ``index``; opens the layer group of the kept tokens."""
         group = self.prompt_state.layer_group(index - 1) if index else self.prompt_state.layer_groups[0]
         tokens = group.tokens.to(hidden.device)
-        alive = self.prompt_state.visual(index - 1)
-        lengths = tuple(n - b + k for n, b, k in zip(group.lengths, alive, self.stages[index], strict=True))
-        ranked = self.prompt_state.ranked(index - 1)
+        num_alive = self.prompt_state.visual(index - 1)
+        lengths = tuple(length - before + kept for length, before, kept in zip(group.lengths, num_alive, self.stages[index], strict=True))
+        num_ranked = self.prompt_state.ranked(index - 1)
         if index in self.replay:
-            decided = replay(self.replay[index], tokens, self.prompt_state.prompt_len, max(map(sum, ranked)))
-        elif _any(self.prompt_state.ranked(index)):
-            decided = self._chosen(index, layer, hidden, kwargs, tokens)
+            decision = replay(self.replay[index], tokens, self.prompt_state.prompt_len, max(map(sum, num_ranked)))
+        elif _any_nonzero(self.prompt_state.ranked(index)):
+            decision = self._method_decision(index, layer, hidden, kwargs, tokens)
         else:
-            decided = StageDecision(torch.zeros_like(tokens.visual))
-        keep = (tokens.valid & ~tokens.prunable) | decided.kept
-        dropped = StageGather.of(decided, keep, max(lengths), in_order=self.prompt_state.positions == "keep")
-        self.prompt_state.layer_groups.append(LayerGroup(index, tokens.gather(dropped.index, dropped.valid), lengths, decided.by_prompt_position(tokens)))
+            decision = StageDecision(torch.zeros_like(tokens.visual))
+        keep = (tokens.valid & ~tokens.prunable) | decision.kept
+        gather = StageGather.of(decision, keep, max(lengths), in_order=self.prompt_state.positions == "keep")
+        kept_tokens = tokens.gather(gather.index, gather.valid)
+        self.prompt_state.layer_groups.append(LayerGroup(index, kept_tokens, lengths, decision.by_prompt_position(tokens)))
         self.replay.setdefault(index, self.prompt_state.layer_groups[-1])
-        later = {scored for drop, scored in self.scored_at.items() if drop > index}
+        later = {scored for stage, scored in self.scored_at.items() if stage > index}
         self.signals = {
-            scored: {name: gather_rows(rows, dropped.index) for name, rows in made.items()} for scored, made in self.signals.items() if scored in later
+            scored: {name: gather_rows(rows, gather.index) for name, rows in signals.items()}
+            for scored, signals in self.signals.items()
+            if scored in later
         }
         self.previous_hidden.pop(index, None)
-        return dropped
+        return gather
 
-    def _chosen(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any], tokens: TokenMap) -> StageDecision:
-        """What the method keeps of the visual rows, and merges."""
+    def _method_decision(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any], tokens: TokenMap) -> StageDecision:
+        """The method's decision for the stage before layer ``index``."""
         reducer = self.reducer
         assert isinstance(reducer, DecoderReducer) and self.scorer is not None
-        made = dict(self.signals.get(self.scored_at.get(index, -1), {}))
+        signals = dict(self.signals.get(self.scored_at.get(index, -1), {}))
         if reducer.requires & {Input.HIDDEN_STATES, Input.TEXT_HIDDEN_STATES}:
-            made["hidden_states"] = hidden.detach()
+            signals["hidden_states"] = hidden.detach()
         if Input.PREVIOUS_HIDDEN_STATES in reducer.requires:
-            made["previous_hidden_states"] = self.previous_hidden[index].to(hidden.device)
+            signals["previous_hidden_states"] = self.previous_hidden[index].to(hidden.device)
         if Input.GRADIENT in reducer.requires:
-            made["gradient"] = self._gradient(index, layer, hidden, kwargs, tokens)
+            signals["gradient"] = self._gradient(index, layer, hidden, kwargs, tokens)
         with torch.no_grad():
-            return decide_stage(self.prompt_state, self.scorer, index, tokens, made)
+            return decide_stage(self.prompt_state, self.scorer, index, tokens, signals)
 
     def _gradient(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any], tokens: TokenMap) -> Tensor:
-        """Of a prediction made through the method's probe, by the rows in front of ``layer``."""
+        """Gradient of a prediction by the hidden states before ``layer``."""
         reducer = self.reducer
         assert isinstance(reducer, DecoderReducer)
         last = reducer.scoring_rules().probe == "last"
-        at = self.adapter.probed_layer(index, last)
-        through = layer if at == index else self.adapter.layers[at]
+        number = self.adapter.probed_layer(index, last)
+        gradient_layer = layer if number == index else self.adapter.layers[number]
         group = self.prompt_state.layer_group(index - 1) if index else self.prompt_state.layer_groups[0]
-        given = self._given(group, at, hidden, kwargs, index) | {"past_key_values": None, "use_cache": False}
-        if (tables := self._from_zero(group, at, hidden, self.entered.get(self.kinds[at], kwargs)["position_embeddings"])) is not None:
-            given["position_embeddings"] = tables
-        asks = tokens.valid & (tokens.prompt_index < self.prompt_state.prompt_len - self.prompt_state.drafts)
-        return prediction_gradient(self.adapter, through, hidden, asks, given, reducer.name, last)
+        layer_args = self._arguments_of(group, number, hidden, kwargs, index) | {"past_key_values": None, "use_cache": False}
+        tables = self._rotary_from_zero(group, number, hidden, self.entry_kwargs.get(self.kinds[number], kwargs)["position_embeddings"])
+        if tables is not None:
+            layer_args["position_embeddings"] = tables
+        predicting = tokens.valid & (tokens.prompt_index < self.prompt_state.prompt_len - self.prompt_state.drafts)
+        return prediction_gradient(self.adapter, gradient_layer, hidden, predicting, layer_args, reducer.name, last)
 
-    def _given(self, group: LayerGroup, at: int, hidden: Tensor, kwargs: dict[str, Any], index: int) -> dict[str, Any]:
-        """What layer ``at`` is called with for the rows of ``group``, where layer ``index`` would be with ``kwargs``; layers of another kind are
-        given other tables."""
-        kind = self.kinds[at]
-        entered = kwargs if kind == self.kinds[index] else self.entered.get(kind, kwargs)
-        given = entered | self.layer_kwargs(group, at, hidden, entered)
-        if kind == self.kinds[index] or kind in self.entered:
-            return given
-        valid = group.tokens.valid.to(hidden.device)  # the first layer of this kind is still to come
+    def _arguments_of(self, group: LayerGroup, number: int, hidden: Tensor, kwargs: dict[str, Any], index: int) -> dict[str, Any]:
+        """Arguments of layer ``number`` for the tokens of ``group``, where layer ``index`` has ``kwargs``; the tables depend on the type of layer."""
+        kind = self.kinds[number]
+        entry_kwargs = kwargs if kind == self.kinds[index] else self.entry_kwargs.get(kind, kwargs)
+        layer_args = entry_kwargs | self.layer_kwargs(group, number, hidden, entry_kwargs)
+        if kind == self.kinds[index] or kind in self.entry_kwargs:
+            return layer_args
+        valid = group.tokens.valid.to(hidden.device)  # no layer of this type has run yet
         if self.prepared_masks is not None:
-            return given | {"attention_mask": cut_mask(self.prepared_masks, group.tokens.entry_index.to(self.prepared_masks.device), valid.to(self.prepared_masks.device))}
+            device = self.prepared_masks.device
+            return layer_args | {"attention_mask": cut_mask(self.prepared_masks, group.tokens.entry_index.to(device), valid.to(device))}
         config = self.adapter.text_model.config
-        return given | {"attention_mask": compat.decoder_mask(config, hidden, valid if group.padded else None, None, at)}
+        return layer_args | {"attention_mask": compat.decoder_mask(config, hidden, valid if group.padded else None, None, number)}
 
 
-def scoring_layers(adapter: Adapter, reducer: Reducer, drops: list[int]) -> dict[int, int]:
-    """For each drop the layer whose attention ranks it: the method's own, or the last one before it that has attention.
+def scoring_layers(adapter: Adapter, reducer: Reducer, stages: list[int]) -> dict[int, int]:
+    """For each stage the layer whose attention ranks its tokens: the method's choice, or the last one before it that has attention.
 
     Raises
     ------
     ValueError
-        If there is no such layer, or none that a gradient can go through.
+        If there is no such layer, or none with a gradient.
     """
     if not isinstance(reducer, DecoderReducer):
         return {}
     if Input.GRADIENT in reducer.requires:
-        _check_probes(adapter, reducer, drops)
+        _check_gradient_layers(adapter, reducer, stages)
     if not reducer.uses_attention():
         return {}
-    scored = {drop: adapter.ranking_layer(drop - reducer.score_layer_offset, reducer.score_states) for drop in drops}
-    for drop, layer in scored.items():
+    scored = {stage: adapter.ranking_layer(stage - reducer.score_layer_offset, reducer.score_states) for stage in stages}
+    for stage, layer in scored.items():
         if layer < 0:
             lowest = adapter.first_attention + reducer.score_layer_offset
             raise ValueError(
-                f"{reducer.name} drops before decoder layer {drop}, but {adapter.family} has no attention to rank tokens by before layer "
+                f"{reducer.name} drops before decoder layer {stage}, but {adapter.family} has no attention to rank tokens by before layer "
                 f"{adapter.first_attention}: drop before layer {lowest} or later"
             )
     return scored
 
 
-def _check_probes(adapter: Adapter, reducer: DecoderReducer, drops: list[int]) -> None:
-    last = reducer.scoring_rules().probe == "last"
-    for drop in drops:
-        if adapter.probed_layer(drop, last) < 0:
-            there, where = ("before", f"from layer {adapter.first_attention + 1} on") if last else ("from there on", "earlier")
+def _check_gradient_layers(adapter: Adapter, reducer: DecoderReducer, stages: list[int]) -> None:
+    """Refuse stages before which no layer has a gradient."""
+    probes_last = reducer.scoring_rules().probe == "last"
+    for stage in stages:
+        if adapter.probed_layer(stage, probes_last) < 0:
+            direction = "before" if probes_last else "from there on"
+            remedy = f"from layer {adapter.first_attention + 1} on" if probes_last else "earlier"
             raise ValueError(
-                f"{reducer.name} drops before decoder layer {drop}, but {adapter.family} has no attention {there} that a gradient can go through: "
-                f"drop {where}"
+                f"{reducer.name} drops before decoder layer {stage}, but {adapter.family} has no attention {direction} that a gradient can go through: "
+                f"drop {remedy}"
             )
 
 
-def _any(counts: list[list[int]]) -> bool:
+def _any_nonzero(counts: list[list[int]]) -> bool:
     return any(any(row) for row in counts)
 
 
-def _prepared(mask: Any) -> Tensor | None:
+def _prepared_mask(mask: Any) -> Tensor | None:
     """The 4-D mask of full attention, where the caller or the family prepared one."""
     if isinstance(mask, dict):
         mask = mask.get(FULL)

@@ -1,4 +1,4 @@
-"""Attention masks that families or callers prepared, for fewer rows, and windows counted in the slots of the prompt."""
+"""Prepared attention masks for fewer tokens, and windows counted in positions of the prompt."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from duet_vlm.ops.ragged import gather_square
 from duet_vlm.runtime.compat import is_allowed
 
 
-def real_rows(mask: Any, embeds: Tensor) -> Tensor:
-    """[B, S] bool from a 2-D mask, a prepared 4-D mask (a real row sees itself), a dict of those, or nothing."""
+def valid_tokens(mask: Any, embeds: Tensor) -> Tensor:
+    """Valid tokens [B, S] bool of a 2-D mask, a prepared 4-D mask (a valid token attends to itself), a dict of those, or None."""
     if isinstance(mask, dict):
         mask = mask.get(FULL)
     if mask is None:
@@ -28,19 +28,22 @@ def real_rows(mask: Any, embeds: Tensor) -> Tensor:
 
 
 def documents(mask: Any, position_ids: Tensor | None, valid: Tensor, cached: bool) -> Tensor:
-    """[B, S] bool: where a document begins, in rows that pack several of them, as stock models find it out: in a prepared mask a row that
-    sees nothing before itself; without mask and cache, positions that do not follow each other."""
+    """First tokens of documents [B, S] bool, in rows that pack several of them, by the rules of the stock models.
+
+    In a prepared mask these are tokens that attend to nothing before themselves; without mask and cache, tokens whose
+    position does not follow the one before.
+    """
     if isinstance(mask, dict):
         mask = mask.get(FULL)
     if isinstance(mask, Tensor) and mask.ndim == 4:
         first = is_allowed(mask[:, 0]).to(torch.uint8).argmax(-1).expand(valid.shape)
         return valid & (first == torch.arange(valid.shape[1], device=valid.device))
-    begins = torch.zeros_like(valid)
+    starts = torch.zeros_like(valid)
     if mask is None and not cached and position_ids is not None and (position_ids.ndim == 2 or len(position_ids) == 4):
-        text = position_ids if position_ids.ndim == 2 else position_ids[0]  # the other three say where patches are
-        begins[:, 1:] = (text.diff(dim=-1) != 1).to(valid.device)
-        begins[:, 0] = begins.any(1)
-    return begins
+        text_positions = position_ids if position_ids.ndim == 2 else position_ids[0]  # the other three are patch coordinates
+        starts[:, 1:] = (text_positions.diff(dim=-1) != 1).to(valid.device)
+        starts[:, 0] = starts.any(1)
+    return starts
 
 
 def cut_mask(mask: Tensor, index: Tensor, valid: Tensor) -> Tensor:
@@ -50,10 +53,10 @@ def cut_mask(mask: Tensor, index: Tensor, valid: Tensor) -> Tensor:
     return cut & ~hidden if cut.dtype == torch.bool else cut.masked_fill(hidden, torch.finfo(cut.dtype).min)
 
 
-def window(valid: Tensor, slots: Tensor, rows: int, size: int) -> Tensor:
-    """Which keys the last ``rows`` of them see as queries: real ones, not later, fewer than ``size`` slots back.
+def window(valid: Tensor, positions: Tensor, num_queries: int, size: int) -> Tensor:
+    """Visible keys of the last ``num_queries`` tokens: valid, not later, fewer than ``size`` positions back.
 
-    valid, slots [B, K] -> [B, 1, rows, K] bool.
+    valid, positions [B, K] -> [B, 1, num_queries, K] bool.
     """
-    back = slots[:, -rows:, None] - slots[:, None, :]
-    return (valid[:, None, :] & (back >= 0) & (back < size))[:, None]
+    distance = positions[:, -num_queries:, None] - positions[:, None, :]
+    return (valid[:, None, :] & (distance >= 0) & (distance < size))[:, None]

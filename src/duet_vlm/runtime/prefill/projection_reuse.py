@@ -1,4 +1,7 @@
-"""What ranking makes of all rows is not made again: the layer itself is handed that of the rows that are left."""
+"""Reuse of projections.
+
+A layer whose keys were computed for scoring gets those of the kept tokens instead of computing them again.
+"""
 
 from __future__ import annotations
 
@@ -12,29 +15,32 @@ from duet_vlm.ops.ragged import gather_rows
 
 
 class ProjectionCache:
-    """What modules of a ranking layer (norm, key projection) made of all rows [B, T, ...], between ranking and the layer's own pass."""
+    """Outputs of modules of a scoring layer (norm, key projection) [B, T, ...], between scoring and the layer's own forward."""
 
     def __init__(self) -> None:
         self.recording = False
         self.by_module: dict[nn.Module, Tensor] = {}
 
-    def keep(self, chosen: Tensor) -> None:
-        """Only rows ``chosen`` [B, T'] go on."""
-        self.by_module = {module: gather_rows(rows, chosen.to(rows.device)) for module, rows in self.by_module.items()}
+    def keep(self, index: Tensor) -> None:
+        """Keep only the rows ``index`` [B, T']."""
+        self.by_module = {module: gather_rows(rows, index.to(rows.device)) for module, rows in self.by_module.items()}
 
 
 def reuse_projection(module: nn.Module, running: Callable[[], ProjectionCache | None]) -> Callable[..., Any]:
-    """A forward of ``module`` that is run once per ranking; ``running`` gives what the prefill that runs has made, if one does."""
+    """A forward of ``module`` that runs once per scoring.
+
+    ``running`` returns the cache of the running prefill, if there is one.
+    """
     forward = module.forward
 
     def forward_once(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        made = None if torch.compiler.is_compiling() else running()
-        if made is None:
+        cache = None if torch.compiler.is_compiling() else running()
+        if cache is None:
             return forward(hidden, *args, **kwargs)
-        if made.recording:
-            made.by_module[module] = forward(hidden, *args, **kwargs)
-            return made.by_module[module]
-        rows = made.by_module.pop(module, None)
-        return forward(hidden, *args, **kwargs) if rows is None else rows
+        if cache.recording:
+            cache.by_module[module] = forward(hidden, *args, **kwargs)
+            return cache.by_module[module]
+        cached = cache.by_module.pop(module, None)
+        return forward(hidden, *args, **kwargs) if cached is None else cached
 
     return forward_once

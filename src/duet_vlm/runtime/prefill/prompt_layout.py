@@ -1,4 +1,7 @@
-"""What a prompt consists of: real rows, visual rows and whose they are, rows that predict, rows that ask. Read from the device once."""
+"""The layout of a prompt: valid, visual, predicting and query tokens, and the spans of each sample.
+
+Copied from the device once.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,25 @@ Source = tuple[EncodedFeatures, int]  # an encoder call and the number of a span
 
 @dataclass(frozen=True)
 class PromptLayout:
-    """A prompt on the host. Per sample: ``lengths`` real rows, ``asking`` query rows, whether it has a label (``answered``), visual rows that
-    ``stay``, rows ``after`` the last visual one; ``visual`` placeholders by stream, those that the mask hides (``hidden``) among them."""
+    """Counts of a prompt on the host, one entry per sample.
+
+    Attributes
+    ----------
+    lengths : tuple of int
+        Valid tokens.
+    num_queries : tuple of int
+        Text queries.
+    has_labels : tuple of bool
+        Any token is supervised.
+    protected : tuple of ProtectedCount
+        Visual tokens that are always kept.
+    num_text_after_image : tuple of int
+        Valid tokens after the last visual one.
+    num_visual : dict
+        Modality -> placeholders.
+    num_masked : dict
+        Modality -> placeholders that the attention mask hides.
+    """
 
     lengths: tuple[int, ...]
     num_queries: tuple[int, ...]
@@ -32,72 +52,84 @@ class PromptLayout:
     num_masked: dict[str, tuple[int, ...]]
 
 
-def predicting_rows(valid: Tensor, visual: Tensor, labels: Tensor | None, drafts: int) -> Tensor:
-    """Visual rows [B, S] bool whose logits are somebody's answer: the last real row of a sample (in front of ``drafts`` too), and with
-    labels each one in front of a supervised text row."""
-    rows = last_true(valid)
-    if drafts:
-        rows[:, :-drafts] |= last_true(valid[:, :-drafts])
+def predicting_rows(valid: Tensor, visual: Tensor, labels: Tensor | None, num_drafts: int) -> Tensor:
+    """Visual tokens whose logits predict a token: [B, S] bool.
+
+    These are the last valid token of a sample (also the last one before ``num_drafts`` draft tokens), and with labels
+    each one before a supervised text token.
+    """
+    predicting = last_true(valid)
+    if num_drafts:
+        predicting[:, :-num_drafts] |= last_true(valid[:, :-num_drafts])
     if labels is not None:
         supervised = (labels.to(valid.device) != -100) & ~visual
-        rows[:, :-1] |= supervised[:, 1:]
-    return rows & visual & valid
+        predicting[:, :-1] |= supervised[:, 1:]
+    return predicting & visual & valid
 
 
-def span_ends(arrived: ReceivedFeatures, places: Tensor) -> Tensor:
-    """[B, S] long: the number (in the order of the features) of the span whose last row stands there, -1 elsewhere."""
-    rank = (places.flatten().cumsum(0) - 1).view_as(places)
-    ends = upload([len(rows) for rows in arrived.features], places.device).cumsum(0) - 1
+def span_ends(received: ReceivedFeatures, placeholders: Tensor) -> Tensor:
+    """[B, S] long: at the last token of each span its number (in the order of the features), -1 elsewhere."""
+    rank = (placeholders.flatten().cumsum(0) - 1).view_as(placeholders)
+    ends = upload([len(rows) for rows in received.features], placeholders.device).cumsum(0) - 1
     number = torch.searchsorted(ends, rank).clamp(max=len(ends) - 1)
-    return torch.where(places & (ends[number] == rank), number, -1)
+    return torch.where(placeholders & (ends[number] == rank), number, -1)
 
 
-def rows_that_stay(call: ForwardContext, rows: Tensor, places: dict[str, Tensor], embeds: Tensor) -> tuple[Tensor, Tensor]:
-    """Those of the ``rows`` [B, S] bool that predict which can be had, and those of them that V2V has left out."""
-    left_out = rows & is_marked(embeds).to(rows.device)
-    there = rows & ~left_out
-    for name, arrived in call.received.items():
-        if arrived.decisions is not None and arrived.decisions.last_rows is not None:
-            there = there | (rows & (span_ends(arrived, places[name]) >= 0))
-    return there, left_out & there
+def rows_that_stay(context: ForwardContext, predicting: Tensor, placeholders: dict[str, Tensor], embeds: Tensor) -> tuple[Tensor, Tensor]:
+    """The predicting tokens [B, S] bool whose features are available, and those of them that the encoder stage dropped."""
+    dropped = predicting & is_marked(embeds).to(predicting.device)
+    available = predicting & ~dropped
+    for name, received in context.received.items():
+        if received.decisions is not None and received.decisions.last_rows is not None:
+            available = available | (predicting & (span_ends(received, placeholders[name]) >= 0))
+    return available, dropped & available
 
 
 def read_layout(
-    call: ForwardContext, reducer: Reducer, places: dict[str, Tensor], valid: Tensor, queries: Tensor, stays: Tensor, left_out: Tensor, begins: Tensor
+    context: ForwardContext, reducer: Reducer, placeholders: dict[str, Tensor], valid: Tensor, queries: Tensor, protected: Tensor,
+    dropped_protected: Tensor, document_starts: Tensor,
 ) -> PromptLayout:
-    """The one device-to-host read of a prefill; what could not be checked before without a read of its own is checked here."""
-    answered = torch.zeros_like(valid) if call.labels is None else (call.labels.to(valid.device) != -100)
-    finite, wrong = torch.ones((), dtype=torch.bool, device=valid.device), torch.zeros((), dtype=torch.long, device=valid.device)
-    for arrived in call.received.values():
-        if arrived.decisions is not None and arrived.decisions.finite is not None:
-            finite = finite & arrived.decisions.finite.to(valid.device)
-        if arrived.decisions is not None and arrived.decisions.invalid_code is not None:
-            wrong = torch.maximum(wrong, arrived.decisions.invalid_code.to(valid.device))
-    visual = torch.stack(list(places.values())).any(0)
-    after = valid & after_last_true(visual)
-    masks = (valid, queries, answered, stays, left_out, after, begins, *places.values(), *(rows & ~valid for rows in places.values()))
-    table = torch.stack([*(rows.sum(1) for rows in masks), finite.long().expand(len(valid)), wrong.expand(len(valid))]).tolist()
-    *table, (whole, *_), (code, *_) = table
-    if not whole:
+    """The one device-to-host copy of a prefill; checks that would need a copy of their own are made here, too."""
+    supervised = torch.zeros_like(valid) if context.labels is None else (context.labels.to(valid.device) != -100)
+    finite = torch.ones((), dtype=torch.bool, device=valid.device)
+    invalid_code = torch.zeros((), dtype=torch.long, device=valid.device)
+    for received in context.received.values():
+        if received.decisions is not None and received.decisions.finite is not None:
+            finite = finite & received.decisions.finite.to(valid.device)
+        if received.decisions is not None and received.decisions.invalid_code is not None:
+            invalid_code = torch.maximum(invalid_code, received.decisions.invalid_code.to(valid.device))
+    visual = torch.stack(list(placeholders.values())).any(0)
+    text_after = valid & after_last_true(visual)
+    masked = [positions & ~valid for positions in placeholders.values()]
+    masks = (valid, queries, supervised, protected, dropped_protected, text_after, document_starts, *placeholders.values(), *masked)
+    table = torch.stack([*(positions.sum(1) for positions in masks), finite.long().expand(len(valid)), invalid_code.expand(len(valid))]).tolist()
+    *table, (all_finite, *_), (code, *_) = table
+    if not all_finite:
         raise not_finite("the image features")
     raise_if_invalid(code, reducer)
-    lengths, asking, answers, stay, added, text, documents, *rest = (tuple(column) for column in table)
-    if call.received and max(documents) > 1:
+    columns = [tuple(column) for column in table]
+    lengths, num_queries, num_supervised, num_protected, num_dropped, num_text_after, num_documents, *rest = columns
+    if context.received and max(num_documents) > 1:
         raise ValueError(
-            f"sample {documents.index(max(documents))} packs {max(documents)} documents in one row (by its attention mask or position_ids): the "
+            f"sample {num_documents.index(max(num_documents))} packs {max(num_documents)} documents in one row (by its attention mask or position_ids): the "
             "visual tokens of one cannot be ranked by the text of all. Give each document a row of its own (a collator that pads), or use "
             "handle.paused()"
         )
-    streams = len(places)
+    num_modalities = len(placeholders)
     return PromptLayout(
-        lengths, asking, tuple(map(bool, answers)), tuple(map(ProtectedCount, stay, added)), text,
-        dict(zip(places, rest[:streams], strict=True)), dict(zip(places, rest[streams:], strict=True)),
-    )  # fmt: skip
+        lengths=lengths,
+        num_queries=num_queries,
+        has_labels=tuple(map(bool, num_supervised)),
+        protected=tuple(map(ProtectedCount, num_protected, num_dropped)),
+        num_text_after_image=num_text_after,
+        num_visual=dict(zip(placeholders, rest[:num_modalities], strict=True)),
+        num_masked=dict(zip(placeholders, rest[num_modalities:], strict=True)),
+    )
 
 
-def check_pictures(call: ForwardContext, layout: PromptLayout) -> None:
-    """Refuse placeholders of a stream of which nothing was passed."""
-    for name in layout.num_visual.keys() - call.received.keys():
+def check_pictures(context: ForwardContext, layout: PromptLayout) -> None:
+    """Refuse placeholders of a modality of which nothing was passed."""
+    for name in layout.num_visual.keys() - context.received.keys():
         if any(layout.num_visual[name]):
             row = next(i for i, count in enumerate(layout.num_visual[name]) if count)
             raise ValueError(
@@ -106,28 +138,28 @@ def check_pictures(call: ForwardContext, layout: PromptLayout) -> None:
             )
 
 
-SpansBySample = dict[str, list[list[tuple[Source, int]]]]  # per stream and sample, the spans and their sizes in the order of the features
+SpansBySample = dict[str, list[list[tuple[Source, int]]]]  # modality -> per sample, the spans and their sizes in the order of the features
 
 
-def assign_spans(call: ForwardContext, layout: PromptLayout) -> SpansBySample:
-    """Which span belongs to which sample."""
-    return {name: _dealt(name, arrived, layout.num_visual[name]) for name, arrived in call.received.items()}
+def assign_spans(context: ForwardContext, layout: PromptLayout) -> SpansBySample:
+    """Assign the spans of each modality to the samples."""
+    return {name: _assign(name, received, layout.num_visual[name]) for name, received in context.received.items()}
 
 
 def spans_of(
-    found: SpansBySample, layout: PromptLayout, places: dict[str, Tensor], valid: Tensor
+    spans_by_sample: SpansBySample, layout: PromptLayout, placeholders: dict[str, Tensor], valid: Tensor
 ) -> tuple[tuple[tuple[Span, ...], ...], tuple[tuple[Source, ...], ...]]:
-    """The spans of each sample in the order of its prompt; those that the caller's mask hides are left out."""
-    if any(any(counts) for counts in layout.num_masked.values()):  # one more read, for masks that hide pictures
-        found = {name: _shown(name, rows, layout, places[name], valid) for name, rows in found.items()}
-        places = {name: rows & valid for name, rows in places.items()}
-    if len(found) > 1:  # in which order a prompt shows images and clips: one more read
-        places = dict(zip(places, torch.stack(list(places.values())).cpu(), strict=True))
+    """The spans of each sample in the order of its prompt, without those that the caller's mask hides."""
+    if any(any(counts) for counts in layout.num_masked.values()):  # one more device read, for masks that hide images
+        spans_by_sample = {name: _visible_spans(name, by_sample, layout, placeholders[name], valid) for name, by_sample in spans_by_sample.items()}
+        placeholders = {name: by_sample & valid for name, by_sample in placeholders.items()}
+    if len(spans_by_sample) > 1:  # one more device read, for the order of images and videos
+        placeholders = dict(zip(placeholders, torch.stack(list(placeholders.values())).cpu(), strict=True))
     spans: list[tuple[Span, ...]] = []
     sources: list[tuple[Source, ...]] = []
     for sample in range(len(layout.lengths)):
-        queues = {name: rows[sample] for name, rows in found.items() if rows[sample]}
-        order = _order(sample, queues, places)
+        queues = {name: by_sample[sample] for name, by_sample in spans_by_sample.items() if by_sample[sample]}
+        order = _prompt_order(sample, queues, placeholders)
         offsets = [sum(size for _, size in order[:i]) for i in range(len(order))]
         grids = [encoded.grids[number] if encoded.grids else None for (encoded, number), _ in order]
         spans.append(tuple(Span(sample, offset, size, grid) for offset, (_, size), grid in zip(offsets, order, grids, strict=True)))
@@ -135,61 +167,66 @@ def spans_of(
     return tuple(spans), tuple(sources)
 
 
-def _dealt(name: str, arrived: ReceivedFeatures, visual: tuple[int, ...]) -> list[list[tuple[Source, int]]]:
-    """One stream's spans (with their sizes) by sample: they fill placeholders in order, so cumulated counts must meet at sample borders."""
-    assert arrived.decisions is not None
-    sizes, known = [len(rows) for rows in arrived.features], max(1, len(arrived.decisions.rows))
-    times = 1 if len(sizes) % known else len(sizes) // known  # beams repeat the spans of each sample
-    out: list[list[tuple[Source, int]]] = []
-    done = 0
-    for sample, wanted in enumerate(visual):
+def _assign(name: str, received: ReceivedFeatures, num_visual: tuple[int, ...]) -> list[list[tuple[Source, int]]]:
+    """One modality's spans (with sizes) by sample.
+
+    They fill placeholders in order, so cumulated counts must meet at sample borders.
+    """
+    assert received.decisions is not None
+    sizes = [len(rows) for rows in received.features]
+    num_encoded = max(1, len(received.decisions.rows))
+    num_beams = 1 if len(sizes) % num_encoded else len(sizes) // num_encoded  # beams repeat the spans of each sample
+    by_sample: list[list[tuple[Source, int]]] = []
+    num_assigned = 0
+    for sample, expected in enumerate(num_visual):
         count = 0
-        while sum(sizes[done : done + count]) < wanted and done + count < len(sizes):
+        while sum(sizes[num_assigned : num_assigned + count]) < expected and num_assigned + count < len(sizes):
             count += 1
-        made = sum(sizes[done : done + count])
-        if made != wanted:
+        num_tokens = sum(sizes[num_assigned : num_assigned + count])
+        if num_tokens != expected:
             raise ValueError(
-                f"sample {sample} has {wanted} {name} placeholders, but its {name}s make {made} visual tokens ({name}s: {sizes}); "
+                f"sample {sample} has {expected} {name} placeholders, but its {name}s make {num_tokens} visual tokens ({name}s: {sizes}); "
                 "make input_ids and pixel_values with one processor call, and do not truncate or split the prompt (no prefill_chunk_size)"
             )
-        first = (done - sample % times * count) // times
-        numbers = [arrived.decisions.number_of(arrived.features[done + i], first + i, len(sizes) // times) for i in range(count)]
-        out.append([((arrived.decisions, number), sizes[done + i]) for i, number in enumerate(numbers)])
-        done += count
-    if done != len(sizes):
-        raise ValueError(f"{len(sizes)} {name}s were passed, but the text has placeholders for {done}")
-    return out
+        first = (num_assigned - sample % num_beams * count) // num_beams
+        numbers = [received.decisions.span_number(received.features[num_assigned + i], first + i, len(sizes) // num_beams) for i in range(count)]
+        by_sample.append([((received.decisions, number), sizes[num_assigned + i]) for i, number in enumerate(numbers)])
+        num_assigned += count
+    if num_assigned != len(sizes):
+        raise ValueError(f"{len(sizes)} {name}s were passed, but the text has placeholders for {num_assigned}")
+    return by_sample
 
 
-def _shown(
-    name: str, dealt: list[list[tuple[Source, int]]], layout: PromptLayout, places: Tensor, valid: Tensor
+def _visible_spans(
+    name: str, by_sample: list[list[tuple[Source, int]]], layout: PromptLayout, placeholders: Tensor, valid: Tensor
 ) -> list[list[tuple[Source, int]]]:
-    """The spans that a sample's mask does not hide; one that is hidden in part is refused."""
-    shown = []
-    for sample, queue in enumerate(dealt):
+    """The spans that a sample's mask does not hide; a partly hidden span is refused."""
+    visible = []
+    for sample, queue in enumerate(by_sample):
         if layout.num_masked[name][sample]:
-            seen = valid[sample][places[sample]].tolist()
+            valid_placeholders = valid[sample][placeholders[sample]].tolist()
             ends = [sum(size for _, size in queue[: i + 1]) for i in range(len(queue))]
-            counts = [sum(seen[end - size : end]) for end, (_, size) in zip(ends, queue, strict=True)]
+            counts = [sum(valid_placeholders[end - size : end]) for end, (_, size) in zip(ends, queue, strict=True)]
             for number, (count, (_, size)) in enumerate(zip(counts, queue, strict=True)):
                 if 0 < count < size:
                     raise ValueError(
                         f"attention_mask hides {size - count} of the {size} placeholders of {name} {number} of sample {sample}: hide all of "
-                        "them (the picture is then left out), or none"
+                        "them (the image is then left out), or none"
                     )
             queue = [entry for entry, count in zip(queue, counts, strict=True) if count]
-        shown.append(queue)
-    return shown
+        visible.append(queue)
+    return visible
 
 
-def _order(sample: int, queues: dict[str, list[tuple[Source, int]]], places: dict[str, Tensor]) -> list[tuple[Source, int]]:
-    """The spans of a sample as its prompt shows them; only samples that mix streams need to look."""
+def _prompt_order(sample: int, queues: dict[str, list[tuple[Source, int]]], placeholders: dict[str, Tensor]) -> list[tuple[Source, int]]:
+    """The spans of a sample in the order of its prompt; only samples with several modalities need their positions."""
     if len(queues) < 2:
         return [entry for queue in queues.values() for entry in queue]
-    begins = []
+    starts = []
     for name, queue in queues.items():
-        slots, done = places[name][sample].nonzero()[:, 0].tolist(), 0
+        positions = placeholders[name][sample].nonzero()[:, 0].tolist()
+        num_placed = 0
         for entry in queue:
-            begins.append((slots[done], entry))
-            done += entry[1]
-    return [entry for _, entry in sorted(begins, key=lambda begin: begin[0])]
+            starts.append((positions[num_placed], entry))
+            num_placed += entry[1]
+    return [entry for _, entry in sorted(starts, key=lambda start: start[0])]

@@ -14,7 +14,7 @@ from duet_vlm.planning.tokens import Selection
 
 @dataclass(frozen=True)
 class SpanRows:
-    """Where the rows of each of S spans are in tensors [B, V], whose spans follow each other within a sample, padded on the right.
+    """Row numbers of each of S spans in tensors [B, V], whose spans follow each other within a sample, padded on the right.
 
     Attributes
     ----------

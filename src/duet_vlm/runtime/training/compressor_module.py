@@ -1,4 +1,7 @@
-"""A module with weights of its own, on a model while it is attached: trained, moved and counted with the model, and never saved as a part of it."""
+"""A module with weights of its own, on a model while it is attached.
+
+Trained, moved and counted with the model, and never saved as a part of it.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +67,7 @@ class UnsavedModule(nn.Module):
 
     @property
     def untrained(self) -> bool:
-        """Whether its weights are those that a new module begins with."""
+        """True if its weights are the initial ones."""
         return self.start is not None and self.start == _sums(self.module)
 
 
@@ -88,7 +91,7 @@ def _not_missing(module: nn.Module, incompatible: Any) -> None:
 
 
 def module_sizes(adapter: Adapter, reducer: Any) -> ModuleSizes:
-    """What a module for this model is made for."""
+    """The sizes of a module for this model."""
     vision, hidden = adapter.vision_dims(), adapter.decoder_dims().hidden
     in_front = adapter.pointwise_projector is not None and Input.PROJECTED_FEATURES not in reducer.requires
     levels = len(reducer.signal_layers) * vision.width if Input.STATES in reducer.requires else 0
@@ -96,7 +99,7 @@ def module_sizes(adapter: Adapter, reducer: Any) -> ModuleSizes:
 
 
 def weight_facts(adapter: Adapter, compressor: Any) -> dict[str, Any]:
-    """What weights must have in common with the model that they are used on, beyond its facts."""
+    """Further facts that saved weights must share with the model that they are used on."""
     sizes = module_sizes(adapter, compressor)
     return {"rows of width": sizes.rows, "levels of width": sizes.levels}
 
@@ -127,7 +130,10 @@ def check_learns(adapter: Adapter, method: str) -> None:
 
 
 def check_saved(adapter: Adapter, method: str) -> None:
-    """Before weights are written: refuse those that were frozen before they learned, and a module with replaced layers."""
+    """Before weights are written.
+
+    Refuse those that were frozen before they learned, and a module with replaced layers.
+    """
     apart = adapter.base._modules.get(NAME)
     if not isinstance(apart, UnsavedModule):
         return
@@ -143,6 +149,9 @@ def check_saved(adapter: Adapter, method: str) -> None:
 
 
 def touch_all_params(embeds: Tensor, module: nn.Module) -> Tensor:
-    """Embeddings plus zero times every weight: ranks that train together wait for the gradient of each, whether this one's batch used it or not."""
+    """Embeddings plus zero times every weight.
+
+    Ranks that train together wait for the gradient of each, whether this one's batch used it or not.
+    """
     sums = [weight.float().sum() for weight in module.parameters()]
     return embeds + (0 * torch.stack(sums).sum()).to(embeds.device, embeds.dtype) if sums else embeds

@@ -1,7 +1,8 @@
 """Distributed training: a rank whose batch has no image must not fall out of step with those that encode theirs.
 
-Sharded towers (FSDP, ZeRO-3) gather their parameters when they run, and DDP waits for the gradient of every parameter: a rank that
-skips the tower leaves the others waiting for ever, in stock models too. Such a rank encodes one blank image, times nothing.
+Sharded towers (FSDP, ZeRO-3) gather their parameters when they run, and DDP waits for the gradient of every parameter:
+a rank that skips the tower leaves the others waiting for ever, in stock models too. Such a rank encodes one blank
+image, times nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from duet_vlm.models.adapter import Adapter
 
 
 def needs_rank_sync(model: nn.Module) -> bool:
-    """Whether the other ranks wait for this one to run the tower: they train together, or share out the parameters."""
+    """True if other ranks wait for this one to run the tower: they train together, or parameters are sharded."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()) or torch.distributed.get_world_size() == 1:
         return False
     return model.training or _is_sharded(model)

@@ -1,4 +1,4 @@
-"""The loss over survivors: labels are gathered by the slots that are left, through the model's public loss setter."""
+"""The loss over kept tokens: labels are gathered by prompt position, through the model's public loss setter."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def gather_labels(loss: Callable[..., Any], state: ThreadState) -> Callable[...,
     """``loss`` with labels [B, S] cut to the rows of the logits [B, T, V]; padding rows count as ignored."""
 
     def loss_of_survivors(logits: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any) -> Any:
-        run = state.forward_contexts[-1].prompt_state if state.forward_contexts else None
-        if run is None or not run.reduces or labels is None or logits is None:
+        prompt_state = state.forward_contexts[-1].prompt_state if state.forward_contexts else None
+        if prompt_state is None or not prompt_state.reduces or labels is None or logits is None:
             return loss(logits=logits, labels=labels, **kwargs)
         if kwargs.get("shift_labels") is not None:
             raise ValueError("shift_labels (sequence parallelism) cannot follow dropped tokens: pass labels, or detach")
-        last = run.layer_groups[-1].tokens
-        if logits.shape[-2] != last.prompt_index.shape[1] or labels.shape[-1] != run.prompt_len:
+        last = prompt_state.layer_groups[-1].tokens
+        if logits.shape[-2] != last.prompt_index.shape[1] or labels.shape[-1] != prompt_state.prompt_len:
             raise ValueError(
                 f"loss over {logits.shape[-2]} logits rows and {labels.shape[-1]} labels: expected {last.prompt_index.shape[1]} surviving rows "
-                f"of a prompt of {run.prompt_len}; logits_to_keep cannot be combined with labels while tokens are dropped"
+                f"of a prompt of {prompt_state.prompt_len}; logits_to_keep cannot be combined with labels while tokens are dropped"
             )
         kept = gather_rows(labels, last.prompt_index.to(labels.device)).masked_fill(~last.valid.to(labels.device), IGNORED)
         return loss(logits=logits, labels=kept, **kwargs)

@@ -1,4 +1,4 @@
-"""What a method in the tower chooses, checked, with what each survivor stands for."""
+"""The selection of a method in the vision tower, checked, with the size of each kept unit."""
 
 from __future__ import annotations
 
@@ -18,9 +18,25 @@ from duet_vlm.runtime.validation import check_merge_pairs, check_units
 
 @dataclass(frozen=True)
 class PatchSelection:
-    """Units that go on, as places in what the method was shown: ``index`` [P, K] in its order, of which ``valid`` [P, K] are real; ``size``
-    [P, K] float32, how many units each stands for; ``counts`` of each picture, of which ``pooled`` are ``unread`` [P, K] and stand for what left;
-    ``into`` [P, U]: where units merge, which one each joins."""
+    """Units that continue, as positions in the method's view.
+
+    Attributes
+    ----------
+    index, valid : Tensor
+        [P, K] in the method's order.
+    size : Tensor
+        [P, K] float32, how many units each represents.
+    counts : tuple of int
+        Units of each picture.
+    pooled : tuple of int
+        Those of them that are pooled context: they represent dropped units and are unused after the tower.
+    unread : Tensor
+        [P, K] bool, pooled context.
+    wrong : Tensor
+        0-dim code of what the method returned (runtime/validation.py).
+    into : Tensor or None
+        [P, U] target of each unit, where units are merged.
+    """
 
     index: Tensor
     valid: Tensor
@@ -32,84 +48,100 @@ class PatchSelection:
     into: Tensor | None
 
     def entering(self, units: Tensor) -> Tensor:
-        """Of the rows of all units [P, U, C] in front of the blocks those that go on [P, K, C]."""
+        """Rows that enter the first block [P, K, C], of those of all units [P, U, C]."""
         if self.into is None:
             return gather_rows(units, self.index)
         return weighed_means(units, torch.ones_like(self.into, dtype=torch.float32), self.into, self.index)
 
 
 def select_patches(
-    tower: TowerReducer, patches: Tensor, real: Tensor, counts: Sequence[int], grids: Sequence[Grid], weighs: bool,
-    pixels: Tensor | None = None, before: tuple[int, ...] = (),
+    tower: TowerReducer, patches: Tensor, valid: Tensor, counts: Sequence[int], grids: Sequence[Grid], uses_size_bias: bool,
+    pixels: Tensor | None = None, previous_picture: tuple[int, ...] = (),
 ) -> PatchSelection:  # fmt: skip
-    """What ``tower`` chooses in front of the blocks.
+    """The selection of ``tower`` before the blocks.
 
     Parameters
     ----------
     patches : Tensor
         [P, U, c, D] patch embeddings of the c patches of each unit, without position.
-    real : Tensor
+    valid : Tensor
         [P, U, c] bool, False for padding.
     counts : sequence of int
-        Units of each picture that are to be left; empty where a threshold says how many.
-    weighs : bool
-        Survivors stand for those that leave.
+        Units of each picture that are to be kept; empty where a threshold decides.
+    uses_size_bias : bool
+        Kept units represent dropped ones in the attention.
     """
-    mean = mean_of(patches, real)
-    some = real.any(2)
-    signals = {"contrast": patch_contrast(patches, mean, real) if Input.PATCH_CONTRAST in tower.requires else None, "pixels": pixels}
-    unit = torch.arange(some.shape[1], device=some.device).expand(some.shape)
-    return apply_selection(tower, some, counts, patches.mean(2, dtype=torch.float32) - mean[:, 0], some.float(), weighs, grids=tuple(grids), previous_picture=before,
-                  unit_index=unit, **signals)  # fmt: skip
+    mean = mean_of(patches, valid)
+    unit_valid = valid.any(2)
+    signals = {"contrast": patch_contrast(patches, mean, valid) if Input.PATCH_CONTRAST in tower.requires else None, "pixels": pixels}
+    unit_index = torch.arange(unit_valid.shape[1], device=unit_valid.device).expand(unit_valid.shape)
+    metric = patches.mean(2, dtype=torch.float32) - mean[:, 0]
+    return apply_selection(
+        tower, unit_valid, counts, metric, unit_valid.float(), uses_size_bias, grids=tuple(grids), previous_picture=previous_picture,
+        unit_index=unit_index, **signals,
+    )  # fmt: skip
 
 
 def apply_selection(
-    tower: TowerReducer, there: Tensor, counts: Sequence[int], metric: Tensor | None, size: Tensor, weighs: bool, **shown: Any
+    tower: TowerReducer, valid: Tensor, counts: Sequence[int], metric: Tensor | None, size: Tensor, uses_size_bias: bool, **view_fields: Any
 ) -> PatchSelection:
-    """What ``tower`` chooses of the units that are ``there`` [P, U], each standing for ``size`` [P, U] of them; ``metric`` [P, U, d] says which
-    are alike, ``shown`` what else the method looks at."""
-    last = there & (shown["unit_index"] == shown["unit_index"].masked_fill(~there, -1).amax(1, keepdim=True)) & tower.protect_predicting_tokens  # may have to predict
-    free = there & ~last
-    keep = (upload(counts, there.device) if counts else there.sum(1)) - last.sum(1)
-    view = TowerView(free, keep, tuple(n - tower.protect_predicting_tokens for n in counts), **shown, method=tower.name)
-    picked, place = tower.keep_patches(view), torch.arange(there.shape[1], device=there.device).expand(there.shape)
-    into, order = None, place
-    if isinstance(picked, MergePairs):
+    """The selection of ``tower`` among the ``valid`` [P, U] units.
+
+    ``size`` [P, U] is how many units each represents, ``metric`` [P, U, d] measures similarity, ``view_fields`` are
+    further fields of the method's view.
+    """
+    unit_index = view_fields["unit_index"]
+    protected = valid & (unit_index == unit_index.masked_fill(~valid, -1).amax(1, keepdim=True))
+    protected = protected & tower.protect_predicting_tokens  # its token may have to predict
+    selectable = valid & ~protected
+    keep = (upload(counts, valid.device) if counts else valid.sum(1)) - protected.sum(1)
+    view = TowerView(selectable, keep, tuple(n - tower.protect_predicting_tokens for n in counts), **view_fields, method=tower.name)
+    result = tower.keep_patches(view)
+    positions = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
+    into = None
+    order = positions
+    if isinstance(result, MergePairs):
         if not view.after:
             raise ValueError(f"{tower.name}.keep_patches returned who joins whom in front of the blocks: units join others behind a block's attention only")
-        into, mask, wrong = check_merge_pairs(tower, picked, view)
-        order = place if picked.order is None else picked.order
+        into, mask, invalid_code = check_merge_pairs(tower, result, view)
+        order = positions if result.order is None else result.order
     else:
-        mask, wrong = check_units(tower, picked, view)
-    mask = mask | last
+        mask, invalid_code = check_units(tower, result, view)
+    mask = mask | protected
     counts = tuple(counts) or tuple(mask.sum(1).tolist())
-    unread, pooled = torch.zeros_like(mask), (0,) * len(counts)
+    unread = torch.zeros_like(mask)
+    pooled = (0,) * len(counts)
     if tower.pooled_context_tokens:
         pooled = tuple(tower.pooled_features(high * wide, n) for (high, wide), n in zip(view.grids, counts, strict=True))
-        groups, gone = upload(pooled, there.device), there & ~mask
-        into = in_stretches(gone, groups)
-        unread = unread.scatter(1, into, gone & (groups > 0)[:, None])
+        groups, dropped = upload(pooled, valid.device), valid & ~mask
+        into = in_stretches(dropped, groups)
+        unread = unread.scatter(1, into, dropped & (groups > 0)[:, None])
         counts = tuple(map(sum, zip(counts, pooled, strict=True)))
-    index, valid = pack_right((mask | unread).gather(1, order), max(counts))
+    index, index_valid = pack_right((mask | unread).gather(1, order), max(counts))
     index = order.gather(1, index)
     if into is not None:
-        size = torch.zeros_like(size).scatter_add(1, into, size * there).gather(1, index) * valid
-    elif weighs:
+        size = torch.zeros_like(size).scatter_add(1, into, size * valid).gather(1, index) * index_valid
+    elif uses_size_bias:
         assert metric is not None
-        size = sizes_of(metric, mask | ~there, index, valid, size)
+        size = sizes_of(metric, mask | ~valid, index, index_valid, size)
     else:
-        size = size.gather(1, index) * valid
-    return PatchSelection(index, valid, size, counts, pooled, unread.gather(1, index), wrong, into)
+        size = size.gather(1, index) * index_valid
+    return PatchSelection(
+        index=index, valid=index_valid, size=size, counts=counts, pooled=pooled, unread=unread.gather(1, index), wrong=invalid_code, into=into
+    )
 
 
-def mean_of(patches: Tensor, real: Tensor) -> Tensor:
-    """[P, U, c, D] -> [P, 1, 1, D] float32, over the patches that are real."""
-    blocks = zip(patches.split(BLOCK, 1), real.split(BLOCK, 1), strict=True)
-    total = sum((some.float() * there[..., None]).sum((1, 2), keepdim=True) for some, there in blocks)
-    return total / real.sum((1, 2))[:, None, None, None]
+def mean_of(patches: Tensor, valid: Tensor) -> Tensor:
+    """Mean over the valid patches: [P, U, c, D] -> [P, 1, 1, D] float32."""
+    blocks = zip(patches.split(BLOCK, 1), valid.split(BLOCK, 1), strict=True)
+    total = sum((block.float() * block_valid[..., None]).sum((1, 2), keepdim=True) for block, block_valid in blocks)
+    return total / valid.sum((1, 2))[:, None, None, None]
 
 
-def patch_contrast(patches: Tensor, mean: Tensor, real: Tensor) -> Tensor:
-    """[P, U, c, D] -> [P, U] float32: how far patches lie from their picture's mean [P, 1, 1, D], mean over a unit's; padding lies nowhere."""
-    blocks = zip(patches.split(BLOCK, 1), real.split(BLOCK, 1), strict=True)  # memory is that of the scores
-    return torch.cat([((some.float() - mean).norm(dim=-1) * there).mean(2) for some, there in blocks], 1)
+def patch_contrast(patches: Tensor, mean: Tensor, valid: Tensor) -> Tensor:
+    """Distance of patches from their picture's mean [P, 1, 1, D], averaged over a unit, 0 for padding.
+
+    [P, U, c, D] -> [P, U] float32.
+    """
+    blocks = zip(patches.split(BLOCK, 1), valid.split(BLOCK, 1), strict=True)  # block by block, to bound memory
+    return torch.cat([((block.float() - mean).norm(dim=-1) * block_valid).mean(2) for block, block_valid in blocks], 1)

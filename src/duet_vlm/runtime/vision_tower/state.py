@@ -1,4 +1,4 @@
-"""What goes through a tower in one call, whatever way it takes its pictures."""
+"""State of a reduced tower in one call, for every way in which towers take pictures."""
 
 from __future__ import annotations
 
@@ -15,24 +15,27 @@ from duet_vlm.runtime.vision_tower.selection import PatchSelection
 
 
 class TowerState(ABC):
-    """What goes through the tower in one call; where units leave behind a block, what is left now.
+    """State of a reduced tower in one call: the units that are kept so far.
+
+    A "unit" is the group of patches that becomes one token.
 
     Attributes
     ----------
     stages : dict
-        Blocks whose attention has run -> units of each picture that are to be left then.
+        Number of blocks whose attention has run -> units of each picture that are kept there.
     grids : tuple
         (rows, columns) of each picture's units.
-    extra : int
-        Rows in front of the units of each picture.
-    weighs : bool
-        Rows stand for several in the attention, by their sizes.
-    projects_survivors_only : bool
-        What comes behind the blocks sees only what is left, too.
-    wrong : Tensor
-        The code of what the method returned (runtime/validation.py).
-    pooled : tuple of int
-        Units of each picture that stand for what left in front of the blocks, and are not read.
+    num_cls : int
+        Rows before the units of each picture.
+    uses_size_bias : bool
+        Rows represent several in the attention, by a bias of their log size.
+    pending_merges : bool
+        Modules after the blocks (mergers) get the kept units only, too.
+    invalid_code : Tensor
+        0-dim code of what the method returned (runtime/validation.py).
+    pooled_count : tuple of int
+        Units of each picture that are pooled context: they represent units dropped before the blocks, and are unused
+        after them.
     """
 
     pending_merges: ClassVar[bool]
@@ -47,30 +50,30 @@ class TowerState(ABC):
     @property
     @abstractmethod
     def patches_of_unit(self) -> int:
-        """How many patches a unit is."""
+        """Patches of a unit."""
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Units of each picture that are left to be read in the end."""
+        """Units of each picture that are kept to the end and used."""
         return tuple(n - pooled for n, pooled in zip(self.stages[max(self.stages)], self.pooled_count, strict=True))
 
     @property
     def planned_stages(self) -> list[TowerStages]:
-        """Per picture where units leave, and how many are left."""
-        return [tuple(zip(self.stages, left, strict=True)) for left in zip(*self.stages.values(), strict=True)]
+        """Per picture the blocks where units are dropped, and the planned counts."""
+        return [tuple(zip(self.stages, counts, strict=True)) for counts in zip(*self.stages.values(), strict=True)]
 
     @property
     @abstractmethod
     def run_stages(self) -> list[TowerStages]:
-        """The same as the blocks had it, padding included, counted on their rows."""
+        """The same as measured on the rows of the blocks, padding included."""
 
     @abstractmethod
     def survivors(self) -> Tensor:
-        """[P, N, 1] float32, as the adapter's ``carried`` takes numbers of patches: which are left."""
+        """[P, N, 1] float32, 1 for kept patches, in the form of the adapter's ``patches_to_tokens``."""
 
     @abstractmethod
     def record_attention(self, calls: list[RecordedQK]) -> list[RecordedQK]:
-        """Queries and keys of the rows that are left as those of all, each with its size."""
+        """Queries and keys of the kept rows, expanded to all rows, each with its size."""
 
     @abstractmethod
     def mask(self, mask: Any, key: Tensor) -> Any:
@@ -78,7 +81,10 @@ class TowerState(ABC):
 
     @abstractmethod
     def of_units(self, rows: Tensor) -> Tensor:
-        """What the blocks have of each row [B, R, C] as the method sees it: [P, U, C] float32, means over a unit's patches."""
+        """Values of the blocks' rows [B, R, C] by unit, in the order of the view.
+
+        [P, U, C] float32, means over a unit's patches.
+        """
 
     @abstractmethod
     def attention(self, calls: list[RecordedQK]) -> Tensor:
@@ -86,13 +92,13 @@ class TowerState(ABC):
 
     @abstractmethod
     def view(self, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """[P, U] bool, the units of which ``counts`` are to be left, and their numbers in the picture."""
+        """[P, U] bool, the units that can be selected, of which ``counts`` are to be kept, and their numbers in the picture."""
 
     @abstractmethod
     def sizes(self) -> Tensor:
-        """[P, U] float32, how many units each of them stands for."""
+        """[P, U] float32, how many units each of them represents."""
 
     @abstractmethod
     def drop_patches(self, chosen: PatchSelection, hidden: Tensor, after: int) -> tuple[Tensor, Tensor]:
-        """Go on with these units: of the rows of a block [.., R, D] those that are left [.., R', D], merged where they are to be, and their
-        places among all [B, R']."""
+        """Keep the selected units: the kept rows of a block [.., R, D] -> [.., R', D], merged where the method merges, and their row
+        numbers [B, R']."""
