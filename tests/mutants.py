@@ -70,16 +70,16 @@ MUTANTS = (
     ),
     Mutant(
         "later turns of a batch get positions that padding shifts",
-        "runtime/decode/cache.py", "        if mask is None:\n            return torch.arange", "        if True:\n            return torch.arange",
+        "runtime/decode/step.py", "        if mask is None:\n            return torch.arange", "        if True:\n            return torch.arange",
         "tests/test_caches.py", "later_turn",
     ),
     Mutant(
         "rows of a reordered cache lose their prompts",
-        "runtime/decode/cache.py", "self.duet_order = self._sample_numbers(index.device)[index]", "pass", "tests/test_caches.py", "follows",
+        "runtime/pruned_cache.py", "self.duet_order = self._sample_numbers(index.device)[index]", "pass", "tests/test_caches.py", "follows",
     ),
     Mutant(
         "a cache that others compress is not noticed",
-        "runtime/decode/cache.py", "evicted if any(evicted) else ()", "()", "tests/test_works_with.py tests/test_caches.py", "compress",
+        "runtime/pruned_cache.py", "evicted if any(evicted) else ()", "()", "tests/test_works_with.py tests/test_caches.py", "compress",
     ),
     Mutant(
         "positions after a clip are the largest, not those of the last row",

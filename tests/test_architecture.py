@@ -118,6 +118,16 @@ def test_imports_go_down(name: str) -> None:
     assert not [f"{name}:{line} imports {target}" for target, line in imports(name) if package_of(target) not in below]
 
 
+STAGES = ("encode", "prefill", "decode")  # of a prompt; what they hand on is in ``runtime/prompt.py`` and ``runtime/context.py``
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stages_of_a_prompt_do_not_import_each_other(stage: str) -> None:
+    here = [name for name in FILES if name.startswith(f"duet_vlm.runtime.{stage}.")]
+    others = tuple(f"duet_vlm.runtime.{other}." for other in STAGES if other != stage)
+    assert here and not [f"{name}:{line} imports {target}" for name in here for target, line in imports(name) if target.startswith(others)]
+
+
 def test_no_circle_between_files() -> None:
     assert not circle({name: {target for target, _ in imports(name)} - {name} for name in FILES if name != "duet_vlm"})
 

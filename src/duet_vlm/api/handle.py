@@ -22,15 +22,15 @@ from duet_vlm.reducers.persistence import to_record
 from duet_vlm.runtime.active_config import ActiveConfig
 from duet_vlm.runtime.call_tracker import CallTracker
 from duet_vlm.runtime.compatibility import check, facts, hook_settings
-from duet_vlm.runtime.decode.cache import PromptState, static_copy
 from duet_vlm.runtime.encode.build_view import find_signal_layers
-from duet_vlm.runtime.encode.encoder import check_finite
 from duet_vlm.runtime.encode.video_chunks import ChunkConfig
 from duet_vlm.runtime.install import install
 from duet_vlm.runtime.model_hooks import ModelHooks
+from duet_vlm.runtime.prompt import PromptState
+from duet_vlm.runtime.pruned_cache import static_copy
 from duet_vlm.runtime.trace import trace_of
 from duet_vlm.runtime.training.compressor_module import check_saved, weight_facts
-from duet_vlm.runtime.validation import raise_if_invalid
+from duet_vlm.runtime.validation import check_finite, raise_if_invalid
 from duet_vlm.runtime.vision_tower.block_hooks import blocks_to_cut
 from duet_vlm.utils.hooks import Hooks
 

@@ -20,8 +20,8 @@ from duet_vlm.reducers.base import Reducer
 from duet_vlm.reducers.encoder import EncoderReducer
 from duet_vlm.reducers.inputs import Input
 from duet_vlm.runtime.context import EncodedFeatures
-from duet_vlm.runtime.decode.cache import PromptState
 from duet_vlm.runtime.encode.build_view import layer_number
+from duet_vlm.runtime.prompt import PromptState
 from duet_vlm.runtime.trace import rows_per_layer, trace_of
 
 

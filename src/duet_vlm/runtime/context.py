@@ -16,8 +16,8 @@ from duet_vlm.models.adapter import Encoding, RecordedQK
 from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.runtime.active_config import ActiveConfig
-from duet_vlm.runtime.decode.cache import PromptState
 from duet_vlm.runtime.prefill.projection_reuse import ProjectionCache
+from duet_vlm.runtime.prompt import PromptState
 
 ENCODED = "_duet_vlm_encoded"  # attribute of the encoder output that carries its EncodedFeatures to the decoder
 

@@ -17,12 +17,13 @@ from duet_vlm.runtime import compat
 from duet_vlm.runtime.active_config import ActiveConfig
 from duet_vlm.runtime.call_tracker import CallTracker
 from duet_vlm.runtime.context import ForwardContext, OriginalArgs, PromptText, ThreadState
-from duet_vlm.runtime.decode.cache import PromptState, record_evicted, trim_cache
+from duet_vlm.runtime.decoder_call import begin_decoder
 from duet_vlm.runtime.encode.multimodal_inputs import OUTPUTS, collect_features, collect_inputs, restore_decisions, swap_in_reduced, without_marks
 from duet_vlm.runtime.prefill.align_output import align
-from duet_vlm.runtime.prefill.entry import begin_decoder
 from duet_vlm.runtime.prefill.layers import PrefillPass
 from duet_vlm.runtime.prefill.projection_reuse import ProjectionCache, reuse_projection
+from duet_vlm.runtime.prompt import PromptState
+from duet_vlm.runtime.pruned_cache import record_evicted, trim_cache
 from duet_vlm.runtime.salient_processor import SALIENT
 from duet_vlm.runtime.training.compressor_module import check_learns, touch_all_params
 from duet_vlm.runtime.training.distributed import add_dummy_image, needs_rank_sync

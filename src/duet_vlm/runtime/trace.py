@@ -9,7 +9,7 @@ from torch import Tensor
 
 from duet_vlm.planning.tokens import SpanTrace, StageTrace
 from duet_vlm.runtime.context import EncodedFeatures
-from duet_vlm.runtime.decode.cache import LayerGroup, PromptState
+from duet_vlm.runtime.prompt import LayerGroup, PromptState
 
 
 def rows_per_layer(prompt_state: PromptState) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

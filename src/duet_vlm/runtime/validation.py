@@ -98,6 +98,16 @@ def not_finite(what: str) -> ValueError:
     )
 
 
+def check_finite(flag: Tensor, what: str) -> None:
+    """Raise if a flag says that something is not finite.
+
+    Checked at once on the CPU only; elsewhere the one read of the prefill covers it.
+    """
+    if flag.device.type == "cpu" and not bool(flag):
+        raise not_finite(what)
+
+
+
 # ---- plans
 
 

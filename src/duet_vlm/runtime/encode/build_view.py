@@ -20,7 +20,7 @@ from duet_vlm.reducers.encoder_view import Change, Layer, LayerView, QuestionVie
 from duet_vlm.reducers.inputs import VISION_LAYER_INPUTS, Input
 from duet_vlm.runtime import compat
 from duet_vlm.runtime.context import EncodeContext, ForwardContext, PromptText, ThreadState
-from duet_vlm.runtime.prefill.masks import valid_tokens
+from duet_vlm.runtime.masks import valid_tokens
 
 CLS_SIGNALS = {"importance": torch.finfo(torch.float32).max}  # signals of a CLS row before the tokens: it is kept before any other
 NO_POSITION = -1

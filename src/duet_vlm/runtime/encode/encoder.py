@@ -43,16 +43,13 @@ from duet_vlm.runtime.encode.build_view import (
 )
 from duet_vlm.runtime.encode.selection import part_sizes, plan_spans, reduces_per_crop, select_tokens, slots_of
 from duet_vlm.runtime.encode.video_chunks import ChunkConfig, ChunkedFeatures, ChunkPlan
-from duet_vlm.runtime.validation import not_finite
+from duet_vlm.runtime.marks import MARK
+from duet_vlm.runtime.validation import check_finite
 
 Features = Callable[[], Tensor | None]
 
-MARK = float("nan")  # value of dropped rows; kept rows are checked to be finite
 
 
-def is_marked(rows: Tensor) -> Tensor:
-    """Rows [..., D] that were dropped: [...] bool."""
-    return rows[..., 0].isnan()
 
 
 class EncoderHooks:
@@ -553,10 +550,3 @@ def _recorded_cls(context: EncodeContext, adapter: Adapter) -> Tensor:
     return context.cls_row
 
 
-def check_finite(flag: Tensor, what: str) -> None:
-    """Raise if a flag says that something is not finite.
-
-    Checked at once on the CPU only; elsewhere the one read of the prefill covers it.
-    """
-    if flag.device.type == "cpu" and not bool(flag):
-        raise not_finite(what)

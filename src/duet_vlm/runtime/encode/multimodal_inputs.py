@@ -14,7 +14,8 @@ from torch import Tensor
 from duet_vlm.models.adapter import Adapter
 from duet_vlm.runtime.active_config import ActiveConfig
 from duet_vlm.runtime.context import ENCODED, EncodedFeatures, ForwardContext, OriginalArgs, ReceivedFeatures
-from duet_vlm.runtime.encode.encoder import is_marked, publish_features
+from duet_vlm.runtime.encode.encoder import publish_features
+from duet_vlm.runtime.marks import is_marked
 
 OUTPUTS = "mm_encoder_outputs"  # of a forward call, and of generate()
 FEATURE_OUTPUTS = ("image_hidden_states", "video_hidden_states")  # features among a model's outputs

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from duet_vlm.ops.ragged import gather_rows
 from duet_vlm.planning.tokens import TokenMap
-from duet_vlm.runtime.decode.cache import PromptState
+from duet_vlm.runtime.prompt import PromptState
 
 
 def align(output: Any, prompt_state: PromptState) -> Any:

@@ -14,9 +14,9 @@ from duet_vlm.ops.ragged import gather_rows, pack_left, pack_right, upload
 from duet_vlm.planning.tokens import Selection, TokenMap
 from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
 from duet_vlm.reducers.inputs import Input
-from duet_vlm.runtime.decode.cache import LayerGroup, PromptState
 from duet_vlm.runtime.prefill.attention_scores import Signals, TextAttentionScorer, layer_device
 from duet_vlm.runtime.prefill.span_rows import SpanRows
+from duet_vlm.runtime.prompt import LayerGroup, PromptState
 from duet_vlm.runtime.validation import check_mask, check_rows
 
 

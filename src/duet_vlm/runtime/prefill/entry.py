@@ -19,19 +19,9 @@ from duet_vlm.reducers.inputs import Input
 from duet_vlm.runtime import compat
 from duet_vlm.runtime.active_config import ActiveConfig
 from duet_vlm.runtime.context import ForwardContext
-from duet_vlm.runtime.decode.cache import (
-    DecodePass,
-    LayerGroup,
-    PromptState,
-    ProtectedCount,
-    PrunedCacheMixin,
-    RankingGroup,
-    bind_prompt,
-    unbind_prompt,
-)
-from duet_vlm.runtime.encode.encoder import is_marked
+from duet_vlm.runtime.marks import is_marked
+from duet_vlm.runtime.masks import cut_mask, documents, valid_tokens, window
 from duet_vlm.runtime.prefill.layers import PrefillPass
-from duet_vlm.runtime.prefill.masks import cut_mask, documents, valid_tokens, window
 from duet_vlm.runtime.prefill.positions import entry_positions, next_positions, prompt_positions
 from duet_vlm.runtime.prefill.prompt_layout import (
     PromptLayout,
@@ -44,30 +34,11 @@ from duet_vlm.runtime.prefill.prompt_layout import (
     span_ends,
     spans_of,
 )
+from duet_vlm.runtime.prompt import LayerGroup, PromptState, ProtectedCount, RankingGroup
+from duet_vlm.runtime.pruned_cache import bind_prompt
 
 
-def begin_decoder(adapter: Adapter, context: ForwardContext, kwargs: dict[str, Any]) -> DecodePass | PrefillPass | None:
-    """Prepare one call of the decoder stack; ``kwargs`` are changed in place. None: the stock path runs."""
-    cache = kwargs.get("past_key_values")
-    filled = cache is not None and int(cache.get_seq_length()) > 0
-    if not filled:
-        unbind_prompt(cache)
-    if isinstance(cache, PrunedCacheMixin):
-        if context.received:
-            raise ValueError("new image on a reduced cache: start a new conversation (no past_key_values) or detach")
-        cache.duet_prompt_state.num_decoded += kwargs["inputs_embeds"].shape[1]
-        return DecodePass(adapter, cache, context.attention_mask, kwargs)
-    config = next((received.decisions.config for received in context.received.values() if received.decisions is not None), context.config)
-    if config is None:
-        return None
-    if filled and context.received:
-        raise ValueError("new image on a cache that already holds tokens: start a new conversation (no past_key_values) or detach")
-    if not context.placeholders or filled:
-        return None
-    return _prefill(adapter, config, context, kwargs)
-
-
-def _prefill(adapter: Adapter, config: ActiveConfig, context: ForwardContext, kwargs: dict[str, Any]) -> PrefillPass | None:
+def begin_prompt(adapter: Adapter, config: ActiveConfig, context: ForwardContext, kwargs: dict[str, Any]) -> PrefillPass | None:
     """Prepare a prompt: read its layout, drop marked tokens, and bind the cache."""
     embeds = kwargs["inputs_embeds"]
     cache = kwargs.get("past_key_values")

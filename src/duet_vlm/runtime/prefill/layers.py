@@ -17,14 +17,14 @@ from duet_vlm.reducers.base import Reducer
 from duet_vlm.reducers.decoder import DecoderReducer
 from duet_vlm.reducers.inputs import Input
 from duet_vlm.runtime import compat
-from duet_vlm.runtime.decode.cache import LayerGroup, PromptState
-from duet_vlm.runtime.encode.encoder import check_finite
+from duet_vlm.runtime.masks import cut_mask
 from duet_vlm.runtime.prefill.attention_scores import Signals, TextAttentionScorer
 from duet_vlm.runtime.prefill.drop_stage import StageDecision, StageGather, decide_stage, replay
-from duet_vlm.runtime.prefill.masks import cut_mask
 from duet_vlm.runtime.prefill.positions import group_rotary
 from duet_vlm.runtime.prefill.prediction_gradient import prediction_gradient
 from duet_vlm.runtime.prefill.projection_reuse import ProjectionCache
+from duet_vlm.runtime.prompt import LayerGroup, PromptState
+from duet_vlm.runtime.validation import check_finite
 
 NAMES = {"scores": "the attention scores", "visual_self_attention": "the attention scores", "keys": "the keys"}
 

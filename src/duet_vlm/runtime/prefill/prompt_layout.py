@@ -14,8 +14,8 @@ from duet_vlm.ops.ragged import after_last_true, last_true, upload
 from duet_vlm.planning.tokens import Span
 from duet_vlm.reducers.base import Reducer
 from duet_vlm.runtime.context import EncodedFeatures, ForwardContext, ReceivedFeatures
-from duet_vlm.runtime.decode.cache import ProtectedCount
-from duet_vlm.runtime.encode.encoder import is_marked
+from duet_vlm.runtime.marks import is_marked
+from duet_vlm.runtime.prompt import ProtectedCount
 from duet_vlm.runtime.validation import not_finite, raise_if_invalid
 
 Source = tuple[EncodedFeatures, int]  # an encoder call and the number of a span in it

@@ -1,0 +1,184 @@
+"""The prompt as a value between the stages: what the encoder stage selected, who is ranked together, which tokens each layer has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from duet_vlm.planning.budget import SpanPlan
+from duet_vlm.planning.tokens import Selection, Span, TokenMap
+from duet_vlm.runtime.active_config import ActiveConfig
+
+
+@dataclass(eq=False)
+class LayerGroup:
+    """Decoder layers that process the same tokens.
+
+    Attributes
+    ----------
+    first_layer : int
+        The group begins here and ends where the next one begins.
+    tokens : TokenMap
+        The tokens, [B, T].
+    lengths : tuple of int
+        Valid tokens per sample, known on the host.
+    merged_into : Selection or None
+        The selection before ``first_layer``, where tokens were merged, with prompt positions instead of token numbers.
+    """
+
+    first_layer: int
+    tokens: TokenMap
+    lengths: tuple[int, ...]
+    merged_into: Selection | None = None
+
+    @property
+    def width(self) -> int:
+        return self.tokens.prompt_index.shape[1]
+
+    @property
+    def padded(self) -> bool:
+        return min(self.lengths) < self.width
+
+
+@dataclass(frozen=True)
+class ProtectedCount:
+    """Visual tokens that are always kept, since their logits predict.
+
+    Attributes
+    ----------
+    in_sequence : int
+        How many there are.
+    beyond_plan : int
+        How many of them the encoder stage had dropped.
+    """
+
+    in_sequence: int = 0
+    beyond_plan: int = 0
+
+
+@dataclass(frozen=True)
+class RankingGroup:
+    """Spans of one sample whose visual tokens are ranked together, and the number of their protected tokens."""
+
+    plans: tuple[SpanPlan, ...]
+    protected: ProtectedCount = ProtectedCount()
+
+    def num_alive(self, layer: int) -> int:
+        """Visual tokens at the input of ``layer``; -1: those that entered the decoder."""
+        planned = sum(plan.entry if layer < 0 else plan.counts[layer] for plan in self.plans)
+        return max(planned + self.protected.beyond_plan, self.protected.in_sequence)
+
+    def num_prunable(self, layer: int) -> int:
+        """The same without the protected ones."""
+        return self.num_alive(layer) - self.protected.in_sequence
+
+
+@dataclass
+class PromptState:
+    """One prompt: its spans, the tokens of each layer, and the position of the next token. Plain data; no modules, no cache.
+
+    Attributes
+    ----------
+    config : ActiveConfig
+        Method and budget.
+    prompt_len : int
+        Length of the prompt as sent.
+    spans : tuple of tuple of Span
+        Per sample.
+    ranking_groups : tuple of tuple of RankingGroup
+        Per sample.
+    prompt : TokenMap
+        The tokens of the prompt as sent.
+    sources : tuple of (EncodedFeatures, int)
+        Per span, in order: its encoder call and its number in it.
+    num_text_after_image : int
+        The smallest number of tokens of a sample after its last visual token.
+    drafts : int
+        Tokens at the prompt's end that assisted decoding guessed.
+    layer_groups : list of LayerGroup
+        The first one is the sequence that entered the decoder.
+    num_queries : tuple of int
+        Per sample, text queries.
+    scored_layers : tuple of int
+        Layers whose attention scored tokens.
+    reused_layers : tuple of int
+        Those of them that reused the keys of the scoring.
+    element_bytes : int
+        Bytes of one number of the hidden states.
+    num_real_tokens : Tensor or None
+        [B] tokens of each sample without padding.
+    next_position : Tensor or None
+        [B] or [3, B] position of the first generated token.
+    reduces : bool
+        Any token is dropped.
+    trimmed_layers : tuple of int
+        Layers whose cache was cut to the tokens of the last group.
+    rows_evicted_elsewhere : tuple of int
+        Per layer, cache rows that other code (cache compression) removed during the prefill; empty if none.
+    cache_bytes : tuple of int or None
+        Per layer, measured after the prefill.
+    finite : list of (Tensor, str)
+        Flags that scores are finite, and their description for the error.
+    invalid_code : list of Tensor
+        Codes of what the method returned at the decoder stages.
+    num_decoded : int
+        Tokens processed after the prompt.
+    """
+
+    config: ActiveConfig
+    prompt_len: int
+    spans: tuple[tuple[Span, ...], ...]
+    ranking_groups: tuple[tuple[RankingGroup, ...], ...]
+    prompt: TokenMap
+    sources: tuple[tuple[Any, int], ...] = ()
+    num_text_after_image: int = 0
+    drafts: int = 0
+    layer_groups: list[LayerGroup] = field(default_factory=list)
+    num_queries: tuple[int, ...] = ()
+    scored_layers: tuple[int, ...] = ()
+    reused_layers: tuple[int, ...] = ()
+    element_bytes: int = 4
+    num_real_tokens: Tensor | None = None
+    next_position: Tensor | None = None
+    reduces: bool = False
+    trimmed_layers: tuple[int, ...] = ()
+    rows_evicted_elsewhere: tuple[int, ...] = ()
+    cache_bytes: tuple[int, ...] | None = None
+    finite: list[tuple[Tensor, str]] = field(default_factory=list)
+    invalid_code: list[Tensor] = field(default_factory=list)
+    num_decoded: int = 0
+
+    @property
+    def depth(self) -> int:
+        return self.config.depth
+
+    @property
+    def positions(self) -> str:
+        return self.config.reducer.positions
+
+    @property
+    def plans(self) -> tuple[tuple[SpanPlan, ...], ...]:
+        """Per sample, the plans of its spans."""
+        return tuple(tuple(plan for group in row for plan in group.plans) for row in self.ranking_groups)
+
+    def visual(self, layer: int) -> list[int]:
+        """Visual tokens per sample at the input of ``layer``; -1: those that entered the decoder."""
+        return [sum(group.num_alive(layer) for group in row) for row in self.ranking_groups]
+
+    def ranked(self, layer: int) -> list[list[int]]:
+        """As ``visual``, by ranking group and without protected tokens."""
+        return [[group.num_prunable(layer) for group in row] for row in self.ranking_groups]
+
+    def layer_group(self, layer: int) -> LayerGroup:
+        """The group that ``layer`` belongs to."""
+        return next(group for group in reversed(self.layer_groups) if group.first_layer <= layer)
+
+    def cache_len(self, layer: int) -> LayerGroup:
+        """The layer group whose tokens the cache of ``layer`` holds."""
+        return self.layer_groups[-1] if layer in self.trimmed_layers else self.layer_group(layer)
+
+    def cache_rows(self, layer: int) -> int:
+        """Number of rows of the prompt in the cache of ``layer``."""
+        return self.cache_len(layer).width - (self.rows_evicted_elsewhere[layer] if self.rows_evicted_elsewhere else 0)
