@@ -1,4 +1,4 @@
-"""What the first stage is worth on a server: stock vLLM beside vLLM with the plug-in, both up at once, asked in turn with the same settings.
+"""Worth of the first stage on a server: stock vLLM beside vLLM with the plug-in, both up at once, asked in turn with the same settings.
 
     python benchmarks/serve.py                                        # in the environment of make test-vllm: a random model, minutes on a CPU
     python benchmarks/serve.py --model llava-hf/llava-1.5-7b-hf -- --max-model-len 4096 --gpu-memory-utilization 0.45    # on a GPU, both share it

@@ -1,4 +1,4 @@
-"""What a server is told and what it counts, without any server: settings, counts, rows. The engine itself is tested under plugins/vllm."""
+"""Settings, counts and rows of a server, without any server. The engine itself is tested under plugins/vllm."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_counts_are_those_that_attach_was_recorded_with(family: str) -> None:
 
 @pytest.fixture(scope="module")
 def plug_in() -> Any:
-    """What vLLM loads; it names vLLM in functions only."""
+    """The module that vLLM loads names vLLM in functions only."""
     spec = spec_from_file_location("plug_in", PLUGIN_TESTS.parent / "src" / "duet_vlm_vllm" / "__init__.py")
     assert spec and spec.loader
     module = module_from_spec(spec)
@@ -247,7 +247,7 @@ def test_a_method_without_its_signals_is_an_error() -> None:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str, str]]]:
-    """What would have been started in place of this process; vLLM and the plug-in are said to be there."""
+    """The command that would have been started in place of this process; vLLM and the plug-in are said to be there."""
     found: list[tuple[list[str], dict[str, str]]] = []
     monkeypatch.setattr("duet_vlm.cli.serve.find_spec", lambda name: name)
     monkeypatch.setattr("os.execve", lambda program, command, environment: found.append((command, environment)))
@@ -467,7 +467,7 @@ def test_an_error_that_quotes_the_request_is_not_logged_whole(monkeypatch: pytes
 
 
 def test_a_request_of_the_wrong_form_is_no_fault_of_the_server() -> None:
-    """What the server's own code does not find in a request is the request's fault; the same error from elsewhere is not."""
+    """A key that the server's own code does not find in a request is the request's fault; the same error from elsewhere is not."""
 
     def failing(module: str, wrong: Any) -> Exception:
         held: dict[str, Any] = {"__name__": module}

@@ -1,4 +1,4 @@
-"""What is asked of both engines: prompts with no, one, two and three pictures of several sizes, with clips, and methods."""
+"""Questions to both engines: prompts with no, one, two and three pictures of several sizes, with clips, and methods."""
 
 from __future__ import annotations
 

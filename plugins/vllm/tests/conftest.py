@@ -31,7 +31,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def wanted(family: str, checkpoints: dict[str, Path]) -> dict[str, list[Any]]:
-    """What transformers answered with these very weights."""
+    """Answers of transformers with these very weights."""
     reference = json.loads((Path(__file__).parent / "references" / f"{family}.json").read_text())
     assert checksum(checkpoints[family]) == reference["checksum"], "the checkpoint is not the one of the reference: write it anew (reference.py)"
     return dict(reference["answers"])

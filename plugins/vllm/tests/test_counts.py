@@ -1,4 +1,4 @@
-"""What the front end lays out, without any engine: as many rows as ``attach`` lets in, as the family's stock processor makes them otherwise."""
+"""The front end's layout, without any engine: as many rows as ``attach`` lets in, as the family's stock processor makes them otherwise."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Processor = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def laid_out(family: str, checkpoints: dict[str, Path]) -> Processor:
-    """What the processor of a server with these settings (None: stock vLLM) makes of a prompt."""
+    """A function from settings (None: stock vLLM) and a case to its prompt, as the processor of such a server lays it out."""
 
     load_general_plugins()
 

@@ -14,7 +14,7 @@ NAMES = list(METHODS["llava"])
 
 
 def differing(outputs: list[Any], family: str, name: str, wanted: dict[str, list[Any]], cases: Sequence[str] = ()) -> list[Any]:
-    """What was answered to all prompts, or to these ``cases``, where it is not what is wanted."""
+    """Answers to all prompts, or to these ``cases``, that differ from what is wanted."""
     pairs = [(case, engine.found(output), wanted[f"{name}/{case}"]) for case, output in zip(cases or prompts(family), outputs, strict=True)]
     return [(case, ours, theirs) for case, ours, theirs in pairs if not engine.same(ours, theirs)]
 

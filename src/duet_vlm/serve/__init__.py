@@ -1,1 +1,1 @@
-"""What an engine that owns model and scheduler (vLLM) needs to run the first stage of a method: settings, counts, rows. No engine is imported."""
+"""The part of a method that an engine which owns model and scheduler (vLLM) runs: settings, counts, rows, stages. No engine is imported."""

@@ -27,7 +27,7 @@ def reduce_rows(
     seen: Sequence[Tensor] | None = None,
     stream: str = "image",
 ) -> list[tuple[Tensor, Tensor]]:
-    """What enters of each image, or of each clip.
+    """The rows of each image, or of each clip, that enter the decoder.
 
     Parameters
     ----------

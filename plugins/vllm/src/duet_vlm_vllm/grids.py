@@ -20,6 +20,7 @@ from duet_vlm.reducers.inputs import VISION_LAYER_INPUTS
 from duet_vlm.serve.first_stage import reduce_rows
 from duet_vlm_vllm.placeholders import BUDGETS, FewerPlaceholders
 from duet_vlm_vllm.settings import served
+from duet_vlm_vllm.stages.running_step import COUNTS
 from duet_vlm_vllm.tower import Recorder, batches, budgets, check_engine, layer_of
 
 BASE = 256  # bfloat16 holds whole numbers exactly up to here, so a position takes two columns
@@ -83,11 +84,13 @@ class KeptPositions:
         return len(self.visual.blocks) - 1
 
     def raster(self, grids: Sequence[Sequence[int]]) -> Tensor:
-        """Where the merged tokens of the call, in raster order, stand in the order that the blocks work in."""
+        """Places of the merged tokens of the call, in raster order, in the order that the blocks work in."""
         return torch.arange(_patches(grids) // self.visual.spatial_merge_size**2)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         self.asked = {kind: kwargs.pop(name, None) for kind, name in BUDGETS.items()}
+        for name in COUNTS.values():
+            kwargs.pop(name, None)
         return super().embed_multimodal(**kwargs)
 
     def _process_image_input(self, image_input: Any) -> tuple[Tensor, ...]:
@@ -135,7 +138,7 @@ class KeptPositions:
         rows = super()._process_image_input(media)
         if not self.duet.reducer.requires & VISION_LAYER_INPUTS:
             return (rows,)
-        importance, keys = packed_signals(self.recorder.take(), self.visual.spatial_merge_size**2, self.duet.reducer.signal_segments)
+        importance, keys = packed_signals(self.recorder.take(), self.visual.spatial_merge_size**2, self.duet.reducer.scoring_rules().signal_segments)
         order, counts = self.raster(grids).to(importance.device), [len(row) for row in rows]
         return rows, importance[order].split(counts), keys[order].split(counts)
 
@@ -147,7 +150,7 @@ class KeptPositions:
         return places, torch.full((len(places),), VISUAL)
 
     def in_prompt(self, rows: Tensor, index: Tensor, written: tuple[Tensor, Tensor]) -> Tensor:
-        """What stands in the prompt for rows [K, D] that are ``index`` [K], ascending, of a span's: with their columns, and text between them."""
+        """The content of the prompt for rows [K, D] that are ``index`` [K], ascending, of a span's: with their columns, and text between them."""
         return with_columns(rows, written[0][index])
 
     def _postprocess_image_embeds_evs(self, image_embeds_split: Any, image_input: Any) -> Any:

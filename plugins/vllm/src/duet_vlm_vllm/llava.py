@@ -20,8 +20,10 @@ from duet_vlm.models.tower_signals import cls_signals
 from duet_vlm.reducers.inputs import VISION_LAYER_INPUTS, Input
 from duet_vlm.serve.first_stage import reduce_rows
 from duet_vlm.serve.served_method import REQUEST
-from duet_vlm_vllm.placeholders import FewerPlaceholders
+from duet_vlm_vllm.placeholders import FewerPlaceholders, TextBehind
 from duet_vlm_vllm.settings import served
+from duet_vlm_vllm.stages.decoder import stage_decoder
+from duet_vlm_vllm.stages.running_step import COUNTS
 from duet_vlm_vllm.tower import Recorder, batches, budgets, check_engine, layer_of
 
 
@@ -29,8 +31,12 @@ class Processor(FewerPlaceholders, LlavaMultiModalProcessor):
     pass
 
 
+class LlavaDummyInputs(TextBehind, LlavaDummyInputsBuilder):
+    pass
+
+
 class Tower:
-    """What the models around a CLIP tower share, or one of its relatives.
+    """Base of the models around a CLIP tower, or one of its relatives.
 
     Attributes
     ----------
@@ -69,14 +75,16 @@ class Tower:
         return self.score(*self.recorder.take()) if self.duet.reducer.requires & VISION_LAYER_INPUTS else None
 
 
-@MULTIMODAL_REGISTRY.register_processor(Processor, info=LlavaProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder)
+@MULTIMODAL_REGISTRY.register_processor(Processor, info=LlavaProcessingInfo, dummy_inputs=LlavaDummyInputs)
 class DuetLlava(Tower, LlavaForConditionalGeneration):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.begin(vllm_config)
+        self.running = stage_decoder(self.language_model.model, self.duet, vllm_config)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         asked = kwargs.pop(REQUEST, None)
+        kwargs.pop(COUNTS["image"], None)
         images = self._parse_and_validate_image_input(**kwargs)
         if images is None:
             return []

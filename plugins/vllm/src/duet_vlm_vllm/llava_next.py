@@ -25,7 +25,7 @@ from duet_vlm_vllm.tower import batches, budgets
 
 
 class NextPacking:
-    """How the crops of an image become its rows: as the model itself does it, to whatever the crops hold."""
+    """The rows that the crops of an image become: packed as the model itself does it, whatever the crops hold."""
 
     @staticmethod
     def pack(config: Any, newline: Tensor, size: list[int], crops: Tensor) -> Tensor:

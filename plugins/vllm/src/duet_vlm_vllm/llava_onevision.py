@@ -63,7 +63,7 @@ class DuetLlavaOnevision(Packing, AnyRes, LlavaOnevisionForConditionalGeneration
         return [self._clip(frames, budget) for frames, budget in zip(given, budgets(asked, len(given)), strict=True)]
 
     def _clip(self, frames: Tensor, asked: float) -> Tensor:
-        """What enters of one clip [F, 3, h, w]: its frames go through the tower in runs, as they do not see each other there."""
+        """The rows that enter of one clip [F, 3, h, w]: its frames go through the tower in runs, as they do not see each other there."""
         calls = [self._frames(frames[run.start : run.stop]) for run in batches([self.patches] * len(frames), self.most)]
         rows, *signals = (torch.cat(some).flatten(0, 1) for some in zip(*calls, strict=True))
         rows = torch.cat([rows, self.image_newline[None].to(rows)])

@@ -7,13 +7,15 @@ import hashlib
 from typing import Any, ClassVar
 
 import torch
-from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.processing import PromptUpdateDetails
 
+from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.runtime.encode.selection import part_sizes
 from duet_vlm.serve.served_method import REQUEST, ServedMethod
 from duet_vlm_vllm.metrics import count
 from duet_vlm_vllm.settings import served
+from duet_vlm_vllm.stages.running_step import COUNTS
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 BUDGETS = {"image": REQUEST, "video": f"{REQUEST}_video"}  # of each image or clip, on its way to the worker: a field belongs to one kind
@@ -61,7 +63,7 @@ class FewerPlaceholders:
         return [torch.zeros(tokens, dtype=torch.long)]
 
     def visual(self, kind: str, ids: list[int], details: PromptUpdateDetails) -> torch.Tensor:
-        """Which of the tokens that the family shows an image or clip with are its rows [n] bool."""
+        """Mask [n] bool of the tokens that the family shows an image or clip with: True for its rows."""
         return torch.ones(len(ids), dtype=torch.bool) if details.is_embed is None else details.is_embed(ids)
 
     def shown(self, kind: str, content: Shortened) -> Shortened:
@@ -72,17 +74,42 @@ class FewerPlaceholders:
     def duet(self) -> ServedMethod:
         return served(self.info.get_hf_config(), self.positions)
 
+    def apply(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Refused before anything is processed: an error behind it leaves an image in the front end's cache only, and the next request with it
+        fails."""
+        ends = inputs.prompt[-1:] if self.duet.decoder_reducer is not None else []
+        if set(ends) & media_tokens(self.info.get_hf_config()):
+            raise ValueError("the prompt ends in an image, so no text could rank its visual tokens: write the question behind it")
+        return super().apply(inputs, *args, **kwargs)
+
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Any) -> Any:
         out = super()._apply_hf_processor_main(mm_items, _for_transformers(hf_kwargs))
         for kind, field in self.counted.items():
             if PIXELS[kind] in out:  # what comes as embeddings has been chosen from already
                 asked = self.duet.asked(self.info.ctx.get_merged_mm_kwargs(hf_kwargs))
                 out[BUDGETS[kind]] = torch.full((len(out[field]),), asked, dtype=torch.float64)
+        if self.duet.decoder_reducer is not None:
+            self._count_stages(out, mm_items, hf_kwargs)
         return out
+
+    def _count_stages(self, out: Any, mm_items: Any, hf_kwargs: Any) -> None:
+        """Add to ``out`` how many rows of each image or clip every stage of the decoder reads: the engine counts with them before anything runs."""
+        items = MultiModalKwargsItems.from_hf_inputs(out, self._get_mm_fields_config(out, hf_kwargs))
+        for update in super()._get_prompt_updates(mm_items, _for_transformers(hf_kwargs), items):
+            kind = update.modality
+            counts = []
+            for number, item in enumerate(items.get(kind, ()) if kind in self.counted else ()):
+                if BUDGETS[kind] not in item:
+                    raise ValueError(f"{kind} embeddings were chosen from already, and their rows cannot be planned again: send the {kind} itself")
+                _, places = self._rows(kind, update, number)
+                plans = self._plans(kind, mm_items, number, item, len(places))
+                counts.append([sum(stage) for stage in zip(*(self.duet.stages.counts(plan) for plan in plans), strict=True)])
+            if counts:
+                out[COUNTS[kind]] = torch.tensor(counts)
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Any) -> Any:
         fields = dict(super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs))
-        for kind, name in BUDGETS.items():
+        for kind, name in (*BUDGETS.items(), *COUNTS.items()):
             if name in hf_inputs:
                 fields[name] = MultiModalFieldConfig.batched(kind, keep_on_cpu=True)
         return fields
@@ -95,19 +122,27 @@ class FewerPlaceholders:
         kind = update.modality
 
         def content(number: int) -> PromptUpdateDetails:
-            stock = update.content(number) if callable(update.content) else update.content
-            details = stock if isinstance(stock, PromptUpdateDetails) else PromptUpdateDetails.from_seq(list(stock))
+            details, places = self._rows(kind, update, number)
             item = out_mm_kwargs[kind][number]
             if item is None or BUDGETS[kind] not in item:
                 return self.shown(kind, Shortened(list(details.full), details.is_embed))
-            ids = list(details.full)
-            places = self.visual(kind, ids, details).nonzero().squeeze(1).tolist()
-            asked = float(item[BUDGETS[kind]].data)
-            stay = sum(self.duet.span(*part_sizes(parts), asked).entry for parts in self.spans(kind, mm_items, number, item, len(places)))
+            stay = sum(plan.entry for plan in self._plans(kind, mm_items, number, item, len(places)))
             gone = set(places[stay:])
-            return self.shown(kind, Shortened([token for place, token in enumerate(ids) if place not in gone], details.is_embed, len(places), stay))
+            ids = [token for place, token in enumerate(details.full) if place not in gone]
+            return self.shown(kind, Shortened(ids, details.is_embed, len(places), stay))
 
         return dataclasses.replace(update, replacement=content)
+
+    def _rows(self, kind: str, update: Any, number: int) -> tuple[PromptUpdateDetails, list[int]]:
+        """The tokens that the family shows an image or clip with, and the places of its rows among them."""
+        stock = update.content(number) if callable(update.content) else update.content
+        details = stock if isinstance(stock, PromptUpdateDetails) else PromptUpdateDetails.from_seq(list(stock))
+        return details, self.visual(kind, list(details.full), details).nonzero().squeeze(1).tolist()
+
+    def _plans(self, kind: str, mm_items: Any, number: int, item: Any, tokens: int) -> list[SpanPlan]:
+        """The plans of the spans of an image or clip of ``tokens`` rows, by the budget of its request."""
+        asked = float(item[BUDGETS[kind]].data)
+        return [self.duet.span(*part_sizes(parts), asked) for parts in self.spans(kind, mm_items, number, item, tokens)]
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
         """Hashes know what a request asks for; what the server is set to is added here, as caches may be shared between servers."""
@@ -121,6 +156,18 @@ class FewerPlaceholders:
         if reduced:
             count(self.info.model_id, sum(one.before for one in reduced), sum(one.after for one in reduced))
         return super()._apply_prompt_updates(token_ids, mm_prompt_updates)
+
+
+def media_tokens(config: Any) -> set[int | None]:
+    """The tokens that stand for an image or a clip in a prompt."""
+    return {getattr(config, f"{kind}_token_{what}", None) for kind in BUDGETS for what in ("id", "index")} - {None}
+
+
+class TextBehind:
+    """In front of a family's dummy inputs: vLLM's are images alone, and text has to stand behind them."""
+
+    def get_dummy_text(self, mm_counts: Any) -> str:
+        return f"{super().get_dummy_text(mm_counts)} ."
 
 
 def _for_transformers(kwargs: Any) -> dict[str, Any]:

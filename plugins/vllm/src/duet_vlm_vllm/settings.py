@@ -6,7 +6,7 @@ import json
 from functools import lru_cache
 from typing import Any
 
-from duet_vlm.serve.served_method import KEY, ServedMethod
+from duet_vlm.serve.served_method import KEY, PREFIX, ServedMethod, check_staged
 
 
 def served(config: Any, positions: str) -> ServedMethod:
@@ -20,9 +20,13 @@ def served(config: Any, positions: str) -> ServedMethod:
     given = getattr(config, KEY, None)
     if given is None:
         raise ValueError(f'this architecture reduces visual tokens and needs settings: --hf-overrides \'{{"{KEY}": {{"budget": 64}}, ...}}\'')
-    return _served(json.dumps(given, sort_keys=True), positions)
+    depth = None
+    if isinstance(given, dict) and given.get("stages") == "all":
+        check_staged(config.architectures[0].removeprefix(PREFIX))
+        depth = config.get_text_config().num_hidden_layers
+    return _served(json.dumps(given, sort_keys=True), positions, depth)
 
 
 @lru_cache(maxsize=64)
-def _served(given: str, positions: str) -> ServedMethod:
-    return ServedMethod.of(json.loads(given), positions)
+def _served(given: str, positions: str, depth: int | None) -> ServedMethod:
+    return ServedMethod.of(json.loads(given), positions, depth)

@@ -79,7 +79,7 @@ def layer_of(reducer: EncoderReducer, usual: int, depth: int, built: int) -> int
 
 
 def budgets(asked: Any, images: int) -> list[float]:
-    """What each image's request asked for, as it arrives in the model's arguments."""
+    """The budget that each image's request asked for, as it arrives in the model's arguments."""
     return [NOTHING_ASKED] * images if asked is None else torch.as_tensor(asked).flatten().tolist()
 
 

@@ -1,0 +1,69 @@
+"""KV-cache groups of a decoder with stages: how many vLLM makes, and how many layers of memory they waste.
+
+vLLM (0.32, ``_get_kv_cache_groups_uniform_page_size``) gives all groups the same number of layers: that of the smallest stage, or of the
+largest where it is below 1.5 times the smallest. A stage that is no multiple of it ends in a group with layers that nobody uses.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+from duet_vlm.serve.decoder_stages import DecoderStages
+
+MOST_GROUPS = 8  # each costs tables in every step; more than this is told at the start
+CLOSE = 1.5  # stages of sizes within this factor share the largest one's
+
+
+@dataclass(frozen=True)
+class KVGroups:
+    """``count`` groups of ``layers`` layers each, ``padding`` of them unused."""
+
+    count: int
+    layers: int
+    padding: int
+
+    @classmethod
+    def of(cls, stages: DecoderStages) -> KVGroups:
+        """The groups that vLLM makes for these stages."""
+        smallest, largest = min(stages.sizes), max(stages.sizes)
+        layers = largest if largest < CLOSE * smallest else smallest
+        count = sum(-(-size // layers) for size in stages.sizes)
+        return cls(count, layers, count * layers - stages.depth)
+
+    @property
+    def good(self) -> bool:
+        """True where no layer is wasted and the groups are few."""
+        return not self.padding and self.count <= MOST_GROUPS
+
+
+def nearest_good(stages: DecoderStages) -> DecoderStages | None:
+    """The stages with good groups whose drops are moved least (in layers, added up); of equals those with fewer groups, then later drops.
+
+    None where no such stages with as many drops exist, as in a decoder of a prime number of layers.
+    """
+    found: set[tuple[int, int, tuple[int, ...]]] = set()
+    depth, drops = stages.depth, len(stages.starts)
+    for unit in (
+        n for n in range(1, depth + 1) if depth % n == 0 and depth // n <= MOST_GROUPS
+    ):  # stages are multiples of one size
+        for starts in itertools.combinations(range(unit, depth, unit), drops):
+            groups = KVGroups.of(DecoderStages(depth, starts))
+            if groups.good:
+                moved = sum(abs(a - b) for a, b in zip(starts, stages.starts, strict=True))
+                found.add((moved, groups.count, tuple(-start for start in starts)))
+    return DecoderStages(depth, tuple(-start for start in min(found)[2])) if found else None
+
+
+def describe(stages: DecoderStages) -> str:
+    """The stages and their groups in a sentence, with the nearest good schedule where these waste memory."""
+    groups = KVGroups.of(stages)
+    found = (
+        f"rows leave before decoder layers {', '.join(map(str, stages.starts)) or 'none'} of {stages.depth}; "
+        f"{groups.count} KV-cache groups of {groups.layers} layers"
+    )
+    if groups.good:
+        return found
+    better = nearest_good(stages)
+    remedy = "" if better is None else f"; drops before {', '.join(map(str, better.starts))} would waste nothing"
+    return f"{found}, {groups.padding} of them padding that holds memory for nobody{remedy}"
