@@ -17,7 +17,7 @@ from shapes import Shape
 
 import duet_vlm
 from duet_vlm.evaluation.results import cpu_name
-from duet_vlm.profiling.timing import Timing, ratio
+from duet_vlm.profiling.timing import PairedTiming, ratio
 
 HERE = Path(__file__).parent
 
@@ -33,10 +33,10 @@ class Options:
         return 3 if self.quick else full
 
 
-def side_by_side(name: str, shape: Shape, a: Timing, b: Timing, target: float | None = None, **more: Any) -> dict[str, Any]:
+def side_by_side(name: str, shape: Shape, a: PairedTiming, b: PairedTiming, target: float | None = None, **more: Any) -> dict[str, Any]:
     """Time of ``a`` over time of ``b``, pair by pair: median, quartiles, 95 % interval of the median, and the target it is held against."""
     found = ratio(a, b)
-    each = Timing(tuple(x / y for x, y in zip(a.seconds, b.seconds, strict=True)))
+    each = PairedTiming(tuple(x / y for x, y in zip(a.seconds, b.seconds, strict=True)))
     row: dict[str, Any] = {"name": name, "median": found.median, "interval": [found.low, found.high], "quartiles": each.quartiles}
     row |= {"pairs": len(each.seconds), "target": target}
     if target is not None:

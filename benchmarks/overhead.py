@@ -23,7 +23,7 @@ from shapes import LLAVA, TINY, WIDE, Shape, build, twin
 from torch import nn
 
 import duet_vlm
-from duet_vlm.profiling.timing import Timing, time_paired
+from duet_vlm.profiling.timing import PairedTiming, time_paired
 from duet_vlm.reducers.inputs import Input
 from duet_vlm.runtime.encode.attention_intercept import QKRecorder
 from duet_vlm.runtime.encode.encoder import EncoderHooks
@@ -71,8 +71,8 @@ def _compare(options: Options, shape: Shape, methods: tuple[str, ...], pairs: in
             except (duet_vlm.BudgetError, TypeError, ValueError) as error:
                 rows.append({"name": f"{method}, {unit}", "status": "left out", "reason": str(error)})
                 continue
-            ours = Timing(tuple(clock.spent[-len(times["full"].seconds) :]))
-            layer = Timing(tuple(seconds / of_layers for seconds in times["full"].seconds))
+            ours = PairedTiming(tuple(clock.spent[-len(times["full"].seconds) :]))
+            layer = PairedTiming(tuple(seconds / of_layers for seconds in times["full"].seconds))
             cost = report.observed.ranking_flops + report.observed.selection_flops
             predicted = of_layers * cost / report.full.decoder_flops
             rows.append(side_by_side(f"{method}, {unit}", shape, ours, layer, target(kind), predicted=predicted, budget=budget, method=method))

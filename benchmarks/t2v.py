@@ -28,7 +28,7 @@ from shapes import LLAVA, LLAVA_NARROW, QWEN, TINY, TINY_QWEN, WIDE, Shape, buil
 from torch import Tensor, nn
 
 import duet_vlm
-from duet_vlm.profiling.timing import Timing, ratio
+from duet_vlm.profiling.timing import PairedTiming, ratio
 from duet_vlm.runtime.prefill.layers import PrefillPass
 
 ABOVE_ARITHMETIC = 0.02  # of a layer, that a stage may cost beside its arithmetic in the same prefills
@@ -59,12 +59,12 @@ def _stage(options: Options, name: str, shape: Shape, pairs: int) -> list[dict[s
         arithmetic = _of(alone, clocks.medians(BARE, "layer", before))
         extra = {"key_projection_share": share, "arithmetic": arithmetic, "whole": _of(whole, full)}
         target = arithmetic["median"] + ABOVE_ARITHMETIC
-        rows.append(side_by_side(f"{name}, {how}", shape, Timing(tuple(taken)), Timing(tuple(full)), target, **extra))
+        rows.append(side_by_side(f"{name}, {how}", shape, PairedTiming(tuple(taken)), PairedTiming(tuple(full)), target, **extra))
     return rows
 
 
 def _of(taken: list[float], unit: list[float]) -> dict[str, Any]:
-    found = ratio(Timing(tuple(taken)), Timing(tuple(unit)))
+    found = ratio(PairedTiming(tuple(taken)), PairedTiming(tuple(unit)))
     return {"median": found.median, "interval": [found.low, found.high]}
 
 

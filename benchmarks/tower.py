@@ -19,7 +19,7 @@ from shapes import LLAVA, QWEN, TINY, TINY_QWEN, Shape, build, twin
 from torch import nn
 
 import duet_vlm
-from duet_vlm.profiling.timing import Timing, time_paired
+from duet_vlm.profiling.timing import PairedTiming, time_paired
 from duet_vlm.runtime.vision_tower import tower_hooks, varlen
 
 BUDGET, KEEPS = 0.11, (None, 0.56, 0.5, 0.4)
@@ -55,8 +55,8 @@ class Watch:
     def end(self, name: str) -> None:
         self.seconds[name][-1] += time.perf_counter()
 
-    def timing(self, name: str, last: int) -> Timing:
-        return Timing(tuple(self.seconds[name][-last:]))
+    def timing(self, name: str, last: int) -> PairedTiming:
+        return PairedTiming(tuple(self.seconds[name][-last:]))
 
 
 @contextlib.contextmanager

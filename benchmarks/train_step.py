@@ -24,7 +24,7 @@ from duet_vlm.evaluation.speed.prompts import encode
 from duet_vlm.models.lookup import adapter_for
 from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.profiling.flop_counter import memory_of
-from duet_vlm.profiling.timing import Timing, ratio, time_paired
+from duet_vlm.profiling.timing import PairedTiming, ratio, time_paired
 from duet_vlm_lab.training_cost import StepFlops, TrainedParts, TrainingExample, step_flops
 
 STAGES = ("vision", "decoder", "backward", "optimiser")
@@ -110,7 +110,7 @@ def _compare(options: Options, name: str, shape: Shape, plain: nn.Module, batch:
     return rows
 
 
-def _stage(stage: str, a: dict[str, Timing], b: dict[str, Timing], reduced: StepFlops, full: StepFlops) -> dict[str, Any]:
+def _stage(stage: str, a: dict[str, PairedTiming], b: dict[str, PairedTiming], reduced: StepFlops, full: StepFlops) -> dict[str, Any]:
     """One stage of side ``a`` over that of ``b``; the optimiser does no matrix products."""
     found = ratio(a[stage], b[stage])
     row = {"milliseconds": [1000 * a[stage].median, 1000 * b[stage].median], "median": found.median, "interval": [found.low, found.high]}
@@ -148,10 +148,10 @@ class Step:
         self.clock.append(_now())
         return loss
 
-    def stages(self, rounds: int) -> dict[str, Timing]:
+    def stages(self, rounds: int) -> dict[str, PairedTiming]:
         """Seconds of each stage in the last ``rounds`` calls, in the order of the calls."""
         spans = [[b - a for a, b in itertools.pairwise(clock)] for clock in self.clocks[-rounds:]]
-        return {stage: Timing(seconds) for stage, seconds in zip(STAGES, zip(*spans, strict=True), strict=True)}
+        return {stage: PairedTiming(seconds) for stage, seconds in zip(STAGES, zip(*spans, strict=True), strict=True)}
 
 
 def prepare(plain: nn.Module, batch: Batch, attached: ExitStack) -> dict[Side, Step]:

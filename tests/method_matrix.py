@@ -22,29 +22,29 @@ from families import FAMILIES, build, shared
 from torch import nn
 
 import duet_vlm
-from duet_vlm.methods.apet import ApET
-from duet_vlm.methods.cdpruner import CDPruner
-from duet_vlm.methods.divprune import DivPrune
-from duet_vlm.methods.duet import Duet
-from duet_vlm.methods.evs import EVS
-from duet_vlm.methods.fastervlm import FasterVLM
-from duet_vlm.methods.fastv import FastV
-from duet_vlm.methods.fastvid import FastVID
-from duet_vlm.methods.hired import HiRED
-from duet_vlm.methods.holitom import HoliTom
-from duet_vlm.methods.holov import HoloV
-from duet_vlm.methods.prumerge import PruMerge
-from duet_vlm.methods.prumerge_plus import PruMergePlus
-from duet_vlm.methods.prunesid import PruneSID
-from duet_vlm.methods.prunevid import PruneVid
-from duet_vlm.methods.pyramiddrop import PyramidDrop
-from duet_vlm.methods.sparsevlm import SparseVLM
-from duet_vlm.methods.tome import ToMe
-from duet_vlm.methods.vidcom2 import VidCom2
-from duet_vlm.methods.visionzip import VisionZip
-from duet_vlm.methods.vispruner import VisPruner
-from duet_vlm.methods.vqtoken import VQToken
-from duet_vlm.methods.vscan import VScan
+from duet_vlm.methods.decoder.fastv import FastV
+from duet_vlm.methods.decoder.pyramiddrop import PyramidDrop
+from duet_vlm.methods.decoder.sparsevlm import SparseVLM
+from duet_vlm.methods.encoder.cdpruner import CDPruner
+from duet_vlm.methods.encoder.divprune import DivPrune
+from duet_vlm.methods.encoder.fastervlm import FasterVLM
+from duet_vlm.methods.encoder.hired import HiRED
+from duet_vlm.methods.encoder.holov import HoloV
+from duet_vlm.methods.encoder.prumerge import PruMerge
+from duet_vlm.methods.encoder.prumerge_plus import PruMergePlus
+from duet_vlm.methods.encoder.prunesid import PruneSID
+from duet_vlm.methods.encoder.tome import ToMe
+from duet_vlm.methods.encoder.visionzip import VisionZip
+from duet_vlm.methods.encoder.vispruner import VisPruner
+from duet_vlm.methods.trained.vqtoken import VQToken
+from duet_vlm.methods.two_stage.apet import ApET
+from duet_vlm.methods.two_stage.duet import Duet
+from duet_vlm.methods.two_stage.vscan import VScan
+from duet_vlm.methods.video.evs import EVS
+from duet_vlm.methods.video.fastvid import FastVID
+from duet_vlm.methods.video.holitom import HoliTom
+from duet_vlm.methods.video.prunevid import PruneVid
+from duet_vlm.methods.video.vidcom2 import VidCom2
 from duet_vlm.reducers.inputs import DECODER_INPUTS
 
 # reducing settings that bite at every stage of an 8-layer decoder, whatever the image size

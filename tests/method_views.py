@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import duet_vlm
 from duet_vlm import DecoderView, EncoderView, SpanPlan
-from duet_vlm.methods.pio import Pio
-from duet_vlm.methods.video_base import VideoReducer
+from duet_vlm.methods.decoder.pio import Pio
+from duet_vlm.methods.video.video_base import VideoReducer
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.encoder import EncoderReducer

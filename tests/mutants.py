@@ -43,15 +43,15 @@ MUTANTS = (
     ),
     Mutant(
         "Pio.official keeps stages that drop nothing",
-        "methods/pio.py", "if count and (not schedule or count < schedule[-1][1]):", "if True:", "tests/methods/test_pio.py", "count_of_zero",
+        "methods/decoder/pio.py", "if count and (not schedule or count < schedule[-1][1]):", "if True:", "tests/methods/test_pio.py", "count_of_zero",
     ),
     Mutant(
         "ApET.official_qwen does not truncate the float product",
-        "methods/apet.py", '"floor" if self.slots == "own" else "int"', '"floor"', "tests/methods/test_apet.py", "counts",
+        "methods/two_stage/apet.py", '"floor" if self.slots == "own" else "int"', '"floor"', "tests/methods/test_apet.py", "counts",
     ),
     Mutant(
         "EVS does not count as released",
-        "methods/evs.py", 'depth, budget, "int")', 'depth, budget, "floor")', "tests/methods/test_evs.py",
+        "methods/video/evs.py", 'depth, budget, "int")', 'depth, budget, "floor")', "tests/methods/test_evs.py",
     ),
     Mutant(
         "pio counts guessed rows among those that it predicts from",
@@ -107,11 +107,11 @@ MUTANTS = (
     ),
     Mutant(
         "tome_tower cannot let half of an even number of units leave in a block",
-        "methods/tome_tower.py", "here - here // 2, self.least", "here - (here - 1) // 2, self.least", "tests/test_merging.py tests/test_tower.py", "half",
+        "methods/vision_tower/tome_tower.py", "here - here // 2, self.least", "here - (here - 1) // 2, self.least", "tests/test_merging.py tests/test_tower.py", "half",
     ),
     Mutant(
         "VScan.official: windows are counted in a batch, not in a picture",
-        "methods/vscan.py", "limit = half // count if", "limit = half // (count * len(count)) if", "tests/methods/test_vscan.py tests/test_golden.py", "vscan",
+        "methods/two_stage/vscan.py", "limit = half // count if", "limit = half // (count * len(count)) if", "tests/methods/test_vscan.py tests/test_golden.py", "vscan",
     ),
     Mutant(
         "what is chosen of a picture depends on what pads it",

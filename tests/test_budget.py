@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 
 import duet_vlm
 from duet_vlm import BudgetError, SpanPlan, compose
-from duet_vlm.methods.baselines import RandomTokens, UniformTokens
-from duet_vlm.methods.divprune import DivPrune
-from duet_vlm.methods.duet import Duet
-from duet_vlm.methods.duet_plus import DuetPlus
-from duet_vlm.methods.fastv import FastV
-from duet_vlm.methods.frames import Frames
-from duet_vlm.methods.none import NoReduction
-from duet_vlm.methods.pyramiddrop import PyramidDrop
-from duet_vlm.methods.scope import Scope
-from duet_vlm.methods.visionzip import VisionZip
+from duet_vlm.methods.baselines.none import NoReduction
+from duet_vlm.methods.baselines.tokens import RandomTokens, UniformTokens
+from duet_vlm.methods.decoder.fastv import FastV
+from duet_vlm.methods.decoder.pyramiddrop import PyramidDrop
+from duet_vlm.methods.encoder.divprune import DivPrune
+from duet_vlm.methods.encoder.scope import Scope
+from duet_vlm.methods.encoder.visionzip import VisionZip
+from duet_vlm.methods.two_stage.duet import Duet
+from duet_vlm.methods.two_stage.duet_plus import DuetPlus
+from duet_vlm.methods.video.frames import Frames
 from duet_vlm.planning.budget import check_budget, check_schedule, count_of, largest_int, layer_counts, target_mean
 from duet_vlm.planning.spans import plan_span
 from duet_vlm.reducers.plans import plan_or_clamp

@@ -112,13 +112,13 @@ class InOneTensor(torch.Tensor):
 
 
 def test_bytes_of_packed_tensors_are_those_of_their_parts() -> None:
-    class Packing(InTwoFours):
+    class ClipPacking(InTwoFours):
         def _quantize(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
             packed = tensor.as_subclass(InOneTensor)
             packed.inner = torch.zeros(7, dtype=torch.uint8)
             return packed
 
-    cache = Cache(layers=[Packing()])
+    cache = Cache(layers=[ClipPacking()])
     cache.update(torch.randn(2, 3, 5, 16), torch.randn(2, 3, 5, 16), 0)
     assert compat.cache_bytes(cache) == (14,)
 

@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 import duet_vlm
 from duet_vlm import EncoderView
-from duet_vlm.methods.quecc import QueCCModule
-from duet_vlm.methods.vqtoken import VQToken
+from duet_vlm.methods.trained.quecc import QueCCModule
+from duet_vlm.methods.trained.vqtoken import VQToken
 from duet_vlm.ops.kmeans import cluster_sums, elbow, farthest_start, kmeans
 from duet_vlm.ops.merge import merged_rows, unit_rows
 from duet_vlm.ops.windows import windows, within
@@ -306,7 +306,7 @@ def test_a_tower_that_runs_without_its_gradient_is_refused() -> None:
 
     tower.forward = forward
     with duet_vlm.attach(model, "quecc", keep=0.4):
-        with pytest.raises(ValueError, match=r"quecc reads layers of the vision tower, .* checkpointing loses: .*freeze the tower"):
+        with pytest.raises(ValueError, match=r"quecc uses layers of the vision tower, .* checkpointing loses: .*freeze the tower"):
             model(**inputs)
         with torch.no_grad():
             model(**inputs)

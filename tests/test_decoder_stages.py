@@ -14,8 +14,8 @@ from transformers import DynamicCache
 
 import duet_vlm
 from duet_vlm import DecoderReducer, DecoderView, Selection, SpanPlan
-from duet_vlm.methods.sparsevlm import SparseVLM
-from duet_vlm.methods.v2drop import V2Drop
+from duet_vlm.methods.decoder.sparsevlm import SparseVLM
+from duet_vlm.methods.decoder.v2drop import V2Drop
 from duet_vlm.ops.information import information
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.score import query_attention

@@ -24,8 +24,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 import duet_vlm
 from duet_vlm import BudgetError
-from duet_vlm.methods.duet import Duet
-from duet_vlm.methods.fastv import FastV
+from duet_vlm.methods.decoder.fastv import FastV
+from duet_vlm.methods.two_stage.duet import Duet
 from duet_vlm.models.lookup import families
 from duet_vlm.models.unsupported import REASONS
 

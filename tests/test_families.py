@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AttentionInterface, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import duet_vlm
-from duet_vlm.methods.visionzip import VisionZip
+from duet_vlm.methods.encoder.visionzip import VisionZip
 from duet_vlm.models.llama_like import LLAMA_LAYOUT
 from duet_vlm.models.lookup import adapter_for
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from duet_vlm import EncoderView, SpanPlan
-from duet_vlm.methods.divprune import DivPrune
-from duet_vlm.methods.duet_plus import DuetPlus
-from duet_vlm.methods.fastervlm import FasterVLM
-from duet_vlm.methods.scope import Scope
-from duet_vlm.methods.vispruner import VisPruner
+from duet_vlm.methods.encoder.divprune import DivPrune
+from duet_vlm.methods.encoder.fastervlm import FasterVLM
+from duet_vlm.methods.encoder.scope import Scope
+from duet_vlm.methods.encoder.vispruner import VisPruner
+from duet_vlm.methods.two_stage.duet_plus import DuetPlus
 from duet_vlm.ops import greedy
 from duet_vlm.reducers.encoder import EncoderReducer
 

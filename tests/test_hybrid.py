@@ -17,7 +17,7 @@ from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 import duet_vlm
 from duet_vlm import DecoderView
-from duet_vlm.methods.stateful import Stateful
+from duet_vlm.methods.decoder.stateful import Stateful
 from duet_vlm.models.lookup import adapter_for
 
 

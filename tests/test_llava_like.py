@@ -9,7 +9,7 @@ from families.llava import any_res_pixels
 from reference_forward import choices_of, step_logits, walk_batch
 
 import duet_vlm
-from duet_vlm.methods.visionzip import VisionZip
+from duet_vlm.methods.encoder.visionzip import VisionZip
 from duet_vlm.models.lookup import adapter_for
 
 BOTH = (Picture(1, 4, 5), Picture(2, 3, 4))  # in one prompt: neither is cut into crops

@@ -14,10 +14,10 @@ from torch import Tensor
 
 import duet_vlm
 from duet_vlm import EncoderView, SpanPlan
-from duet_vlm.methods.prumerge import PruMerge
-from duet_vlm.methods.prumerge_plus import PruMergePlus, adaptive
-from duet_vlm.methods.tome import ToMe
-from duet_vlm.methods.tome_tower import ToMeTower
+from duet_vlm.methods.encoder.prumerge import PruMerge
+from duet_vlm.methods.encoder.prumerge_plus import PruMergePlus, adaptive
+from duet_vlm.methods.encoder.tome import ToMe
+from duet_vlm.methods.vision_tower.tome_tower import ToMeTower
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.score import cls_attention, one_head
 from duet_vlm.planning.tokens import Selection

@@ -50,9 +50,9 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With two new methods, one of each kind."""
     folder = copy(tmp_path_factory.mktemp("new") / "clone")
     said = call("by_entry", "--clone", folder, "--paper", "Some Paper, arXiv 2600.00000").stdout
-    assert f"wrote {folder / 'src/duet_vlm/methods/by_entry.py'}" in said and "make tables" in said
+    assert f"wrote {folder / 'src/duet_vlm/methods/encoder/by_entry.py'}" in said and "make tables" in said
     assert f"which does not have by_entry: run 'pip install -e .' in {folder}" in said  # the tests run another copy
-    assert f"--method {folder / 'src/duet_vlm/methods/by_entry.py'} in place of --method by_entry" in said
+    assert f"--method {folder / 'src/duet_vlm/methods/encoder/by_entry.py'} in place of --method by_entry" in said
     call("by_drop", "--where", "decoder", "--clone", folder)
     return folder
 
@@ -64,7 +64,7 @@ def test_a_new_method_has_its_rows_and_answers(clone: Path) -> None:
     for name, added in (("PAPERS.md", 2), ("tests/method_matrix.py", 2)):  # and nothing else has changed
         before, after = ((folder / name).read_text().splitlines() for folder in (ROOT, clone))
         assert len(after) == len(before) + added and [line for line in after if "by_entry" not in line and "by_drop" not in line] == before
-    made = [clone / "src/duet_vlm/methods" / f"{name}.py" for name in ("by_entry", "by_drop")]
+    made = [clone / "src/duet_vlm/methods" / name for name in ("encoder/by_entry.py", "decoder/by_drop.py")]
     lint = subprocess.run([sys.executable, "-m", "ruff", "check", *made, clone / "tests/method_matrix.py"], cwd=clone, capture_output=True, text=True)
     assert lint.returncode == 0, lint.stdout + lint.stderr
     ask = ("run", "-i", PICTURE, "-p", "What shape is the yellow object?", "-b", "0.3", "--method", "by_entry")
@@ -90,11 +90,11 @@ def test_a_new_method_passes_the_invariants(clone: Path) -> None:
         (["lambda"], "lambda: is a word of Python"),
         (["mine", "--where", "tower"], "--where tower: give 'entry' (before the decoder) or 'decoder'"),
         (["mine", "--paper", "a | b"], "--paper a | b: at most 60 letters in one line, without quotes and bars"),
-        (["mine", "--clone", "nowhere"], "--clone nowhere: is no clone of duet-vlm (nowhere/src/duet_vlm/methods, "),
+        (["mine", "--clone", "nowhere"], "--clone nowhere: is no clone of duet-vlm (nowhere/src/duet_vlm/methods/encoder, "),
     ],
 )
 def test_what_cannot_be_is_refused_and_nothing_written(words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "src/duet_vlm/methods").mkdir(parents=True)
+    (tmp_path / "src/duet_vlm/methods/encoder").mkdir(parents=True)
     (tmp_path / "tests").mkdir()
     for name in ("PAPERS.md", "tests/method_matrix.py"):
         shutil.copy(ROOT / name, tmp_path / name)
@@ -106,7 +106,7 @@ def test_what_cannot_be_is_refused_and_nothing_written(words: list[str], said: s
 
 
 def test_a_clone_of_another_version_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "src/duet_vlm/methods").mkdir(parents=True)
+    (tmp_path / "src/duet_vlm/methods/encoder").mkdir(parents=True)
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests/method_matrix.py").write_text("REDUCING = {}\n")
     shutil.copy(ROOT / "PAPERS.md", tmp_path)

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from duet_vlm import DecoderView, EncoderView, SpanPlan
 from duet_vlm.inputs.text_queries import query_rows
-from duet_vlm.methods.baselines import RandomTokens, UniformTokens
-from duet_vlm.methods.duet import Duet
-from duet_vlm.methods.fastv import FastV
-from duet_vlm.methods.pyramiddrop import PyramidDrop
-from duet_vlm.methods.visionzip import VisionZip
+from duet_vlm.methods.baselines.tokens import RandomTokens, UniformTokens
+from duet_vlm.methods.decoder.fastv import FastV
+from duet_vlm.methods.decoder.pyramiddrop import PyramidDrop
+from duet_vlm.methods.encoder.visionzip import VisionZip
+from duet_vlm.methods.two_stage.duet import Duet
 from duet_vlm.ops import merge, ragged, score, select
 from duet_vlm.planning.tokens import Selection, TokenMap
 from duet_vlm.profiling.flop_counter import allocations

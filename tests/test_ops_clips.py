@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from duet_vlm.methods.prunevid import contiguous
+from duet_vlm.methods.video.prunevid import contiguous
 from duet_vlm.ops.dpc_knn import peaks
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.static_regions import gains

@@ -124,6 +124,6 @@ def test_one_version_number() -> None:
 
 def test_methods_stays_a_function() -> None:
     """Loading the method files must not replace ``duet_vlm.methods`` by the folder of that name."""
-    code = "import duet_vlm; a = duet_vlm.list_methods(); from duet_vlm.methods.fastv import FastV; print(a == duet_vlm.list_methods())"
+    code = "import duet_vlm; a = duet_vlm.list_methods(); from duet_vlm.methods.decoder.fastv import FastV; print(a == duet_vlm.list_methods())"
     env = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout.strip() == "True"

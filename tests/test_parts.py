@@ -15,8 +15,8 @@ from test_families import Probe, seen
 
 import duet_vlm
 from duet_vlm import BudgetError
-from duet_vlm.methods.duet import Duet
-from duet_vlm.methods.visionzip import VisionZip
+from duet_vlm.methods.encoder.visionzip import VisionZip
+from duet_vlm.methods.two_stage.duet import Duet
 from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.planning.spans import apportion, plan_span, tower_counts
 

@@ -10,10 +10,10 @@ from reference_forward import choices_of, walk_batch
 from test_invariants import CLOSE, VISIBLE, beams_equal_oracle, surviving_logits
 
 import duet_vlm
-from duet_vlm.methods.duet import Duet
-from duet_vlm.methods.fastv import FastV
-from duet_vlm.methods.pyramiddrop import PyramidDrop
-from duet_vlm.methods.visionzip import VisionZip
+from duet_vlm.methods.decoder.fastv import FastV
+from duet_vlm.methods.decoder.pyramiddrop import PyramidDrop
+from duet_vlm.methods.encoder.visionzip import VisionZip
+from duet_vlm.methods.two_stage.duet import Duet
 
 IMAGE_LAST: Row = (1, 5, 6, 7, Picture(21, 4, 5))
 TWO_LAST: Row = (1, Picture(22, 3, 4), 8, 9, Picture(23, 4, 4))
@@ -101,7 +101,7 @@ def test_official_presets_drop_such_rows_as_released(preset: duet_vlm.Reducer) -
         forward(model, made.inputs([IMAGE_LAST]))
         assert handle.report().measured[-1] == handle.plan(36).counts[-1]
         if handle.plan(36).counts[-1] == 0:
-            with pytest.raises(ValueError, match=r"sample 0 has no row left .* protect_predicting_tokens=True"):
+            with pytest.raises(ValueError, match=r"sample 0 has no token left .* protect_predicting_tokens=True"):
                 forward(model, made.inputs([ALONE]))
     for cls in (Duet, PyramidDrop, FastV, VisionZip):
         assert cls.protect_predicting_tokens

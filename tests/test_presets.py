@@ -19,7 +19,7 @@ from duet_vlm.evaluation import tiny
 from duet_vlm.evaluation.lmms.arguments import parse_arguments
 from duet_vlm.evaluation.lmms.engine import Engine
 from duet_vlm.inputs.images import open_image
-from duet_vlm.methods.duet import Duet
+from duet_vlm.methods.two_stage.duet import Duet
 
 PICTURE = tiny._HERE / "demo" / "scene_1.png"
 QUESTION = "What color is the ring?"

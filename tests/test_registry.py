@@ -53,7 +53,7 @@ def test_entry_points_of_other_packages(fresh: None, monkeypatch: pytest.MonkeyP
 
 
 def test_a_name_belongs_to_one_class(fresh: None) -> None:
-    with pytest.raises(ValueError, match="already registered by duet_vlm.methods.duet.Duet"):
+    with pytest.raises(ValueError, match="already registered by duet_vlm.methods.two_stage.duet.Duet"):
         duet_vlm.register("duet")(Outside)
     duet_vlm.register("mine")(Outside)
     assert duet_vlm.register("mine")(Outside) is Outside  # the same class again, as a reloaded module does

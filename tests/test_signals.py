@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import duet_vlm
 from duet_vlm import EncoderView, Selection
 from duet_vlm.evaluation.speed.prompts import encode
-from duet_vlm.methods.duet import Duet
+from duet_vlm.methods.two_stage.duet import Duet
 from duet_vlm.models.lookup import adapter_for
 from duet_vlm.ops.score import spread_indices
 from duet_vlm.reducers.inputs import Input

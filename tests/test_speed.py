@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from duet_vlm.profiling.timing import Timing, ratio, time_paired
+from duet_vlm.profiling.timing import PairedTiming, ratio, time_paired
 
 
 def test_rounds_are_interleaved_and_reversed_in_turn() -> None:
@@ -26,17 +26,17 @@ def test_a_longer_function_takes_longer() -> None:
 
 
 def test_median_quartiles_ratio() -> None:
-    timing = Timing((4.0, 1.0, 2.0, 3.0, 5.0))
+    timing = PairedTiming((4.0, 1.0, 2.0, 3.0, 5.0))
     assert timing.median == 3 and timing.quartiles == (2, 4)
-    assert Timing((1.0,)).quartiles == (1, 1)
-    twice = ratio(Timing(tuple(2.0 * s for s in timing.seconds)), timing)
+    assert PairedTiming((1.0,)).quartiles == (1, 1)
+    twice = ratio(PairedTiming(tuple(2.0 * s for s in timing.seconds)), timing)
     assert (twice.median, twice.low, twice.high) == (2, 2, 2)
 
 
 @pytest.mark.parametrize("n", [1, 5, 6, 9, 15, 25])
 def test_interval_covers_the_median_with_95_percent(n: int) -> None:
     """Against the binomial distribution, and no wider than it must be."""
-    found = ratio(Timing(tuple(float(i + 1) for i in range(n))), Timing((1.0,) * n))
+    found = ratio(PairedTiming(tuple(float(i + 1) for i in range(n))), PairedTiming((1.0,) * n))
     below = int(found.low) - 1  # values left out at each end
 
     def missed(k: int) -> float:
@@ -51,8 +51,8 @@ def test_interval_covers_the_median_with_95_percent(n: int) -> None:
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="repeats=0"):
         time_paired({}, repeats=0)
-    with pytest.raises(ValueError, match="same paired"):
-        ratio(Timing((1.0, 2.0)), Timing((1.0,)))
+    with pytest.raises(ValueError, match="same time_paired"):
+        ratio(PairedTiming((1.0, 2.0)), PairedTiming((1.0,)))
 
 
 def test_the_context_around_a_function_is_not_timed() -> None:

@@ -57,7 +57,7 @@ def test_a_static_cache_decodes_what_the_dynamic_one_does(case: Case) -> None:
         expected = write(model, cache, token, inputs["attention_mask"], ROOM)
         found = write(model, static, token, inputs["attention_mask"], ROOM)
         torch.testing.assert_close(found, expected, **CLOSE)
-        with pytest.raises(ValueError, match=rf"room for {ROOM} tokens behind its prompt, and {ROOM + 1} are written: make it larger"):
+        with pytest.raises(ValueError, match=rf"room for {ROOM} tokens after its prompt, and {ROOM + 1} are written: make it larger"):
             write(model, static, token, torch.cat([inputs["attention_mask"], torch.ones(len(token), ROOM).long()], 1), 1)
 
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface
 
 import duet_vlm
-from duet_vlm.models.adapter import Encoding, VarlenTower
+from duet_vlm.models.adapter import EncoderCall, VarlenTower
 from duet_vlm.models.lookup import adapter_for
 from duet_vlm.ops.merge import in_stretches
 from duet_vlm.profiling.flop_counter import count_flops
@@ -100,7 +100,7 @@ def remembering(cut: Any, cuts: dict[int, Any]) -> Any:
     return cut_and_note
 
 
-def content_of(adapter: Any, encoding: Encoding, run: BatchedTowerState) -> Tensor:
+def content_of(adapter: Any, encoding: EncoderCall, run: BatchedTowerState) -> Tensor:
     """[P, U] bool: units that show more than padding."""
     real = adapter.real_patches(encoding, len(run.units))
     real = torch.ones(len(run.units), run.total - run.num_cls, dtype=torch.bool) if real is None else real.clone()
@@ -406,7 +406,7 @@ def test_what_is_resized_behind_the_tower_is_refused_by_name() -> None:
     adapter: Any = adapter_for(model)
     adapter.side = 27
     with pytest.raises(ValueError, match="frames of 27 x 27 patches are resized"):
-        adapter.cell_of(Encoding("video"), adapter.blocks_to_reduce()[0])
+        adapter.cell_of(EncoderCall("video"), adapter.blocks_to_reduce()[0])
 
 
 @pytest.mark.parametrize(("family", "method"), cells(["contrast", *INSIDE]))

@@ -19,7 +19,7 @@ from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
 import duet_vlm
 from duet_vlm.evaluation import tiny
-from duet_vlm.methods.duet import Duet
+from duet_vlm.methods.two_stage.duet import Duet
 
 pytestmark = pytest.mark.train
 

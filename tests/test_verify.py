@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import duet_vlm
 from duet_vlm import DecoderView, EncoderView, SpanPlan
-from duet_vlm.methods.duet import Duet
-from duet_vlm.methods.frames import Frames
-from duet_vlm.methods.visionzip import VisionZip
+from duet_vlm.methods.encoder.visionzip import VisionZip
+from duet_vlm.methods.two_stage.duet import Duet
+from duet_vlm.methods.video.frames import Frames
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import spaced_picks

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import duet_vlm
 from duet_vlm.evaluation.speed.prompts import encode
-from duet_vlm.models.adapter import Encoding
+from duet_vlm.models.adapter import EncoderCall
 from duet_vlm.models.tower_signals import patches_of
 from duet_vlm.profiling.flop_counter import count_flops, memory_of
 from duet_vlm.runtime import compat
@@ -136,7 +136,7 @@ def test_free_memory_is_what_the_device_and_torch_have_left(monkeypatch: pytest.
         adapter, reducer = handle.adapter, handle.reducer
     vision = model.config.vision_config
     values = vision.depth * vision.hidden_size + 10 * vision.hidden_size + 3 * vision.intermediate_size
-    call = Encoding("video", [[9, 4, 4]], {})
+    call = EncoderCall("video", [[9, 4, 4]], {})
     there = torch.zeros(9 * 16, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2).to("meta")  # on the CPU nobody asks
     monkeypatch.setattr(compat, "free_bytes", lambda device: 8_000_000)
     assert ChunkConfig()._steps_per_chunk(adapter, reducer, call, there) == 8_000_000 // 4 // (16 * values * 4)

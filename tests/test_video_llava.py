@@ -11,7 +11,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, VideoLlavaConfig, VideoLlavaForConditionalGeneration
 
 import duet_vlm
-from duet_vlm.methods.duet import Duet
+from duet_vlm.methods.two_stage.duet import Duet
 
 ROWS = 17  # of a frame of the tiny model: CLS and 4 x 4 patches
 PAPER = {"dominant": 160, "contextual": 32, "schedule": ((16, 0.5), (24, 0.0))}

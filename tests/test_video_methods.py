@@ -19,7 +19,7 @@ from torch import Tensor
 
 import duet_vlm
 from duet_vlm import DecoderView, EncoderView
-from duet_vlm.methods.video_base import VideoReducer, VideoRows
+from duet_vlm.methods.video.video_base import VideoReducer, VideoRows
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.select import top
 from duet_vlm.ops.video import VideoTokens

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from duet_vlm import DecoderView, EncoderView, Selection
-from duet_vlm.methods.apet import ApET
+from duet_vlm.methods.two_stage.apet import ApET
 from duet_vlm.ops.merge import merged_rows
 from golden_runner.case import STATE, Case
 

@@ -11,7 +11,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from duet_vlm import EncoderView, SpanPlan, attach
 from duet_vlm.inputs.clip_text import ClipTextEncoder
-from duet_vlm.methods.cdpruner import CDPruner
+from duet_vlm.methods.encoder.cdpruner import CDPruner
 from duet_vlm.ops.greedy import cosine, greedy_dpp_map
 from duet_vlm.ops.merge import unit_rows
 from golden_runner.case import STATE, Case, near

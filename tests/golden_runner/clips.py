@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from duet_vlm import EncoderView, SpanPlan
-from duet_vlm.methods.evs import EVS
-from duet_vlm.methods.fastvid import FastVID
-from duet_vlm.methods.holitom import HoliTom
-from duet_vlm.methods.prunevid import PruneVid
-from duet_vlm.methods.vidcom2 import VidCom2
-from duet_vlm.methods.video_base import VideoRows
+from duet_vlm.methods.video.evs import EVS
+from duet_vlm.methods.video.fastvid import FastVID
+from duet_vlm.methods.video.holitom import HoliTom
+from duet_vlm.methods.video.prunevid import PruneVid
+from duet_vlm.methods.video.vidcom2 import VidCom2
+from duet_vlm.methods.video.video_base import VideoRows
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.static_regions import StaticDynamicSets, gains
 from duet_vlm.ops.video import FrameWindows, VideoTokens, join_windows

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.methods.quecc import QueCCModule
-from duet_vlm.methods.vqtoken import FrameModule
+from duet_vlm.methods.trained.quecc import QueCCModule
+from duet_vlm.methods.trained.vqtoken import FrameModule
 from duet_vlm.ops.kmeans import elbow, kmeans, means
 from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.windows import windows, within

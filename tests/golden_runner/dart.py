@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from duet_vlm import DecoderView
-from duet_vlm.methods.dart import Dart
+from duet_vlm.methods.decoder.dart import Dart
 from golden_runner import inside
 from golden_runner.case import Case
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from duet_vlm import DecoderView, Reducer, attach
-from duet_vlm.methods.duet import Duet
-from duet_vlm.methods.none import NoReduction
+from duet_vlm.methods.baselines.none import NoReduction
+from duet_vlm.methods.two_stage.duet import Duet
 from golden_runner.case import Case
 from golden_runner.models import generate, llava, renamed
 from golden_runner.spy import Watch, scores_at, spying

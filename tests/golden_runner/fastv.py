@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from duet_vlm import attach
-from duet_vlm.methods.fastv import FastV
+from duet_vlm.methods.decoder.fastv import FastV
 from golden_runner.case import Case
 from golden_runner.spy import Watch, scores_at, spying
 from golden_runner.t2v import Prompt, compare_step_positions

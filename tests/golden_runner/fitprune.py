@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm.methods.fitprune import FitPrune
+from duet_vlm.methods.decoder.fitprune import FitPrune
 from duet_vlm.ops.score import query_attention
 from golden_runner import inside
 from golden_runner.case import COARSE, STATE, Case, near

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from duet_vlm import EncoderReducer, EncoderView, attach
 from duet_vlm.evaluation.speed.prompts import encode
-from duet_vlm.methods.divprune import DivPrune
-from duet_vlm.methods.scope import Scope
+from duet_vlm.methods.encoder.divprune import DivPrune
+from duet_vlm.methods.encoder.scope import Scope
 from golden_runner.case import Case
 from golden_runner.models import llava, renamed
 from golden_runner.spy import spying

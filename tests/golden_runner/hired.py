@@ -16,7 +16,7 @@ from transformers.image_processing_utils import select_best_resolution
 
 from duet_vlm import EncoderView, SpanPlan, attach
 from duet_vlm.evaluation.speed.prompts import encode
-from duet_vlm.methods.hired import HiRED, kept_of_one
+from duet_vlm.methods.encoder.hired import HiRED, kept_of_one
 from duet_vlm.ops.groups import top_of_groups
 from duet_vlm.reducers.encoder_view import LayerView
 from golden_runner.case import STATE, Case, equal, near

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from duet_vlm.methods.holitom import HoliTom
+from duet_vlm.methods.video.holitom import HoliTom
 from golden_runner import inside
 from golden_runner.case import Case
 

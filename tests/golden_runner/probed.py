@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from duet_vlm import DecoderView, attach
-from duet_vlm.methods.pio import Pio
+from duet_vlm.methods.decoder.pio import Pio
 from duet_vlm.reducers.inputs import Input
 from duet_vlm.runtime.prefill.prediction_gradient import prediction_gradient
 from golden_runner.case import Case

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from duet_vlm import EncoderView, SpanPlan, attach
 from duet_vlm.evaluation.speed.prompts import encode
-from duet_vlm.methods.prumerge import PruMerge
-from duet_vlm.methods.prumerge_plus import PruMergePlus, adaptive
+from duet_vlm.methods.encoder.prumerge import PruMerge
+from duet_vlm.methods.encoder.prumerge_plus import PruMergePlus, adaptive
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.score import cls_attention
 from duet_vlm.ops.select import outliers

@@ -17,9 +17,9 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from duet_vlm import DecoderView, EncoderView, Handle, Reducer, Selection, SpanPlan, attach
 from duet_vlm.evaluation.speed.prompts import encode
-from duet_vlm.methods.duet import Duet
-from duet_vlm.methods.none import NoReduction
-from duet_vlm.methods.visionzip import VisionZip
+from duet_vlm.methods.baselines.none import NoReduction
+from duet_vlm.methods.encoder.visionzip import VisionZip
+from duet_vlm.methods.two_stage.duet import Duet
 from duet_vlm.ops.select import ranking
 from golden_runner.case import SCORE, Case, equal, near
 from golden_runner.models import generate, load, renamed

@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from duet_vlm.methods.sparsevlm import SparseVLM
+from duet_vlm.methods.decoder.sparsevlm import SparseVLM
 from duet_vlm.planning.tokens import TokenMap
 from duet_vlm.runtime.prefill.attention_scores import TextAttentionScorer
 from golden_runner import inside

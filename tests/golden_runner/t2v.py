@@ -13,8 +13,8 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from duet_vlm import DecoderView, Handle, attach
-from duet_vlm.methods.duet import Duet
-from duet_vlm.methods.pyramiddrop import PyramidDrop
+from duet_vlm.methods.decoder.pyramiddrop import PyramidDrop
+from duet_vlm.methods.two_stage.duet import Duet
 from golden_runner.case import Case, equal, near
 from golden_runner.models import TINY_CLIP, llava, renamed
 from golden_runner.spy import Watch, scores_at, spying

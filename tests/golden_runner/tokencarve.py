@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from duet_vlm.methods.tokencarve import TokenCarve
+from duet_vlm.methods.decoder.tokencarve import TokenCarve
 from duet_vlm.ops.information import information
 from duet_vlm.ops.select import ranking, ranks
 from golden_runner import inside

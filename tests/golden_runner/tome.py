@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from duet_vlm import EncoderView, SpanPlan
-from duet_vlm.methods.tome import ToMe
-from duet_vlm.methods.tome_tower import ToMeTower
-from duet_vlm.models.adapter import Encoding
+from duet_vlm.methods.encoder.tome import ToMe
+from duet_vlm.methods.vision_tower.tome_tower import ToMeTower
+from duet_vlm.models.adapter import EncoderCall
 from duet_vlm.models.lookup import adapter_for
 from duet_vlm.ops.merge import matched, merged_rows
 from duet_vlm.planning.tokens import Selection
@@ -156,7 +156,7 @@ def check_flow(case: Case, run: str, leaving: list[int], size: Tensor) -> None:
         uses_size_bias=reducer.proportional_attention, invalid_code=torch.tensor(0), pooled_count=(0,) * len(given), units=torch.arange(count).expand(len(given), -1), valid=every,
         is_output=every, content=every, size=every.float(), cells=torch.arange(count)[:, None], total=given.shape[1],
     )  # fmt: skip
-    stacks.encode_contexts.append(EncodeContext(Encoding("image"), ActiveConfig(reducer, None, 1), tower_state=tower))
+    stacks.encode_contexts.append(EncodeContext(EncoderCall("image"), ActiveConfig(reducer, None, 1), tower_state=tower))
     inside = BlockHooks(flow)
     hidden = given
     for number, block in enumerate(blocks.block_modules):

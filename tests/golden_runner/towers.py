@@ -10,8 +10,8 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from duet_vlm import EncoderReducer, EncoderView, SpanPlan, attach
 from duet_vlm.evaluation.speed.prompts import encode
-from duet_vlm.methods.fastervlm import FasterVLM
-from duet_vlm.methods.vispruner import VisPruner
+from duet_vlm.methods.encoder.fastervlm import FasterVLM
+from duet_vlm.methods.encoder.vispruner import VisPruner
 from duet_vlm.ops.score import column_attention
 from golden_runner.case import COARSE, STATE, Case, near
 from golden_runner.models import TINY_LLAMA, llava, load, renamed

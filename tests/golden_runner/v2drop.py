@@ -8,7 +8,7 @@ import torch
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from duet_vlm.methods.v2drop import V2Drop
+from duet_vlm.methods.decoder.v2drop import V2Drop
 from golden_runner import inside
 from golden_runner.case import Case
 from golden_runner.models import load, renamed

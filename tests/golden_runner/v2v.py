@@ -11,8 +11,8 @@ from torch import Tensor
 
 from duet_vlm import EncoderView, SpanPlan, attach
 from duet_vlm.evaluation.speed.prompts import encode
-from duet_vlm.methods.duet import Duet
-from duet_vlm.methods.visionzip import VisionZip
+from duet_vlm.methods.encoder.visionzip import VisionZip
+from duet_vlm.methods.two_stage.duet import Duet
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.select import ranking
 from duet_vlm.planning.tokens import Selection

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from duet_vlm import EncoderView, SpanPlan, attach
 from duet_vlm.evaluation.speed.prompts import encode
-from duet_vlm.methods.vscan import VScan
+from duet_vlm.methods.two_stage.vscan import VScan
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.encoder_view import LayerView

@@ -8,7 +8,7 @@ from families import FAMILIES, ONE, shared
 
 import duet_vlm
 from duet_vlm import DecoderView
-from duet_vlm.methods.adsc import Adsc
+from duet_vlm.methods.decoder.adsc import Adsc
 
 
 @pytest.mark.parametrize("tokens, keep, kept", [(8, 4, [1, 3, 5, 7]), (9, 3, [2, 5, 8]), (7, 3, [2, 4, 6]), (5, 1, [4]), (4, 4, [0, 1, 2, 3])])

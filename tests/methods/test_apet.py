@@ -13,7 +13,7 @@ from method_views import drawn, many, sample_spans, seeds, shown_view
 from torch import Tensor
 
 from duet_vlm import EncoderView, Selection, SpanPlan
-from duet_vlm.methods.apet import ApET
+from duet_vlm.methods.two_stage.apet import ApET
 from duet_vlm.ops.information import residual
 from duet_vlm.ops.merge import merged_rows
 

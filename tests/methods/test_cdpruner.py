@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPModel
 import duet_vlm
 from duet_vlm.evaluation.speed.prompts import encode
 from duet_vlm.inputs.clip_text import ClipTextEncoder
-from duet_vlm.methods.cdpruner import CDPruner
+from duet_vlm.methods.encoder.cdpruner import CDPruner
 
 
 def clip(width: int = 32) -> Any:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from method_views import decoder_view
 
-from duet_vlm.methods.d2pruner import D2Pruner
+from duet_vlm.methods.decoder.d2pruner import D2Pruner
 from duet_vlm.ops.graph import greedy_independent, rescaled
 from duet_vlm.reducers.calibration import Calibration
 

@@ -6,7 +6,7 @@ import pytest
 from method_views import EDGES, check_released_choice
 
 from duet_vlm import BudgetError
-from duet_vlm.methods.duet import Duet
+from duet_vlm.methods.two_stage.duet import Duet
 
 
 @pytest.mark.parametrize(("dominant", "contextual", "width"), EDGES)

@@ -9,7 +9,7 @@ import torch
 from method_views import decoder_view
 
 import duet_vlm
-from duet_vlm.methods.fitprune import FitPrune
+from duet_vlm.methods.decoder.fitprune import FitPrune
 from duet_vlm.ops.fitting import counts_after_layers, fitted
 
 

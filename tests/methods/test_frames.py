@@ -14,7 +14,7 @@ from torch import Tensor
 
 import duet_vlm
 from duet_vlm import EncoderView
-from duet_vlm.methods.frames import Frames
+from duet_vlm.methods.video.frames import Frames
 
 
 def kept_of_frames(view: EncoderView) -> list[list[int]]:

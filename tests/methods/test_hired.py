@@ -10,7 +10,7 @@ from families import FAMILIES, Picture, any_res_crops, any_res_layout, forward, 
 from method_views import IMAGES, best_tokens, kept_tokens, square_images
 
 import duet_vlm
-from duet_vlm.methods.hired import HiRED
+from duet_vlm.methods.encoder.hired import HiRED
 
 
 def split(weights: list[int], sizes: list[int], total: int) -> list[int]:

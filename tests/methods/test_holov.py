@@ -6,7 +6,7 @@ import pytest
 import torch
 from method_views import IMAGES, kept_tokens, square_images
 
-from duet_vlm.methods.holov import HoloV
+from duet_vlm.methods.encoder.holov import HoloV
 from duet_vlm.ops.groups import segment_numbers
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 import duet_vlm
-from duet_vlm.methods.pio import Pio
+from duet_vlm.methods.decoder.pio import Pio
 from duet_vlm.ops.greedy import cosine, greedy_nms
 
 

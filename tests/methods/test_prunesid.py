@@ -7,7 +7,7 @@ import torch
 from method_views import IMAGES, best_tokens, kept_tokens, square_images
 
 from duet_vlm import SpanPlan
-from duet_vlm.methods.prunesid import PruneSID
+from duet_vlm.methods.encoder.prunesid import PruneSID
 from duet_vlm.reducers.encoder_view import EncoderView
 
 

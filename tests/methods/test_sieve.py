@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from method_views import drawn, many, sample_spans, seeds, shown_view
 
 from duet_vlm import DecoderView
-from duet_vlm.methods.sieve import Sieve
+from duet_vlm.methods.decoder.sieve import Sieve
 from duet_vlm.ops.greedy import cosine, greedy_discounted
 
 

@@ -10,7 +10,7 @@ from families import FAMILIES, ONE, forward, shared
 from method_views import decoder_view, refused
 
 import duet_vlm
-from duet_vlm.methods.sparsevlm import SparseVLM
+from duet_vlm.methods.decoder.sparsevlm import SparseVLM
 from duet_vlm.planning.tokens import Selection
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from method_views import EDGES, check_released_choice
 
-from duet_vlm.methods.visionzip import VisionZip
+from duet_vlm.methods.encoder.visionzip import VisionZip
 
 
 @pytest.mark.parametrize(("dominant", "contextual"), [edge[:2] for edge in EDGES if edge[1]])  # the released code divides by contextual

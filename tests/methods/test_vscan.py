@@ -10,7 +10,7 @@ from families import FAMILIES, THREE, forward, shared
 from method_views import best_tokens, square_images
 
 import duet_vlm
-from duet_vlm.methods.vscan import VScan
+from duet_vlm.methods.two_stage.vscan import VScan
 
 
 @pytest.mark.parametrize("local", ["limit", "equal"])

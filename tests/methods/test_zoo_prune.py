@@ -9,7 +9,7 @@ import torch
 from families import FAMILIES, ONE, forward, shared
 
 import duet_vlm
-from duet_vlm.methods.zoo_prune import ZooPrune
+from duet_vlm.methods.encoder.zoo_prune import ZooPrune
 from duet_vlm.ops.saliency import direction
 
 

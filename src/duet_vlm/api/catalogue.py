@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import pkgutil
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -146,7 +145,7 @@ def content() -> str:
 def _files(name: str) -> list[str]:
     spec = find_spec(FOLDERS[name])
     assert spec is not None and spec.submodule_search_locations is not None  # a folder of this package
-    return sorted(module.name for module in pkgutil.iter_modules(spec.submodule_search_locations))
+    return sorted(path.stem for place in spec.submodule_search_locations for path in Path(place).rglob("*.py"))
 
 
 def _methods() -> Rows:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from duet_vlm.methods.duet import Duet
-from duet_vlm.methods.fastv import FastV
-from duet_vlm.methods.pyramiddrop import PyramidDrop
-from duet_vlm.methods.visionzip import VisionZip
+from duet_vlm.methods.decoder.fastv import FastV
+from duet_vlm.methods.decoder.pyramiddrop import PyramidDrop
+from duet_vlm.methods.encoder.visionzip import VisionZip
+from duet_vlm.methods.two_stage.duet import Duet
 from duet_vlm.planning.budget import Schedule
 from duet_vlm.reducers.base import Reducer
 from duet_vlm.utils.suggest import did_you_mean

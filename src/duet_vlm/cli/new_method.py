@@ -20,6 +20,7 @@ SKELETONS = Path(__file__).with_name("skeletons")
 TESTED = {"entry": '{"keep": 0.4}', "decoder": '{"layer": 2, "keep": 0.4}'}  # settings that bite in the tests' small decoders
 CASES, PAPERS = "tests/method_matrix.py", "PAPERS.md"
 MATRIX = "REDUCING: dict[str, dict[str, Any]] = {\n"  # the new row of the tests goes behind this line
+FOLDERS = {"entry": "encoder", "decoder": "decoder"}  # of methods, by where they reduce
 TABLE = re.compile(r"^\| `contrast` \|", re.M)  # and that of the papers in front of our own methods
 
 
@@ -36,11 +37,16 @@ def new_method(
             path.write_text(text, encoding="utf-8")
             print(f"wrote {path}")
         if not (clone / "src/duet_vlm").samefile(PACKAGE):
-            method = clone / f"src/duet_vlm/methods/{name}.py"
+            method = clone / place_of(name, where)
             other = f"this command runs another copy of the package ({PACKAGE}), which does not have {name}"
             print(f"{other}: run 'pip install -e .' in {clone.resolve()}")
             print(f"until then: --method {method} in place of --method {name}")
         print(f"next: write your method, then 'make tables', 'make lint' and 'python -m pytest tests/test_invariants.py -k {name}' (CONTRIBUTING.md)")
+
+
+def place_of(name: str, where: str) -> str:
+    """The file of a new method in a clone."""
+    return f"src/duet_vlm/methods/{FOLDERS[where]}/{name}.py"
 
 
 def written(name: str, where: str, paper: str, clone: Path) -> dict[Path, str]:
@@ -60,7 +66,7 @@ def written(name: str, where: str, paper: str, clone: Path) -> dict[Path, str]:
         raise ValueError(f"--where {where}: give 'entry' (before the decoder) or 'decoder' (drops inside it)")
     if not re.fullmatch(r'[^\n|"\\]{1,60}', paper):
         raise ValueError(f"--paper {paper}: at most 60 letters in one line, without quotes and bars, e.g. 'FastV, ECCV 2024, arXiv 2403.06764'")
-    method, cases, papers = (clone / path for path in (f"src/duet_vlm/methods/{name}.py", CASES, PAPERS))
+    method, cases, papers = (clone / path for path in (place_of(name, where), CASES, PAPERS))
     missing = [str(path) for path in (method.parent, cases, papers) if not path.exists()]
     if missing:
         raise ValueError(f"--clone {clone}: is no clone of duet-vlm ({', '.join(missing)} missing)")

@@ -68,7 +68,7 @@ def _attaching(manager: type[Any], place: str, reduction: Reduction) -> type[Any
 
     from duet_vlm import handle_of
 
-    class Attaching(manager):
+    class AttachingManager(manager):
         def load_model_and_processor(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
             if model_id_and_revision.rsplit("@", 1)[0] != place:
                 raise HTTPException(400, f"this server serves {place} and loads no other model")
@@ -77,7 +77,7 @@ def _attaching(manager: type[Any], place: str, reduction: Reduction) -> type[Any
                 reduction.attach(model, processor)
             return model, processor
 
-    return Attaching
+    return AttachingManager
 
 
 class Guard:

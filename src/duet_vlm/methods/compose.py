@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from duet_vlm.methods.frames import Frames
+from duet_vlm.methods.video.frames import Frames
 from duet_vlm.ops.ragged import gather_rows, pack_right, upload
 from duet_vlm.planning.budget import EPSILON, Budget, NoBudget, SpanPlan, count_of, infeasible_budget, largest_int, mean_within, target_mean
 from duet_vlm.planning.tokens import Selection

@@ -106,7 +106,7 @@ class ConcatenatedBlocks(TowerBlocks):
         A patch is ``patch`` x ``patch`` pixels.
     """
 
-    grids: Callable[[Encoding], list[tuple[int, int]]] = field(kw_only=True)
+    grids: Callable[[EncoderCall], list[tuple[int, int]]] = field(kw_only=True)
     patch: int = field(kw_only=True)
 
 
@@ -149,7 +149,7 @@ class VarlenTower:
 
 
 @dataclass(frozen=True)
-class Encoding:
+class EncoderCall:
     """One encoder call: its modality, the size of each span on the host as the family's processor writes it, and all
     its arguments."""
 
@@ -195,10 +195,10 @@ class Modality:
     sizes: str | None = None
     each: bool = False
 
-    def encoding(self, arguments: dict[str, Any]) -> Encoding:
+    def encoding(self, arguments: dict[str, Any]) -> EncoderCall:
         """The encoder call with these arguments; the sizes are copied from the device here, once."""
         sizes = arguments.get(self.sizes) if self.sizes else None
-        return Encoding(self.name, [] if sizes is None else torch.as_tensor(sizes, device="cpu").tolist(), arguments)
+        return EncoderCall(self.name, [] if sizes is None else torch.as_tensor(sizes, device="cpu").tolist(), arguments)
 
 
 class Adapter(ABC):
@@ -306,7 +306,7 @@ class Adapter(ABC):
         """Layers of the tower after the one that the features come from; stock models run them without use."""
         return ()
 
-    def uses_default_layers(self, call: Encoding) -> bool:
+    def uses_default_layers(self, call: EncoderCall) -> bool:
         """True if an encoder call takes its features from the config's layer, and the caller did not request the
         layers' own outputs."""
         return True
@@ -332,7 +332,7 @@ class Adapter(ABC):
         raise TypeError(f"{self.family}: reducing inside this vision tower is not supported; use a method that reduces behind it "
             "(duet, visionzip)")
 
-    def cell_of(self, call: Encoding, blocks: TowerBlocks) -> int:
+    def cell_of(self, call: EncoderCall, blocks: TowerBlocks) -> int:
         """Side, in patches, of the square that becomes one token."""
         return blocks.patch_grid
 
@@ -340,26 +340,26 @@ class Adapter(ABC):
         """True if a tower layer attends to whole images, not within windows."""
         return True
 
-    def images_of(self, call: Encoding, count: int, tokens: int) -> list[tuple[int, ...]]:
+    def images_of(self, call: EncoderCall, count: int, tokens: int) -> list[tuple[int, ...]]:
         """Per span: tokens of each of its images in the tower's batch (``count`` images of ``tokens`` each); one image
         per span by default."""
         together = self.projected_together(call)
         return [(tokens,) * together] * (count // together)
 
-    def num_separator_rows(self, call: Encoding, spans: int) -> list[int]:
+    def num_separator_rows(self, call: EncoderCall, spans: int) -> list[int]:
         """Per span: number of tokens that show no part of the image (newlines)."""
         return [0] * spans
 
-    def num_cls_rows(self, call: Encoding) -> int:
+    def num_cls_rows(self, call: EncoderCall) -> int:
         """Number of tokens per image that come from no patch (CLS)."""
         return int(self.feeds_cls)
 
-    def patches_to_tokens(self, patches: Tensor, call: Encoding) -> list[Tensor]:
+    def patches_to_tokens(self, patches: Tensor, call: EncoderCall) -> list[Tensor]:
         """Convert values of patches [P, N, c] to values of tokens: per span [n, c], means where several patches make
         one, ones for tokens that come from no patch."""
         return list(nn.functional.pad(patches, (0, 0, self.num_cls_rows(call), 0), value=1.0))
 
-    def real_patches(self, call: Encoding, pictures: int) -> Tensor | None:
+    def real_patches(self, call: EncoderCall, pictures: int) -> Tensor | None:
         """[P, N] bool, False for patches of padding alone and for those that become no token; None if there are
         none."""
         return None
@@ -375,45 +375,45 @@ class Adapter(ABC):
         return [self.vision_attention(layer)]
 
     @abstractmethod
-    def importance_and_keys(self, calls: list[RecordedQK], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def importance_and_keys(self, calls: list[RecordedQK], call: EncoderCall, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         """Importance [n] and mean keys [n, d] of the tokens of each span, in call order (without CLS; any value for
         separators).
 
         ``segmented`` keeps the tower's own attention segments.
         """
 
-    def token_rows(self, rows: Tensor, call: Encoding) -> list[Tensor]:
+    def token_rows(self, rows: Tensor, call: EncoderCall) -> list[Tensor]:
         """Convert hidden states of the tower's blocks [P, R, c] (CLS first) to those of tokens: per span [n, c], means
         where several patches make one, any value for separators."""
         return self.patches_to_tokens(rows[:, int(self.has_cls) :], call)
 
-    def unpack_to_spans(self, projected: Tensor, call: Encoding) -> list[Tensor]:
+    def unpack_to_spans(self, projected: Tensor, call: EncoderCall) -> list[Tensor]:
         """Split the projector's output [..., c] into spans [n, c], any value for separators; one image per span by
         default."""
         return list(projected)
 
     # ---- what a call made: spans, their parts and their grids
 
-    def tokens_per_crop(self, call: Encoding, counts: list[int]) -> list[tuple[int, ...]]:
+    def tokens_per_crop(self, call: EncoderCall, counts: list[int]) -> list[tuple[int, ...]]:
         """Per span: visual tokens of each part that the tower encodes independently (crops, frames). One part by
         default."""
         return [(count,) for count in counts]
 
-    def spare(self, call: Encoding) -> tuple[tuple[tuple[int, int], ...], ...]:
+    def spare(self, call: EncoderCall) -> tuple[tuple[tuple[int, int], ...], ...]:
         """Per span and part: patches that become no token, and patches of padding around it that are embedded with it.
         Empty: there are none."""
         return ()
 
-    def projected_rows(self, call: Encoding, counts: list[int]) -> list[int]:
+    def projected_rows(self, call: EncoderCall, counts: list[int]) -> list[int]:
         """Per span: rows of the projector's input if the encoder stage drops nothing: all of the tower's, unless the
         family pools first."""
         return [sum(sizes) for sizes in self.tokens_per_crop(call, counts)]
 
     @abstractmethod
-    def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
+    def grids(self, call: EncoderCall, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         """(rows, columns) of each span's token grid, None where it has none."""
 
-    def grid_sizes(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
+    def grid_sizes(self, call: EncoderCall, counts: list[int]) -> list[tuple[int, int]]:
         """Per span: rows and columns of each of its parts, in tokens where nothing is cut off."""
         grids, parts = self.grids(call, counts), self.tokens_per_crop(call, counts)
         if None in grids:
@@ -421,7 +421,7 @@ class Adapter(ABC):
                 "vispruner)")
         return [(grid[0] // len(sizes), grid[1]) for grid, sizes in zip(grids, parts, strict=True) if grid is not None]
 
-    def token_coords(self, call: Encoding, counts: list[int]) -> list[Tensor]:
+    def token_coords(self, call: EncoderCall, counts: list[int]) -> list[Tensor]:
         """Per span, on the host: row and column of each token within its part [n, 2], -1 for tokens that show no
         patch."""
         num_cls, coords = self.num_cls_rows(call), []
@@ -440,28 +440,28 @@ class Adapter(ABC):
         raise TypeError(f"{self.family} {why}, so frames cannot go through its tower some at a time: leave chunk_frames and "
             "still_frames out")
 
-    def steps(self, call: Encoding) -> list[Tensor]:
+    def steps(self, call: EncoderCall) -> list[Tensor]:
         """Per video of a call: the pixels of its time steps, patch by patch [t, n, m]."""
         raise NotImplementedError
 
-    def slice_frames(self, call: Encoding, video: int, chosen: Sequence[int]) -> Encoding:
+    def slice_frames(self, call: EncoderCall, video: int, chosen: Sequence[int]) -> EncoderCall:
         """A call with only the ``chosen`` time steps of one video."""
         raise NotImplementedError
 
-    def crop_grids(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
+    def crop_grids(self, call: EncoderCall, counts: list[int]) -> list[tuple[int, int]]:
         """Per span: rows and columns of the crops that follow its first part, (0, 0) where the image was not cut."""
         return [(0, 0)] * len(counts)
 
-    def parts(self, call: Encoding, counts: list[int]) -> list[Tensor]:
+    def parts(self, call: EncoderCall, counts: list[int]) -> list[Tensor]:
         """Per span, on the host: the part (crop, frame) of each token [n], -1 for separators (newlines)."""
         return [torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)) for sizes in self.tokens_per_crop(call, counts)]
 
-    def spans(self, output: Any, call: Encoding) -> list[Tensor]:
+    def spans(self, output: Any, call: EncoderCall) -> list[Tensor]:
         """The projected rows of each span, from ``output.pooler_output`` (families that return frames one by one join
         them here)."""
         return list(output.pooler_output)
 
-    def projected_together(self, call: Encoding) -> int:
+    def projected_together(self, call: EncoderCall) -> int:
         """Number of consecutive rows of the projector's batch (frames) that make one span."""
         return 1
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.models.adapter import Encoding, RecordedQK, Rotary, TowerBlocks
+from duet_vlm.models.adapter import EncoderCall, RecordedQK, Rotary, TowerBlocks
 from duet_vlm.models.llama_like import LlamaLike
 from duet_vlm.models.tower_signals import blocks_like_clip, cells, column_signals
 from duet_vlm.profiling.model_dims import VisionDims
@@ -46,13 +46,13 @@ class Gemma3(LlamaLike):
     def vision_attention(self, layer: int | None) -> nn.Module:
         return self.base.vision_tower.encoder.layers[-1 if layer is None else layer].self_attn
 
-    def importance_and_keys(self, calls: list[RecordedQK], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def importance_and_keys(self, calls: list[RecordedQK], call: EncoderCall, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         (recorded,) = calls
         importance, keys = column_signals(recorded)
         tokens = self.patches_to_tokens(torch.cat([importance[..., None], keys], -1), call)
         return [rows[:, 0] for rows in tokens], [rows[:, 1:] for rows in tokens]
 
-    def patches_to_tokens(self, patches: Tensor, call: Encoding) -> list[Tensor]:
+    def patches_to_tokens(self, patches: Tensor, call: EncoderCall) -> list[Tensor]:
         return list(cells(patches, self.side, self.cell))
 
     def blocks_to_reduce(self) -> tuple[TowerBlocks, ...]:
@@ -60,7 +60,7 @@ class Gemma3(LlamaLike):
         blocks = blocks_like_clip(tower.encoder.layers)
         return (TowerBlocks(tower, tower.embeddings.patch_embedding, tower.encoder, blocks, len(blocks) - 1, patch_grid=self.cell),)
 
-    def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
+    def grids(self, call: EncoderCall, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         side = self.side // self.cell
         return ((side, side),) * len(counts)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.models.adapter import Encoding, RecordedQK, TowerBlocks
+from duet_vlm.models.adapter import EncoderCall, RecordedQK, TowerBlocks
 from duet_vlm.models.llama_like import LlamaLike
 from duet_vlm.models.tower_signals import blocks_like_clip
 from duet_vlm.ops.ragged import gather_rows
@@ -43,7 +43,7 @@ class Idefics3(LlamaLike):
     def vision_attention(self, layer: int | None) -> nn.Module:
         return self.base.vision_model.encoder.layers[-1 if layer is None else layer].self_attn
 
-    def importance_and_keys(self, calls: list[RecordedQK], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def importance_and_keys(self, calls: list[RecordedQK], call: EncoderCall, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         (recorded,) = calls
         keys = recorded.key.float().mean(1)
         valid = self.real_patches(call, len(keys))
@@ -56,7 +56,7 @@ class Idefics3(LlamaLike):
         tokens = self.patches_to_tokens(torch.cat([importance[..., None], keys], -1), call)
         return [rows[:, 0] for rows in tokens], [rows[:, 1:] for rows in tokens]
 
-    def patches_to_tokens(self, patches: Tensor, call: Encoding) -> list[Tensor]:
+    def patches_to_tokens(self, patches: Tensor, call: EncoderCall) -> list[Tensor]:
         rows, columns = self._grid(call)
         cells = patches.unflatten(1, (rows, self.side, columns, self.side))
         return list(cells.mean((2, 4)).flatten(1, 2))
@@ -66,12 +66,12 @@ class Idefics3(LlamaLike):
         blocks = blocks_like_clip(tower.encoder.layers)
         return (TowerBlocks(tower, tower.embeddings.patch_embedding, tower.encoder, blocks, len(blocks) - 1, patch_grid=self.side),)
 
-    def _grid(self, call: Encoding) -> tuple[int, int]:
+    def _grid(self, call: EncoderCall) -> tuple[int, int]:
         """Rows and columns of a crop's tokens."""
         height, width = call.arguments["pixel_values"].shape[-2:]
         return height // self.patch // self.side, width // self.patch // self.side
 
-    def real_patches(self, call: Encoding, pictures: int) -> Tensor:
+    def real_patches(self, call: EncoderCall, pictures: int) -> Tensor:
         """[crops, patches] bool, False for padding. The model skips crops of zeros alone; they are found without a
         device sync."""
         pixels, mask = call.arguments["pixel_values"].flatten(0, 1), call.arguments.get("pixel_attention_mask")
@@ -80,11 +80,11 @@ class Idefics3(LlamaLike):
         patches = mask[crops].unfold(1, self.patch, self.patch).unfold(2, self.patch, self.patch)
         return (patches.sum((-1, -2)) > 0).flatten(1)
 
-    def spans(self, output: Any, call: Encoding) -> list[Tensor]:
+    def spans(self, output: Any, call: EncoderCall) -> list[Tensor]:
         rows, columns = self._grid(call)
         return [crop for sample in output.pooler_output if len(sample) for crop in sample.split(rows * columns)]
 
-    def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
+    def grids(self, call: EncoderCall, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         return (self._grid(call),) * len(counts)
 
     def tower(self) -> nn.Module:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.models.adapter import Adapter, BlockModules, Encoding, RecordedQK, TowerBlocks
+from duet_vlm.models.adapter import Adapter, BlockModules, EncoderCall, RecordedQK, TowerBlocks
 from duet_vlm.models.llava import Llava
 from duet_vlm.models.tower_signals import cells
 from duet_vlm.profiling.model_dims import VisionDims
@@ -56,13 +56,13 @@ class InternVL(Llava):
     def vision_attention(self, layer: int | None) -> nn.Module:
         return self.blocks()[self.feature_layer() if layer is None else layer].attention
 
-    def importance_and_keys(self, calls: list[RecordedQK], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def importance_and_keys(self, calls: list[RecordedQK], call: EncoderCall, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         (recorded,) = calls
         importance, keys = self.signals(recorded)
         tokens = self.patches_to_tokens(torch.cat([importance[..., None], keys], -1), call)
         return [rows[:, 0] for rows in tokens], [rows[:, 1:] for rows in tokens]
 
-    def patches_to_tokens(self, patches: Tensor, call: Encoding) -> list[Tensor]:
+    def patches_to_tokens(self, patches: Tensor, call: EncoderCall) -> list[Tensor]:
         return list(cells(patches, math.isqrt(patches.shape[1]), self.cell))  # tiles may have another size
 
     def blocks_to_reduce(self) -> tuple[TowerBlocks, ...]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from duet_vlm.models.adapter import Encoding, RecordedQK, TowerBlocks
+from duet_vlm.models.adapter import EncoderCall, RecordedQK, TowerBlocks
 from duet_vlm.models.llama_like import LlamaLike
 from duet_vlm.models.tower_signals import blocks_like_clip, cls_signals
 from duet_vlm.profiling.model_dims import VisionDims
@@ -86,7 +86,7 @@ class Llava(LlamaLike):
     def unused_tower_layers(self) -> Sequence[nn.Module]:
         return self.blocks()[self.feature_layer() + 1 :]
 
-    def uses_default_layers(self, call: Encoding) -> bool:
+    def uses_default_layers(self, call: EncoderCall) -> bool:
         arguments = {**call.arguments.get("kwargs", {}), **call.arguments}
         return arguments.get(self.feature_setting) in (None, self.feature_layers) and not arguments.get("output_hidden_states")
 
@@ -113,19 +113,19 @@ class Llava(LlamaLike):
             raise TypeError("cls_token=True needs one vision_feature_layer, this model joins several")
         return self.blocks()[self.feature_layer()]
 
-    def importance_and_keys(self, calls: list[RecordedQK], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def importance_and_keys(self, calls: list[RecordedQK], call: EncoderCall, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         (recorded,) = calls
         importance, keys = self.signals(recorded)
         return list(importance), list(keys)
 
-    def token_rows(self, rows: Tensor, call: Encoding) -> list[Tensor]:
+    def token_rows(self, rows: Tensor, call: EncoderCall) -> list[Tensor]:
         return list(rows) if self.num_cls_rows(call) else super().token_rows(rows, call)
 
     def signals(self, recorded: RecordedQK) -> tuple[Tensor, Tensor]:
         """Importance [B, N] and mean keys [B, N, d] of the patches of the tower's batch."""
         return cls_signals(recorded)
 
-    def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
+    def grids(self, call: EncoderCall, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         return tuple((math.isqrt(n), math.isqrt(n)) if math.isqrt(n) ** 2 == n else None for n in (c - self.feeds_cls for c in counts))
 
     def vision_dims(self) -> VisionDims:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, image_size_to_num_patches
 
-from duet_vlm.models.adapter import Encoding, Modality, RecordedQK
+from duet_vlm.models.adapter import EncoderCall, Modality, RecordedQK
 from duet_vlm.models.llava import Llava
 
 
@@ -41,43 +41,43 @@ class LlavaNext(Llava):
             raise TypeError(f"{self.family}: vision_feature_select_strategy='full' cannot be packed into a grid; only 'default' "
                 "is supported")
 
-    def patches_to_tokens(self, patches: Tensor, call: Encoding) -> list[Tensor]:
+    def patches_to_tokens(self, patches: Tensor, call: EncoderCall) -> list[Tensor]:
         return self.packed(patches, call)
 
-    def images_of(self, call: Encoding, count: int, tokens: int) -> list[tuple[int, ...]]:
+    def images_of(self, call: EncoderCall, count: int, tokens: int) -> list[tuple[int, ...]]:
         packed_counts = self.real_patches(call, count).sum(1).split(self.crops(call))
         return [tuple(sizes.tolist()) for sizes in packed_counts]
 
-    def num_separator_rows(self, call: Encoding, spans: int) -> list[int]:
+    def num_separator_rows(self, call: EncoderCall, spans: int) -> list[int]:
         patches = torch.ones(sum(self.crops(call)), self.side**2, 1, device="cpu")
         return [int((rows == 0).sum()) for rows in self.packed(patches, call)]
 
-    def real_patches(self, call: Encoding, pictures: int) -> Tensor:
+    def real_patches(self, call: EncoderCall, pictures: int) -> Tensor:
         """Mask of the patches that packing does not cut off."""
         packed = torch.zeros(pictures * self.side**2 + 1, dtype=torch.bool, device="cpu")
         packed[torch.cat(self._numbers(call))] = True
         return packed[1:].view(pictures, -1)
 
-    def _numbers(self, call: Encoding) -> list[Tensor]:
+    def _numbers(self, call: EncoderCall) -> list[Tensor]:
         """Per image: number of the patch that each token shows, counted over the call from 1; 0 for newlines. On the
         host."""
         crops = sum(self.crops(call))
         numbers = torch.arange(1, crops * self.side**2 + 1, dtype=torch.float64, device="cpu").view(crops, -1, 1)
         return [rows[:, 0].long() for rows in self.packed(numbers, call)]
 
-    def importance_and_keys(self, calls: list[RecordedQK], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def importance_and_keys(self, calls: list[RecordedQK], call: EncoderCall, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         (recorded,) = calls
         importance, keys = self.signals(recorded)
         packed = self.packed(torch.cat([importance[..., None], keys], -1), call)
         return [rows[:, 0] for rows in packed], [rows[:, 1:] for rows in packed]
 
-    def unpack_to_spans(self, projected: Tensor, call: Encoding) -> list[Tensor]:
+    def unpack_to_spans(self, projected: Tensor, call: EncoderCall) -> list[Tensor]:
         return self.packed(projected, call)
 
-    def grid_sizes(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
+    def grid_sizes(self, call: EncoderCall, counts: list[int]) -> list[tuple[int, int]]:
         return [(self.side, self.side)] * len(counts)
 
-    def token_coords(self, call: Encoding, counts: list[int]) -> list[Tensor]:
+    def token_coords(self, call: EncoderCall, counts: list[int]) -> list[Tensor]:
         """Coordinates of the whole mosaic are packed as features are; the crop's corner is then subtracted."""
         side, patch = self.side, torch.arange(self.side**2, device="cpu")
         local = torch.stack([patch // side, patch % side], 1)
@@ -89,17 +89,17 @@ class LlavaNext(Llava):
             coords.append(coord.masked_fill((part < 0)[:, None], -1))
         return coords
 
-    def crop_grids(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
+    def crop_grids(self, call: EncoderCall, counts: list[int]) -> list[tuple[int, int]]:
         pinpoints, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
         shapes = [get_anyres_image_grid_shape(size, pinpoints, side) for size in call.sizes]
         return [tuple(shape) if crops > 1 else (0, 0) for shape, crops in zip(shapes, self.crops(call), strict=True)]
 
-    def parts(self, call: Encoding, counts: list[int]) -> list[Tensor]:
+    def parts(self, call: EncoderCall, counts: list[int]) -> list[Tensor]:
         crops = self.crops(call)
         crop_one_hot = torch.cat([torch.eye(n, max(crops), device="cpu") for n in crops])[:, None].expand(-1, self.side**2, -1)
         return [torch.where(rows.any(1), rows.argmax(1), -1) for rows in self.packed(crop_one_hot, call)]
 
-    def packed(self, signals: Tensor, call: Encoding) -> list[Tensor]:
+    def packed(self, signals: Tensor, call: EncoderCall) -> list[Tensor]:
         """Signals [crops, N, c] laid out as the model lays out its features: per image [n, c], 0 for newlines."""
         rows, _ = self.base.pack_image_features(
             signals.split(self.crops(call)),
@@ -109,20 +109,20 @@ class LlavaNext(Llava):
         )
         return rows
 
-    def crops(self, call: Encoding) -> list[int]:
+    def crops(self, call: EncoderCall) -> list[int]:
         """Crops per image, the overview included."""
         pinpoints, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
         return [image_size_to_num_patches(size, pinpoints, side) for size in call.sizes]
 
-    def tokens_per_crop(self, call: Encoding, counts: list[int]) -> list[tuple[int, ...]]:
+    def tokens_per_crop(self, call: EncoderCall, counts: list[int]) -> list[tuple[int, ...]]:
         return [(self.side**2,) * crops for crops in self.crops(call)]
 
-    def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
+    def grids(self, call: EncoderCall, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         return (None,) * len(counts)
 
     def blank_image(self) -> dict[str, Any]:
         crop = super().blank_image()["pixel_values"]
         side = self.config.vision_config.image_size
         sizes = torch.tensor([[side, side]], device=crop.device)
-        (count,) = self.crops(Encoding("image", [[side, side]]))
+        (count,) = self.crops(EncoderCall("image", [[side, side]]))
         return {"pixel_values": crop[None].expand(1, count, *crop.shape[1:]), "image_sizes": sizes}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from duet_vlm.models.adapter import Adapter, Encoding, RecordedQK, TowerBlocks
+from duet_vlm.models.adapter import Adapter, EncoderCall, RecordedQK, TowerBlocks
 from duet_vlm.models.llava_next_video import LlavaNextVideo
 from duet_vlm.models.tower_signals import blocks_like_clip, column_signals
 
@@ -47,13 +47,13 @@ class LlavaOnevision(LlavaNextVideo):
     def signals(self, recorded: RecordedQK) -> tuple[Tensor, Tensor]:
         return column_signals(recorded)
 
-    def crops(self, call: Encoding) -> list[int]:
+    def crops(self, call: EncoderCall) -> list[int]:
         together = call.numbers("batch_num_images")
         alone = [True] * len(call.sizes) if together is None else [n == 1 for n in together for _ in range(n)]
         pinpoints, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
         return [image_size_to_num_patches(size, pinpoints, side) if one else 1 for size, one in zip(call.sizes, alone, strict=True)]
 
-    def packed(self, signals: Tensor, call: Encoding) -> list[Tensor]:
+    def packed(self, signals: Tensor, call: EncoderCall) -> list[Tensor]:
         rows, _ = self.base.pack_image_features(
             signals.split(self.crops(call)),
             call.sizes,
@@ -67,7 +67,7 @@ class LlavaOnevision(LlavaNextVideo):
         tower = self.clip_tower
         return (TowerBlocks(tower, tower.embeddings.patch_embedding, tower.encoder, blocks, min(self.layers_read())),)
 
-    def cell_of(self, call: Encoding, blocks: TowerBlocks) -> int:
+    def cell_of(self, call: EncoderCall, blocks: TowerBlocks) -> int:
         if call.stream == "image":
             return blocks.patch_grid
         if self.side % 2:
@@ -78,14 +78,14 @@ class LlavaOnevision(LlavaNextVideo):
             )
         return 2  # half the size, without remainder: means of cells
 
-    def patches_to_tokens(self, patches: Tensor, call: Encoding) -> list[Tensor]:
+    def patches_to_tokens(self, patches: Tensor, call: EncoderCall) -> list[Tensor]:
         rows = super().patches_to_tokens(patches, call)
         return rows if call.stream == "image" else [nn.functional.pad(some, (0, 0, 0, 1)) for some in rows]
 
-    def num_separator_rows(self, call: Encoding, spans: int) -> list[int]:
+    def num_separator_rows(self, call: EncoderCall, spans: int) -> list[int]:
         return super().num_separator_rows(call, spans) if call.stream == "image" else [1] * spans
 
-    def _numbers(self, call: Encoding) -> list[Tensor]:
+    def _numbers(self, call: EncoderCall) -> list[Tensor]:
         crops = sum(self.crops(call))
         numbers = torch.arange(1, crops * self.side**2 + 1, dtype=torch.float64, device="cpu").view(crops, -1, 1)
         for size, rows in zip(call.sizes, self.packed(numbers, call), strict=True):
@@ -103,27 +103,27 @@ class LlavaOnevision(LlavaNextVideo):
     def pooled(self, signals: Tensor) -> Tensor:
         return self.base.apply_pooling(signals)
 
-    def importance_and_keys(self, calls: list[RecordedQK], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def importance_and_keys(self, calls: list[RecordedQK], call: EncoderCall, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         importance, keys = super().importance_and_keys(calls, call, segmented)
         if call.stream == "image":
             return importance, keys
         return [nn.functional.pad(rows, (0, 1)) for rows in importance], [nn.functional.pad(rows, (0, 0, 0, 1)) for rows in keys]
 
-    def token_rows(self, rows: Tensor, call: Encoding) -> list[Tensor]:
+    def token_rows(self, rows: Tensor, call: EncoderCall) -> list[Tensor]:
         tokens = super().token_rows(rows, call)
         return tokens if call.stream == "image" else [nn.functional.pad(rows, (0, 0, 0, 1)) for rows in tokens]
 
-    def unpack_to_spans(self, projected: Tensor, call: Encoding) -> list[Tensor]:
+    def unpack_to_spans(self, projected: Tensor, call: EncoderCall) -> list[Tensor]:
         if call.stream == "image":
             return super().unpack_to_spans(projected, call)
         return [nn.functional.pad(rows, (0, 0, 0, 1)) for rows in super().unpack_to_spans(self.pooled(projected), call)]
 
-    def parts(self, call: Encoding, counts: list[int]) -> list[Tensor]:
+    def parts(self, call: EncoderCall, counts: list[int]) -> list[Tensor]:
         parts = super().parts(call, counts)
         return parts if call.stream == "image" else [nn.functional.pad(rows, (0, 1), value=-1) for rows in parts]
 
-    def projected_rows(self, call: Encoding, counts: list[int]) -> list[int]:
+    def projected_rows(self, call: EncoderCall, counts: list[int]) -> list[int]:
         return Adapter.projected_rows(self, call, counts)  # videos are pooled after the projector here
 
-    def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
+    def grids(self, call: EncoderCall, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         return (None,) * len(counts)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.models.adapter import Adapter, BlockModules, ConcatenatedBlocks, Encoding, Modality, RecordedQK, TowerBlocks
+from duet_vlm.models.adapter import Adapter, BlockModules, ConcatenatedBlocks, EncoderCall, Modality, RecordedQK, TowerBlocks
 from duet_vlm.models.llava import Llava
 from duet_vlm.ops.score import column_attention
 from duet_vlm.profiling.model_dims import VisionDims
@@ -50,7 +50,7 @@ class Mistral3(Llava):
     def cls_module(self) -> nn.Module:
         raise TypeError(f"{self.family}: this vision tower has no CLS row, so cls_token=True (official LLaVA presets) cannot work")
 
-    def patches(self, call: Encoding) -> list[tuple[int, int]]:
+    def patches(self, call: EncoderCall) -> list[tuple[int, int]]:
         """Rows and columns of patches of each image."""
         size = self.clip_tower.patch_size
         return [(height // size, width // size) for height, width in call.sizes]
@@ -71,12 +71,12 @@ class Mistral3(Llava):
             ),
         )
 
-    def patches_to_tokens(self, patches: Tensor, call: Encoding) -> list[Tensor]:
+    def patches_to_tokens(self, patches: Tensor, call: EncoderCall) -> list[Tensor]:
         grids = self.patches(call)
         rows = patches[0].split([high * wide for high, wide in grids])
         return [self.merged(some, grid) for some, grid in zip(rows, grids, strict=True)]
 
-    def importance_and_keys(self, calls: list[RecordedQK], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def importance_and_keys(self, calls: list[RecordedQK], call: EncoderCall, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         (recorded,) = calls
         counts = [rows * columns for rows, columns in self.patches(call)]
         size = recorded.key.new_ones(1, recorded.key.shape[2]) if recorded.size is None else recorded.size
@@ -91,12 +91,12 @@ class Mistral3(Llava):
         merged = self.patches_to_tokens(signals[None], call)
         return [rows[:, 0] for rows in merged], [rows[:, 1:] for rows in merged]
 
-    def token_rows(self, rows: Tensor, call: Encoding) -> list[Tensor]:
+    def token_rows(self, rows: Tensor, call: EncoderCall) -> list[Tensor]:
         grids = self.patches(call)
         images = rows[0].split([height * width for height, width in grids])
         return [self.merged(image, grid) for image, grid in zip(images, grids, strict=True)]
 
-    def unpack_to_spans(self, projected: Tensor, call: Encoding) -> list[Tensor]:
+    def unpack_to_spans(self, projected: Tensor, call: EncoderCall) -> list[Tensor]:
         return list(projected.flatten(0, -2).split([(h // self.merge) * (w // self.merge) for h, w in self.patches(call)]))
 
     def merged(self, signals: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -104,7 +104,7 @@ class Mistral3(Llava):
         merger does."""
         return nn.functional.avg_pool2d(signals.t().unflatten(1, grid), self.merge).flatten(1).t()
 
-    def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
+    def grids(self, call: EncoderCall, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         return tuple((rows // self.merge, columns // self.merge) for rows, columns in self.patches(call))
 
     def blank_image(self) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class Mistral3(Llava):
         pixels = torch.zeros(1, vision.num_channels, side, side, dtype=weight.dtype, device=weight.device)
         return {"pixel_values": pixels, "image_sizes": torch.tensor([[side, side]], device=weight.device)}
 
-    def spare(self, call: Encoding) -> tuple[tuple[tuple[int, int], ...], ...]:
+    def spare(self, call: EncoderCall) -> tuple[tuple[tuple[int, int], ...], ...]:
         grids = self.patches(call)
         high, wide = (side // self.clip_tower.patch_size for side in call.arguments["pixel_values"].shape[-2:])
         spare = [(h * w - (h // self.merge) * (w // self.merge) * self.merge**2, high * wide - h * w) for h, w in grids]

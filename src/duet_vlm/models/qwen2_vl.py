@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
-from duet_vlm.models.adapter import SLIDING, BlockModules, Encoding, Modality, RecordedQK, VarlenTower
+from duet_vlm.models.adapter import SLIDING, BlockModules, EncoderCall, Modality, RecordedQK, VarlenTower
 from duet_vlm.models.llama_like import LlamaLike
 from duet_vlm.models.tower_signals import packed_signals
 from duet_vlm.ops.ragged import upload
@@ -52,22 +52,22 @@ class Qwen2VL(LlamaLike):
     def vision_attention(self, layer: int | None) -> nn.Module:
         return self.visual.blocks[-1 if layer is None else layer].attn
 
-    def importance_and_keys(self, calls: list[RecordedQK], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def importance_and_keys(self, calls: list[RecordedQK], call: EncoderCall, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         unit = self.visual.config.spatial_merge_size**2
         importance, keys = packed_signals(calls, unit, segmented)
         raster = upload(self.raster(call.sizes), importance.device)
         counts = [t * h * w // unit for t, h, w in call.sizes]
         return list(importance[raster].split(counts)), list(keys[raster].split(counts))
 
-    def token_rows(self, rows: Tensor, call: Encoding) -> list[Tensor]:
+    def token_rows(self, rows: Tensor, call: EncoderCall) -> list[Tensor]:
         unit = self.visual.config.spatial_merge_size**2
         return self.unpack_to_spans(rows.flatten(0, -2).unflatten(0, (-1, unit)).mean(1), call)
 
-    def unpack_to_spans(self, projected: Tensor, call: Encoding) -> list[Tensor]:
+    def unpack_to_spans(self, projected: Tensor, call: EncoderCall) -> list[Tensor]:
         unit = self.visual.config.spatial_merge_size**2
         return list(projected[upload(self.raster(call.sizes), projected.device)].split([t * h * w // unit for t, h, w in call.sizes]))
 
-    def patches_to_tokens(self, patches: Tensor, call: Encoding) -> list[Tensor]:
+    def patches_to_tokens(self, patches: Tensor, call: EncoderCall) -> list[Tensor]:
         unit = self.visual.config.spatial_merge_size**2
         return list(patches[0].unflatten(0, (-1, unit)).mean(1).split([t * h * w // unit for t, h, w in call.sizes]))
 
@@ -104,23 +104,23 @@ class Qwen2VL(LlamaLike):
         """Positions, in the blocks' order, of the merged tokens of the call in raster order."""
         return torch.arange(sum(t * h * w for t, h, w in sizes) // self.visual.config.spatial_merge_size**2, device="cpu")
 
-    def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
+    def grids(self, call: EncoderCall, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         size = self.visual.config.spatial_merge_size
         return tuple((t * h // size, w // size) for t, h, w in call.sizes)
 
     def temporal_patch_size(self) -> int:
         return int(self.config.vision_config.temporal_patch_size)
 
-    def steps(self, call: Encoding) -> list[Tensor]:
+    def steps(self, call: EncoderCall) -> list[Tensor]:
         pixels = call.arguments["pixel_values_videos"].split([math.prod(size) for size in call.sizes])
         return [rows.unflatten(0, (size[0], -1)) for rows, size in zip(pixels, call.sizes, strict=True)]
 
-    def slice_frames(self, call: Encoding, video: int, chosen: Sequence[int]) -> Encoding:
+    def slice_frames(self, call: EncoderCall, video: int, chosen: Sequence[int]) -> EncoderCall:
         pixels, size = self.steps(call)[video][list(chosen)], [len(chosen), *call.sizes[video][1:]]
         grid = call.arguments["video_grid_thw"].new_tensor([size])
-        return Encoding(call.stream, [size], call.arguments | {"pixel_values_videos": pixels.flatten(0, 1), "video_grid_thw": grid})
+        return EncoderCall(call.stream, [size], call.arguments | {"pixel_values_videos": pixels.flatten(0, 1), "video_grid_thw": grid})
 
-    def tokens_per_crop(self, call: Encoding, counts: list[int]) -> list[tuple[int, ...]]:
+    def tokens_per_crop(self, call: EncoderCall, counts: list[int]) -> list[tuple[int, ...]]:
         return [(count // t,) * t for (t, _, _), count in zip(call.sizes, counts, strict=True)]
 
     def tower(self) -> nn.Module:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.models.adapter import Encoding, Modality, RecordedQK, TowerBlocks
+from duet_vlm.models.adapter import EncoderCall, Modality, RecordedQK, TowerBlocks
 from duet_vlm.models.llava import Llava
 from duet_vlm.models.tower_signals import patches_of
 from duet_vlm.profiling.model_dims import VisionDims
@@ -62,13 +62,13 @@ class VideoLlava(Llava):
     def cls_module(self) -> nn.Module:
         raise TypeError("video_llava feeds the CLS row of every frame already: cls_token=True cannot add one")
 
-    def projected_together(self, call: Encoding) -> int:
+    def projected_together(self, call: EncoderCall) -> int:
         return call.arguments["pixel_values_videos"].shape[1] if call.stream == "video" else 1
 
-    def spans(self, output: object, call: Encoding) -> list[Tensor]:
+    def spans(self, output: object, call: EncoderCall) -> list[Tensor]:
         return list(output.pooler_output.unflatten(0, (-1, self.projected_together(call))).flatten(1, 2))  # type: ignore[attr-defined]
 
-    def importance_and_keys(self, calls: list[RecordedQK], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def importance_and_keys(self, calls: list[RecordedQK], call: EncoderCall, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         if call.stream == "image":
             return super().importance_and_keys(calls, call, segmented)
         (recorded,) = calls
@@ -78,46 +78,46 @@ class VideoLlava(Llava):
         keys = recorded.key.float().mean(1)
         return list(importance.unflatten(0, frames).flatten(1)), list(keys.unflatten(0, frames).flatten(1, 2))
 
-    def token_rows(self, rows: Tensor, call: Encoding) -> list[Tensor]:
+    def token_rows(self, rows: Tensor, call: EncoderCall) -> list[Tensor]:
         return self.unpack_to_spans(torch.stack(super().token_rows(rows, call)), call)
 
-    def unpack_to_spans(self, projected: Tensor, call: Encoding) -> list[Tensor]:
+    def unpack_to_spans(self, projected: Tensor, call: EncoderCall) -> list[Tensor]:
         return list(projected.unflatten(0, (-1, self.projected_together(call))).flatten(1, 2))
 
     def temporal_patch_size(self) -> int:
         return 1
 
-    def steps(self, call: Encoding) -> list[Tensor]:
+    def steps(self, call: EncoderCall) -> list[Tensor]:
         return [patches_of(frames, self.config.vision_config.patch_size) for frames in call.arguments["pixel_values_videos"]]
 
-    def slice_frames(self, call: Encoding, video: int, chosen: Sequence[int]) -> Encoding:
+    def slice_frames(self, call: EncoderCall, video: int, chosen: Sequence[int]) -> EncoderCall:
         pixels = call.arguments["pixel_values_videos"][video, list(chosen)][None]
         return dataclasses.replace(call, arguments=call.arguments | {"pixel_values_videos": pixels})
 
-    def grid_sizes(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
+    def grid_sizes(self, call: EncoderCall, counts: list[int]) -> list[tuple[int, int]]:
         return [(self.side, self.side)] * len(counts)
 
-    def num_cls_rows(self, call: Encoding) -> int:
+    def num_cls_rows(self, call: EncoderCall) -> int:
         return 1 if call.stream == "video" else super().num_cls_rows(call)
 
-    def patches_to_tokens(self, patches: Tensor, call: Encoding) -> list[Tensor]:
+    def patches_to_tokens(self, patches: Tensor, call: EncoderCall) -> list[Tensor]:
         frames = torch.stack(super().patches_to_tokens(patches, call))
         return list(frames.unflatten(0, (-1, self.projected_together(call))).flatten(1, 2))
 
     def blocks_to_reduce(self) -> tuple[TowerBlocks, ...]:
         return self.clip_tower_blocks(self.base.image_tower), self.clip_tower_blocks(self.base.video_tower)
 
-    def parts(self, call: Encoding, counts: list[int]) -> list[Tensor]:
+    def parts(self, call: EncoderCall, counts: list[int]) -> list[Tensor]:
         frames = self.projected_together(call)
         return [torch.arange(frames, device="cpu").repeat_interleave(count // frames) for count in counts]
 
-    def tokens_per_crop(self, call: Encoding, counts: list[int]) -> list[tuple[int, ...]]:
+    def tokens_per_crop(self, call: EncoderCall, counts: list[int]) -> list[tuple[int, ...]]:
         if call.stream == "image":
             return super().tokens_per_crop(call, counts)
         return [(self.side**2,) * self.projected_together(call)] * len(counts)
 
-    def projected_rows(self, call: Encoding, counts: list[int]) -> list[int]:
+    def projected_rows(self, call: EncoderCall, counts: list[int]) -> list[int]:
         return counts  # CLS tokens, too
 
-    def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
+    def grids(self, call: EncoderCall, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         return super().grids(call, counts) if call.stream == "image" else (None,) * len(counts)

@@ -14,7 +14,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Timing:
+class PairedTiming:
     """Seconds of one function, one entry per round, in the order of the rounds."""
 
     seconds: tuple[float, ...]
@@ -46,7 +46,7 @@ def time_paired(
     repeats: int = 20,
     warmup: int = 3,
     around: dict[str, Callable[[], AbstractContextManager[Any]]] | None = None,
-) -> dict[str, Timing]:
+) -> dict[str, PairedTiming]:
     """Time functions in turns: A B C, C B A, A B C, ...
 
     Slow drifts of the machine (clock, neighbours) then hit all of them alike, and reversing every other round cancels
@@ -77,10 +77,10 @@ def time_paired(
                 elapsed = time.perf_counter() - start
             if turn >= 0:
                 seconds[name].append(elapsed)
-    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+    return {name: PairedTiming(tuple(values)) for name, values in seconds.items()}
 
 
-def ratio(first: Timing, second: Timing) -> Ratio:
+def ratio(first: PairedTiming, second: PairedTiming) -> Ratio:
     """Time of ``first`` over time of ``second``, round by round; both from the same ``time_paired`` call."""
     if len(first.seconds) != len(second.seconds):
         raise ValueError(f"{len(first.seconds)} rounds against {len(second.seconds)}: both timings must come from the same "

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from duet_vlm.models.adapter import Encoding, RecordedQK
+from duet_vlm.models.adapter import EncoderCall, RecordedQK
 from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.runtime.active_config import ActiveConfig
@@ -163,7 +163,7 @@ class EncodeContext:
 
     Attributes
     ----------
-    encoding : Encoding
+    encoding : EncoderCall
         Modality, arguments and sizes of the call.
     config : ActiveConfig
         Method and budget of the call.
@@ -217,7 +217,7 @@ class EncodeContext:
         The drop inside the running block.
     """
 
-    encoding: Encoding
+    encoding: EncoderCall
     config: ActiveConfig
     standalone: bool = False
     per_crop: bool = False

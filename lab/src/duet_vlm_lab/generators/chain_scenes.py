@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from duet_vlm.evaluation.tiny.assets import WORDS
-from duet_vlm.evaluation.tiny.scenes import CELL, COLORS, SHAPES, SIZES, Scene, Thing, extent, generator, put, tag_size
+from duet_vlm.evaluation.tiny.scenes import CELL, COLORS, SHAPES, SIZES, Scene, SceneObject, extent, generator, put, tag_size
 
 SIDE = 4  # cells in a row and in a column
 CELLS = tuple(f"{column}{row}" for row in range(1, SIDE + 1) for column in "abcd"[:SIDE])  # their names, row by row
@@ -53,7 +53,7 @@ def _colors(n: int, rng: np.random.Generator) -> list[int]:
     return [int(c) for c in rng.permutation([*order, *order[:pairs]])]
 
 
-def thing_in(cell: tuple[int, int], shape: int, color: int, kind: int, split: str, rng: np.random.Generator) -> Thing:
+def thing_in(cell: tuple[int, int], shape: int, color: int, kind: int, split: str, rng: np.random.Generator) -> SceneObject:
     """A thing with its tag (kind 0 none, 1 digit, 2 word) somewhere in a cell."""
     value = int(rng.integers(10 if kind == 1 else len(WORDS)))
     below = bool(rng.random() < 0.5)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from duet_vlm.evaluation.tiny.render import render
-from duet_vlm.evaluation.tiny.scenes import COLORS, GRID, SHAPES, Thing, generator
+from duet_vlm.evaluation.tiny.scenes import COLORS, GRID, SHAPES, SceneObject, generator
 from duet_vlm_lab.generators.chain_scenes import SIDE, TAGS, GridScene, thing_in
 
 ACROSS = 2  # quarters in a row and in a column
@@ -44,7 +44,7 @@ class ScenePage:
     group: int | None
 
     @property
-    def things(self) -> tuple[Thing, ...]:
+    def things(self) -> tuple[SceneObject, ...]:
         """Everything on the page, quarter by quarter; places are those in the quarter."""
         return tuple(t for quarter in self.quarters for t in quarter.things)
 

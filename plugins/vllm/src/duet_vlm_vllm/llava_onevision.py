@@ -24,7 +24,7 @@ from duet_vlm_vllm.placeholders import BUDGETS
 from duet_vlm_vllm.tower import batches, budgets
 
 
-class Packing(NextPacking):
+class ClipPacking(NextPacking):
     @staticmethod
     def pack(config: Any, newline: Tensor, size: list[int], crops: Tensor) -> Tensor:
         model = types.SimpleNamespace(config=config, image_newline=newline)
@@ -32,7 +32,7 @@ class Packing(NextPacking):
         return pack(model, torch.tensor(size), crops, image_newline=newline, strategy="spatial_unpad")
 
 
-class Processor(Packing, AnyResProcessor, LlavaOnevisionMultiModalProcessor):
+class Processor(ClipPacking, AnyResProcessor, LlavaOnevisionMultiModalProcessor):
     counted: ClassVar[dict[str, str]] = {"image": "pixel_values", "video": "pixel_values_videos"}
 
     def spans(self, kind: str, mm_items: Any, number: int, item: Any, tokens: int) -> list[Tensor]:
@@ -47,7 +47,7 @@ def frames_of(frames: int, tokens: int) -> Tensor:
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=LlavaOnevisionProcessingInfo, dummy_inputs=LlavaOnevisionDummyInputsBuilder)
-class DuetLlavaOnevision(Packing, AnyRes, LlavaOnevisionForConditionalGeneration):
+class DuetLlavaOnevision(ClipPacking, AnyRes, LlavaOnevisionForConditionalGeneration):
     kind, strategy, score = "Siglip", "full", staticmethod(column_signals)
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:

@@ -22,7 +22,7 @@ BUDGETS = {"image": REQUEST, "video": f"{REQUEST}_video"}  # of each image or cl
 
 
 @dataclasses.dataclass
-class Shortened(PromptUpdateDetails):
+class ShortenedPrompt(PromptUpdateDetails):
     """Content that shows ``after`` of an image's or clip's ``before`` rows."""
 
     before: int = 0
@@ -66,7 +66,7 @@ class FewerPlaceholders:
         """Mask [n] bool of the tokens that the family shows an image or clip with: True for its rows."""
         return torch.ones(len(ids), dtype=torch.bool) if details.is_embed is None else details.is_embed(ids)
 
-    def shown(self, kind: str, content: Shortened) -> Shortened:
+    def shown(self, kind: str, content: ShortenedPrompt) -> ShortenedPrompt:
         """The content as it stands in the prompt."""
         return content
 
@@ -125,11 +125,11 @@ class FewerPlaceholders:
             details, places = self._rows(kind, update, number)
             item = out_mm_kwargs[kind][number]
             if item is None or BUDGETS[kind] not in item:
-                return self.shown(kind, Shortened(list(details.full), details.is_embed))
+                return self.shown(kind, ShortenedPrompt(list(details.full), details.is_embed))
             stay = sum(plan.entry for plan in self._plans(kind, mm_items, number, item, len(places)))
             gone = set(places[stay:])
             ids = [token for place, token in enumerate(details.full) if place not in gone]
-            return self.shown(kind, Shortened(ids, details.is_embed, len(places), stay))
+            return self.shown(kind, ShortenedPrompt(ids, details.is_embed, len(places), stay))
 
         return dataclasses.replace(update, replacement=content)
 
@@ -152,7 +152,7 @@ class FewerPlaceholders:
 
     def _apply_prompt_updates(self, token_ids: Any, mm_prompt_updates: Any) -> Any:
         shown = [item[0].content for kind in self.counted for item in mm_prompt_updates.get(kind, ())]
-        reduced = [one for one in shown if isinstance(one, Shortened)]
+        reduced = [one for one in shown if isinstance(one, ShortenedPrompt)]
         if reduced:
             count(self.info.model_id, sum(one.before for one in reduced), sum(one.after for one in reduced))
         return super()._apply_prompt_updates(token_ids, mm_prompt_updates)

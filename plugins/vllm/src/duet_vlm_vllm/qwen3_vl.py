@@ -22,7 +22,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import PromptUpdateDetails
 
 from duet_vlm_vllm.grids import VISUAL, GridProcessor, KeptPositions, with_columns
-from duet_vlm_vllm.placeholders import Shortened
+from duet_vlm_vllm.placeholders import ShortenedPrompt
 
 
 class Processor(GridProcessor, Qwen3VLMultiModalProcessor):
@@ -31,10 +31,10 @@ class Processor(GridProcessor, Qwen3VLMultiModalProcessor):
             return super().visual(kind, ids, details)
         return torch.tensor(ids) == self.info.get_hf_config().video_token_id
 
-    def shown(self, kind: str, content: Shortened) -> Shortened:
+    def shown(self, kind: str, content: ShortenedPrompt) -> ShortenedPrompt:
         if kind == "image":
             return content
-        return Shortened([self.info.get_hf_config().video_token_id] * len(content.full), None, content.before, content.after)
+        return ShortenedPrompt([self.info.get_hf_config().video_token_id] * len(content.full), None, content.before, content.after)
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=Qwen3VLProcessingInfo, dummy_inputs=Qwen3VLDummyInputsBuilder)

@@ -24,7 +24,7 @@ from duet_vlm.models.lookup import adapter_for
 from duet_vlm.profiling.devices import SHEETS, TORCH, Device, this_machine
 from duet_vlm.profiling.flop_counter import cache_bytes, memory_of
 from duet_vlm.profiling.roofline import ModelCost, Workload, predict
-from duet_vlm.profiling.timing import Timing, ratio, time_paired
+from duet_vlm.profiling.timing import PairedTiming, ratio, time_paired
 
 CARDS = {"pcie", "nvl"}  # slower forms of modules that have the same name; the sheets are those of the modules
 
@@ -134,7 +134,7 @@ def _compare(adapter: Adapter, plan: BenchPlan, prompt: BenchPrompt, sheet: Devi
     return rows + infeasible
 
 
-def _end_to_end(passes: dict[BenchSide, BenchPass], plan: BenchPlan) -> dict[str, dict[str, Timing]]:
+def _end_to_end(passes: dict[BenchSide, BenchPass], plan: BenchPlan) -> dict[str, dict[str, PairedTiming]]:
     """The stock generate() of every side."""
     rounds = plan.rounds if plan.generate_rounds is None else plan.generate_rounds
     if rounds == 0:
@@ -213,10 +213,10 @@ class BenchPass:
         new = self.plan.new
         self.adapter.model.generate(**self.prompt.text, **self.prompt.picture, max_new_tokens=new, min_new_tokens=new, do_sample=False)
 
-    def timings(self, rounds: int) -> dict[str, Timing]:
+    def timings(self, rounds: int) -> dict[str, PairedTiming]:
         """Seconds of every stage in the last ``rounds`` passes."""
         last = self.seen[-rounds:]
-        return {name: Timing(tuple(each[name] for each in last)) for name in last[0]}
+        return {name: PairedTiming(tuple(each[name] for each in last)) for name in last[0]}
 
     def whole(self) -> Any:
         """From pixels to the first logits in one call."""
@@ -249,12 +249,12 @@ class BenchPass:
         return {name: 1000 * seconds for name, seconds in (stages | {"to first token": found.first_token, "end to end": found.total}).items()}
 
 
-def _spread(timing: Timing) -> dict[str, float]:
+def _spread(timing: PairedTiming) -> dict[str, float]:
     low, high = timing.quartiles
     return {"median": 1000 * timing.median, "low": 1000 * low, "high": 1000 * high}
 
 
-def _by_layer(times: dict[str, Timing], rows: Sequence[int]) -> dict[str, Any]:
+def _by_layer(times: dict[str, PairedTiming], rows: Sequence[int]) -> dict[str, Any]:
     """Layers with equally many tokens as one group; time of the hooks before a layer where the number changes or that
     ranks."""
     layers = [1000 * times[f"layer {i}"].median for i in range(len(rows))]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.models.adapter import Adapter, Encoding, Modality
+from duet_vlm.models.adapter import Adapter, EncoderCall, Modality
 
 BOS = 1
 USUAL = 256  # tokens of an image (of a step of time), where its size is free and nobody says how many
@@ -126,7 +126,7 @@ def _noise(adapter: Adapter, stream: Modality, tokens: int | None, frames: int) 
     sizes = torch.tensor([[height, width]], device="cpu")
     if len(size) == 4:
         return {stream.pixels: torch.randn(1, size[1], height, width, device="cpu"), stream.sizes: sizes}
-    crops = len(adapter.tokens_per_crop(Encoding(stream.name, [[height, width]]), [0])[0])
+    crops = len(adapter.tokens_per_crop(EncoderCall(stream.name, [[height, width]]), [0])[0])
     return {stream.pixels: torch.randn(1, crops, *size[2:], device="cpu"), stream.sizes: sizes}
 
 
@@ -155,7 +155,7 @@ def _cut(adapter: Adapter, stream: Modality, tokens: int) -> tuple[int, int]:
     config = adapter.model.config
     side = config.vision_config.image_size
     sizes = [range(side, most + 1, side) for most in map(max, zip(*config.image_grid_pinpoints, strict=True))]
-    counts = {(h, w): len(adapter.parts(Encoding(stream.name, [[h, w]]), [0])[0]) for h in sizes[0] for w in sizes[1]}
+    counts = {(h, w): len(adapter.parts(EncoderCall(stream.name, [[h, w]]), [0])[0]) for h in sizes[0] for w in sizes[1]}
     least, most = min(counts.values()), max(counts.values())
     if not least <= tokens <= most:
         raise ValueError(f"tokens={tokens}: images have {least} to {most} visual tokens in this {adapter.family} model, overview and crops together")

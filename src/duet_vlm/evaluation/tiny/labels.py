@@ -6,7 +6,7 @@ import numpy as np
 
 from duet_vlm.evaluation.tiny.assets import WORDS
 from duet_vlm.evaluation.tiny.render import shape_mask
-from duet_vlm.evaluation.tiny.scenes import COLOR_NAMES, GRID, PATCH, SHAPES, SIZES, Scene, Thing
+from duet_vlm.evaluation.tiny.scenes import COLOR_NAMES, GRID, PATCH, SHAPES, SIZES, Scene, SceneObject
 
 # Classes per label; 0 means none. Kinds: 1 thing, 2 centre of a thing, 3 digit, 4 word.
 LABELS = {"kind": 5, "shape": 11, "color": 9, "digit": 11, "word": len(WORDS) + 1, "size": 5}
@@ -32,13 +32,13 @@ def coverage(x: int, y: int, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return patches.ravel(), share.ravel()
 
 
-def center_patch(thing: Thing) -> int:
+def center_patch(thing: SceneObject) -> int:
     """The patch under the middle of a thing."""
     x, y = thing.center
     return int(y // PATCH) * GRID + int(x // PATCH)
 
 
-def body_patches(thing: Thing) -> np.ndarray:
+def body_patches(thing: SceneObject) -> np.ndarray:
     """Patches that show the shape, (256,) bool."""
     out = np.zeros(GRID * GRID, bool)
     patches, share = coverage(thing.x, thing.y, shape_mask(thing.shape, thing.size))
@@ -47,7 +47,7 @@ def body_patches(thing: Thing) -> np.ndarray:
     return out
 
 
-def tag_patches(thing: Thing) -> np.ndarray:
+def tag_patches(thing: SceneObject) -> np.ndarray:
     """Patches that show the tag of a thing, (256,) bool; empty without a tag."""
     out = np.zeros(GRID * GRID, bool)
     if thing.tag:

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from duet_vlm.evaluation.tiny.assets import WORDS
 from duet_vlm.evaluation.tiny.backgrounds import window
-from duet_vlm.evaluation.tiny.scenes import COLORS, IMAGE_SIZE, SHAPES, Scene, Tag, Thing, glyphs
+from duet_vlm.evaluation.tiny.scenes import COLORS, IMAGE_SIZE, SHAPES, Scene, SceneObject, Tag, glyphs
 
 _COLOR_TABLE = np.array(list(COLORS.values()), np.float32)
 
@@ -61,7 +61,7 @@ def tag_mask(tag: Tag) -> np.ndarray:
     return bitmaps[tag.variant].astype(np.float32) / 255
 
 
-def _draw_thing(image: np.ndarray, thing: Thing, plain: float, rng: np.random.Generator) -> None:
+def _draw_thing(image: np.ndarray, thing: SceneObject, plain: float, rng: np.random.Generator) -> None:
     s = thing.size
     view = image[thing.y : thing.y + s, thing.x : thing.x + s]
     mask = shape_mask(thing.shape, s)[..., None]

@@ -50,7 +50,7 @@ class Tag:
 
 
 @dataclass(frozen=True)
-class Thing:
+class SceneObject:
     """A coloured shape at pixel (x, y), ``size`` pixels wide and high."""
 
     shape: int
@@ -72,7 +72,7 @@ class Scene:
     split: str
     seed: int
     index: int
-    things: tuple[Thing, ...]
+    things: tuple[SceneObject, ...]
     count: int
     group: int | None
     crowded: bool = False
@@ -132,7 +132,7 @@ def extent(size: int, tag: tuple[int, int], below: bool) -> tuple[int, int]:
 
 def put(
     x: int, y: int, below: bool, looks: tuple[int, int, int], tag: tuple[int, int], split: str, rng: np.random.Generator
-) -> Thing:
+) -> SceneObject:
     """A thing of ``looks`` (shape, colour, size) with a ``tag`` (kind, value) in the box at (x, y); draws the tag's bitmap."""
     (shape, color, size), (kind, value) = looks, tag
     tag_w, tag_h = tag_size(kind, value)
@@ -146,14 +146,14 @@ def put(
     else:
         body, corner = (x, y + middle(height - size)), (x + size, y + middle(height - tag_h))
     if not kind:
-        return Thing(shape, color, size, *body)
+        return SceneObject(shape, color, size, *body)
     variant = _variant(rng, DIGIT_VARIANTS if kind == 1 else WORD_VARIANTS, split)
-    return Thing(shape, color, size, *body, Tag("digit" if kind == 1 else "word", value, variant, *corner, tag_w, tag_h))
+    return SceneObject(shape, color, size, *body, Tag("digit" if kind == 1 else "word", value, variant, *corner, tag_w, tag_h))
 
 
 def _thing(
     free: np.ndarray, shape: int, color: int, kind: int, sizes: tuple[int, ...], split: str, rng: np.random.Generator
-) -> Thing | None:
+) -> SceneObject | None:
     """Place one thing with its tag (kind 0 none, 1 digit, 2 word) and mark its cells in ``free``."""
     size = sizes[int(rng.integers(len(sizes)))]
     value = int(rng.integers(10 if kind == 1 else len(WORDS)))

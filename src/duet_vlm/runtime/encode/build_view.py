@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import pad_sequence
 
 from duet_vlm.inputs.text_queries import query_rows
-from duet_vlm.models.adapter import Adapter, Encoding, RecordedQK
+from duet_vlm.models.adapter import Adapter, EncoderCall, RecordedQK
 from duet_vlm.ops.ragged import gather_rows, pack_right, pad_rows, upload
 from duet_vlm.reducers.encoder import EncoderReducer
 from duet_vlm.reducers.encoder_view import Change, Layer, LayerView, QuestionView
@@ -86,7 +86,7 @@ def _block_of(block_lists: Iterable[nn.ModuleList], attention: nn.Module) -> nn.
     return blocks[-1]
 
 
-def layer_view(adapter: Adapter, recorded: list[RecordedQK], encoding: Encoding, reducer: EncoderReducer) -> Rows:
+def layer_view(adapter: Adapter, recorded: list[RecordedQK], encoding: EncoderCall, reducer: EncoderReducer) -> Rows:
     """The signals that ``reducer`` declares, from one layer's queries and keys."""
 
     def importance_and_keys(calls: list[RecordedQK]) -> tuple[list[Tensor], list[Tensor]]:
@@ -139,7 +139,7 @@ def _add_cls_row(rows: Tensor, width: int, value: float) -> Tensor:
     return rows if rows.shape[1] >= width else nn.functional.pad(rows, (*[0] * (2 * rows.ndim - 4), 1, 0), value=value)
 
 
-def grid_of(adapter: Adapter, encoding: Encoding, counts: list[int], width: int, device: torch.device) -> dict[str, Tensor]:
+def grid_of(adapter: Adapter, encoding: EncoderCall, counts: list[int], width: int, device: torch.device) -> dict[str, Tensor]:
     """``coords``, ``grid_size`` and ``crop_grid`` of a view of ``width`` rows."""
     coords = [nn.functional.pad(rows, (0, 0, width - max(counts), 0), value=NO_POSITION) for rows in adapter.token_coords(encoding, counts)]
     sizes = [adapter.grid_sizes(encoding, counts), adapter.crop_grids(encoding, counts)]

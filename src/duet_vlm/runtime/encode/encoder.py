@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.models.adapter import Adapter, Encoding, Modality
+from duet_vlm.models.adapter import Adapter, EncoderCall, Modality
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.ragged import pad_rows, stacked
 from duet_vlm.planning.tokens import Selection
@@ -156,7 +156,7 @@ class EncoderHooks:
         assert context.pending_features is not None
         return list(_expand_marked(projector.forward(merged), context.pending_features, features.shape[1]))
 
-    def _new_context(self, modality: Modality, encoding: Encoding, config: ActiveConfig) -> EncodeContext:
+    def _new_context(self, modality: Modality, encoding: EncoderCall, config: ActiveConfig) -> EncodeContext:
         """The context of a new encoder call."""
         standalone = not (self.state.forward_contexts or self.state.generate_preparations)
         run_stock_too = standalone and config.tower_reducer is not None and config.tower_reducer.prunes_inside
@@ -205,7 +205,7 @@ class EncoderHooks:
         setattr(stock_output, ENCODED, encoded)
         return stock_output
 
-    def _can_skip_layers(self, reducer: Reducer, encoding: Encoding) -> bool:
+    def _can_skip_layers(self, reducer: Reducer, encoding: EncoderCall) -> bool:
         """True if unused tower layers can be skipped.
 
         Training runs the whole tower: sharding and gradients need every layer.

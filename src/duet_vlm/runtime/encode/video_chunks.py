@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm.models.adapter import Adapter, Encoding
+from duet_vlm.models.adapter import Adapter, EncoderCall
 from duet_vlm.ops.ragged import upload
 from duet_vlm.reducers.base import Reducer
 from duet_vlm.reducers.inputs import Input
@@ -70,7 +70,7 @@ class ChunkConfig:
             name = "chunk_frames" if self.still_frames is None else "still_frames"
             raise TypeError(f"{name}: {reducer.name} {reason}, so a clip goes through it as it is; leave {name} out")
 
-    def plan_chunks(self, adapter: Adapter, reducer: Reducer, encoding: Encoding, pixels: Tensor) -> ChunkPlan | None:
+    def plan_chunks(self, adapter: Adapter, reducer: Reducer, encoding: EncoderCall, pixels: Tensor) -> ChunkPlan | None:
         """The chunks of one encoder call for videos; None where it stays one call.
 
         Copies the still frames' flags from the device.
@@ -99,7 +99,7 @@ class ChunkConfig:
                 chunks.append(Chunk(video, start, video_steps[start : start + size], last=start + size >= len(video_steps)))
         return ChunkPlan(chunks, chunk_of_step)
 
-    def _steps_per_chunk(self, adapter: Adapter, reducer: Reducer, encoding: Encoding, pixels: Tensor) -> int | None:
+    def _steps_per_chunk(self, adapter: Adapter, reducer: Reducer, encoding: EncoderCall, pixels: Tensor) -> int | None:
         """Time steps of a chunk; None where all fit."""
         if self.chunk_frames is not None:
             return self.chunk_frames // adapter.temporal_patch_size()
@@ -112,7 +112,7 @@ class ChunkConfig:
         return max(1, int(MEMORY_SHARE * free / (rows * values * max(2, pixels.element_size()))))
 
 
-def _num_steps(encoding: Encoding, pixels: Tensor) -> list[int]:
+def _num_steps(encoding: EncoderCall, pixels: Tensor) -> list[int]:
     """Time steps of each video of a call."""
     return [size[0] for size in encoding.sizes] if encoding.sizes else [pixels.shape[1]] * len(pixels)
 
@@ -124,7 +124,7 @@ def _needs_whole_video(reducer: Reducer) -> str:
     return "calls the projector" if Input.PROJECTOR in reducer.requires else ""
 
 
-def step_pixels(adapter: Adapter, encoding: Encoding, video: int, count: int) -> Iterator[Tensor]:
+def step_pixels(adapter: Adapter, encoding: EncoderCall, video: int, count: int) -> Iterator[Tensor]:
     """The pixels of each of the ``count`` steps of a video, patch by patch [n, m]; only one step is held at a time."""
     for step in range(count):
         ((pixels,),) = adapter.steps(adapter.slice_frames(encoding, video, [step]))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm.methods.video_base import VideoReducer, VideoRows
+from duet_vlm.methods.video.video_base import VideoReducer, VideoRows
 from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.select import ranking
 from duet_vlm.ops.video import VideoTokens, split_windows

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.methods.resampler import of_all
+from duet_vlm.methods.trained.resampler import of_all
 from duet_vlm.ops.kmeans import cluster_sums, farthest_start, kmeans, means
 from duet_vlm.ops.merge import shares, unit_rows
 from duet_vlm.ops.ragged import pack_right

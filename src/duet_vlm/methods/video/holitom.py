@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from duet_vlm.methods.video_base import ScheduledVideoReducer, VideoRows
+from duet_vlm.methods.video.video_base import ScheduledVideoReducer, VideoRows
 from duet_vlm.ops.dpc_knn import peaks
 from duet_vlm.ops.groups import ranks_in_groups
 from duet_vlm.ops.merge import nearest_anchor, row_numbers

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from duet_vlm.methods.fitprune_table import DELETED, TOKENS, Curve, released, stretched
+from duet_vlm.methods.decoder.fitprune_table import DELETED, TOKENS, Curve, released, stretched
 from duet_vlm.ops.fitting import fitted
 from duet_vlm.ops.select import top
 from duet_vlm.planning.budget import Budget, Schedule, SpanPlan, count_of, infeasible_budget, largest_fraction, mean_within, target_mean

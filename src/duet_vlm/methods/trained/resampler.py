@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.methods.pool import places_of, windows_of
+from duet_vlm.methods.encoder.pool import places_of, windows_of
 from duet_vlm.ops.ragged import gather_rows
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.compressor import Compressor, ModuleSizes, attended, check_heads

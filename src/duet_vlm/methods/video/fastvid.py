@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm.methods.video_base import VideoReducer, VideoRows
+from duet_vlm.methods.video.video_base import VideoReducer, VideoRows
 from duet_vlm.ops.dpc_knn import peaks
 from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.ragged import gather_rows

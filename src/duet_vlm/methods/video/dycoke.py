@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from duet_vlm.methods.video_base import VideoReducer, VideoRows
+from duet_vlm.methods.video.video_base import VideoReducer, VideoRows
 from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.ragged import gather_rows
 from duet_vlm.ops.select import spaced_picks, top

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.methods.video_base import ScheduledVideoReducer, VideoRows
+from duet_vlm.methods.video.video_base import ScheduledVideoReducer, VideoRows
 from duet_vlm.ops.dpc_knn import peaks
 from duet_vlm.ops.groups import equal_shares, numbered, ranks_in_groups
 from duet_vlm.ops.merge import unit_rows

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from duet_vlm.methods.video_base import ScheduledVideoReducer, VideoRows
+from duet_vlm.methods.video.video_base import ScheduledVideoReducer, VideoRows
 from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.select import ranking, ranks, spaced_picks, top
 from duet_vlm.ops.video import FrameWindows, VideoTokens, alike_before, split_windows

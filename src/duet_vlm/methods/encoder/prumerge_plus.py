@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm.methods.prumerge import PruMerge
+from duet_vlm.methods.encoder.prumerge import PruMerge
 from duet_vlm.ops.ragged import pack_right, upload
 from duet_vlm.ops.select import outliers, ranking, spaced_picks, top
 from duet_vlm.planning.budget import Budget, Keep, SpanPlan

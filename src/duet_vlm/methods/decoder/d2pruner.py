@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from duet_vlm.methods.position_prior import PositionBiasObserver, bias_of
+from duet_vlm.methods.decoder.position_prior import PositionBiasObserver, bias_of
 from duet_vlm.ops.graph import closeness, independent_set, rescaled
 from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.ragged import upload

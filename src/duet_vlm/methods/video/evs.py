@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from duet_vlm.methods.frames import Frames
+from duet_vlm.methods.video.frames import Frames
 from duet_vlm.planning.budget import Budget, SpanPlan
 from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.plans import plan_fixed_count

@@ -1,0 +1,1 @@
+"""References: nothing, random, evenly spaced."""

@@ -1,0 +1,1 @@
+"""Methods between the vision tower and the decoder."""

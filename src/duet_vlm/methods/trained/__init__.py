@@ -1,0 +1,1 @@
+"""Methods whose rows a trained module makes."""

@@ -1,0 +1,1 @@
+"""Methods that reduce before the decoder and inside it."""
