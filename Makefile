@@ -76,8 +76,9 @@ mutants: $(DEV)  ## twenty defects of the changelog put back: does the default t
 	@rm -f tests/mutants.json
 	@$(ONE_THREAD) $(BIN)/python tests/mutants.py
 
-lint: $(DEV)  ## ruff and mypy
+lint: $(DEV)  ## ruff (rules and format) and mypy
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check -q .
 	@$(BIN)/mypy
 
 mypy: $(DEV)  ## types alone
@@ -91,8 +92,9 @@ notebooks: $(DOCS)/.installed  ## run the notebooks of docs/notebooks on the emb
 	@for file in docs/notebooks/*.py; do $(ONE_THREAD) $(DOCS)/bin/jupytext --to ipynb --execute --set-kernel python3 \
 		--output out/notebooks/$$(basename $$file .py).ipynb $$file || exit 1; done
 
-format: $(DEV)  ## let ruff fix what it can
+format: $(DEV)  ## let ruff fix and format
 	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
 
 wheels: | $(BIN)/python  ## source archives and wheels of the package, the lab and the vLLM plug-in, into dist
 	$(PIP) install -q build

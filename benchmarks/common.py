@@ -33,11 +33,19 @@ class Options:
         return 3 if self.quick else full
 
 
-def side_by_side(name: str, shape: Shape, a: PairedTiming, b: PairedTiming, target: float | None = None, **more: Any) -> dict[str, Any]:
-    """Time of ``a`` over time of ``b``, pair by pair: median, quartiles, 95 % interval of the median, and the target it is held against."""
+def side_by_side(
+    name: str, shape: Shape, a: PairedTiming, b: PairedTiming, target: float | None = None, **more: Any
+) -> dict[str, Any]:
+    """Time of ``a`` over time of ``b``, pair by pair: median, quartiles, 95 % interval of the median, and the target it
+    is held against."""
     found = ratio(a, b)
     each = PairedTiming(tuple(x / y for x, y in zip(a.seconds, b.seconds, strict=True)))
-    row: dict[str, Any] = {"name": name, "median": found.median, "interval": [found.low, found.high], "quartiles": each.quartiles}
+    row: dict[str, Any] = {
+        "name": name,
+        "median": found.median,
+        "interval": [found.low, found.high],
+        "quartiles": each.quartiles,
+    }
     row |= {"pairs": len(each.seconds), "target": target}
     if target is not None:
         row["met"] = found.median <= target
@@ -61,7 +69,10 @@ def environment() -> dict[str, Any]:
 def write(options: Options, name: str, rows: list[dict[str, Any]]) -> Path:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{name}.json"
-    path.write_text(json.dumps({"benchmark": name, "quick": options.quick, "environment": environment(), "results": rows}, indent=1) + "\n")
+    path.write_text(
+        json.dumps({"benchmark": name, "quick": options.quick, "environment": environment(), "results": rows}, indent=1)
+        + "\n"
+    )
     return path
 
 
@@ -73,15 +84,31 @@ def say(rows: list[dict[str, Any]]) -> None:
         low, high = row["interval"]
         aim = "" if row["target"] is None else f"  target {row['target']:.3f} {'met' if row['met'] else 'MISSED'}"
         predicted = "" if "predicted" not in row else f"  by FLOPs {row['predicted']:.3f}"
-        print(f"{row['name']:<44} {row['median']:.4f} [{low:.4f}, {high:.4f}] of {row['pairs']}{aim}{predicted}", file=sys.stderr)
+        print(
+            f"{row['name']:<44} {row['median']:.4f} [{low:.4f}, {high:.4f}] of {row['pairs']}{aim}{predicted}",
+            file=sys.stderr,
+        )
 
 
 def _commit() -> str:
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(HERE), *words], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(HERE), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "../src", "../lab", ".", ":!results", ":!../lab/studies/results", ":!../lab/comparison")
+        changed = git(
+            "status",
+            "--porcelain",
+            "--untracked-files=no",
+            "--",
+            "../src",
+            "../lab",
+            ".",
+            ":!results",
+            ":!../lab/studies/results",
+            ":!../lab/comparison",
+        )
         return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -1,7 +1,9 @@
-"""Decoding: one step of an attached model over one step of the plain model, both on a cache with the same rows in every layer.
+"""Decoding: one step of an attached model over one step of the plain model, both on a cache with the same rows in every
+layer.
 
-Padded: a batch of two prompts, one of them shorter. The plain side has one mask for all layers, so it can only follow a method that drops
-nothing inside the decoder (VisionZip). DUET's cache has three lengths and as many masks; its plain side reads the same caches without any mask.
+Padded: a batch of two prompts, one of them shorter. The plain side has one mask for all layers, so it can only follow a
+method that drops nothing inside the decoder (VisionZip). DUET's cache has three lengths and as many masks; its plain
+side reads the same caches without any mask.
 """
 
 from __future__ import annotations
@@ -28,15 +30,31 @@ def run(options: Options) -> list[dict[str, Any]]:
     return [
         _step(options, shape, "decode step"),
         _step(options, longer, "decode step, long text"),
-        _step(options, shape, "decode step, padded, visionzip", "visionzip", shorter=shape.text // 2, target=PADDED_TARGET),
-        _step(options, shape, "decode step, padded, duet over no mask", shorter=shape.text // 2, target=PADDED_TARGET, masks=False),
+        _step(
+            options, shape, "decode step, padded, visionzip", "visionzip", shorter=shape.text // 2, target=PADDED_TARGET
+        ),
+        _step(
+            options,
+            shape,
+            "decode step, padded, duet over no mask",
+            shorter=shape.text // 2,
+            target=PADDED_TARGET,
+            masks=False,
+        ),
     ]
 
 
 def _step(
-    options: Options, shape: Shape, name: str, method: str = "duet", shorter: int = 0, target: float = TARGET, masks: bool = True
+    options: Options,
+    shape: Shape,
+    name: str,
+    method: str = "duet",
+    shorter: int = 0,
+    target: float = TARGET,
+    masks: bool = True,
 ) -> dict[str, Any]:
-    """``shorter``: a second prompt that is so many words shorter. ``masks``: whether the plain side is given the padding."""
+    """``shorter``: a second prompt that is so many words shorter. ``masks``: whether the plain side is given the
+    padding."""
     plain = build(shape)
     attached, inputs, images = twin(plain), prompt(shape), picture(shape)
     if shorter:
@@ -46,7 +64,10 @@ def _step(
         reduced = attached(**inputs, **images, logits_to_keep=1).past_key_values
         rows = [layer.keys.shape[2] for layer in reduced.layers]
         left = real[:, : rows[0]] if masks else real.new_ones(len(real), rows[0])  # padding is in front on both sides
-        sides = {"attached": _stepper(attached, reduced, real, real.sum(1)), "plain": _stepper(plain, _copy(reduced, plain), left, real.sum(1))}
+        sides = {
+            "attached": _stepper(attached, reduced, real, real.sum(1)),
+            "plain": _stepper(plain, _copy(reduced, plain), left, real.sum(1)),
+        }
         times = time_paired(sides, options.repeats(120), warmup=10)
     return side_by_side(name, shape, times["attached"], times["plain"], target, cache_rows=rows)
 
@@ -61,7 +82,8 @@ def _with_shorter(inputs: dict[str, Tensor], by: int) -> dict[str, Tensor]:
 
 
 def _stepper(model: nn.Module, cache: Any, masked: Tensor, lengths: Tensor) -> Callable[[], Tensor]:
-    """Steps as generate() makes them: mask and positions grow with every token. ``masked`` [B, n]: the rows behind the model's first step."""
+    """Steps as generate() makes them: mask and positions grow with every token. ``masked`` [B, n]: the rows behind the
+    model's first step."""
     token, done = torch.full((len(masked), 1), 5), 0
 
     def step() -> Tensor:
@@ -69,7 +91,14 @@ def _stepper(model: nn.Module, cache: Any, masked: Tensor, lengths: Tensor) -> C
         done += 1
         mask = torch.cat([masked, masked.new_ones(len(masked), done)], 1)
         position = lengths[:, None] + done - 1
-        return model(input_ids=token, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return model(
+            input_ids=token,
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
 
     return step
 

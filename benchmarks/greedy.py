@@ -1,7 +1,8 @@
-"""Greedy choice of tokens: what V2V does after the signals are read (choose, merge) over the full prefill that it replaces.
+"""Greedy choice of tokens: what V2V does after the signals are read (choose, merge) over the full prefill that it
+replaces.
 
-The signals are random, at the sizes of the shape's tower; what is chosen does not change how long choosing takes. The full prefill is the
-decoder's alone, from an encoded image, which is the harder denominator.
+The signals are random, at the sizes of the shape's tower; what is chosen does not change how long choosing takes. The
+full prefill is the decoder's alone, from an encoded image, which is the harder denominator.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ def _choice(shape: Shape, method: str, budget: float, fields: dict[str, Any]) ->
     assert isinstance(reducer, duet_vlm.EncoderReducer)
     plan = reducer.plan(shape.visual_tokens, shape.layers, budget)
     draw = torch.Generator().manual_seed(3)
-    keys, features = (torch.randn(1, plan.tokens, width, generator=draw) for width in (min(64, shape.vision_hidden), shape.vision_hidden))
+    keys, features = (
+        torch.randn(1, plan.tokens, width, generator=draw)
+        for width in (min(64, shape.vision_hidden), shape.vision_hidden)
+    )
     view = duet_vlm.EncoderView(
         valid=torch.ones(1, plan.tokens, dtype=torch.bool), dominant=torch.tensor([plan.dominant]), contextual=torch.tensor([plan.contextual]),
         plans=(plan,), importance=torch.rand(1, plan.tokens, generator=draw), keys=keys, features=features,

@@ -1,7 +1,8 @@
 """Ours beside others' tools: ``python benchmarks/neighbours.py [pressing] [decoding]``, results/neighbours.json.
 
-Decoding behind a prompt that ``duet`` reduced to 22 %: a dynamic cache and a static one sized by the plan, layers as they are and compiled.
-And answers of the embedded model with a reduced prompt, with a compressed cache (``press.py``), and with both.
+Decoding behind a prompt that ``duet`` reduced to 22 %: a dynamic cache and a static one sized by the plan, layers as
+they are and compiled. And answers of the embedded model with a reduced prompt, with a compressed cache (``press.py``),
+and with both.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def stepper(model: nn.Module, cache: Any, real: Tensor) -> Callable[[], Tensor]:
         nonlocal done
         done += 1
         mask = torch.cat([real, real.new_ones(len(real), done)], 1)
-        return model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return model(
+            input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).logits
 
     return step
 
@@ -59,7 +62,15 @@ def decoding() -> list[dict[str, Any]]:
     rows = []
     for name, timing in times.items():
         found = ratio(timing, times["dynamic"])
-        rows.append({"side": name, "milliseconds": 1000 * timing.median, "ratio": found.median, "interval": [found.low, found.high], "rows": widths})
+        rows.append(
+            {
+                "side": name,
+                "milliseconds": 1000 * timing.median,
+                "ratio": found.median,
+                "interval": [found.low, found.high],
+                "rows": widths,
+            }
+        )
     return rows
 
 
@@ -80,8 +91,12 @@ def pressing() -> list[dict[str, Any]]:
                     out = model.generate(**inputs, max_new_tokens=8, return_dict_in_generate=True)
                     said = processor.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
                     right += said == item.answer
-                    keys += sum(layer.keys.shape[2] for layer in out.past_key_values.layers) / len(out.past_key_values.layers)
-            rows.append({"method": method or "none", "share": share, "accuracy": right / QUESTIONS, "keys": keys / QUESTIONS})
+                    keys += sum(layer.keys.shape[2] for layer in out.past_key_values.layers) / len(
+                        out.past_key_values.layers
+                    )
+            rows.append(
+                {"method": method or "none", "share": share, "accuracy": right / QUESTIONS, "keys": keys / QUESTIONS}
+            )
     return rows
 
 
@@ -93,7 +108,13 @@ def main(names: list[str]) -> None:
     torch.set_num_threads(1)
     path = HERE / "results" / "neighbours.json"
     found = json.loads(path.read_text()) if path.exists() else {}
-    found |= {"benchmark": "neighbours", "environment": environment(), "questions": QUESTIONS, "steps": STEPS, "budget": BUDGET}
+    found |= {
+        "benchmark": "neighbours",
+        "environment": environment(),
+        "questions": QUESTIONS,
+        "steps": STEPS,
+        "budget": BUDGET,
+    }
     for name in names or PARTS:
         found[name] = PARTS[name]()
     path.write_text(json.dumps(found, indent=1) + "\n")

@@ -1,10 +1,11 @@
 """What every method costs by itself: the time spent in the library's own work in one call, over the full prefill.
 
-Clocks stand around everything of ours that runs in a call: recording and reading signals, choosing and merging before the decoder, cutting the
-prompt, ranking and dropping in front of decoder layers. What a rank stage computes and its layer then takes over (norm and keys of the rows
-that are left) is counted here, too, so rows of methods that rank by attention are upper bounds; ``t2v.py`` takes it apart. ``predicted`` is the
-report's FLOPs of ranking and selection over those of the full prefill. The projector runs on all rows where a method reads projected rows
-(DivPrune) or sends changed ones through it (ZOO-Prune): of that only what the method itself calls is timed.
+Clocks stand around everything of ours that runs in a call: recording and reading signals, choosing and merging before
+the decoder, cutting the prompt, ranking and dropping in front of decoder layers. What a rank stage computes and its
+layer then takes over (norm and keys of the rows that are left) is counted here, too, so rows of methods that rank by
+attention are upper bounds; ``t2v.py`` takes it apart. ``predicted`` is the report's FLOPs of ranking and selection over
+those of the full prefill. The projector runs on all rows where a method reads projected rows (DivPrune) or sends
+changed ones through it (ZOO-Prune): of that only what the method itself calls is timed.
 """
 
 from __future__ import annotations
@@ -42,17 +43,25 @@ def run(options: Options) -> list[dict[str, Any]]:
     image = TINY if options.quick else replace(LLAVA, vision_layers=6)  # of the tower only what is recorded counts
     wide = replace(TINY, hidden=128) if options.quick else WIDE
     decoder = tuple(name for name in names() if issubclass(duet_vlm.list_methods()[name], duet_vlm.DecoderReducer))
-    return [*_compare(options, image, names(), 7, "of the prefill"), *_compare(options, wide, decoder, 3, "of one layer, 4096 wide")]
+    return [
+        *_compare(options, image, names(), 7, "of the prefill"),
+        *_compare(options, wide, decoder, 3, "of one layer, 4096 wide"),
+    ]
 
 
 def names() -> tuple[str, ...]:
     """Methods for pictures, in front of the decoder or inside it."""
-    kinds = {name: kind for name, kind in duet_vlm.list_methods().items() if name != "none" and not issubclass(kind, duet_vlm.TowerReducer)}
+    kinds = {
+        name: kind
+        for name, kind in duet_vlm.list_methods().items()
+        if name != "none" and not issubclass(kind, duet_vlm.TowerReducer)
+    }
     return tuple(name for name, kind in kinds.items() if not kind.compares_frames)
 
 
 def _compare(options: Options, shape: Shape, methods: tuple[str, ...], pairs: int, unit: str) -> list[dict[str, Any]]:
-    """All methods in turns with the plain prefill of an encoded image; methods that cannot run here are left out by their error."""
+    """All methods in turns with the plain prefill of an encoded image; methods that cannot run here are left out by
+    their error."""
     plain = build(shape)
     clock, rows = Clock(), []
     of_layers = 1 if "prefill" in unit else shape.layers
@@ -75,7 +84,18 @@ def _compare(options: Options, shape: Shape, methods: tuple[str, ...], pairs: in
             layer = PairedTiming(tuple(seconds / of_layers for seconds in times["full"].seconds))
             cost = report.observed.ranking_flops + report.observed.selection_flops
             predicted = of_layers * cost / report.full.decoder_flops
-            rows.append(side_by_side(f"{method}, {unit}", shape, ours, layer, target(kind), predicted=predicted, budget=budget, method=method))
+            rows.append(
+                side_by_side(
+                    f"{method}, {unit}",
+                    shape,
+                    ours,
+                    layer,
+                    target(kind),
+                    predicted=predicted,
+                    budget=budget,
+                    method=method,
+                )
+            )
     return rows
 
 

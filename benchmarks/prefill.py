@@ -1,8 +1,10 @@
-"""Prefill: how many times faster the reduced prompt is read, beside what its FLOPs promise. Here ratios are plain over reduced.
+"""Prefill: how many times faster the reduced prompt is read, beside what its FLOPs promise. Here ratios are plain over
+reduced.
 
-"decoder" starts from an encoded image, as generate() does after its encoder call; "tower and decoder" starts from pixels. FLOPs promise more
-than a device keeps where rows are few and products flat. So a third side reads as many rows in every layer with nothing of ours in between
-(the prompt's first rows, whatever they show): what this machine makes of the same rows, and how close we come to it.
+"decoder" starts from an encoded image, as generate() does after its encoder call; "tower and decoder" starts from
+pixels. FLOPs promise more than a device keeps where rows are few and products flat. So a third side reads as many rows
+in every layer with nothing of ours in between (the prompt's first rows, whatever they show): what this machine makes of
+the same rows, and how close we come to it.
 """
 
 from __future__ import annotations
@@ -37,11 +39,19 @@ def _decoder(options: Options, shape: Shape, plain: nn.Module) -> list[dict[str,
 
 
 def _whole(options: Options, shape: Shape, plain: nn.Module) -> list[dict[str, Any]]:
-    return _compare(options, shape, plain, "tower and decoder", [("duet", budget) for budget in BUDGETS], 7, encoded=False)
+    return _compare(
+        options, shape, plain, "tower and decoder", [("duet", budget) for budget in BUDGETS], 7, encoded=False
+    )
 
 
 def _compare(
-    options: Options, shape: Shape, plain: nn.Module, name: str, cases: list[tuple[str, float]], pairs: int, encoded: bool
+    options: Options,
+    shape: Shape,
+    plain: nn.Module,
+    name: str,
+    cases: list[tuple[str, float]],
+    pairs: int,
+    encoded: bool,
 ) -> list[dict[str, Any]]:
     """Every feasible (method, budget) in turns with the plain model; infeasible ones become rows that say so."""
     sides: dict[str, Callable[[], object]] = {}
@@ -64,7 +74,9 @@ def _compare(
                 text = prompt(shape)["input_ids"].shape[1] - shape.visual_tokens
                 sides[f"{label}, bare"] = bare_reader(plain, shape, [text + round(count) for count in report.measured])
         times = time_paired(sides, options.repeats(pairs), warmup=1)
-    rows = [side_by_side(label, shape, times["plain"], times[label], predicted=value) for label, value in predicted.items()]
+    rows = [
+        side_by_side(label, shape, times["plain"], times[label], predicted=value) for label, value in predicted.items()
+    ]
     for row in rows:
         if encoded:
             bare = ratio(times["plain"], times[f"{row['name']}, bare"])
@@ -83,7 +95,9 @@ def bare_reader(model: nn.Module, shape: Shape, rows: list[int]) -> Callable[[],
         rotary = stack.rotary_emb(hidden, positions[:, : rows[0]])
         for layer, count in zip(stack.layers, rows, strict=True):
             hidden, rotary = hidden[:, :count].contiguous(), (rotary[0][:, :count], rotary[1][:, :count])
-            hidden = layer(hidden, attention_mask=None, position_embeddings=rotary, past_key_values=cache, use_cache=True)
+            hidden = layer(
+                hidden, attention_mask=None, position_embeddings=rotary, past_key_values=cache, use_cache=True
+            )
         return model.lm_head(stack.norm(hidden)[:, -1:])
 
     return read

@@ -1,5 +1,6 @@
-"""Predicted cost from 7B to 72B, from one image to an hour of video: writes results/scale.json; and the same predictor at the points that were
-measured on this machine: writes results/roofline.json. ``--only scale`` and ``--same-sheet`` measure nothing and can run anywhere."""
+"""Predicted cost from 7B to 72B, from one image to an hour of video: writes results/scale.json; and the same predictor
+at the points that were measured on this machine: writes results/roofline.json. ``--only scale`` and ``--same-sheet``
+measure nothing and can run anywhere."""
 
 from __future__ import annotations
 
@@ -71,7 +72,10 @@ def request(model: ModelCost, what: Input, budget: float | None) -> Workload:
     passes = ((what.each,) * what.steps,)
     sample = SampleCounts(what.text, (what.tokens,), passes, (plan,), what.text, (plan.counts, plan.counts))
     width = model.vision.projector[-1][1]
-    cost = selection_flops(reducer, [plan], passes, model.vision, HEAD, width), selection_bytes(reducer, [plan], passes, model.vision, HEAD)
+    cost = (
+        selection_flops(reducer, [plan], passes, model.vision, HEAD, width),
+        selection_bytes(reducer, [plan], passes, model.vision, HEAD),
+    )
     return Workload(sample, what.new, scored, True, *cost, reused_layers=scored)
 
 
@@ -81,14 +85,25 @@ def scale() -> list[dict[str, Any]]:
         for name, what in INPUTS.items():
             for device in SHEETS.values() if size == "7B" else [SHEETS["h200"]]:
                 for batch in (1, 8, 32):
-                    found = {budget: predict(model, request(model, what, budget), device, "bf16", batch) for budget in (None, *BUDGETS)}
-                    case = {"model": size, "input": name, "tokens": what.tokens, "new": what.new, "device": device.name, "batch": batch}
+                    found = {
+                        budget: predict(model, request(model, what, budget), device, "bf16", batch)
+                        for budget in (None, *BUDGETS)
+                    }
+                    case = {
+                        "model": size,
+                        "input": name,
+                        "tokens": what.tokens,
+                        "new": what.new,
+                        "device": device.name,
+                        "batch": batch,
+                    }
                     rows.append(case | _row(found))
     return rows
 
 
 def _row(found: dict[float | None, Prediction]) -> dict[str, Any]:
-    """Full against reduced; speed-ups are of the seconds that all devices together spend, for a full batch may need more of them."""
+    """Full against reduced; speed-ups are of the seconds that all devices together spend, for a full batch may need
+    more of them."""
     full, last = found[None], found[BUDGETS[-1]]
     reduced = {f"{budget:.0%}": each for budget, each in found.items() if budget is not None}
     vision, prefill, decode = (stage.seconds / full.total for stage in (full.vision, full.prefill, full.decode))
@@ -110,7 +125,9 @@ def _row(found: dict[float | None, Prediction]) -> dict[str, Any]:
 
 def checks(sheet: Device) -> list[dict[str, Any]]:
     """Every committed measurement that the predictor speaks of, beside its prediction."""
-    measured = {name: json.loads((RESULTS / f"{name}.json").read_text())["results"] for name in ("v2v", "prefill", "decode")}
+    measured = {
+        name: json.loads((RESULTS / f"{name}.json").read_text())["results"] for name in ("v2v", "prefill", "decode")
+    }
     known = {name: _model(shape) for name, shape in (("llava", LLAVA), ("qwen2_5_vl", QWEN))}
     rows = []
     for entry in measured["v2v"]:
@@ -128,16 +145,29 @@ def checks(sheet: Device) -> list[dict[str, Any]]:
         if not any(row["name"] == f"{name}, full" for row in rows):
             rows.append(_check(f"{name}, full", full.first_token, entry["milliseconds"][0]))
         rows.append(_check(entry["name"], reduced.first_token, entry["milliseconds"][1]))
-        rows[-1] |= {"speed_up": {"predicted": full.first_token / reduced.first_token, "measured": entry["median"], "by_flops": entry["predicted"]}}
+        rows[-1] |= {
+            "speed_up": {
+                "predicted": full.first_token / reduced.first_token,
+                "measured": entry["median"],
+                "by_flops": entry["predicted"],
+            }
+        }
     for entry in (row for row in measured["decode"] if "padded" not in row["name"]):
         shape = Shape(**entry["shape"])
         work = _request(model, shape, 0.22, encoded=True)
-        rows.append(_check(entry["name"] + " at 22%", predict(model, work, sheet, "fp32").step, entry["milliseconds"][0]))
+        rows.append(
+            _check(entry["name"] + " at 22%", predict(model, work, sheet, "fp32").step, entry["milliseconds"][0])
+        )
     return rows
 
 
 def _check(name: str, predicted: float, measured_ms: float) -> dict[str, Any]:
-    return {"name": name, "predicted_ms": 1000 * predicted, "measured_ms": measured_ms, "ratio": 1000 * predicted / measured_ms}
+    return {
+        "name": name,
+        "predicted_ms": 1000 * predicted,
+        "measured_ms": measured_ms,
+        "ratio": 1000 * predicted / measured_ms,
+    }
 
 
 def _model(shape: Shape) -> ModelCost:
@@ -151,14 +181,20 @@ def _request(model: ModelCost, shape: Shape, budget: float | None, encoded: bool
     counts = (plan.entry, *plan.counts)
     scored = tuple(i for i in range(depth) if counts[i + 1] not in (counts[i], 0))
     passes: tuple[tuple[int, ...], ...] = () if encoded else ((tokens,),)
-    sample = SampleCounts(shape.text + 1, (tokens,), passes, (plan,), shape.text, (plan.counts, plan.counts), skipped=budget is not None)
+    sample = SampleCounts(
+        shape.text + 1, (tokens,), passes, (plan,), shape.text, (plan.counts, plan.counts), skipped=budget is not None
+    )
     return Workload(sample, 2, scored, shape.family != "llava", reused_layers=scored)  # two tokens: one step
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=("scale", "roofline"))
-    parser.add_argument("--same-sheet", action="store_true", help="what roofline.json says of its machine holds, only its predictions are made anew")
+    parser.add_argument(
+        "--same-sheet",
+        action="store_true",
+        help="what roofline.json says of its machine holds, only its predictions are made anew",
+    )
     parser.add_argument("--threads", type=int, default=2, help="of this machine, as in the measured files")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
@@ -167,12 +203,19 @@ def main() -> None:
     if given.only != "roofline":
         assumed = dataclasses.asdict(Assumptions())
         sheets = {name: dataclasses.asdict(sheet) for name, sheet in SHEETS.items()}
-        _write(given.out / "scale.json", {"benchmark": "scale", "predicted": True, "assumed": assumed, "sheets": sheets, "results": scale()})
+        _write(
+            given.out / "scale.json",
+            {"benchmark": "scale", "predicted": True, "assumed": assumed, "sheets": sheets, "results": scale()},
+        )
     if given.only != "scale":
         file = given.out / "roofline.json"
         known = json.loads(file.read_text()) if given.same_sheet else {}
         sheet = Device(**known["sheet"]) if known else this_machine(fresh=True)
-        found = {"benchmark": "roofline", "environment": known.get("environment") or environment(), "sheet": dataclasses.asdict(sheet)}
+        found = {
+            "benchmark": "roofline",
+            "environment": known.get("environment") or environment(),
+            "sheet": dataclasses.asdict(sheet),
+        }
         _write(file, found | {"results": checks(sheet)})
 
 

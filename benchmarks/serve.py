@@ -1,10 +1,12 @@
-"""Worth of the first stage on a server: stock vLLM beside vLLM with the plug-in, both up at once, asked in turn with the same settings.
+"""Worth of the first stage on a server: stock vLLM beside vLLM with the plug-in, both up at once, asked in turn with
+the same settings.
 
-    python benchmarks/serve.py                                        # in the environment of make test-vllm: a random model, minutes on a CPU
-    python benchmarks/serve.py --model llava-hf/llava-1.5-7b-hf -- --max-model-len 4096 --gpu-memory-utilization 0.45    # on a GPU, both share it
+    python benchmarks/serve.py                                        # in the environment of make test-vllm: a random
+    model, minutes on a CPU python benchmarks/serve.py --model llava-hf/llava-1.5-7b-hf -- --max-model-len 4096
+    --gpu-memory-utilization 0.45    # on a GPU, both share it
 
-Every request brings a picture that no cache knows. A round asks each side once at each concurrency; figures are medians over rounds, ratios are
-made round by round.
+Every request brings a picture that no cache knows. A round asks each side once at each concurrency; figures are medians
+over rounds, ratios are made round by round.
 """
 
 from __future__ import annotations
@@ -34,11 +36,27 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "plugins" / "vllm" / "tests"))
 
-TEXT = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 16}
-SIDES: tuple[tuple[str, float | None], ...] = (("stock", None), ("entry 1", 1.0), ("entry 1/3", 1 / 3), ("entry 1/9", 1 / 9))
+TEXT = {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+}
+SIDES: tuple[tuple[str, float | None], ...] = (
+    ("stock", None),
+    ("entry 1", 1.0),
+    ("entry 1/3", 1 / 3),
+    ("entry 1/9", 1 / 9),
+)
 CPU = ["--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-num-seqs", "32", "--max-model-len", "1024"]
 CPU += ["--distributed-executor-backend", "uni"]
-QUIET = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+QUIET = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 NEW = 16
 
 
@@ -59,11 +77,36 @@ def server(model: str, reduced: bool, options: list[str], log: Path) -> Iterator
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    stock = ["-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1", "--port", str(port), *options]
-    ours = ["-m", "duet_vlm.cli.main", "serve", "-m", model, "-b", "1.0", "--port", str(port), "--request-budgets", "--", *options]
+    stock = [
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        model,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        *options,
+    ]
+    ours = [
+        "-m",
+        "duet_vlm.cli.main",
+        "serve",
+        "-m",
+        model,
+        "-b",
+        "1.0",
+        "--port",
+        str(port),
+        "--request-budgets",
+        "--",
+        *options,
+    ]
     with log.open("wb") as file:
         words, environment = [sys.executable, *(ours if reduced else stock)], QUIET | os.environ
-        process = subprocess.Popen(words, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            words, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             for _ in range(1800):
                 if process.poll() is not None:
@@ -99,8 +142,13 @@ class Pictures:
 
 async def asked(client: Any, model: str, picture: str, share: float | None) -> tuple[float, float, int]:
     """Seconds to the first token and to the last, and the prompt's rows."""
-    content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": "What is shown here? Answer in a few words."}]
-    extra: dict[str, Any] = {"ignore_eos": True} | ({} if share is None else {"mm_processor_kwargs": {"duet_budget": share}})
+    content = [
+        {"type": "image_url", "image_url": {"url": picture}},
+        {"type": "text", "text": "What is shown here? Answer in a few words."},
+    ]
+    extra: dict[str, Any] = {"ignore_eos": True} | (
+        {} if share is None else {"mm_processor_kwargs": {"duet_budget": share}}
+    )
     began, first, rows = time.perf_counter(), 0.0, 0
     stream = await client.chat.completions.create(
         model=model, messages=[{"role": "user", "content": content}], max_tokens=NEW, temperature=0, stream=True,
@@ -147,7 +195,9 @@ async def loaded(at: Server, pictures: list[str], share: float | None, concurren
 def measure(model: str, options: list[str], concurrencies: list[int], rounds: int, side: int) -> list[dict[str, Any]]:
     pictures, found = Pictures(side), {}
     with tempfile.TemporaryDirectory() as logs, contextlib.ExitStack() as stack:
-        up = [stack.enter_context(server(model, reduced, options, Path(logs) / str(reduced))) for reduced in (False, True)]
+        up = [
+            stack.enter_context(server(model, reduced, options, Path(logs) / str(reduced))) for reduced in (False, True)
+        ]
         for turn in range(-1, rounds):  # the first only warms up
             for concurrency in concurrencies if turn >= 0 else concurrencies[-1:]:
                 for name, share in SIDES:
@@ -180,7 +230,9 @@ def named_as_on_the_hub(folder: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a folder or hub id; default: random weights, a decoder of 8 layers behind a small CLIP tower")
+    parser.add_argument(
+        "--model", help="a folder or hub id; default: random weights, a decoder of 8 layers behind a small CLIP tower"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--side", type=int, default=336, help="of the pictures, in pixels")
@@ -200,12 +252,34 @@ def main() -> None:
 
     import duet_vlm
 
-    commit = subprocess.run(["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
     threads = os.environ.get("OMP_NUM_THREADS", "as many")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores, {threads} threads per server"
-    environment = {"duet_vlm": duet_vlm.__version__, "commit": commit, "vllm": vllm.__version__, "torch": torch.__version__, "device": device}
-    shape = {"model": given.model or "random LLaVA", "text": None if given.model else TEXT, "new_tokens": NEW, "side": given.side}
-    made = {"benchmark": "serve", "environment": environment | {"python": platform.python_version()}, "shape": shape, "options": given.options or CPU}
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {os.cpu_count()} cores, {threads} threads per server"
+    )
+    environment = {
+        "duet_vlm": duet_vlm.__version__,
+        "commit": commit,
+        "vllm": vllm.__version__,
+        "torch": torch.__version__,
+        "device": device,
+    }
+    shape = {
+        "model": given.model or "random LLaVA",
+        "text": None if given.model else TEXT,
+        "new_tokens": NEW,
+        "side": given.side,
+    }
+    made = {
+        "benchmark": "serve",
+        "environment": environment | {"python": platform.python_version()},
+        "shape": shape,
+        "options": given.options or CPU,
+    }
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(made | {"results": rows}, indent=1) + "\n")
     for row in rows:

@@ -1,4 +1,5 @@
-"""Random-weight models built from configs in code, at shapes large enough to mean something on two cores, and prompts for them."""
+"""Random-weight models built from configs in code, at shapes large enough to mean something on two cores, and prompts
+for them."""
 
 from __future__ import annotations
 
@@ -22,9 +23,11 @@ PATCH = 14
 
 @dataclass(frozen=True)
 class Shape:
-    """A model: decoder ``layers`` x ``hidden``, tower ``vision_layers`` x ``vision_hidden``, ``side`` x ``side`` visual tokens per image.
+    """A model: decoder ``layers`` x ``hidden``, tower ``vision_layers`` x ``vision_hidden``, ``side`` x ``side`` visual
+    tokens per image.
 
-    ``text`` rows follow the image in the prompt. ``family`` "llava" has a tower with CLS, "qwen2_5_vl" one without (2 x 2 patches per token).
+    ``text`` rows follow the image in the prompt. ``family`` "llava" has a tower with CLS, "qwen2_5_vl" one without (2 x
+    2 patches per token).
     """
 
     family: str = "llava"
@@ -49,7 +52,19 @@ LLAVA = Shape()
 LLAVA_NARROW = replace(LLAVA, mlp=2048)
 WIDE = Shape(layers=4, hidden=4096, heads=32, kv_heads=32, mlp=11008, vision_layers=2)  # four layers of a 7B decoder
 QWEN = Shape(family="qwen2_5_vl", kv_heads=2, vision_mlp=2048)
-TINY = Shape(layers=4, hidden=64, heads=4, kv_heads=4, mlp=96, vision_layers=2, vision_hidden=32, vision_mlp=48, side=6, text=8, vocab=128)
+TINY = Shape(
+    layers=4,
+    hidden=64,
+    heads=4,
+    kv_heads=4,
+    mlp=96,
+    vision_layers=2,
+    vision_hidden=32,
+    vision_mlp=48,
+    side=6,
+    text=8,
+    vocab=128,
+)
 TINY_QWEN = replace(TINY, family="qwen2_5_vl", kv_heads=2)
 
 

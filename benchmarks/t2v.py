@@ -1,16 +1,16 @@
 """T2V: one rank-and-drop stage, held against a decoder layer in front of it; everything is read off the same prefill.
 
-Clocks stand in front of and behind the handle's hook on the stage's layer, and around every layer, its norm and its key projection. The unit is
-the median of the layers in front, which read all rows. Prefills take turns:
+Clocks stand in front of and behind the handle's hook on the stage's layer, and around every layer, its norm and its key
+projection. The unit is the median of the layers in front, which read all rows. Prefills take turns:
 
 1. The layer makes its norm and keys again, as in training and in compiled layers: the stage is the hook's whole time.
-2. The layer takes them over for the rows that are left: the stage is that, less what the next layers need for theirs, and more what the
-   stage's layer still needed.
-3. Nothing is dropped and nothing of ours runs but the arithmetic of a stage, written down without any bookkeeping, in front of the same
-   layer: what stock tensor operations need for it on this machine. The target is that and a little.
+2. The layer takes them over for the rows that are left: the stage is that, less what the next layers need for theirs,
+   and more what the stage's layer still needed.
+3. Nothing is dropped and nothing of ours runs but the arithmetic of a stage, written down without any bookkeeping, in
+   front of the same layer: what stock tensor operations need for it on this machine. The target is that and a little.
 
-``whole`` is read in another way: hook and layer together, less the next layers. It also sees what a hook leaves cold or warm for its layer,
-and all the unrest of a whole layer.
+``whole`` is read in another way: hook and layer together, less the next layers. It also sees what a hook leaves cold or
+warm for its layer, and all the unrest of a whole layer.
 """
 
 from __future__ import annotations
@@ -36,7 +36,12 @@ AGAIN, ONCE, BARE = "keys made again", "keys made once", "bare"
 
 
 def run(options: Options) -> list[dict[str, Any]]:
-    cases = [("stage, MLP 3072", LLAVA, 31), ("stage, MLP 2048", LLAVA_NARROW, 31), ("stage, grouped heads", QWEN, 31), ("stage, 4096 wide", WIDE, 9)]
+    cases = [
+        ("stage, MLP 3072", LLAVA, 31),
+        ("stage, MLP 2048", LLAVA_NARROW, 31),
+        ("stage, grouped heads", QWEN, 31),
+        ("stage, 4096 wide", WIDE, 9),
+    ]
     if options.quick:
         cases = [("stage", TINY, 3), ("stage, grouped heads", TINY_QWEN, 3)]
     return [row for case in cases for row in _stage(options, *case)]
@@ -55,11 +60,17 @@ def _stage(options: Options, name: str, shape: Shape, pairs: int) -> list[dict[s
         alone = clocks.between(BARE, "stage starts", "dropped" if how == AGAIN else "ranked")
         if how == ONCE:
             taken, alone = _difference(taken, _difference(usual, own)), _difference(alone, usual)
-        whole = _difference(clocks.between(how, "stage starts", f"layer {stage} ends"), clocks.medians(how, "layer", behind))
+        whole = _difference(
+            clocks.between(how, "stage starts", f"layer {stage} ends"), clocks.medians(how, "layer", behind)
+        )
         arithmetic = _of(alone, clocks.medians(BARE, "layer", before))
         extra = {"key_projection_share": share, "arithmetic": arithmetic, "whole": _of(whole, full)}
         target = arithmetic["median"] + ABOVE_ARITHMETIC
-        rows.append(side_by_side(f"{name}, {how}", shape, PairedTiming(tuple(taken)), PairedTiming(tuple(full)), target, **extra))
+        rows.append(
+            side_by_side(
+                f"{name}, {how}", shape, PairedTiming(tuple(taken)), PairedTiming(tuple(full)), target, **extra
+            )
+        )
     return rows
 
 
@@ -96,15 +107,20 @@ def _clocked(options: Options, shape: Shape, pairs: int) -> Clocks:
                 for how in (AGAIN, ONCE, BARE):
                     clocks.turn(how, keep=turn >= 2)
                     arithmetic.on = how == BARE
-                    again = mock.patch.object(PrefillPass, "reuses", lambda *_: False) if how == AGAIN else contextlib.nullcontext()
+                    again = (
+                        mock.patch.object(PrefillPass, "reuses", lambda *_: False)
+                        if how == AGAIN
+                        else contextlib.nullcontext()
+                    )
                     with again, handle.paused() if how == BARE else contextlib.nullcontext():
                         model(**inputs, **grid, mm_encoder_outputs={"image": encoded}, logits_to_keep=1)
     return clocks
 
 
 class Arithmetic:
-    """Norm, keys of all rows, queries of the text rows, rotation, scores, choice and the gathering of survivors, for one known prompt: image
-    first, text behind it. What it makes is thrown away. ``dropped`` is called before norm and keys are gathered for the layer to take over."""
+    """Norm, keys of all rows, queries of the text rows, rotation, scores, choice and the gathering of survivors, for
+    one known prompt: image first, text behind it. What it makes is thrown away. ``dropped`` is called before norm and
+    keys are gathered for the layer to take over."""
 
     def __init__(self, shape: Shape, rows: int, dropped: Callable[[], None]) -> None:
         self.dropped = dropped
@@ -126,7 +142,9 @@ class Arithmetic:
         key = self._rotated(keys, tables)
         query = self._rotated(attention.q_proj(normed[:, self.asking]), [table[:, self.asking] for table in tables])
         grouped = query.reshape(self.shape.kv_heads, -1, self.width)
-        scores = self.share @ torch.baddbmm(self.bias, grouped, key.transpose(1, 2), alpha=self.width**-0.5).softmax(-1).flatten(0, 1)
+        scores = self.share @ torch.baddbmm(self.bias, grouped, key.transpose(1, 2), alpha=self.width**-0.5).softmax(
+            -1
+        ).flatten(0, 1)
         best = scores[0, self.first : self.first + visual].topk(visual // 2).indices.sort().values + self.first
         rows = torch.cat([torch.arange(self.first), best, self.asking])
         hidden[0].index_select(0, rows)
@@ -181,7 +199,10 @@ class Clocks:
 
     def medians(self, how: str, name: str, layers: Iterable[int]) -> list[float]:
         """Per turn, the median over ``layers`` of the time around each."""
-        return [statistics.median(values) for values in zip(*(self.around(how, f"{name} {index}") for index in layers), strict=True)]
+        return [
+            statistics.median(values)
+            for values in zip(*(self.around(how, f"{name} {index}") for index in layers), strict=True)
+        ]
 
     def note(self, name: str) -> Callable[..., None]:
         def note(*ignored: Any) -> None:

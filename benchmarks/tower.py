@@ -1,4 +1,5 @@
-"""Reduction in the tower: pixels to the first token, the tower by itself, and what choosing costs. Ratios are plain over reduced.
+"""Reduction in the tower: pixels to the first token, the tower by itself, and what choosing costs. Ratios are plain
+over reduced.
 
 The methods keep a share of the patches before the tower's first block; the decoder runs at 11 % beside it.
 """
@@ -98,7 +99,11 @@ def _compare(options: Options, shape: Shape) -> list[dict[str, Any]]:
     for label, (keep, _) in twins.items():
         report, target = reports[label], TARGETS.get((shape.family, keep))
         found = side_by_side(
-            f"{label}: pixels to first token", shape, times["plain"], times[label], predicted=report.full.flops / report.observed.flops
+            f"{label}: pixels to first token",
+            shape,
+            times["plain"],
+            times[label],
+            predicted=report.full.flops / report.observed.flops,
         )
         if target is not None:
             found |= {"target": target, "met": found["median"] >= target}

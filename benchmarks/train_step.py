@@ -1,7 +1,9 @@
-"""One step of training, reduced over plain: time by stage, memory, and what the FLOPs promise. Here ratios are reduced over plain.
+"""One step of training, reduced over plain: time by stage, memory, and what the FLOPs promise. Here ratios are reduced
+over plain.
 
-A step is: images through tower and projector, text through the decoder to the loss, backward, AdamW. As in LLaVA's second stage the tower is
-frozen; projector and decoder are trained. All sides of a shape share their weights, gradients and optimiser and take turns.
+A step is: images through tower and projector, text through the decoder to the loss, backward, AdamW. As in LLaVA's
+second stage the tower is frozen; projector and decoder are trained. All sides of a shape share their weights, gradients
+and optimiser and take turns.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ DOMINATED = replace(LLAVA, vision_layers=3, vision_hidden=384, vision_mlp=1536, 
 
 @dataclass(frozen=True)
 class Batch:
-    """``text``: input_ids, attention_mask and labels [B, S]; one image per row, ``queries`` rows of the question at most."""
+    """``text``: input_ids, attention_mask and labels [B, S]; one image per row, ``queries`` rows of the question at
+    most."""
 
     text: dict[str, Tensor]
     pixels: Tensor
@@ -51,7 +54,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Side:
-    """Plain, or a method at a budget, behind the whole tower or ``patches`` of it; with or without gradient checkpointing."""
+    """Plain, or a method at a budget, behind the whole tower or ``patches`` of it; with or without gradient
+    checkpointing."""
 
     method: str | None = None
     budget: float | None = None
@@ -86,7 +90,9 @@ def run(options: Options) -> list[dict[str, Any]]:
     return dominated + _compare(options, "embedded model", shape_of(model, batch), model, batch, 15)
 
 
-def _compare(options: Options, name: str, shape: Shape, plain: nn.Module, batch: Batch, rounds: int) -> list[dict[str, Any]]:
+def _compare(
+    options: Options, name: str, shape: Shape, plain: nn.Module, batch: Batch, rounds: int
+) -> list[dict[str, Any]]:
     with ExitStack() as attached:
         steps = prepare(plain, batch, attached)
         rounds = options.repeats(rounds)
@@ -106,14 +112,31 @@ def _compare(options: Options, name: str, shape: Shape, plain: nn.Module, batch:
         more = {"predicted": flops[side].total / flops[base].total, "stages": found} | same
         more |= {"activations_mib": [left[side], left[base]], "memory_mib": [peak[side], peak[base]]}
         target = TARGET if name == "decoder dominates" and side.budget == 0.11 else None
-        rows.append(side_by_side(f"{name}, {side}", shape, times[str(side)], times[str(base)], target, side=str(side), base=str(base), **more))
+        rows.append(
+            side_by_side(
+                f"{name}, {side}",
+                shape,
+                times[str(side)],
+                times[str(base)],
+                target,
+                side=str(side),
+                base=str(base),
+                **more,
+            )
+        )
     return rows
 
 
-def _stage(stage: str, a: dict[str, PairedTiming], b: dict[str, PairedTiming], reduced: StepFlops, full: StepFlops) -> dict[str, Any]:
+def _stage(
+    stage: str, a: dict[str, PairedTiming], b: dict[str, PairedTiming], reduced: StepFlops, full: StepFlops
+) -> dict[str, Any]:
     """One stage of side ``a`` over that of ``b``; the optimiser does no matrix products."""
     found = ratio(a[stage], b[stage])
-    row = {"milliseconds": [1000 * a[stage].median, 1000 * b[stage].median], "median": found.median, "interval": [found.low, found.high]}
+    row = {
+        "milliseconds": [1000 * a[stage].median, 1000 * b[stage].median],
+        "median": found.median,
+        "interval": [found.low, found.high],
+    }
     if stage == "optimiser":
         return row
     counted = [getattr(f, stage) + f.recomputed * (stage == "backward") for f in (reduced, full)]
@@ -180,7 +203,11 @@ def attach(model: nn.Module, side: Side) -> duet_vlm.Handle:
 def predicted(model: nn.Module, handle: duet_vlm.Handle | None, batch: Batch, side: Side) -> StepFlops:
     """FLOPs of the step, from shapes and plans."""
     adapter, tokens = adapter_for(model), batch.tokens
-    plan = SpanPlan(tokens, tokens, 0, (tokens,) * adapter.decoder_dims().layers) if handle is None else handle.plan(tokens)
+    plan = (
+        SpanPlan(tokens, tokens, 0, (tokens,) * adapter.decoder_dims().layers)
+        if handle is None
+        else handle.plan(tokens)
+    )
     text = batch.text["input_ids"].shape[1] - tokens
     stages = () if handle is None else handle.dropping(tokens, plan.tower or tokens)
     example = TrainingExample(text, (plan,), queries=batch.queries, signals=plan.merges, stages=stages)
@@ -189,10 +216,11 @@ def predicted(model: nn.Module, handle: duet_vlm.Handle | None, batch: Batch, si
 
 
 def keep_memory() -> None:
-    """Have the C library keep freed memory for the next step, as CUDA's allocator does: else the plain step, which frees most, pays most
-    for page faults (half of its forward pass was seen to be such time)."""
+    """Have the C library keep freed memory for the next step, as CUDA's allocator does: else the plain step, which
+    frees most, pays most for page faults (half of its forward pass was seen to be such time)."""
     library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):  # glibc; its numbers for "blocks mapped on their own" and "free bytes at which to give back"
+    # glibc; its numbers for "blocks mapped on their own" and "free bytes at which to give back"
+    if hasattr(library, "mallopt"):
         library.mallopt(-4, 0)
         library.mallopt(-1, -1)
 

@@ -1,9 +1,9 @@
-"""An accelerator without one: tensors that hold host memory and claim ``cuda:0``, mix with host tensors as little as CUDA's do, and write down
-each time the host waits for them, with the line of code.
+"""An accelerator without one: tensors that hold host memory and claim ``cuda:0``, mix with host tensors as little as
+CUDA's do, and write down each time the host waits for them, with the line of code.
 
-``with Accelerator() as device: move(model); model(**on(inputs)); device.waits`` is a rehearsal. To PyTorch's own code the tensors are "meta" tensors,
-the one foreign device that a build without CUDA lets through autograd; in Python they say ``cuda:0``, and ``cuda`` in an argument is translated
-on its way down. Kernels run on the host memory.
+``with Accelerator() as device: move(model); model(**on(inputs)); device.waits`` is a rehearsal. To PyTorch's own code
+the tensors are "meta" tensors, the one foreign device that a build without CUDA lets through autograd; in Python they
+say ``cuda:0``, and ``cuda`` in an argument is translated on its way down. Kernels run on the host memory.
 """
 
 from __future__ import annotations
@@ -28,17 +28,20 @@ READS = {
     "aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::allclose", "aten::nonzero", "aten::nonzero_numpy", "aten::argwhere",
     "aten::masked_select", "aten::_unique", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::unique_dim_consecutive",
     "aten::bincount",
-    "aten::_linalg_eigh", "aten::_linalg_svd", "aten::linalg_lstsq", "aten::_linalg_check_errors",  # CUDA's solvers say there whether they converged
+    # CUDA's solvers say there whether they converged
+    "aten::_linalg_eigh", "aten::_linalg_svd", "aten::linalg_lstsq", "aten::_linalg_check_errors",
 }  # fmt: skip
 MASKS = (torch.bool, torch.uint8)
 MOVES = {"aten::_to_copy", "aten::copy_", "aten::copy"}
 INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index"}
-SCALARS = {"aten::masked_fill", "aten::masked_fill_", "aten::fill", "aten::fill_"} | INDEXED  # take host tensors of 0 dims, as pointwise ones do
+# take host tensors of 0 dims, as pointwise ones do
+SCALARS = {"aten::masked_fill", "aten::masked_fill_", "aten::fill", "aten::fill_"} | INDEXED
 
 
 @dataclass(frozen=True)
 class Wait:
-    """The host waited: why ("read", or "upload": a copy to the device that blocks), in which operation, and where it came from.
+    """The host waited: why ("read", or "upload": a copy to the device that blocks), in which operation, and where it
+    came from.
 
     ``line`` is the innermost one outside torch, ``ours`` that of the library, "" where none of it is on the stack."""
 
@@ -52,7 +55,9 @@ class Wait:
         return "/transformers/" in self.line
 
     def __str__(self) -> str:
-        return f"{self.why} by {self.operation} at {self.ours or self.line}" + (f" (in {self.line})" if self.ours and self.line != self.ours else "")
+        return f"{self.why} by {self.operation} at {self.ours or self.line}" + (
+            f" (in {self.line})" if self.ours and self.line != self.ours else ""
+        )
 
 
 class OnDevice(Tensor):
@@ -63,7 +68,13 @@ class OnDevice(Tensor):
     @staticmethod
     def __new__(cls, held: Tensor) -> OnDevice:
         made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, layout=held.layout, device=BELOW
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            layout=held.layout,
+            device=BELOW,
         )
         made.held = held.detach()
         return made
@@ -97,13 +108,16 @@ class OnDevice(Tensor):
         return self.cpu().tolist()
 
     def numpy(self, **_: Any) -> Any:
-        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
+        raise TypeError(
+            "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first."
+        )
 
     __array__ = numpy  # type: ignore[assignment]
 
 
 class Claims(TorchFunctionMode):
-    """Translates ``cuda`` in the arguments of torch's functions; what is made of Python numbers is made on the host and carried up."""
+    """Translates ``cuda`` in the arguments of torch's functions; what is made of Python numbers is made on the host and
+    carried up."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -136,7 +150,8 @@ def numbers(data: Any) -> Any:
 
 
 FROM_NUMBERS = (torch.tensor, torch.as_tensor, Tensor.new_tensor)
-NAMES = (torch.device, torch.is_autocast_enabled, torch.get_autocast_dtype)  # they speak of a device and put nothing there
+# they speak of a device and put nothing there
+NAMES = (torch.device, torch.is_autocast_enabled, torch.get_autocast_dtype)
 
 
 def is_cuda(x: Any) -> bool:
@@ -148,7 +163,8 @@ def below(x: Any) -> Any:
 
 
 class Accelerator(TorchDispatchMode):
-    """The device, as long as the block lasts. ``waits`` are in their order; tensors may be mixed as on CUDA, anything else is a RuntimeError."""
+    """The device, as long as the block lasts. ``waits`` are in their order; tensors may be mixed as on CUDA, anything
+    else is a RuntimeError."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -203,7 +219,13 @@ class Accelerator(TorchDispatchMode):
             self._wait("read", name)
         free = kwargs.get("non_blocking", False) or (name == "aten::copy_" and len(args) > 2 and args[2])
         source = args[0] if name == "aten::_to_copy" else args[1]
-        if target and not came_up and not free and source.numel() and not (name != "aten::_to_copy" and source.ndim == 0):
+        if (
+            target
+            and not came_up
+            and not free
+            and source.numel()
+            and not (name != "aten::_to_copy" and source.ndim == 0)
+        ):
             self._wait("upload", name)
         if "device" in kwargs:
             kwargs = kwargs | {"device": HOST}
@@ -263,14 +285,17 @@ def reads(name: str, args: Any, kwargs: Any) -> bool:
 
 
 def check_mixed(func: Any, name: str, args: Any, here: list[Tensor]) -> None:
-    """CUDA takes host tensors beside its own where they are numbers of a pointwise operation, and as indices of a tensor."""
+    """CUDA takes host tensors beside its own where they are numbers of a pointwise operation, and as indices of a
+    tensor."""
     scalar = torch.Tag.pointwise in func.tags or name in SCALARS
     wrong = [x for x in here if not (scalar and x.ndim == 0)]
     if name in INDEXED and isinstance(args[0], OnDevice):
         wrong = [x for x in wrong if not any(x is index for index in args[1])]
     written = args and not isinstance(args[0], OnDevice) and func._schema.is_mutable
     if wrong or written:
-        raise RuntimeError(f"{name}: expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu")
+        raise RuntimeError(
+            f"{name}: expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu"
+        )
 
 
 def stack() -> list[str]:
@@ -295,8 +320,14 @@ def short(line: str) -> str:
 
 @contextmanager
 def free_memory() -> Iterator[None]:
-    """What ``torch.cuda`` says of its memory where there is none; an old GPU, for which stock code has formulas instead of kernels."""
-    answers = {"get_device_capability": (7, 0), "mem_get_info": (8 << 30, 16 << 30), "memory_reserved": 0, "memory_allocated": 0}
+    """What ``torch.cuda`` says of its memory where there is none; an old GPU, for which stock code has formulas instead
+    of kernels."""
+    answers = {
+        "get_device_capability": (7, 0),
+        "mem_get_info": (8 << 30, 16 << 30),
+        "memory_reserved": 0,
+        "memory_allocated": 0,
+    }
     with ExitStack() as patches:
         for name, value in answers.items():
             patches.enter_context(mock.patch.object(torch.cuda, name, lambda device=None, value=value: value))

@@ -1,4 +1,5 @@
-"""The page of ``duet-vlm app`` in a browser, and pictures of it for the docs: `python tests/app_pictures.py PICTURE_FOLDER`, or `make pictures`."""
+"""The page of ``duet-vlm app`` in a browser, and pictures of it for the docs: `python tests/app_pictures.py
+PICTURE_FOLDER`, or `make pictures`."""
 
 from __future__ import annotations
 

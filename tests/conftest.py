@@ -1,4 +1,5 @@
-"""Shared by all tests: one thread (the suite runs in parallel processes), the helper modules of this folder, no network."""
+"""Shared by all tests: one thread (the suite runs in parallel processes), the helper modules of this folder, no
+network."""
 
 from __future__ import annotations
 
@@ -25,7 +26,10 @@ gc.disable()  # until all tests are collected
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--golden-dir", type=Path, default=Path(__file__).parent / "golden", help="folder of recorded cases for test_golden.py"
+        "--golden-dir",
+        type=Path,
+        default=Path(__file__).parent / "golden",
+        help="folder of recorded cases for test_golden.py",
     )
 
 
@@ -43,7 +47,8 @@ def shared_models_come_back_plain() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow the tests of a ``family`` that ``method_matrix.tier_families`` leaves out, unless they are marked ``every_family``.
+    """Mark as slow the tests of a ``family`` that ``method_matrix.tier_families`` leaves out, unless they are marked
+    ``every_family``.
 
     Tests of a ``case``, and of families times methods, have their tier from ``matrix`` and ``pairs``.
     """
@@ -70,7 +75,8 @@ def _families_of(item: pytest.Item) -> list[str]:
 
 
 def pytest_collection_finish() -> None:
-    """Modules and tens of thousands of tests stay to the end: without this a tenth of the time goes into looking through them for garbage."""
+    """Modules and tens of thousands of tests stay to the end: without this a tenth of the time goes into looking
+    through them for garbage."""
     gc.freeze()
     gc.set_threshold(20_000, 10, 10)
     gc.enable()
@@ -83,7 +89,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
         mutants = json.loads(Path(__file__).with_name("mutants.json").read_text())
         terminalreporter.write_line(f"covered: {coverage()}")
-        terminalreporter.write_line(f"mutants: {mutants['mutants_found']} of {mutants['mutants_run']} found (make mutants)")
+        terminalreporter.write_line(
+            f"mutants: {mutants['mutants_found']} of {mutants['mutants_run']} found (make mutants)"
+        )
 
 
 @pytest.fixture
@@ -99,7 +107,8 @@ def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
 
 @pytest.fixture
 def killed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The process dies when it would record its second batch, in the middle of the line; as long as the list is not empty."""
+    """The process dies when it would record its second batch, in the middle of the line; as long as the list is not
+    empty."""
     from duet_vlm.evaluation.journal import Journal
 
     real, alive, times = Journal.add, [1], []

@@ -1,9 +1,10 @@
-"""The matrix: methods with their settings, families, attention, positions; and the cells of it that the default tier runs.
+"""The matrix: methods with their settings, families, attention, positions; and the cells of it that the default tier
+runs.
 
-One line in ``REDUCING`` gives a new method every invariant. ``make test-all`` runs the products. The default tier runs a covering
-design: any two values of two dimensions meet in some test. The tests themselves are one of the dimensions (``part``), so that each
-runs every family and every method once, and all of them together every family with every method. A test says how many ``parts`` it takes;
-which ones is dealt in the order of files and lines.
+One line in ``REDUCING`` gives a new method every invariant. ``make test-all`` runs the products. The default tier runs
+a covering design: any two values of two dimensions meet in some test. The tests themselves are one of the dimensions
+(``part``), so that each runs every family and every method once, and all of them together every family with every
+method. A test says how many ``parts`` it takes; which ones is dealt in the order of files and lines.
 """
 
 from __future__ import annotations
@@ -53,7 +54,14 @@ REDUCING: dict[str, dict[str, Any]] = {
     "cdpruner": {"keep": 0.4},
     "adsc": {"schedule": ((2, 0.5), (4, 0.25), (6, 0.1))},
     "apet": {"keep": 0.5, "schedule": ((4, 0.2),), "basis": 3},
-    "custom": {"keep": 0.5, "selector": "nms", "alike": 0.5, "merger": "local", "compare": "keys", "schedule": ((3, 0.6), (5, 0.25), (7, 0.0))},
+    "custom": {
+        "keep": 0.5,
+        "selector": "nms",
+        "alike": 0.5,
+        "merger": "local",
+        "compare": "keys",
+        "schedule": ((3, 0.6), (5, 0.25), (7, 0.0)),
+    },
     "dart": {"schedule": ((3, 0.4),), "visual_pivots": 2, "text_pivots": 2},
     "divprune": {"keep": 0.4},
     "duet": {"dominant": 0.4, "contextual": 0.2, "schedule": ((3, 0.6), (5, 0.25), (7, 0.0))},
@@ -105,7 +113,8 @@ REDUCING: dict[str, dict[str, Any]] = {
 TOO_EARLY = {name: ("qwen3_5", "qwen3_5_moe") for name in ("dart", "fitprune", "sparsevlm")}
 # methods that plan crop by crop, so that ``Handle.plan`` of all tokens of a picture is another plan
 PLANNED_BY_CROP = {name: ("llava_next", "llava_next_video", "llava_onevision") for name in ("pool", "quecc")}
-# methods whose choice rests on rounding in some families: a gradient through a linear layer; a linear projector, which moves all rows equally far
+# methods whose choice rests on rounding in some families: a gradient through a linear layer; a linear projector, which
+# moves all rows equally far
 ROUNDING = {"pio": ("qwen3_5", "qwen3_5_moe"), "zoo_prune": ("paligemma",)}
 
 
@@ -228,7 +237,8 @@ class Case:
 
 # ---- cells of the default tier
 
-USUAL = ("llava", "qwen2_5_vl")  # families of every test: 1-D positions behind a CLIP tower, 3-D positions behind a packed one
+# families of every test: 1-D positions behind a CLIP tower, 3-D positions behind a packed one
+USUAL = ("llava", "qwen2_5_vl")
 ATTENTION = ("sdpa", "eager")
 POSITIONS = ("keep", "compact")
 OTHERS = 4  # combinations of what else a test may vary
@@ -247,8 +257,8 @@ class Cell(NamedTuple):
 
 
 def allowed(family: str, method: str = "", positions: str = "keep") -> bool:
-    """Whether a combination can be tried: 3-D positions are never compact, ``TOO_EARLY`` and ``PLANNED_BY_CROP`` have tests of their own,
-    and of ``ROUNDING`` nothing can be said."""
+    """Whether a combination can be tried: 3-D positions are never compact, ``TOO_EARLY`` and ``PLANNED_BY_CROP`` have
+    tests of their own, and of ``ROUNDING`` nothing can be said."""
     without = [name for known in (TOO_EARLY, PLANNED_BY_CROP, ROUNDING) for name in known.get(method, ())]
     return not (positions == "compact" and FAMILIES[family].mrope) and family not in without
 
@@ -257,13 +267,16 @@ def asked_parts(tree: ast.Module) -> dict[str, int]:
     """The number of ``parts`` by name of the test, of the tests in a module that ask for some."""
     tests = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     calls = [(test.name, call) for test in tests for call in test.decorator_list if isinstance(call, ast.Call)]
-    ours = [(name, call) for name, call in calls if isinstance(call.func, ast.Name) and call.func.id in ("matrix", "pairs")]
+    ours = [
+        (name, call) for name, call in calls if isinstance(call.func, ast.Name) and call.func.id in ("matrix", "pairs")
+    ]
     return {name: ast.literal_eval(word.value) for name, call in ours for word in call.keywords if word.arg == "parts"}
 
 
 @functools.cache
 def dealt_parts() -> dict[str, range]:
-    """The parts of each test that asks for some; read from the files, so that it does not depend on which of them are run."""
+    """The parts of each test that asks for some; read from the files, so that it does not depend on which of them are
+    run."""
     dealt: dict[str, range] = {}
     for path in sorted(Path(__file__).parent.glob("**/test_*.py")):
         text = path.read_text()
@@ -283,7 +296,8 @@ def dimensions() -> dict[str, list[Any]]:
     return {
         "part": list(range(num_parts())),
         "family": list(FAMILIES),
-        "method": list(reversed(REDUCING)),  # counted from the end: new methods come first, and move no cell of the others
+        # counted from the end: new methods come first, and move no cell of the others
+        "method": list(reversed(REDUCING)),
         "attention": list(ATTENTION),
         "positions": list(POSITIONS),
         "other": list(range(OTHERS)),
@@ -303,21 +317,31 @@ def design() -> tuple[Cell, ...]:
         together = [(family, method)]
         if not allowed(family, method):
             near = next(name for name in methods[j - 1 :: -1] if allowed(family, name))
-            together = [(family, near), (next(name for name in families[i + 1 :] + families if allowed(name, method)), method)]
+            together = [
+                (family, near),
+                (next(name for name in families[i + 1 :] + families if allowed(name, method)), method),
+            ]
         for one, two in together:
             positions = POSITIONS[(i // 2 + j) % 2]
-            cells.append(Cell(part, one, two, attention, positions if allowed(one, positions=positions) else "keep", other))
+            cells.append(
+                Cell(part, one, two, attention, positions if allowed(one, positions=positions) else "keep", other)
+            )
     return tuple(sorted(cells, key=lambda cell: cell.part))
 
 
 def covered_pairs(one: str, two: str) -> tuple[set[tuple[Any, Any]], set[tuple[Any, Any]]]:
-    """Pairs of values of two dimensions: those that can be together, and those that are together in a cell of the design."""
+    """Pairs of values of two dimensions: those that can be together, and those that are together in a cell of the
+    design."""
 
     def possible(values: dict[str, Any]) -> bool:
-        return "family" not in values or allowed(values["family"], values.get("method", ""), values.get("positions", "keep"))
+        return "family" not in values or allowed(
+            values["family"], values.get("method", ""), values.get("positions", "keep")
+        )
 
     product = itertools.product(dimensions()[one], dimensions()[two])
-    return {pair for pair in product if possible(dict(zip((one, two), pair, strict=True)))}, {(getattr(cell, one), getattr(cell, two)) for cell in design()}
+    return {pair for pair in product if possible(dict(zip((one, two), pair, strict=True)))}, {
+        (getattr(cell, one), getattr(cell, two)) for cell in design()
+    }
 
 
 def coverage() -> str:
@@ -350,7 +374,9 @@ def _name(test: Callable[..., Any]) -> str:
     return f"{test.__module__}.{test.__name__}"
 
 
-def _tier(test: str, methods: Sequence[str], attention: Sequence[str], others: int, parts: Sequence[int]) -> set[tuple[Any, ...]]:
+def _tier(
+    test: str, methods: Sequence[str], attention: Sequence[str], others: int, parts: Sequence[int]
+) -> set[tuple[Any, ...]]:
     """(family, attention, method, positions, number of the other values) of the default tier."""
     if parts:
         rows = [cell._asdict() for cell in design() if cell.part in parts and cell.method in methods]
@@ -374,33 +400,49 @@ def _tier(test: str, methods: Sequence[str], attention: Sequence[str], others: i
 
 def _parametrized(names: str, cells: Iterable[tuple[str, tuple[Any, ...], bool]]) -> pytest.MarkDecorator:
     """The parametrization of (id, values, whether the default tier has it)."""
-    params = [pytest.param(*values, id=name, marks=() if default else pytest.mark.slow) for name, values, default in cells]
+    params = [
+        pytest.param(*values, id=name, marks=() if default else pytest.mark.slow) for name, values, default in cells
+    ]
     return pytest.mark.parametrize(names, params)
 
 
 def matrix(
-    *methods: str, attention: tuple[str, ...] = ATTENTION, parts: int = 0, beyond: bool = True, **others: Mapping[str, Any] | Iterable[Any]
+    *methods: str,
+    attention: tuple[str, ...] = ATTENTION,
+    parts: int = 0,
+    beyond: bool = True,
+    **others: Mapping[str, Any] | Iterable[Any],
 ) -> Callable[[Test], Test]:
     """Parametrize a test with a ``case`` and, by name, with ``others`` (values, or what to call them -> values).
 
-    The product: Duet and FastV on every family, other methods on the two usual ones; "compact" positions wherever they can be. Of these
-    the default tier has so many ``parts`` of the design (and adds its cells ``beyond`` the product), or, for tests of few ``methods``, every
-    pair on the usual families and a further one.
+    The product: Duet and FastV on every family, other methods on the two usual ones; "compact" positions wherever they
+    can be. Of these the default tier has so many ``parts`` of the design (and adds its cells ``beyond`` the product),
+    or, for tests of few ``methods``, every pair on the usual families and a further one.
     """
     tried = methods or tuple(REDUCING)
-    named = [values if isinstance(values, Mapping) else {str(value): value for value in values} for values in others.values()]
+    named = [
+        values if isinstance(values, Mapping) else {str(value): value for value in values} for values in others.values()
+    ]
     combined = list(itertools.product(*(values.items() for values in named)))
 
     def decorate(test: Test) -> Test:
         tier = _tier(_name(test), tried, attention, len(combined), dealt_parts()[_name(test)] if parts else ())
         cells = []
         for family, implementation, method, positions in itertools.product(FAMILIES, attention, tried, POSITIONS):
-            usual = (family in USUAL or method in ("duet", "fastv")) and not (positions == "compact" and FAMILIES[family].mrope)
+            usual = (family in USUAL or method in ("duet", "fastv")) and not (
+                positions == "compact" and FAMILIES[family].mrope
+            )
             for number, more in enumerate(combined):
                 default = (family, implementation, method, positions, number) in tier
                 if usual or (default and beyond):
                     name = "-".join([family, implementation, method, positions, *(name for name, _ in more)])
-                    cells.append((name, (Case(family, implementation, method, positions), *(value for _, value in more)), default))
+                    cells.append(
+                        (
+                            name,
+                            (Case(family, implementation, method, positions), *(value for _, value in more)),
+                            default,
+                        )
+                    )
         return _parametrized(",".join(["case", *others]), cells)(test)
 
     return decorate
@@ -409,8 +451,8 @@ def matrix(
 def pairs(
     methods: Iterable[Any] = tuple(REDUCING), families: Iterable[str] = tuple(FAMILIES), *, parts: int = 0
 ) -> Callable[[Test], Test]:
-    """Parametrize a test with every ``family`` and ``method``. The default tier has so many ``parts`` of the design; without any, a
-    diagonal of the product: every family and every method at least once."""
+    """Parametrize a test with every ``family`` and ``method``. The default tier has so many ``parts`` of the design;
+    without any, a diagonal of the product: every family and every method at least once."""
     rows, columns = list(families), list(methods)
     step = min(len(rows), len(columns))
 

@@ -38,7 +38,15 @@ many = settings(max_examples=40, deadline=None, derandomize=True)
 
 seeds = st.integers(0, 10_000)
 
-EXACT = [[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, -1.0, 0], [1.0, 1, 1, 1], [1.0, -1, 1, 1], [-1.0, 1, 1, -1], [0.0, 0, 0, 0]]
+EXACT = [
+    [1.0, 0, 0, 0],
+    [0, 1.0, 0, 0],
+    [0, 0, -1.0, 0],
+    [1.0, 1, 1, 1],
+    [1.0, -1, 1, 1],
+    [-1.0, 1, 1, -1],
+    [0.0, 0, 0, 0],
+]
 
 
 @st.composite
@@ -52,7 +60,11 @@ def drawn(samples: list[tuple[int, int]], seed: int, exact: bool) -> tuple[Tenso
     """Rows, scores, valid and counts, padded on the right with what must not matter."""
     draw, width = torch.Generator().manual_seed(seed), max(n for n, _ in samples)
     shape = (len(samples), width)
-    rows = torch.tensor(EXACT)[torch.randint(len(EXACT), shape, generator=draw)] if exact else torch.randn(*shape, 5, generator=draw)
+    rows = (
+        torch.tensor(EXACT)[torch.randint(len(EXACT), shape, generator=draw)]
+        if exact
+        else torch.randn(*shape, 5, generator=draw)
+    )
     score = torch.randint(1, 4, shape, generator=draw) / 4 if exact else torch.rand(shape, generator=draw)
     valid = torch.arange(width) < torch.tensor([n for n, _ in samples])[:, None]
     return rows, score, valid, torch.tensor([count for _, count in samples])
@@ -102,6 +114,7 @@ def kept_tokens(method: EncoderReducer, view: EncoderView) -> list[list[int]]:
 def best_tokens(scores: Any, tokens: Any, count: int) -> list[int]:
     return sorted(tokens, key=lambda i: (-float(scores[i]), i))[:count]
 
+
 IMAGES = [(6, 14), (4, 16), (5, 3), (3, 1)]
 
 
@@ -111,22 +124,29 @@ Clip = tuple[int, int]  # steps, rows per step
 
 
 def kept_of_clip(features: list[list[float]], steps: int, count: int) -> list[int]:
-    """Evenly spaced rows of the first step; if all of them fit, the later rows whose cosine with the row one step before is smallest."""
+    """Evenly spaced rows of the first step; if all of them fit, the later rows whose cosine with the row one step
+    before is smallest."""
     size = len(features) // steps
     first = min(count, size)
     kept = reference_ops.spaced([True] * size, first)
     later = range(size, len(features))
-    return sorted(kept + sorted(later, key=lambda i: (reference_ops.cosine(features[i], features[i - size]), i))[: count - first])
+    return sorted(
+        kept + sorted(later, key=lambda i: (reference_ops.cosine(features[i], features[i - size]), i))[: count - first]
+    )
 
 
-def frames_view(clips: list[Clip], counts: list[int], seed: int = 0, stream: str = "video", shift: int = 0) -> EncoderView:
+def frames_view(
+    clips: list[Clip], counts: list[int], seed: int = 0, stream: str = "video", shift: int = 0
+) -> EncoderView:
     """Random rows of several clips, ``shift`` unused rows in front of each, as the flow would hand them over."""
     width = shift + max(steps * size for steps, size in clips)
     features = torch.randn(len(clips), width, 6, generator=torch.Generator().manual_seed(seed))
     parts = torch.full((len(clips), width), -1)
     for row, (steps, size) in enumerate(clips):
         parts[row, shift : shift + steps * size] = torch.arange(steps).repeat_interleave(size)
-    plans = tuple(SpanPlan(steps * size, count, 0, (count,) * 4) for (steps, size), count in zip(clips, counts, strict=True))
+    plans = tuple(
+        SpanPlan(steps * size, count, 0, (count,) * 4) for (steps, size), count in zip(clips, counts, strict=True)
+    )
     kept = torch.tensor(counts)
     return EncoderView(parts >= 0, kept, torch.zeros_like(kept), plans, features=features, parts=parts, modality=stream)
 
@@ -146,7 +166,13 @@ def video_method(method: str, **changes: Any) -> VideoReducer:
 
 
 def video_view(
-    reducer: VideoReducer, clips: list[Clip], counts: list[int], seed: int = 0, stream: str = "video", still: float = 0.5, most: bool = True
+    reducer: VideoReducer,
+    clips: list[Clip],
+    counts: list[int],
+    seed: int = 0,
+    stream: str = "video",
+    still: float = 0.5,
+    most: bool = True,
 ) -> EncoderView:
     """Clips whose frames share a part ``still`` of what they are, padded on the right."""
     generator = torch.Generator().manual_seed(seed)
@@ -157,8 +183,13 @@ def video_view(
         rows = still * base + (1 - still) * torch.randn(steps, size, 6, generator=generator)
         features[row, : steps * size] = rows.flatten(0, 1)
         parts[row, : steps * size] = torch.arange(steps).repeat_interleave(size)
-    plans = tuple(replace(reducer, keep=count).plan(steps * size, 4, None) for (steps, size), count in zip(clips, counts, strict=True))
-    dominant, contextual = (torch.tensor([getattr(plan, name) for plan in plans]) for name in ("dominant", "contextual"))
+    plans = tuple(
+        replace(reducer, keep=count).plan(steps * size, 4, None)
+        for (steps, size), count in zip(clips, counts, strict=True)
+    )
+    dominant, contextual = (
+        torch.tensor([getattr(plan, name) for plan in plans]) for name in ("dominant", "contextual")
+    )
     return EncoderView(
         parts >= 0, dominant, contextual, plans, torch.rand(len(clips), width, generator=generator), None, features, parts, stream,
         question=random_questions(len(clips), generator), max_parts=(max(t for t, _ in clips), max(n for _, n in clips)) if most else None,
@@ -167,21 +198,32 @@ def video_view(
 
 def random_questions(spans: int, generator: torch.Generator) -> QuestionView:
     """Questions of one to four words."""
-    return QuestionView(torch.randn(spans, 4, 6, generator=generator), torch.arange(4) < torch.randint(1, 5, (spans, 1), generator=generator))
+    return QuestionView(
+        torch.randn(spans, 4, 6, generator=generator),
+        torch.arange(4) < torch.randint(1, 5, (spans, 1), generator=generator),
+    )
 
 
 def rows_of_selection(selection: Selection, row: int) -> list[tuple[int, list[tuple[int, float]]]]:
     """Per row the token it stands at, and what it is made of with which weight."""
     assert selection.weights is not None
     found = []
-    for number, (token, real) in enumerate(zip(selection.index[row].tolist(), selection.valid[row].tolist(), strict=True)):
+    for number, (token, real) in enumerate(
+        zip(selection.index[row].tolist(), selection.valid[row].tolist(), strict=True)
+    ):
         if real:
             here = (selection.target_row[row] == number).nonzero()[:, 0]
-            found.append((token, [(int(selection.source_tokens[row, i]), round(float(selection.weights[row, i]), 5)) for i in here]))
+            found.append(
+                (
+                    token,
+                    [(int(selection.source_tokens[row, i]), round(float(selection.weights[row, i]), 5)) for i in here],
+                )
+            )
     return found
 
 
-GREEDY: dict[str, dict[str, Any]] = {"divprune": {}, "duet_plus": {"schedule": ()}, "scope": {}}  # how to let `keep` rows in and drop none
+# how to let `keep` rows in and drop none
+GREEDY: dict[str, dict[str, Any]] = {"divprune": {}, "duet_plus": {"schedule": ()}, "scope": {}}
 
 CONSTANT = ("divprune", "scope")
 
@@ -195,17 +237,24 @@ def chosen_tokens(handle: duet_vlm.Handle) -> list[list[int]]:
 
 def encoded(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """Per picture the rows that the untouched model feeds to its decoder."""
-    images = {name: value for name, value in inputs.items() if name in ("pixel_values", "image_grid_thw", "image_sizes")}
+    images = {
+        name: value for name, value in inputs.items() if name in ("pixel_values", "image_grid_thw", "image_sizes")
+    }
     with torch.no_grad():
         return [rows.double() for rows in model.model.get_image_features(**images).pooler_output]
 
 
 def tower_rows(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Per picture the rows that V2V reads: of the CLIP feature layer, without CLS; where it runs after the encoder call, what enters."""
+    """Per picture the rows that V2V reads: of the CLIP feature layer, without CLS; where it runs after the encoder
+    call, what enters."""
     if {"image_grid_thw", "image_sizes"} & set(inputs):
         return encoded(model, inputs)
     with torch.no_grad():
-        return list(model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:].double())
+        return list(
+            model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True)
+            .hidden_states[-2][:, 1:]
+            .double()
+        )
 
 
 def decoder_spans_view(there: list[int], stay: list[int], seed: int, spans: int = 2) -> DecoderView:
@@ -216,19 +265,47 @@ def decoder_spans_view(there: list[int], stay: list[int], seed: int, spans: int 
     notes = torch.randint(0, 5, shape, generator=draw).float() * 3
     span = torch.randint(0, spans, shape, generator=draw).sort(1).values
     scores, rows = torch.rand(shape, generator=draw), torch.randn(*shape, 6, generator=draw)
-    return DecoderView(valid, torch.tensor(stay), host_counts=tuple(zip(there, stay, strict=True)), scores=scores, hidden_states=rows, tags=notes, span_index=span, token_index=torch.arange(shape[1]).expand(shape))
+    return DecoderView(
+        valid,
+        torch.tensor(stay),
+        host_counts=tuple(zip(there, stay, strict=True)),
+        scores=scores,
+        hidden_states=rows,
+        tags=notes,
+        span_index=span,
+        token_index=torch.arange(shape[1]).expand(shape),
+    )
 
-many_counts = st.lists(st.integers(1, 14).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))), min_size=1, max_size=3)
+
+many_counts = st.lists(
+    st.integers(1, 14).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))), min_size=1, max_size=3
+)
 
 
 # ---- released rules
 
 ROWS, WIDTH = 17, 6  # CLS and 16 patches
-EDGES = [(1, 0, 3), (1, 16, 1), (7, 0, 4), (7, 3, 0), (7, 1, 1), (9, 3, 1), (10, 7, 1), (2, 15, 4), (12, 2, 100), (14, 4, 4), (16, 3, 2)]  # dominant, contextual, width
+# dominant, contextual, width
+EDGES = [
+    (1, 0, 3),
+    (1, 16, 1),
+    (7, 0, 4),
+    (7, 3, 0),
+    (7, 1, 1),
+    (9, 3, 1),
+    (10, 7, 1),
+    (2, 15, 4),
+    (12, 2, 100),
+    (14, 4, 4),
+    (16, 3, 2),
+]
 
 
-def released_rows(features: Tensor, scores: list[float], keys: Tensor, dominant: int, contextual: int, width: int | None) -> Tensor:
-    """Output rows of one image; ``width`` None is the original VisionZip, which merges every patch that is not dominant."""
+def released_rows(
+    features: Tensor, scores: list[float], keys: Tensor, dominant: int, contextual: int, width: int | None
+) -> Tensor:
+    """Output rows of one image; ``width`` None is the original VisionZip, which merges every patch that is not
+    dominant."""
     keys = keys / keys.norm(dim=-1, keepdim=True)
     best = sorted(range(len(scores)), key=lambda i: -scores[i])
     kept, rest = sorted(best[: dominant - 1]), best[dominant - 1 :]
@@ -255,7 +332,10 @@ def check_released_choice(reducer: EncoderReducer, dominant: int, contextual: in
     features = torch.randn(2, ROWS, WIDTH, generator=generator)
     importance, keys = torch.rand(2, ROWS, generator=generator), torch.randn(2, ROWS, WIDTH, generator=generator)
     importance[:, 0] = 9.0  # the CLS row
-    expected = [released_rows(f, s[1:].tolist(), k[1:], dominant, contextual, width) for f, s, k in zip(features, importance, keys, strict=True)]
+    expected = [
+        released_rows(f, s[1:].tolist(), k[1:], dominant, contextual, width)
+        for f, s, k in zip(features, importance, keys, strict=True)
+    ]
     rows = len(expected[0])
     if rows <= ROWS - 1:
         assert reducer.plan(ROWS - 1, 1, None).entry == rows

@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def mosaic_order(patches: Tensor, contextual: int, columns: int, side: int) -> Tensor:
-    """Order of the rows of several tiles, as released for LLaVA-NeXT: dominant patches of all tiles line by line over the whole
-    mosaic, then the CLS rows of all tiles, then the contextual rows of all tiles. No newline rows.
+    """Order of the rows of several tiles, as released for LLaVA-NeXT: dominant patches of all tiles line by line over
+    the whole mosaic, then the CLS rows of all tiles, then the contextual rows of all tiles. No newline rows.
 
     Parameters
     ----------
@@ -24,7 +24,8 @@ def mosaic_order(patches: Tensor, contextual: int, columns: int, side: int) -> T
     Returns
     -------
     Tensor
-        [tiles * (1 + D + contextual)] long, indices into the flattened rows of the tiles, each [CLS, dominant, contextual].
+        [tiles * (1 + D + contextual)] long, indices into the flattened rows of the tiles, each [CLS, dominant,
+        contextual].
     """
     tiles, dominant = patches.shape
     tile = torch.arange(tiles, device=patches.device)[:, None]

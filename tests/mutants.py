@@ -1,4 +1,4 @@
-"""Defects of CHANGELOG.md put back, one at a time, and the tests of the default tier that find them: ``make mutants`` writes mutants.json.
+"""Defects that were mended (git log) put back, one at a time, and the tests of the default tier that find them: ``make mutants`` writes mutants.json.
 
 Each mutant is one place of the source, changed in a copy. Only the tests that it concerns are run, until one of them fails.
 """
@@ -83,13 +83,13 @@ MUTANTS = (
     ),
     Mutant(
         "positions after a clip are the largest, not those of the last row",
-        "runtime/prefill/positions.py", "last_true(valid).long().argmax(1, keepdim=True).to(position_ids.device))[..., 0] + 1",
-        "last_true(valid).long().argmax(1, keepdim=True).to(position_ids.device))[..., 0] * 0 + position_ids.amax(-1) + 1",
+        "runtime/prefill/positions.py", "last_true(valid).long().argmax(1, keepdim=True).to(position_ids.device))[..., 0]\n        + 1",
+        "last_true(valid).long().argmax(1, keepdim=True).to(position_ids.device))[..., 0] * 0\n        + position_ids.amax(-1)\n        + 1",
         "tests/test_video.py tests/test_caches.py tests/test_generation.py", "turn or oracle",
     ),
     Mutant(
         "a small image ends a whole batch under a fractional budget",
-        "reducers/plans.py", "if budget is None or isinstance(budget, Integral) or error.floor is None", "if True or error.floor is None",
+        "reducers/plans.py", "or error.floor is None\n", "or error.floor is None or True\n",
         "tests/test_budget.py", "floor",
     ),
     Mutant(
@@ -133,15 +133,39 @@ def found_by(mutant: Mutant) -> str:
         path = source / "duet_vlm" / mutant.file
         text = path.read_text()
         if text.count(mutant.old) != 1:
-            raise SystemExit(f"{mutant.file} has {text.count(mutant.old)} times {mutant.old!r}, and a mutant is one place: mend {__file__}")
+            raise SystemExit(
+                f"{mutant.file} has {text.count(mutant.old)} times {mutant.old!r}, and a mutant is one place: mend {__file__}"
+            )
         path.write_text(text.replace(mutant.old, mutant.new))
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:logging", "-p", "no:cacheprovider", "--tb=no", "-rfE", *mutant.tests.split()]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-p",
+            "no:logging",
+            "-p",
+            "no:cacheprovider",
+            "--tb=no",
+            "-rfE",
+            *mutant.tests.split(),
+        ]
         command += ["-k", mutant.chosen] if mutant.chosen else []
         command += ["-o", f"pythonpath={source} tests"]
-        search = os.pathsep.join([str(source), *(entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry != str(ROOT / "src"))])
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": search}, capture_output=True, text=True)
+        search = os.pathsep.join(
+            [
+                str(source),
+                *(entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry != str(ROOT / "src")),
+            ]
+        )
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | {"PYTHONPATH": search}, capture_output=True, text=True
+        )
     if done.returncode not in (0, 1):
-        raise SystemExit(f"{mutant.defect}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        raise SystemExit(
+            f"{mutant.defect}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
     failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.M)
     assert (failed is None) == (done.returncode == 0)
     return failed[1] if failed else ""
@@ -155,7 +179,9 @@ def main(only: list[str]) -> None:
             print(f"{number}. {mutant.defect}: {known[mutant.defect]['found_by'] or 'NOT FOUND'}", flush=True)
             rows = [known[one.defect] for one in MUTANTS if one.defect in known]
             found = sum(bool(row["found_by"]) for row in rows)
-            OUT.write_text(json.dumps({"mutants_found": found, "mutants_run": len(rows), "mutants": rows}, indent=1) + "\n")
+            OUT.write_text(
+                json.dumps({"mutants_found": found, "mutants_run": len(rows), "mutants": rows}, indent=1) + "\n"
+            )
 
 
 if __name__ == "__main__":

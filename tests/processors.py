@@ -1,7 +1,9 @@
-"""Stock processors of the families, built from their classes for the tiny models of tests/families, and generated pictures. No download.
+"""Stock processors of the families, built from their classes for the tiny models of tests/families, and generated
+pictures. No download.
 
-The classes are those that ``AutoProcessor`` takes on this machine: the PIL variants of the image processors where torchvision is missing. Video
-processors need torchvision and see no image, so there is none here; clips are in test_video_processors.py.
+The classes are those that ``AutoProcessor`` takes on this machine: the PIL variants of the image processors where
+torchvision is missing. Video processors need torchvision and see no image, so there is none here; clips are in
+test_video_processors.py.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
-from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES, get_image_processor_class_from_name
+from transformers.models.auto.image_processing_auto import (
+    IMAGE_PROCESSOR_MAPPING_NAMES,
+    get_image_processor_class_from_name,
+)
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 from transformers.utils import is_torchvision_available
 
@@ -33,9 +38,10 @@ WORDS = "what is in this picture ? and that one the big red car left of a tree".
 class Stock:
     """How a family's processor is made.
 
-    ``image`` is the placeholder that the model reads, ``mark`` what a prompt says where a picture belongs (the placeholder unless given),
-    ``roles`` the tokenizer's names for further special tokens, ``also`` those without a name; then the settings of the image processor and of
-    the processor around it. ``like``: the model type whose processor is taken, where AutoProcessor cannot tell from the model's own.
+    ``image`` is the placeholder that the model reads, ``mark`` what a prompt says where a picture belongs (the
+    placeholder unless given), ``roles`` the tokenizer's names for further special tokens, ``also`` those without a
+    name; then the settings of the image processor and of the processor around it. ``like``: the model type whose
+    processor is taken, where AutoProcessor cannot tell from the model's own.
     """
 
     image: str = "<image>"
@@ -64,7 +70,8 @@ QWEN = Stock(
 GLM = Stock(
     "<|image|>", "<|begin_of_image|><|image|><|end_of_image|>", {"video_token": "<|video|>"},
     ("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"),
-    QWEN.images | {"size": {"shortest_edge": 2 * 16 * 16, "longest_edge": 2 * 64 * 64}},  # limits count both frames that a picture is shown in
+    # limits count both frames that a picture is shown in
+    QWEN.images | {"size": {"shortest_edge": 2 * 16 * 16, "longest_edge": 2 * 64 * 64}},
 )  # fmt: skip
 
 
@@ -129,9 +136,13 @@ def tokenizer(stock: Stock) -> PreTrainedTokenizerFast:
     """One id per word, from 10 on; special tokens without a known id from 60 on."""
     roles = {"image_token": stock.image} | stock.roles
     special = list(dict.fromkeys([*roles.values(), *stock.also]))
-    ids = {token: 60 + number for number, token in enumerate(special)} | {token: NAMED[token] for token in special if token in NAMED}
+    ids = {token: 60 + number for number, token in enumerate(special)} | {
+        token: NAMED[token] for token in special if token in NAMED
+    }
     ids[stock.image] = IMAGE
-    words = {"<pad>": PAD, "<bos>": 1, "<eos>": 2, "<unk>": 3} | {word: 10 + number for number, word in enumerate(dict.fromkeys(WORDS))}
+    words = {"<pad>": PAD, "<bos>": 1, "<eos>": 2, "<unk>": 3} | {
+        word: 10 + number for number, word in enumerate(dict.fromkeys(WORDS))
+    }
     model = Tokenizer(WordLevel(words | ids, unk_token="<unk>"))
     model.pre_tokenizer = Whitespace()
     model.add_special_tokens(special)
@@ -145,7 +156,8 @@ def processor_class(name: str) -> Any:
     """The processor class that AutoProcessor takes for a model type."""
     if name != "mistral3" or is_torchvision_available():
         return processor_class_from_name(PROCESSOR_MAPPING_NAMES[name])
-    # this file takes a rule for sizes from the torchvision variant of its image processor; the PIL variant has the same one
+    # this file takes a rule for sizes from the torchvision variant of its image processor; the PIL variant has the same
+    # one
     rule = importlib.import_module("transformers.models.pixtral.image_processing_pil_pixtral")
     with mock.patch.dict(sys.modules, {"transformers.models.pixtral.image_processing_pixtral": rule}):
         return importlib.import_module("transformers.models.pixtral.processing_pixtral").PixtralProcessor
@@ -167,7 +179,8 @@ def made(name: str, stock: Stock) -> Any:
         "video_processor": None,
     }
     clips_only = mock.patch.dict(cls.__init__.__globals__, num2words=str)  # SmolVLM's word for the number of frames
-    with clips_only, mock.patch.object(cls, "check_argument_for_proper_class"):  # which refuses None for a video processor
+    # which refuses None for a video processor
+    with clips_only, mock.patch.object(cls, "check_argument_for_proper_class"):
         return cls(**{part: made for part, made in parts.items() if part in cls.get_attributes()}, **stock.processor)
 
 
@@ -178,9 +191,13 @@ def picture(kind: str, width: int, height: int) -> Image.Image:
     """A generated picture: "gradient", "noise" or "shapes"."""
     y, x = np.mgrid[0:height, 0:width]
     if kind == "gradient":
-        return Image.fromarray(np.stack([x * 255 // width, y * 255 // height, (x + y) * 255 // (width + height)], -1).astype(np.uint8))
+        return Image.fromarray(
+            np.stack([x * 255 // width, y * 255 // height, (x + y) * 255 // (width + height)], -1).astype(np.uint8)
+        )
     if kind == "noise":
-        return Image.fromarray(np.random.default_rng([width, height]).integers(0, 256, (height, width, 3), dtype=np.uint8))
+        return Image.fromarray(
+            np.random.default_rng([width, height]).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        )
     drawn = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(drawn)
     pen.ellipse((width // 8, height // 8, width // 2, height // 2), fill="red")
@@ -196,8 +213,11 @@ def prompt(name: str, pictures: int, first: int = 0) -> str:
     return " ".join(f"{mark} {words}" if pictures else words for words in said)
 
 
-def inputs_for(name: str, rows: Sequence[Sequence[Image.Image]], flat: bool = False, first: int = 0, **options: Any) -> dict[str, torch.Tensor]:
-    """What the stock processor makes of a padded batch of prompts with these pictures, handed over prompt by prompt or in one ``flat`` list.
+def inputs_for(
+    name: str, rows: Sequence[Sequence[Image.Image]], flat: bool = False, first: int = 0, **options: Any
+) -> dict[str, torch.Tensor]:
+    """What the stock processor makes of a padded batch of prompts with these pictures, handed over prompt by prompt or
+    in one ``flat`` list.
 
     Prompts have different words; ``first`` is the number of the first one.
     """

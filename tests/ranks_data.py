@@ -1,4 +1,5 @@
-"""What two ranks train on and how, for test_distributed.py and the scripts that it launches (light to import: no pytest, no trainers)."""
+"""What two ranks train on and how, for test_distributed.py and the scripts that it launches (light to import: no
+pytest, no trainers)."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ STEPS: tuple[tuple[tuple[Sample, ...], tuple[Sample, ...]], ...] = (
 
 @dataclass(frozen=True)
 class Scenario:
-    """``attach``: before or after accelerator.prepare. ``tower``: trained or frozen. ``checkpointing``: none, model or plugin."""
+    """``attach``: before or after accelerator.prepare. ``tower``: trained or frozen. ``checkpointing``: none, model or
+    plugin."""
 
     family: str
     attach: str

@@ -1,7 +1,9 @@
-"""What the reduced model should compute, the slow way: every row alone, the full sequence, nothing dropped, nothing cached, no hooks.
+"""What the reduced model should compute, the slow way: every row alone, the full sequence, nothing dropped, nothing
+cached, no hooks.
 
-Dropped columns are hidden by an eager mask per layer; merged rows are computed from the tower's own features. Only the *choice* of
-tokens is taken from the run under test (test_invariants checks it against attention maps); everything that follows is computed anew here.
+Dropped columns are hidden by an eager mask per layer; merged rows are computed from the tower's own features. Only the
+*choice* of tokens is taken from the run under test (test_invariants checks it against attention maps); everything that
+follows is computed anew here.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ Weights = tuple[float, ...] | None  # of tokens in a row that they join
 
 
 class CustomRow(NamedTuple):
-    """A row that a module of the method's own made; later levels are merged by ``weights``, as no module made any of theirs."""
+    """A row that a module of the method's own made; later levels are merged by ``weights``, as no module made any of
+    theirs."""
 
     row: Tensor
     weights: Weights
@@ -35,9 +38,10 @@ Entered = dict[int, tuple[int, tuple[int, ...], Made]]  # token -> (source, toke
 class Choice:
     """What the run decided for one sample; slots count within the unpadded prompt.
 
-    ``rows`` are the tokens that entered, per span, and ``places`` the slots of all its tokens; ``alive[layer]`` are the slots left from
-    that layer on, ``merged[layer]`` the slots of the rows that others joined in front of it, with those, what they weigh and how. ``cut``: layers in
-    which what is generated sees only the rows that reached the last one.
+    ``rows`` are the tokens that entered, per span, and ``places`` the slots of all its tokens; ``alive[layer]`` are the
+    slots left from that layer on, ``merged[layer]`` the slots of the rows that others joined in front of it, with
+    those, what they weigh and how. ``cut``: layers in which what is generated sees only the rows that reached the last
+    one.
     """
 
     slots: int
@@ -79,9 +83,15 @@ def choices_of(handle: Handle) -> list[Choice]:
         rows = [_entered(run.positions, *source, span.tokens) for source, span in zip(sources, spans, strict=True)]
         places = [visual[span.offset : span.offset + span.tokens] for span in spans]
         number += len(spans)
-        for span, span_rows, span_places in zip(spans, rows, places, strict=True):  # a last token that V2V left out, but whose row predicts
+        # a last token that V2V left out, but whose row predicts
+        for span, span_rows, span_places in zip(spans, rows, places, strict=True):
             last = place[int(run.prompt.prompt_index[sample][run.prompt.visual[sample]][span.offset + span.tokens - 1])]
-            there = {place[s] for s in run.layer_groups[0].tokens.prompt_index[sample][run.layer_groups[0].tokens.valid[sample]].tolist()}
+            there = {
+                place[s]
+                for s in run.layer_groups[0]
+                .tokens.prompt_index[sample][run.layer_groups[0].tokens.valid[sample]]
+                .tolist()
+            }
             if last in there and span_places[-1] == last and span.tokens - 1 not in span_rows:
                 span_rows[span.tokens - 1] = (span.tokens - 1, (), None)
         alive = {}
@@ -93,17 +103,26 @@ def choices_of(handle: Handle) -> list[Choice]:
         merged = {group.first_layer: _joined(group.merged_into, sample, place) for group in merging}
         selections = [encoded.selection for encoded, _ in run.sources if encoded.selection is not None]
         merge = selections[0].merge if selections else "mean"
-        facts = run.sources[0][0].cls_token, merged, frozenset(run.trimmed_layers), Input.PROJECTED_FEATURES in run.config.reducer.requires
+        facts = (
+            run.sources[0][0].cls_token,
+            merged,
+            frozenset(run.trimmed_layers),
+            Input.PROJECTED_FEATURES in run.config.reducer.requires,
+        )
         choices.append(Choice(int(valid.sum()), run.positions, merge, rows, places, images, alive, *facts))
     return choices
 
 
-def _joined(selection: Any, sample: int, place: list[int]) -> list[tuple[int, tuple[int, ...], tuple[float, ...] | None, str]]:
+def _joined(
+    selection: Any, sample: int, place: list[int]
+) -> list[tuple[int, tuple[int, ...], tuple[float, ...] | None, str]]:
     """The rows of a drop inside the decoder that others joined."""
     into, members = selection.target_row[sample].tolist(), selection.source_tokens[sample].tolist()
     weights = None if selection.weights is None else selection.weights[sample].tolist()
     found = []
-    for row, (anchor, real) in enumerate(zip(selection.index[sample].tolist(), selection.valid[sample].tolist(), strict=True)):
+    for row, (anchor, real) in enumerate(
+        zip(selection.index[sample].tolist(), selection.valid[sample].tolist(), strict=True)
+    ):
         here = [number for number, target in enumerate(into) if target == row]
         if real and here:
             weigh = None if weights is None else tuple(weights[n] for n in here)
@@ -128,7 +147,9 @@ def _entered(positions: str, encoded: Any, number: int, tokens: int) -> Entered:
     members = selection.source_tokens[number].tolist()
     weights = None if selection.weights is None else selection.weights[number].tolist()
     entered = {}
-    for row, (source, real) in enumerate(zip(selection.index[number].tolist(), selection.valid[number].tolist(), strict=True)):
+    for row, (source, real) in enumerate(
+        zip(selection.index[number].tolist(), selection.valid[number].tolist(), strict=True)
+    ):
         if real:
             here = [place for place, target in enumerate(into) if target == row]
             joined: tuple[int, ...] = tuple(members[p] for p in here)
@@ -141,10 +162,13 @@ def _entered(positions: str, encoded: Any, number: int, tokens: int) -> Entered:
 
 def family_of(model: nn.Module) -> Family:
     """The family of a tiny model: those of a group share what the oracle needs."""
-    return next(family for family in reversed(FAMILIES.values()) if family.answers(model))  # those that share a class come last
+    # those that share a class come last
+    return next(family for family in reversed(FAMILIES.values()) if family.answers(model))
 
 
-def entry_rows(model: nn.Module, features: Tensor, rows: Entered, choice: Choice, later: bool = False) -> dict[int, Tensor]:
+def entry_rows(
+    model: nn.Module, features: Tensor, rows: Entered, choice: Choice, later: bool = False
+) -> dict[int, Tensor]:
     """The embedding of each slot that entered, or what is added to it ``later``."""
     family, merge = family_of(model), choice.merge
     pointwise = family.pointwise(model)
@@ -170,8 +194,8 @@ def walk(
     choice: Choice,
     watch: Sequence[int] = (),
 ) -> Walk:
-    """One unpadded row: prompt and generated ids [T] through the eager decoder; ``images`` are its pictures' tower features, ``deeper``
-    the rows of each picture that are added behind the first layers."""
+    """One unpadded row: prompt and generated ids [T] through the eager decoder; ``images`` are its pictures' tower
+    features, ``deeper`` the rows of each picture that are added behind the first layers."""
     family = family_of(model)
     hidden = model.get_input_embeddings()(ids)[None].clone()
     hidden_slots = set(range(choice.slots))
@@ -204,7 +228,9 @@ def walk(
             shown = torch.zeros(1, 1, total, total).masked_fill(~ranking, torch.finfo(torch.float32).min)
             numbered = (there.long().cumsum(0) - 1).clamp(min=0)[None] if choice.positions == "compact" else positions
             turned = family.rotary(model, hidden, numbered, index)
-            result.attention[index] = family.attended(model, index, hidden, position_embeddings=turned, attention_mask=shown)
+            result.attention[index] = family.attended(
+                model, index, hidden, position_embeddings=turned, attention_mask=shown
+            )
         hidden = family.run(model, index, hidden, seen, attention_mask=mask, position_embeddings=rotary)
         for places, rows, levels in zip(choice.places, choice.rows, deeper, strict=True):
             if index < len(levels):  # rows that the encoder adds behind the first layers
@@ -223,14 +249,15 @@ def walk_batch(
     watch: Sequence[int] = (),
     differentiate: bool = False,
 ) -> list[Walk]:
-    """Every sample of a batch through ``walk``, padding taken off; ``generated`` [len(choices), G] follow the prompts. With beams or
-    several samples per prompt there are more choices than prompts."""
+    """Every sample of a batch through ``walk``, padding taken off; ``generated`` [len(choices), G] follow the prompts.
+    With beams or several samples per prompt there are more choices than prompts."""
     with torch.set_grad_enabled(differentiate):
         return _walk_batch(model, inputs, choices, generated, watch)
 
 
 def walks_of(family: str, rows: tuple[Row, ...], choices: Sequence[Choice]) -> list[Walk]:
-    """``walk_batch`` over the rows of a shared model, once for runs in a row that decided the same (with a cache or not, padded left or right)."""
+    """``walk_batch`` over the rows of a shared model, once for runs in a row that decided the same (with a cache or
+    not, padded left or right)."""
     key = family, rows, same(choices)
     if key not in LAST:
         if len(LAST) == 2:
@@ -253,7 +280,9 @@ def same(decided: Any) -> Any:
     return tuple(map(same, decided)) if isinstance(decided, (list, tuple)) else decided
 
 
-def _walk_batch(model: nn.Module, inputs: Inputs, choices: Sequence[Choice], generated: Tensor | None, watch: Sequence[int]) -> list[Walk]:
+def _walk_batch(
+    model: nn.Module, inputs: Inputs, choices: Sequence[Choice], generated: Tensor | None, watch: Sequence[int]
+) -> list[Walk]:
     family = family_of(model)
     pictured = {"pixel_values", "pixel_values_videos", "pixel_values_images"} & set(inputs)
     features = family.features(model, inputs) if pictured else {}
@@ -271,10 +300,15 @@ def _walk_batch(model: nn.Module, inputs: Inputs, choices: Sequence[Choice], gen
             if key in inputs and (numbers := [number for name, number in choice.images if name == stream])
         }
         levels = [deeper[name][number] if name in deeper else () for name, number in choice.images]
-        walks.append(walk(model, ids, [features[name][number] for name, number in choice.images], levels, grids, choice, watch))
+        walks.append(
+            walk(model, ids, [features[name][number] for name, number in choice.images], levels, grids, choice, watch)
+        )
     return walks
 
 
 def step_logits(walks: Sequence[Walk], choices: Sequence[Choice], steps: int) -> list[Tensor]:
     """Per generated token the logits [B, V] that precede it."""
-    return [torch.stack([w.logits[c.slots - 1 + step] for w, c in zip(walks, choices, strict=True)]) for step in range(steps)]
+    return [
+        torch.stack([w.logits[c.slots - 1 + step] for w, c in zip(walks, choices, strict=True)])
+        for step in range(steps)
+    ]

@@ -1,4 +1,5 @@
-"""Every tensor op once more, as loops over Python lists, written from the description of the methods and not from the code."""
+"""Every tensor op once more, as loops over Python lists, written from the description of the methods and not from the
+code."""
 
 from __future__ import annotations
 
@@ -41,15 +42,22 @@ def column_attention(query: Sequence[Matrix], key: Sequence[Matrix], scaling: fl
 
 
 def query_attention(
-    query: Sequence[Matrix], key: Sequence[Matrix], scaling: float, allowed: Sequence[Sequence[bool]], weight: Sequence[float]
+    query: Sequence[Matrix],
+    key: Sequence[Matrix],
+    scaling: float,
+    allowed: Sequence[Sequence[bool]],
+    weight: Sequence[float],
 ) -> list[float]:
-    """[H][Q][d] on [Hkv][T][d]: mean over heads and weighted mean over queries of the softmax over the keys each query may see."""
+    """[H][Q][d] on [Hkv][T][d]: mean over heads and weighted mean over queries of the softmax over the keys each query
+    may see."""
     share = len(query) // len(key)
     total = [0.0] * len(key[0])
     for head, q in enumerate(query):
         for row, mask, w in zip(q, allowed, weight, strict=True):
             seen = [t for t, ok in enumerate(mask) if ok]
-            for t, attention in zip(seen, softmax([scaling * dot(row, key[head // share][t]) for t in seen]), strict=True):
+            for t, attention in zip(
+                seen, softmax([scaling * dot(row, key[head // share][t]) for t in seen]), strict=True
+            ):
                 total[t] += w * attention / (len(query) * sum(weight))
     return total
 
@@ -104,7 +112,8 @@ def weighed(features: Matrix, members: Sequence[int], weights: Sequence[float]) 
 
 
 def matched(metric: Matrix, protected: int) -> list[tuple[int, int]]:
-    """Who looks at whom: every even place that is not protected and the odd one most like it, the most alike pair first."""
+    """Who looks at whom: every even place that is not protected and the odd one most like it, the most alike pair
+    first."""
     odd = [i for i in range(1, len(metric), 2) if i >= protected]
     pairs = []
     for i in range(0, len(metric), 2):
@@ -117,7 +126,8 @@ def matched(metric: Matrix, protected: int) -> list[tuple[int, int]]:
 
 # ---- V2V of the papers, for one span
 
-Entry = tuple[list[int], dict[int, list[int]]]  # dominant tokens in raster order; anchor -> the tokens that join it, anchors in order
+# dominant tokens in raster order; anchor -> the tokens that join it, anchors in order
+Entry = tuple[list[int], dict[int, list[int]]]
 
 
 def join(pool: Sequence[int], anchors: Sequence[int], keys: Matrix) -> dict[int, list[int]]:
@@ -137,8 +147,11 @@ def anchor_ranks(pool: int, count: int, rule: str) -> list[int]:
     return [i * max(1, pool // count) for i in range(count) if i * max(1, pool // count) < pool]
 
 
-def duet_entry(importance: Sequence[float], keys: Matrix, dominant: int, contextual: int, width: int, rule: str) -> Entry:
-    """The ``dominant`` most important stay; of the next ``width * contextual`` by importance, anchors at even ranks take the others in."""
+def duet_entry(
+    importance: Sequence[float], keys: Matrix, dominant: int, contextual: int, width: int, rule: str
+) -> Entry:
+    """The ``dominant`` most important stay; of the next ``width * contextual`` by importance, anchors at even ranks
+    take the others in."""
     order = best(importance, [True] * len(importance), len(importance))
     pool = order[dominant : dominant + width * contextual]
     anchors = [pool[rank] for rank in anchor_ranks(len(pool), contextual, rule)] if contextual else []
@@ -146,7 +159,8 @@ def duet_entry(importance: Sequence[float], keys: Matrix, dominant: int, context
 
 
 def visionzip_entry(importance: Sequence[float], keys: Matrix, dominant: int, contextual: int, rule: str) -> Entry:
-    """The ``dominant`` most important stay; every other token joins the most similar of ``contextual`` anchors, even in raster order."""
+    """The ``dominant`` most important stay; every other token joins the most similar of ``contextual`` anchors, even in
+    raster order."""
     kept = sorted(best(importance, [True] * len(importance), dominant))
     others = [i for i in range(len(importance)) if i not in kept]
     anchors = [others[rank] for rank in anchor_ranks(len(others), contextual, rule)] if contextual else []
@@ -157,12 +171,14 @@ def visionzip_entry(importance: Sequence[float], keys: Matrix, dominant: int, co
 
 
 def coverage(chosen: Sequence[int], features: Matrix) -> float:
-    """How well the chosen tokens stand for all: the sum, over every token, of its likeness to the chosen one most like it (none: 0)."""
+    """How well the chosen tokens stand for all: the sum, over every token, of its likeness to the chosen one most like
+    it (none: 0)."""
     return sum(max([0.0, *(cosine(row, features[v]) for v in chosen)]) for row in features)
 
 
 def scope_entry(importance: Sequence[float], features: Matrix, count: int, alpha: float) -> list[int]:
-    """Tokens in the order in which they are chosen: each has the largest gain in coverage times importance ** alpha, on a tie the first."""
+    """Tokens in the order in which they are chosen: each has the largest gain in coverage times importance ** alpha, on
+    a tie the first."""
     chosen: list[int] = []
     while len(chosen) < count:
         before = coverage(chosen, features)
@@ -173,22 +189,25 @@ def scope_entry(importance: Sequence[float], features: Matrix, count: int, alpha
 
 
 def cover_in_steps(importance: Sequence[float], features: Matrix, count: int, picks: int) -> list[int]:
-    """As ``scope_entry`` with alpha 1, ``picks`` tokens per step: of the 4 * picks with the largest scores those whose score, times 1 - the
-    likeness to the most similar one with a larger score, is largest."""
+    """As ``scope_entry`` with alpha 1, ``picks`` tokens per step: of the 4 * picks with the largest scores those whose
+    score, times 1 - the likeness to the most similar one with a larger score, is largest."""
     chosen: list[int] = []
     while len(chosen) < count:
         before = coverage(chosen, features)
         rest = [v for v in range(len(features)) if v not in chosen]
         score = {v: (coverage([*chosen, v], features) - before) * importance[v] for v in rest}
         large = sorted(rest, key=lambda v: (-round(score[v], 9), v))[: 4 * picks]
-        fresh = [1 - max([0.0, *(cosine(features[v], features[u]) for u in large[:rank])]) for rank, v in enumerate(large)]
+        fresh = [
+            1 - max([0.0, *(cosine(features[v], features[u]) for u in large[:rank])]) for rank, v in enumerate(large)
+        ]
         order = sorted(range(len(large)), key=lambda rank: (-round(score[large[rank]] * fresh[rank], 9), rank))
         chosen += [large[rank] for rank in order[:picks]]
     return chosen[:count]
 
 
 def divprune_entry(features: Matrix, count: int) -> list[int]:
-    """Tokens in the order in which they are chosen: first the loneliest, then whoever is farthest from the nearest chosen one."""
+    """Tokens in the order in which they are chosen: first the loneliest, then whoever is farthest from the nearest
+    chosen one."""
     chosen: list[int] = []
     while len(chosen) < count:
         rest = [v for v in range(len(features)) if v not in chosen]
@@ -199,7 +218,8 @@ def divprune_entry(features: Matrix, count: int) -> list[int]:
 
 
 def vispruner_entry(importance: Sequence[float], features: Matrix, count: int, important: int) -> list[int]:
-    """The ``important`` most attended tokens, and of the others those that are left when similar ones leave, eight at a time."""
+    """The ``important`` most attended tokens, and of the others those that are left when similar ones leave, eight at a
+    time."""
     order = sorted(range(len(features)), key=lambda v: (-importance[v], v))
     chosen, rest, wanted = order[:important], order[important:], count - important
     while len(rest) > wanted > 0:
@@ -238,7 +258,8 @@ def prumerge_plus_entry(importance: Sequence[float], count: int, important: floa
 
 
 def tome_entry(keys: Matrix, count: int, order: str, pace: int) -> list[list[int]]:
-    """Groups of tokens, in rows; the first of each is where the row stands. One of ``pace`` that are left goes in every round."""
+    """Groups of tokens, in rows; the first of each is where the row stands. One of ``pace`` that are left goes in every
+    round."""
     groups = [[i] for i in range(len(keys))]
     while len(groups) > max(1, count):
         mean = [[sum(keys[i][c] for i in group) / len(group) for c in range(len(keys[0]))] for group in groups]
@@ -258,8 +279,8 @@ def tome_entry(keys: Matrix, count: int, order: str, pace: int) -> list[list[int
 def duet_plus_entry(
     importance: Sequence[float], rows: Matrix, count: int, alpha: float, pool: float, tau: float
 ) -> tuple[list[int], dict[int, list[int]]]:
-    """Chosen tokens in raster order, and for each the tokens that merge into it: of the floor(pool * count) most important others those
-    whose most similar chosen token is closer than ``tau``."""
+    """Chosen tokens in raster order, and for each the tokens that merge into it: of the floor(pool * count) most
+    important others those whose most similar chosen token is closer than ``tau``."""
     most = max(importance, default=1.0)
     weight = [(value / most) ** alpha for value in importance]
     size = range(len(rows))
@@ -268,7 +289,9 @@ def duet_plus_entry(
     while len(chosen) < count:  # what the chosen leave unexplained, by elimination
         best_left = max((i for i in size if i not in chosen), key=lambda i: (round(kernel[i][i], 9), -i))
         pivot = kernel[best_left]
-        kernel = [[value - row[best_left] * pivot[j] / pivot[best_left] for j, value in enumerate(row)] for row in kernel]
+        kernel = [
+            [value - row[best_left] * pivot[j] / pivot[best_left] for j, value in enumerate(row)] for row in kernel
+        ]
         chosen.append(best_left)
     chosen.sort()
     clusters: dict[int, list[int]] = {token: [] for token in chosen}
@@ -360,12 +383,17 @@ def left_over(row: Sequence[float], basis: Matrix, ridge: float) -> list[float]:
 
 
 def approximated(rows: Matrix, count: int, basis: int, ridge: float) -> tuple[list[int], dict[int, list[int]]]:
-    """Who stays, and who is averaged into whom: the basis and the largest errors stay, the rest joins what it resembles most of the latter."""
+    """Who stays, and who is averaged into whom: the basis and the largest errors stay, the rest joins what it resembles
+    most of the latter."""
     if count == len(rows):
         return list(range(count)), {}
     start = max(range(len(rows)), key=lambda i: (dot(rows[i], rows[i]), -i))
     spread = apart(rows, min(basis, count - 1), start)
-    error = {i: math.hypot(*left_over(rows[i], [rows[b] for b in spread], ridge)) for i in range(len(rows)) if i not in spread}
+    error = {
+        i: math.hypot(*left_over(rows[i], [rows[b] for b in spread], ridge))
+        for i in range(len(rows))
+        if i not in spread
+    }
     main = sorted(error, key=lambda i: (-error[i], i))[: count - len(spread)]
     joined: dict[int, list[int]] = {}
     for i in sorted(set(error) - set(main)):
@@ -391,7 +419,8 @@ def discounted(rows: Matrix, score: Sequence[float], count: int) -> list[int]:
 
 
 def sieved(rows: Matrix, text: Matrix, scores: Matrix, count: int, heads: int, energy: float) -> list[int]:
-    """Attention of the heads that look most, squared, times the squared share that text cannot say, discounted by likeness of what is left."""
+    """Attention of the heads that look most, squared, times the squared share that text cannot say, discounted by
+    likeness of what is left."""
     middle = [sum(column) / len(text) for column in zip(*text, strict=True)]
     words, seen = ([[x - m for x, m in zip(row, middle, strict=True)] for row in table] for table in (text, rows))
     values = sorted((max(0.0, x) for x in eigenvalues([[dot(a, b) for b in words] for a in words])), reverse=True)

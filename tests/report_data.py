@@ -1,4 +1,5 @@
-"""A made-up result file of `duet-vlm eval`, as large as one likes, for the tests of the report. The numbers mean nothing."""
+"""A made-up result file of `duet-vlm eval`, as large as one likes, for the tests of the report. The numbers mean
+nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ METHODS = {
 }
 
 
-def made_up(labels: int = 12, budgets: tuple[float, ...] = BUDGETS, timed: bool = True, seed: int = 0) -> dict[str, Any]:
+def made_up(
+    labels: int = 12, budgets: tuple[float, ...] = BUDGETS, timed: bool = True, seed: int = 0
+) -> dict[str, Any]:
     """``labels`` methods at every budget; some infeasible; the oracle is always among them."""
     rng = random.Random(seed)
     chosen = dict([*list(METHODS.items())[: labels - 1], ("oracle", METHODS["oracle"])])
@@ -37,7 +40,9 @@ def made_up(labels: int = 12, budgets: tuple[float, ...] = BUDGETS, timed: bool 
                 rows.append(_infeasible(label, method, budget, FULL * smallest))
                 continue
             accuracy = min(0.985, 0.98 * (1 - loss * max(0.0, math.log2(0.4 / budget))) + rng.uniform(-0.002, 0.002))
-            rows.append(_run(rng, label, method, budget, accuracy, FULL * budget + rng.uniform(-0.6, 0.2), timed, overhead))
+            rows.append(
+                _run(rng, label, method, budget, accuracy, FULL * budget + rng.uniform(-0.6, 0.2), timed, overhead)
+            )
     _compare(rng, rows)
     return {
         "format": 1,
@@ -50,9 +55,17 @@ def made_up(labels: int = 12, budgets: tuple[float, ...] = BUDGETS, timed: bool 
             "limit": 2000,
             "batch": 40,
             "against": "duet",
-            "cells": [{"method": method, "label": label, "budgets": list(budgets)} for label, (method, *_) in chosen.items()],
+            "cells": [
+                {"method": method, "label": label, "budgets": list(budgets)} for label, (method, *_) in chosen.items()
+            ],
         },
-        "environment": {"duet_vlm": "0.1.0", "torch": "2.13.0", "cpu": "made-up processor", "device": "cpu", "date": "2026-01-01"},
+        "environment": {
+            "duet_vlm": "0.1.0",
+            "torch": "2.13.0",
+            "cpu": "made-up processor",
+            "device": "cpu",
+            "date": "2026-01-01",
+        },
         "model": {"name": "tiny", "family": "llava", "parameters": 3700000, "weights": "0123456789abcdef"},
         "questions": {"count": COUNT, "per_seed": COUNT // 3, "kinds": {kind: COUNT // len(KINDS) for kind in KINDS}},
         "runs": rows,
@@ -70,12 +83,27 @@ def _infeasible(label: str, method: str, budget: float, floor: float) -> dict[st
 
 
 def _row(label: str, method: str, budget: float | None) -> dict[str, Any]:
-    settings = {} if method in ("none", "oracle") else {"text_query": "all", "schedule": [[6, 0.5], [9, 0.0]], "width": 4}
-    return {"id": "none" if method == "none" else _id(label, budget), "label": label, "method": method, "budget": budget, "settings": settings}
+    settings = (
+        {} if method in ("none", "oracle") else {"text_query": "all", "schedule": [[6, 0.5], [9, 0.0]], "width": 4}
+    )
+    return {
+        "id": "none" if method == "none" else _id(label, budget),
+        "label": label,
+        "method": method,
+        "budget": budget,
+        "settings": settings,
+    }
 
 
 def _run(
-    rng: random.Random, label: str, method: str, budget: float | None, accuracy: float, tokens: float, timed: bool, overhead: float
+    rng: random.Random,
+    label: str,
+    method: str,
+    budget: float | None,
+    accuracy: float,
+    tokens: float,
+    timed: bool,
+    overhead: float,
 ) -> dict[str, Any]:
     kept, width = accuracy / 0.98, 1.96 * math.sqrt(accuracy * (1 - accuracy) / COUNT)
     kinds = {}
@@ -87,8 +115,22 @@ def _run(
     entry = round(tokens * (1 if method in ("none", "visionzip") else 1.6))
     half = LAYERS // 2
     ms = 4.0 + 8.0 * tokens / FULL + overhead + rng.uniform(-0.05, 0.05)
-    solved = {"tokens": FULL, "entry": entry, "dominant": entry, "contextual": 0, "counts": [entry] * half + [entry // 2] * (LAYERS - half)}
-    prefill = {"ms": ms, "low": ms * 0.98, "high": ms * 1.03, "ratio": ms / 12.0, "ratio_interval": [ms / 12.2, ms / 11.8], "rounds": 20, "batch": 8}
+    solved = {
+        "tokens": FULL,
+        "entry": entry,
+        "dominant": entry,
+        "contextual": 0,
+        "counts": [entry] * half + [entry // 2] * (LAYERS - half),
+    }
+    prefill = {
+        "ms": ms,
+        "low": ms * 0.98,
+        "high": ms * 1.03,
+        "ratio": ms / 12.0,
+        "ratio_interval": [ms / 12.2, ms / 11.8],
+        "rounds": 20,
+        "batch": 8,
+    }
     return _row(label, method, budget) | {
         "status": "ok",
         "solved": solved,
@@ -105,7 +147,12 @@ def _run(
         "kv_bytes": 1e6 * (0.05 + 0.95 * tokens / FULL),
         "kv_share": 0.05 + 0.95 * tokens / FULL,
         "prefill": prefill if timed else None,
-        "recall": {"questions": 5000, "entry": min(1.0, kept), "entry_or_merged": min(1.0, kept), "middle": 0.97 * min(1.0, kept)},
+        "recall": {
+            "questions": 5000,
+            "entry": min(1.0, kept),
+            "entry_or_merged": min(1.0, kept),
+            "middle": 0.97 * min(1.0, kept),
+        },
         "against": None,
     }
 

@@ -1,4 +1,5 @@
-"""Pictures of a report for the docs: `python tests/report_pictures.py REPORT_FOLDER PICTURE_FOLDER`, or `make pictures`."""
+"""Pictures of a report for the docs: `python tests/report_pictures.py REPORT_FOLDER PICTURE_FOLDER`, or `make
+pictures`."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ from typing import Any
 
 from PIL import Image
 
-CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = os.environ.get("CHROMIUM") or next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 
 
 def take(browser: Any, report: Path, folder: Path) -> list[Path]:
@@ -19,7 +22,11 @@ def take(browser: Any, report: Path, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     address = (report / "report.html").absolute().as_uri()
     made, first = [], ""
-    for name, width, height, scheme in (("page", 1400, 900, "light"), ("details", 1000, 900, "dark"), ("narrow", 390, 760, "light")):
+    for name, width, height, scheme in (
+        ("page", 1400, 900, "light"),
+        ("details", 1000, 900, "dark"),
+        ("narrow", 390, 760, "light"),
+    ):
         page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
         page.goto(address)
         first = page.locator("section.result").first.get_attribute("id")

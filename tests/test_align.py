@@ -1,4 +1,5 @@
-"""align=True: the decoder's output lines up with the prompt again, so losses and metrics written for the stock model are right."""
+"""align=True: the decoder's output lines up with the prompt again, so losses and metrics written for the stock model
+are right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The page to play with, less Gradio: what the slider shows at each depth, answers side by side, controls as text, errors in words."""
+"""The page to play with, less Gradio: what the slider shows at each depth, answers side by side, controls as text,
+errors in words."""
 
 from __future__ import annotations
 
@@ -56,8 +57,8 @@ def shown(loaded: LoadedModel) -> Uploads:
 
 
 def story() -> SpanTrace:
-    """Of 8 tokens 7 leaves in the tower; at the entry 4 goes into 1, 5 into 2, and 6 is dropped; in front of layer 3 token 2 goes into 0 and 3
-    is dropped; in front of layer 5 token 1 is dropped."""
+    """Of 8 tokens 7 leaves in the tower; at the entry 4 goes into 1, 5 into 2, and 6 is dropped; in front of layer 3
+    token 2 goes into 0 and 3 is dropped; in front of layer 5 token 1 is dropped."""
     stages = (StageTrace(0, (0, 1, 2, 3), (6,)), StageTrace(3, (0, 1), (3,), {0: (2,)}), StageTrace(5, (0,), (1,)))
     return SpanTrace(Span(0, 0, 8, (2, 4)), {1: (4,), 2: (5,)}, stages, StageTrace(-1, (0, 1, 2, 3, 4, 5, 6), (7,)))
 
@@ -73,7 +74,9 @@ def story() -> SpanTrace:
         (99, {0}, {5: (0,), 2: (0,)}, {7: -1, 6: 0, 3: 3, 1: 5, 4: 5}),
     ],
 )
-def test_what_has_become_of_every_token(layer: int, alive: set[int], into: dict[int, tuple[int, ...]], dropped: dict[int, int]) -> None:
+def test_what_has_become_of_every_token(
+    layer: int, alive: set[int], into: dict[int, tuple[int, ...]], dropped: dict[int, int]
+) -> None:
     found = token_fates(story(), layer)
     assert (set(found.alive), found.into, found.dropped) == (alive, into, dropped)
 
@@ -86,7 +89,8 @@ def test_below_the_tower_there_is_nothing() -> None:
 def test_a_token_of_several_groups_leaves_with_the_last_of_them() -> None:
     stages = (StageTrace(0, (0, 1, 3), ()), StageTrace(2, (1, 3), (0,)), StageTrace(4, (3,), (1,)))
     shared = SpanTrace(Span(0, 0, 4, (2, 2)), {0: (2, 3), 1: (2,)}, stages)
-    assert token_fates(shared, 0).into == {2: (0, 1)} and 3 in token_fates(shared, 0).alive  # who is kept is alive, whatever else it was merged into
+    # who is kept is alive, whatever else it was merged into
+    assert token_fates(shared, 0).into == {2: (0, 1)} and 3 in token_fates(shared, 0).alive
     assert token_fates(shared, 2).into == {2: (1,)} and token_fates(shared, 4).dropped == {0: 2, 1: 4, 2: 4}
 
 
@@ -96,10 +100,14 @@ def test_the_story_of_a_patch() -> None:
     assert told[0][4] == "Row 2, column 1 is merged into row 1, column 2 (group 1)"
     assert told[3][5] == "Row 2, column 2 is merged into row 1, column 1 (group 3)"
     assert told[5][4] == "Row 2, column 1 was dropped in front of layer 5"
-    assert (told[5][6], told[5][7]) == ("Row 2, column 3 was dropped at the entry to the decoder", "Row 2, column 4 was dropped in the vision tower")
+    assert (told[5][6], told[5][7]) == (
+        "Row 2, column 3 was dropped at the entry to the decoder",
+        "Row 2, column 4 was dropped in the vision tower",
+    )
 
 
-TELLING = ("apet", "contrast+duet", "duet", "duet_plus", "pyramiddrop", "sparsevlm", "tokencarve", "tome", "vscan")  # the others are slow tests
+# the others are slow tests
+TELLING = ("apet", "contrast+duet", "duet", "duet_plus", "pyramiddrop", "sparsevlm", "tokencarve", "tome", "vscan")
 
 
 REST = [pytest.param(name, marks=pytest.mark.slow) for name in sorted(duet_vlm.list_methods().keys() - set(TELLING))]
@@ -129,14 +137,28 @@ def test_the_picture_at_each_depth() -> None:
     at = {layer: at_depth(grey, story(), layer, size=4 * CELL) for layer in (-1, 0, 4, 5)}
     assert at[-1].title == "in the vision tower: 7 of 8 alive" and at[-1].note == "1 dropped"
     assert [centre(at[-1].picture, t, 4) == GREY for t in range(8)] == [True] * 7 + [False]
-    assert at[0].title == "at the entry to the decoder: 4 of 8 alive" and at[0].note == "2 merged into 2 of them, 2 dropped, 1 of them here"
+    assert (
+        at[0].title == "at the entry to the decoder: 4 of 8 alive"
+        and at[0].note == "2 merged into 2 of them, 2 dropped, 1 of them here"
+    )
     assert centre(at[0].picture, 0, 4) == centre(at[0].picture, 3, 4) == GREY
     assert centre(at[0].picture, 6, 4) == centre(at[0].picture, 7, 4) == DARK
-    assert at[0].picture.getpixel((CELL, 0)) == group(0) and at[0].picture.getpixel((2 * CELL, 0)) == group(1)  # outlines of 1 and 2
+    # outlines of 1 and 2
+    assert at[0].picture.getpixel((CELL, 0)) == group(0) and at[0].picture.getpixel((2 * CELL, 0)) == group(1)
     first, second = (np.array(centre(at[0].picture, t, 4)) for t in (4, 5))
     assert np.abs(first - group(0)).sum() < np.abs(np.array(GREY) - group(0)).sum() and (first != second).any()
-    assert at[4].title == "at layer 4: 2 of 8 alive" and at[4].picture.getpixel((0, 0)) == group(2)  # 0 stands for 2 and 5 now
-    assert [centre(at[5].picture, t, 4) == DARK for t in range(8)] == [False, True, False, True, True, False, True, True]
+    # 0 stands for 2 and 5 now
+    assert at[4].title == "at layer 4: 2 of 8 alive" and at[4].picture.getpixel((0, 0)) == group(2)
+    assert [centre(at[5].picture, t, 4) == DARK for t in range(8)] == [
+        False,
+        True,
+        False,
+        True,
+        True,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_the_scores_are_those_of_the_last_decision() -> None:
@@ -151,7 +173,10 @@ def test_at_the_entry_it_is_the_picture_of_viz() -> None:
     """The same patches are clear, tinted and dark as in the panel that ``draw`` makes of the first stage."""
     picture = Image.effect_noise((80, 40), 40).convert("RGB")
     one = SpanTrace(story().span, story().merged, story().stages[:1])
-    sheet, entry = np.asarray(draw(picture, one, size=4 * CELL)), np.asarray(at_depth(picture, one, 0, size=4 * CELL).picture)
+    sheet, entry = (
+        np.asarray(draw(picture, one, size=4 * CELL)),
+        np.asarray(at_depth(picture, one, 0, size=4 * CELL).picture),
+    )
     found = np.lib.stride_tricks.sliding_window_view(sheet, entry.shape)[:, :, 0]
     assert any((window == entry).all() for row in found for window in row)
 
@@ -178,7 +203,14 @@ def clip_walk(apart: bool) -> DepthView:
     for step, frame in enumerate(frames):
         whole.paste(frame, (0, 16 * step))
     gone = tuple(token for token in range(24) if token % 4)
-    return DepthView((DepthStrip(whole, SpanTrace(Span(0, 0, 24, (12, 2)), {}, (StageTrace(0, tuple(range(0, 24, 4)), gone),)), [], 6),), 4)
+    return DepthView(
+        (
+            DepthStrip(
+                whole, SpanTrace(Span(0, 0, 24, (12, 2)), {}, (StageTrace(0, tuple(range(0, 24, 4)), gone),)), [], 6
+            ),
+        ),
+        4,
+    )
 
 
 @pytest.mark.parametrize("apart", [False, True])
@@ -190,10 +222,15 @@ def test_a_clip_is_laid_out_in_rows_of_four(apart: bool) -> None:
         left, top = step % 4 * STEP, step // 4 * STEP
         first, second = (np.array(picture.getpixel((left + STEP * part // 4, top + STEP // 4))) for part in (1, 3))
         clear = np.array((40 * step, 0, 0))
-        assert np.abs(first - clear).max() <= 3 and np.abs(second - (clear * (1 - DROPPED) + np.array(SHADE) * DROPPED)).max() <= 3
+        assert (
+            np.abs(first - clear).max() <= 3
+            and np.abs(second - (clear * (1 - DROPPED) + np.array(SHADE) * DROPPED)).max() <= 3
+        )
     assert "is alive" in way.story(1.1 / 4, 0.1, 0) and "was dropped" in way.story(1.9 / 4, 0.1, 0)
     assert "is alive" in way.story(1.1 / 4, 0.6, 0) and way.story(3.5 / 4, 0.9, 0) == ""  # nothing lies there
-    assert way.story(1.1 / 4, 0.6, 0) == ("Part 6: Row 1, column 1 is alive" if apart else "Step 6, row 1, column 1 is alive")
+    assert way.story(1.1 / 4, 0.6, 0) == (
+        "Part 6: Row 1, column 1 is alive" if apart else "Step 6, row 1, column 1 is alive"
+    )
 
 
 def test_one_click_one_patch(loaded: LoadedModel, shown: Uploads) -> None:
@@ -203,7 +240,9 @@ def test_one_click_one_patch(loaded: LoadedModel, shown: Uploads) -> None:
     kept = way.strips[0].trace.stages[0].kept
     for token in (0, 17, 255):
         said = way.story((token % 16 + 0.5) / 16, (token // 16 + 0.5) / 16, 0)
-        assert said.startswith(f"Row {token // 16 + 1}, column {token % 16 + 1} ") and ("is alive" in said) == (token in kept)
+        assert said.startswith(f"Row {token // 16 + 1}, column {token % 16 + 1} ") and ("is alive" in said) == (
+            token in kept
+        )
     assert way.story(1.0, 1.0, 0).startswith("Row 16, column 16 ") and way.story(1.2, 0.5, 0) == ""
     side.close()
 
@@ -241,7 +280,9 @@ def test_answers_are_those_of_stock_generate(loaded: LoadedModel, shown: Uploads
         side.close()
 
 
-def test_each_side_begins_when_the_one_before_it_has_and_goes_on_when_all_have(loaded: LoadedModel, shown: Uploads) -> None:
+def test_each_side_begins_when_the_one_before_it_has_and_goes_on_when_all_have(
+    loaded: LoadedModel, shown: Uploads
+) -> None:
     told = list(answers([AppSide(loaded, asked, shown, QUESTION) for asked in SIDES], 8))
     for moment in told:
         started = [said.first is not None for said in moment]
@@ -307,7 +348,10 @@ def test_two_at_once_get_the_answers_that_they_get_alone(loaded: LoadedModel) ->
 
 
 def test_salient_words_are_marked_for_those_who_ask_for_them(loaded: LoadedModel, shown: Uploads) -> None:
-    sides = [AppSide(loaded, asked, shown, QUESTION) for asked in (None, ChosenMethod("duet", 0.22, {"text_query": "salient"}), SIDES[1])]
+    sides = [
+        AppSide(loaded, asked, shown, QUESTION)
+        for asked in (None, ChosenMethod("duet", 0.22, {"text_query": "salient"}), SIDES[1])
+    ]
     assert ["salient_mask" in side.inputs for side in sides] == [False, True, False]
     assert [said.error for said in list(answers(sides, 2))[-1]] == ["", "", ""]
     assert sides[1].seen().scores[0][1]
@@ -332,10 +376,15 @@ def test_a_clip_from_its_file_to_the_slider(name: str, tmp_path: Path) -> None:
     assert way.at(0).patches.size == (4 * STEP, -(-frames // 4) * STEP)
     for step, row, column in ((0, 0, 0), (5, min(2, steps - 1), min(3, steps - 1)), (frames - 1, steps - 1, steps - 1)):
         token = step * each + 1 + row * steps + column
-        said = way.story((step % 4 + (column + 0.5) / steps) / 4, (step // 4 + (row + 0.5) / steps) / -(-frames // 4), 0)
-        assert said.startswith(f"Step {step + 1}, row {row + 1}, column {column + 1} ") and ("is alive" in said) == (token in trace.stages[0].kept)
+        said = way.story(
+            (step % 4 + (column + 0.5) / steps) / 4, (step // 4 + (row + 0.5) / steps) / -(-frames // 4), 0
+        )
+        assert said.startswith(f"Step {step + 1}, row {row + 1}, column {column + 1} ") and ("is alive" in said) == (
+            token in trace.stages[0].kept
+        )
     ranked = next(number for number, stage in enumerate(seen.scores[0]) if stage)
-    assert len(way.strips[0].scores[ranked] or ()) == len(seen.scores[0][ranked] or ()) > 0  # the scores stand with their tokens
+    # the scores stand with their tokens
+    assert len(way.strips[0].scores[ranked] or ()) == len(seen.scores[0][ranked] or ()) > 0
     assert way.at(trace.stages[ranked].layer).scores is not None
     side.close()
 
@@ -343,21 +392,30 @@ def test_a_clip_from_its_file_to_the_slider(name: str, tmp_path: Path) -> None:
 PARTS = "{% for part in messages[0]['content'] %}{{ part['text'] if part['type'] == 'text' else '@' }}{% endfor %}"
 
 
-@pytest.mark.parametrize("name", sorted(STOCK.keys() & FAMILIES.keys() - {"smolvlm"}))  # whose template wants torchvision
+# whose template wants torchvision
+@pytest.mark.parametrize("name", sorted(STOCK.keys() & FAMILIES.keys() - {"smolvlm"}))
 def test_every_family_answers_and_shows_its_depth(name: str) -> None:
     """With its stock processor: from a picture to what each layer read."""
     processors = processor(name)
     processors.chat_template = PARTS.replace("@", STOCK[name].mark or STOCK[name].image)
     model = shared(name)
     asked = Uploads((picture("photo", 90, 70),), ())
-    sides = [AppSide(LoadedModel(name, model, processors), each, asked, "what is this") for each in (None, ChosenMethod("duet", 0.5, {}))]
+    sides = [
+        AppSide(LoadedModel(name, model, processors), each, asked, "what is this")
+        for each in (None, ChosenMethod("duet", 0.5, {}))
+    ]
     said = list(answers(sides, 3))[-1]
     assert [one.error for one in said] == ["", ""] and [one.tokens for one in said] == [3, 3]
     seen, read = sides[1].seen(), sides[1].handle.report().measured  # type: ignore[union-attr]
-    assert [sum(len(token_fates(trace, layer).alive) for trace in seen.traces) for layer in range(seen.depth)] == list(read)
+    assert [sum(len(token_fates(trace, layer).alive) for trace in seen.traces) for layer in range(seen.depth)] == list(
+        read
+    )
     if all(trace.span.grid for trace in seen.traces):
         step = depth_view(asked, sides[1].inputs, processors, seen).at(seen.depth - 1)
-        assert step.title == f"at layer {seen.depth - 1}: {read[-1]:.0f} of {seen.tokens} alive" and step.patches.width > 100
+        assert (
+            step.title == f"at layer {seen.depth - 1}: {read[-1]:.0f} of {seen.tokens} alive"
+            and step.patches.width > 100
+        )
     assert duet_vlm.handle_of(model) is None
     sides[1].close()
 
@@ -368,7 +426,9 @@ def test_tokens_without_a_grid_are_an_error_in_words(shown: Uploads) -> None:
     with pytest.raises(ValueError, match="the 7 tokens of this image form no grid"):
         way.at(0)
     with pytest.raises(ValueError, match="what was shown makes 2 spans"):
-        depth_view(shown, {"pixel_values": torch.zeros(4, 8)}, None, RunRecord([bare, bare], [[], []], "", 1.0, 7, 4, 1.0))
+        depth_view(
+            shown, {"pixel_values": torch.zeros(4, 8)}, None, RunRecord([bare, bare], [[], []], "", 1.0, 7, 4, 1.0)
+        )
 
 
 # ---- controls
@@ -380,15 +440,26 @@ def test_tokens_without_a_grid_are_an_error_in_words(shown: Uploads) -> None:
         (ChosenMethod("duet", 0.22, {}), Controls("duet", "0.22")),
         (ChosenMethod("duet", 64, {}), Controls("duet", "64")),
         (ChosenMethod("scope", None, {"keep": 30}), Controls("scope", settings="keep=30")),
-        (ChosenMethod("contrast+duet", 0.11, {"contrast_keep": 0.5}), Controls("duet", "0.11", tower="contrast", tower_keep="0.5")),
-        (ChosenMethod("frames+duet", 0.11, {"frames_keep": 0.4}), Controls("frames+duet", "0.11", settings="frames_keep=0.4")),
-        (ChosenMethod("contrast", 0.3, {"proportional_attention": False}), Controls("contrast", "0.3", settings="proportional_attention=False")),
+        (
+            ChosenMethod("contrast+duet", 0.11, {"contrast_keep": 0.5}),
+            Controls("duet", "0.11", tower="contrast", tower_keep="0.5"),
+        ),
+        (
+            ChosenMethod("frames+duet", 0.11, {"frames_keep": 0.4}),
+            Controls("frames+duet", "0.11", settings="frames_keep=0.4"),
+        ),
+        (
+            ChosenMethod("contrast", 0.3, {"proportional_attention": False}),
+            Controls("contrast", "0.3", settings="proportional_attention=False"),
+        ),
         (
             ChosenMethod("duet", None, {"dominant": 40, "contextual": 8, "schedule": ((6, 0.5), (9, 0))}),
             Controls("duet", schedule="((6, 0.5), (9, 0))", settings="dominant=40\ncontextual=8"),
         ),
         (
-            ChosenMethod("contrast+duet", None, {"duet_schedule": ((6, 0.5),), "duet_dominant": 40, "text_query": "last"}),
+            ChosenMethod(
+                "contrast+duet", None, {"duet_schedule": ((6, 0.5),), "duet_dominant": 40, "text_query": "last"}
+            ),
             Controls("duet", schedule="((6, 0.5),)", tower="contrast", settings="duet_dominant=40\ntext_query=last"),
         ),
     ],
@@ -423,24 +494,39 @@ def test_controls_that_cannot_be_are_named(controls: Controls, words: str) -> No
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        (ChosenMethod("fastv", 0.01, {}), "fastv cannot reach 2.56 mean visual tokens per layer on a span of 256 tokens"),
+        (
+            ChosenMethod("fastv", 0.01, {}),
+            "fastv cannot reach 2.56 mean visual tokens per layer on a span of 256 tokens",
+        ),
         (ChosenMethod("duet", 0.2, {"dominnant": 3}), "duet has no setting 'dominnant' (did you mean 'dominant'?)"),
         (ChosenMethod("duet", 0.2, {"text_query": "first"}), "duet: "),
-        (ChosenMethod("duet", None, {"schedule": ((60, 0.5),), "dominant": 40, "contextual": 8}), "duet: schedule drops before layer 60"),
+        (
+            ChosenMethod("duet", None, {"schedule": ((60, 0.5),), "dominant": 40, "contextual": 8}),
+            "duet: schedule drops before layer 60",
+        ),
         (ChosenMethod("adsc", 0.2, {}), "adsc cannot reach"),
     ],
 )
-def test_what_the_model_cannot_run_is_said_with_the_method(asked: ChosenMethod, words: str, loaded: LoadedModel, shown: Uploads) -> None:
+def test_what_the_model_cannot_run_is_said_with_the_method(
+    asked: ChosenMethod, words: str, loaded: LoadedModel, shown: Uploads
+) -> None:
     with pytest.raises((ValueError, TypeError)) as error:
         AppSide(loaded, asked, shown, QUESTION)
     assert sentence(error.value).startswith(words) and "\n" not in sentence(error.value)
 
 
-@pytest.mark.parametrize("method", ["d2pruner", "fitprune", "vqtoken", "quecc", "resampler", "visionzip+d2pruner", "resampler+fastv"])
+@pytest.mark.parametrize(
+    "method", ["d2pruner", "fitprune", "vqtoken", "quecc", "resampler", "visionzip+d2pruner", "resampler+fastv"]
+)
 @pytest.mark.parametrize("there", [True, False])
 def test_visitors_name_no_files(method: str, there: bool, tmp_path: Path) -> None:
-    """Not even to be told whether a file is there; whoever starts the page may name one, which visitors may then leave where it is."""
-    names = [name for name in duet_vlm.get_method(method).__dataclass_fields__ if name.endswith(("prior", "table", "weights"))]
+    """Not even to be told whether a file is there; whoever starts the page may name one, which visitors may then leave
+    where it is."""
+    names = [
+        name
+        for name in duet_vlm.get_method(method).__dataclass_fields__
+        if name.endswith(("prior", "table", "weights"))
+    ]
     file = tmp_path / "some.json"
     if there:
         file.write_text("{}")
@@ -472,10 +558,17 @@ def test_every_setting_that_a_method_opens_is_known_to_be_a_file(tmp_path: Path,
             marked |= {(method, name)} if field.metadata.get("file") else set()
             if "str" in str(field.type):
                 setting = (method, name)
-                with contextlib.suppress(ValueError, TypeError), attach(same_weights(loaded.model), method, budget=64, **{name: path}):
+                with (
+                    contextlib.suppress(ValueError, TypeError),
+                    attach(same_weights(loaded.model), method, budget=64, **{name: path}),
+                ):
                     pass
     listening = False
-    assert opened_ and opened_ <= marked and {method for method, _ in marked} >= {"d2pruner", "fitprune", "quecc", "resampler", "vqtoken"}
+    assert (
+        opened_
+        and opened_ <= marked
+        and {method for method, _ in marked} >= {"d2pruner", "fitprune", "quecc", "resampler", "vqtoken"}
+    )
 
 
 def test_the_page_opens_with_what_the_command_line_says() -> None:
@@ -483,11 +576,18 @@ def test_the_page_opens_with_what_the_command_line_says() -> None:
     assert starting(None, None, {}, bare) == Controls("duet", "0.22")
     assert starting("fastv", None, {"keep": 30}, bare) == Controls("fastv", "", settings="keep=30")
     assert starting(None, 64, {}, bare) == Controls("duet", "64")
-    trained = type("Model", (), {"config": type("Config", (), {"duet_vlm": {"method": "scope", "budget": 0.11, "settings": {}}})()})()
+    trained = type(
+        "Model", (), {"config": type("Config", (), {"duet_vlm": {"method": "scope", "budget": 0.11, "settings": {}}})()}
+    )()
     assert starting(None, None, {}, trained) == Controls("scope", "0.11")
     assert starting(None, 0.5, {}, trained) == Controls("scope", "0.5")
     preset = duet_vlm.preset("duet-64")
-    assert duet_vlm.get_method(starting(preset, None, {}, bare).read().method)(**starting(preset, None, {}, bare).read().settings) == preset
+    assert (
+        duet_vlm.get_method(starting(preset, None, {}, bare).read().method)(
+            **starting(preset, None, {}, bare).read().settings
+        )
+        == preset
+    )
     assert "contrast" in tower_methods() and "duet" not in tower_methods()
 
 
@@ -531,7 +631,9 @@ def test_a_question_with_the_word_for_a_picture(loaded: LoadedModel, shown: Uplo
 
 
 def test_any_error_is_one_line() -> None:
-    assert sentence(RuntimeError("CUDA out of memory. Tried to\nallocate 3 GiB")).startswith("the model ran out of memory: take a smaller picture")
+    assert sentence(RuntimeError("CUDA out of memory. Tried to\nallocate 3 GiB")).startswith(
+        "the model ran out of memory: take a smaller picture"
+    )
     assert sentence(KeyError("a\nb")) == "unexpected KeyError: 'a\\nb'"
     assert sentence(ValueError()) == "ValueError"
 
@@ -547,19 +649,31 @@ def test_what_the_command_line_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert f"--host 127.0.0.1 --port {port}: cannot listen there (Address already in use); choose another with --port" in call("--port", port)
+        assert (
+            f"--host 127.0.0.1 --port {port}: cannot listen there (Address already in use); choose another with --port"
+            in call("--port", port)
+        )
     assert "did you mean 'tiny-video'" in call("--model", "tiny-vidoe", "--port", port)
     assert "unknown method 'fastw' (did you mean 'fastv'" in call("--method", "fastw", "--port", port)
-    assert "budget 1.5: a fraction of the visual tokens is above 0 and up to 1.0" in call("--budget", "1.5", "--port", port)
+    assert "budget 1.5: a fraction of the visual tokens is above 0 and up to 1.0" in call(
+        "--budget", "1.5", "--port", port
+    )
     assert "--budget 0.2,0.3: give one" in call("--budget", "0.2,0.3", "--port", port)
     monkeypatch.setattr("duet_vlm.cli.app.find_spec", lambda name: None)
     assert 'the page needs Gradio: pip install ".[app]"' in call("--port", port)
     monkeypatch.setattr("duet_vlm.cli.app.find_spec", lambda name: name)
-    assert "fastv cannot reach" in call("--method", "fastv", "--budget", "0.01", "--port", port)  # before the page opens
+    # before the page opens
+    assert "fastv cannot reach" in call("--method", "fastv", "--budget", "0.01", "--port", port)
 
 
 def test_gradio_is_loaded_for_the_page_alone() -> None:
-    files = sorted(path.stem for path in Path(space.__file__).parent.glob("*.py") if path.stem not in ("page", "__init__"))
+    files = sorted(
+        path.stem for path in Path(space.__file__).parent.glob("*.py") if path.stem not in ("page", "__init__")
+    )
     code = f"import sys, importlib as i, duet_vlm.cli.main; [i.import_module('duet_vlm.app.' + name) for name in {files}]; "
     code += "print('gradio' in sys.modules)"
-    assert len(files) > 5 and subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+    assert (
+        len(files) > 5
+        and subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        == "False"
+    )

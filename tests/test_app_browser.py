@@ -1,4 +1,5 @@
-"""The page of ``duet-vlm app`` in a real Chromium without a window: `make test-browser`. Skipped where Gradio, playwright or a browser is missing."""
+"""The page of ``duet-vlm app`` in a real Chromium without a window: `make test-browser`. Skipped where Gradio,
+playwright or a browser is missing."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ from duet_vlm.evaluation import tiny
 
 pytest.importorskip("gradio", reason="needs Gradio: make test-browser installs it")
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: make test-browser installs it")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium (or set CHROMIUM to its path)")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="needs Chromium: apt-get install chromium (or set CHROMIUM to its path)"
+)
 
 ITEMS = tiny.demo_images()
 QUESTION, ANSWER = ITEMS[0].questions[0]
@@ -58,7 +61,8 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with sync_api.sync_playwright() as play:
-        chromium = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # the sandbox wants what containers lack
+        # the sandbox wants what containers lack
+        chromium = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield chromium
         chromium.close()
 
@@ -101,19 +105,32 @@ def test_a_picture_and_a_question(page: Any) -> None:
     assert "duet (budget 0.22), batch of 1, 256 visual tokens per sample unreduced" in page.inner_text("#report-0")
     assert "duet at 22 %, at the entry to the decoder: 90 of 256 alive" in page.inner_text("#step-0")
     assert page.locator("#scores-0 img").is_visible()
-    assert not page.locator("#answer-2").is_visible() and not page.locator("#view-1").is_visible() and not page.locator("#problem").is_visible()
+    assert (
+        not page.locator("#answer-2").is_visible()
+        and not page.locator("#view-1").is_visible()
+        and not page.locator("#problem").is_visible()
+    )
 
 
 def test_the_slider_walks_through_the_depth(page: Any) -> None:
     show(page, DEMO / ITEMS[0].name, QUESTION)
     ask(page)
-    seen, there = [], {-1: "in the vision tower: 256 of 256", 0: "at the entry to the decoder: 90", 6: "at layer 6: 45", 11: "at layer 11: 0"}
+    seen, there = (
+        [],
+        {
+            -1: "in the vision tower: 256 of 256",
+            0: "at the entry to the decoder: 90",
+            6: "at layer 6: 45",
+            11: "at layer 11: 0",
+        },
+    )
     for layer, words in there.items():
         set_to(page, "depth", str(layer))
         page.locator("#step-0").get_by_text(words).wait_for()
         seen.append((page.get_attribute("#patches-0 img", "src"), page.locator("#scores-0 img").is_visible()))
     assert len({source for source, _ in seen}) == 4
-    assert [scored for _, scored in seen] == [False, True, True, False]  # nobody is ranked in the tower, and where all leave
+    # nobody is ranked in the tower, and where all leave
+    assert [scored for _, scored in seen] == [False, True, True, False]
     set_to(page, "depth", "0")
     page.locator("#step-0").get_by_text("at the entry").wait_for()
     picture = page.locator("#patches-0 img")
@@ -141,7 +158,9 @@ def test_two_methods_are_compared(page: Any) -> None:
     page.locator("#view-1 #patches-1 img").wait_for()
     assert texts(page, 3)[0] == ANSWER and all(texts(page, 3))
     assert "visionzip at 64 tokens, at the entry to the decoder: 64 of 256 alive" in page.inner_text("#step-1")
-    assert "visionzip (budget 64)" in page.inner_text("#report-1") and "duet (budget 0.22)" in page.inner_text("#report-0")
+    assert "visionzip (budget 64)" in page.inner_text("#report-1") and "duet (budget 0.22)" in page.inner_text(
+        "#report-0"
+    )
 
 
 def test_schedule_tower_and_other_settings(page: Any) -> None:
@@ -195,7 +214,18 @@ def test_stop_ends_the_answers(browser: Any, endless: str) -> None:
 
 def test_a_clip_and_a_question(browser: Any) -> None:
     pytest.importorskip("av", reason="needs PyAV")
-    with served(sys.executable, "-m", "duet_vlm.cli.main", "app", "--model", "tiny-video", "--method", "frames+duet", "--budget", "0.3") as found:
+    with served(
+        sys.executable,
+        "-m",
+        "duet_vlm.cli.main",
+        "app",
+        "--model",
+        "tiny-video",
+        "--method",
+        "frames+duet",
+        "--budget",
+        "0.3",
+    ) as found:
         page = opened(browser, found)
         assert all(texts(page, 2)) and "frames+duet at 30 %, at the entry to the decoder:" in page.inner_text("#step-0")
         take_example(page, 0)
@@ -217,7 +247,8 @@ def test_uploads_go_with_the_process(browser: Any, tmp_path: Path) -> None:
 
 
 def test_two_users_at_once(browser: Any, address: str) -> None:
-    """Each in a browser of their own: another picture, another question, another method; nobody sees what is the other's."""
+    """Each in a browser of their own: another picture, another question, another method; nobody sees what is the
+    other's."""
     pages = [opened(browser, address) for _ in range(2)]  # playwright makes a browser context for each
     methods = ("duet", "pyramiddrop")
     for page, item, method in zip(pages, ITEMS[:2], methods, strict=True):
@@ -443,7 +474,17 @@ def test_a_large_upload_is_refused_in_words_and_by_the_server(page: Any, address
         file.truncate(200_000_000)  # takes no room on the disk
     page.set_input_files("#file input[type=file]", tmp_path / "large.png")
     page.get_by_text('exceed the maximum allowed size of 100.0 Mb: "large.png"').wait_for()
-    command = ["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "-F", f"files=@{tmp_path / 'large.png'}", f"{address}gradio_api/upload"]
+    command = [
+        "curl",
+        "-s",
+        "-o",
+        "/dev/null",
+        "-w",
+        "%{http_code}",
+        "-F",
+        f"files=@{tmp_path / 'large.png'}",
+        f"{address}gradio_api/upload",
+    ]
     if shutil.which("curl"):
         assert subprocess.run(command, capture_output=True, text=True).stdout == "413"
 
@@ -475,9 +516,12 @@ def test_a_narrow_window_shows_all_of_it(browser: Any, address: str) -> None:
 
 
 def test_the_same_file_runs_as_a_space(browser: Any, tmp_path: Path) -> None:
-    """Copied to a folder of its own, and started as a Space starts it: without options, told by the environment where to listen."""
+    """Copied to a folder of its own, and started as a Space starts it: without options, told by the environment where
+    to listen."""
     shutil.copy(ROOT / "src/duet_vlm/app/space.py", tmp_path / "app.py")
-    with served(sys.executable, str(tmp_path / "app.py"), GRADIO_SERVER_NAME="127.0.0.1", DUET_VLM_MODEL="tiny") as found:
+    with served(
+        sys.executable, str(tmp_path / "app.py"), GRADIO_SERVER_NAME="127.0.0.1", DUET_VLM_MODEL="tiny"
+    ) as found:
         page = opened(browser, found)
         show(page, DEMO / ITEMS[0].name, QUESTION)
         ask(page)

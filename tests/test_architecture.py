@@ -1,4 +1,5 @@
-"""The architecture as the files draw it: packages from the ground up, names that a stranger can read, and imports without side effects."""
+"""The architecture as the files draw it: packages from the ground up, names that a stranger can read, and imports
+without side effects."""
 
 from __future__ import annotations
 
@@ -118,14 +119,20 @@ def test_imports_go_down(name: str) -> None:
     assert not [f"{name}:{line} imports {target}" for target, line in imports(name) if package_of(target) not in below]
 
 
-STAGES = ("encode", "prefill", "decode")  # of a prompt; what they hand on is in ``runtime/prompt.py`` and ``runtime/context.py``
+# of a prompt; what they hand on is in ``runtime/prompt.py`` and ``runtime/context.py``
+STAGES = ("encode", "prefill", "decode")
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stages_of_a_prompt_do_not_import_each_other(stage: str) -> None:
     here = [name for name in FILES if name.startswith(f"duet_vlm.runtime.{stage}.")]
     others = tuple(f"duet_vlm.runtime.{other}." for other in STAGES if other != stage)
-    assert here and not [f"{name}:{line} imports {target}" for name in here for target, line in imports(name) if target.startswith(others)]
+    assert here and not [
+        f"{name}:{line} imports {target}"
+        for name in here
+        for target, line in imports(name)
+        if target.startswith(others)
+    ]
 
 
 def test_no_circle_between_files() -> None:
@@ -151,8 +158,11 @@ def test_no_branches_on_concrete_methods_or_models(name: str) -> None:
 
 # ---- names and words
 
-NOUNS = {"Handle", "Span", "Selection", "Report", "Loader", "Reducer"}  # end like participles or pronouns, and are nouns
-BARE = re.compile(r"_?(?:[A-Z][a-z]*(?:ed|ing)|Made|Left|Seen|Shown|Said|Chosen|Kept|Known|Apart|Inside|Words|Walk|Wrong|Note|Notes)")
+# end like participles or pronouns, and are nouns
+NOUNS = {"Handle", "Span", "Selection", "Report", "Loader", "Reducer"}
+BARE = re.compile(
+    r"_?(?:[A-Z][a-z]*(?:ed|ing)|Made|Left|Seen|Shown|Said|Chosen|Kept|Known|Apart|Inside|Words|Walk|Wrong|Note|Notes)"
+)
 RIDDLE = re.compile(r"(What|Which|Who|Whose|Whether|How|Where|Why)\b")
 
 
@@ -171,7 +181,9 @@ def classes() -> list[tuple[str, str]]:
 def test_classes_have_nouns_for_names() -> None:
     """No class is a bare participle, adjective or pronoun: ``Encoded``, ``Left``, ``Choosing``."""
     assert not [f"{where}: {name}" for name, where in classes() if BARE.fullmatch(name) and name not in NOUNS]
-    assert all(BARE.fullmatch(name) for name in ("Encoded", "_Choosing", "Left", "Made")) and not BARE.fullmatch("SpanPlan")
+    assert all(BARE.fullmatch(name) for name in ("Encoded", "_Choosing", "Left", "Made")) and not BARE.fullmatch(
+        "SpanPlan"
+    )
 
 
 def test_no_two_classes_have_one_name() -> None:
@@ -203,7 +215,8 @@ def arguments(function: ast.FunctionDef) -> set[str]:
 
 
 def members(node: ast.ClassDef, known: dict[str, ast.ClassDef]) -> set[str]:
-    """Fields, methods, attributes set on ``self`` and arguments of ``__init__``, with those of base classes of the package."""
+    """Fields, methods, attributes set on ``self`` and arguments of ``__init__``, with those of base classes of the
+    package."""
     found: set[str] = set()
     for part in ast.walk(node):
         if isinstance(part, ast.FunctionDef):
@@ -217,10 +230,24 @@ def members(node: ast.ClassDef, known: dict[str, ast.ClassDef]) -> set[str]:
 
 
 def unknown_names(sources: list[str]) -> list[str]:
-    nodes = [node for text in sources for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
+    nodes = [
+        node
+        for text in sources
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef))
+    ]
     known = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
-    has = {node: members(node, known) if isinstance(node, ast.ClassDef) else arguments(node) for node in nodes if ast.get_docstring(node)}
-    return [f"{node.name}: {name}" for node in has for name in listed_names(ast.get_docstring(node) or "") if name not in has[node]]
+    has = {
+        node: members(node, known) if isinstance(node, ast.ClassDef) else arguments(node)
+        for node in nodes
+        if ast.get_docstring(node)
+    }
+    return [
+        f"{node.name}: {name}"
+        for node in has
+        for name in listed_names(ast.get_docstring(node) or "")
+        if name not in has[node]
+    ]
 
 
 def test_docstrings_list_names_that_exist() -> None:
@@ -278,7 +305,9 @@ def test_importing_loads_nothing_large() -> None:
     assert run(f"import sys, duet_vlm; dir(duet_vlm); print({loaded})") == "[]"
     tree = ast.parse((ROOT / "__init__.py").read_text())
     (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
-    said = {name.name: str(node.module) for node in block.body if isinstance(node, ast.ImportFrom) for name in node.names}
+    said = {
+        name.name: str(node.module) for node in block.body if isinstance(node, ast.ImportFrom) for name in node.names
+    }
     assert said == {name: f"duet_vlm.{home}" for name, home in duet_vlm._HOMES.items()}
     assert sorted(said) == duet_vlm.__all__ and set(duet_vlm.__all__) <= set(dir(duet_vlm))
     with pytest.raises(AttributeError, match="no attribute 'atach'"):
@@ -288,7 +317,8 @@ def test_importing_loads_nothing_large() -> None:
 
 
 def test_files_can_be_imported_in_any_order() -> None:
-    """Nothing can stand in the way where there is no circle (above); here from the first to the last and back, for what only loading shows."""
+    """Nothing can stand in the way where there is no circle (above); here from the first to the last and back, for what
+    only loading shows."""
     names = sorted(FILES)
     code = f"""
 import importlib, sys, torch, transformers
@@ -308,7 +338,8 @@ for order in ({names}, {names[::-1]}):
 
 
 def test_what_decides_needs_no_transformers() -> None:
-    """Methods, arithmetic and what a server needs of them load beside any transformers, or none: vLLM holds on to older ones."""
+    """Methods, arithmetic and what a server needs of them load beside any transformers, or none: vLLM holds on to older
+    ones."""
     pure = {"utils", "planning", "ops", "reducers", "methods", "serve"}
     files = {
         "inputs.text_queries", "models.adapter", "models.llava", "models.tower_signals", "runtime.encode.selection", "runtime.active_config",
@@ -316,13 +347,21 @@ def test_what_decides_needs_no_transformers() -> None:
     }  # fmt: skip
     names = sorted(name for name in FILES if package_of(name) in pure or name.removeprefix("duet_vlm.") in files)
     code = f"import importlib, sys; sys.modules['transformers'] = None; [importlib.import_module(name) for name in {names}]; import duet_vlm; "
-    assert len(names) > 40 and run(code + "print(duet_vlm.get_method('duet')(dominant=2).plan(9, 4, None).entry)") == "2"
+    assert (
+        len(names) > 40 and run(code + "print(duet_vlm.get_method('duet')(dominant=2).plan(9, 4, None).entry)") == "2"
+    )
 
 
 def test_torchvision_is_never_imported() -> None:
     for path in FILES.values():
         for node in ast.walk(ast.parse(path.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
             assert not any(name.split(".")[0] == "torchvision" for name in names), path
 
 

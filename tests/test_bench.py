@@ -1,4 +1,5 @@
-"""The verb that measures: sides in turns, stages that add up, complete result files, pictures, and a model that is left as it was."""
+"""The verb that measures: sides in turns, stages that add up, complete result files, pictures, and a model that is left
+as it was."""
 
 from __future__ import annotations
 
@@ -43,7 +44,9 @@ def found(request: pytest.FixtureRequest) -> dict[str, Any]:
     with torch.no_grad():
         before = model(**inputs).logits
     hooks = hooks_of(model)
-    plan = BenchPlan((*sides_of(["duet", "fastv", "random"], [0.5]), BenchSide("fastv", 1)), (1, 2), (9,), tokens=36, **FAST)
+    plan = BenchPlan(
+        (*sides_of(["duet", "fastv", "random"], [0.5]), BenchSide("fastv", 1)), (1, 2), (9,), tokens=36, **FAST
+    )
     out = result(request.param, model, plan, SHEET, lambda line: None)
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, before)
@@ -53,7 +56,9 @@ def found(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 def test_every_side_has_a_row_per_batch(found: dict[str, Any]) -> None:
     measured = [(row["side"], row["batch"]) for row in found["rows"] if "ms" in row]
-    assert sorted(measured) == sorted((side, batch) for side in ("full", "duet at 50%", "fastv at 50%", "random at 50%") for batch in (1, 2))
+    assert sorted(measured) == sorted(
+        (side, batch) for side in ("full", "duet at 50%", "fastv at 50%", "random at 50%") for batch in (1, 2)
+    )
     floors = [row for row in found["rows"] if row.get("status") == "infeasible"]
     assert len(floors) == 2 and all(row["floor"] == 36 / 8 for row in floors)
     assert {"torch", "transformers", "threads", "cpu", "dtype", "commit", "attention"} <= set(found["environment"])
@@ -68,18 +73,26 @@ def test_stages_add_up(found: dict[str, Any]) -> None:
         assert ms["vision"] > 0 and ms["projector"] > 0 and ms["decode step"] > 0
         assert ms["end to end"] > ms["decode step"]
         # two rounds: medians are means, and sums of means are means of sums
-        assert ms["vision"] + ms["v2v"] + ms["projector"] + ms["prefill"] == pytest.approx(ms["to first token"], rel=0.01)
+        assert ms["vision"] + ms["v2v"] + ms["projector"] + ms["prefill"] == pytest.approx(
+            ms["to first token"], rel=0.01
+        )
         layers = sum(group["ms"] for group in row["groups"]) + sum(row["before_layers_ms"])
         assert 0 < layers < ms["prefill"]
 
 
 def test_rows_say_what_was_planned(found: dict[str, Any]) -> None:
     rows = {row["side"]: row for row in found["rows"] if "ms" in row and row["batch"] == 1}
-    assert rows["full"]["speed_up"]["prefill"] == {"median": 1, "low": 1, "high": 1} and rows["full"]["flops_bound"] == 1
+    assert (
+        rows["full"]["speed_up"]["prefill"] == {"median": 1, "low": 1, "high": 1} and rows["full"]["flops_bound"] == 1
+    )
     assert [g["rows"] for g in rows["full"]["groups"]] == [46] and rows["full"]["t2v"] == []
     plan = duet_vlm.get_method("duet")().plan(36, 8, 0.5)
-    assert [n for g in rows["duet at 50%"]["groups"] for n in [g["rows"] - 10] * (g["layers"][1] - g["layers"][0] + 1)] == list(plan.counts)
-    assert [stage["layer"] for stage in rows["duet at 50%"]["t2v"]] == [i for i in range(1, 8) if plan.counts[i] != plan.counts[i - 1]]
+    assert [
+        n for g in rows["duet at 50%"]["groups"] for n in [g["rows"] - 10] * (g["layers"][1] - g["layers"][0] + 1)
+    ] == list(plan.counts)
+    assert [stage["layer"] for stage in rows["duet at 50%"]["t2v"]] == [
+        i for i in range(1, 8) if plan.counts[i] != plan.counts[i - 1]
+    ]
     for row in rows.values():
         assert row["peak_bytes"] > row["kv_bytes"] > 0 and row["tokens"] == 36
         predicted = row["predicted_ms"]
@@ -107,8 +120,10 @@ def test_pictures(found: dict[str, Any], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompts_for_every_family(family: str) -> None:
-    """The stock model takes them, reads the picture, and every row of a batch is what the same picture and words are alone."""
-    model, marks = build(family), 2 * family.startswith(("qwen3", "glm"))  # these find an image by a mark on either side
+    """The stock model takes them, reads the picture, and every row of a batch is what the same picture and words are
+    alone."""
+    # these find an image by a mark on either side
+    model, marks = build(family), 2 * family.startswith(("qwen3", "glm"))
     check_prompt(model, prompt_for(adapter_for(model), 2, 7), marks)
 
 
@@ -126,8 +141,9 @@ def check_prompt(model: Any, prompt: BenchPrompt, marks: int = 0) -> None:
     assert float((alone - other)[0, -1].abs().max()) > 1e-3
 
 
-# what the nearest size is: of squares; of an overview of 4 x 4 and crops of 4 x 4, cut to an image of whole crops (56 pixels), a newline per row
-# (llava_onevision pools what is larger than one crop to 4 x 4, or 2 x 5 and 5 x 2 if it is twice as long); of a family with one size only
+# what the nearest size is: of squares; of an overview of 4 x 4 and crops of 4 x 4, cut to an image of whole crops (56
+# pixels), a newline per row (llava_onevision pools what is larger than one crop to 4 x 4, or 2 x 5 and 5 x 2 if it is
+# twice as long); of a family with one size only
 SIZES = {
     "qwen2_5_vl": (30, 25, 80, 81), "mistral3": (30, 25, 80, 81), "pixtral": (30, 25, 80, 81),
     "llava_next": (40, 36, 80, 88), "llava_next_video": (40, 36, 80, 88), "llava_onevision": (28, 28, 35, 36),
@@ -153,7 +169,8 @@ def test_sizes_that_a_family_has_not(name: str, message: str) -> None:
         prompt_for(adapter_for(build(name)), 1, 5, tokens=2000)
 
 
-# visual tokens of three frames: 16 per frame for a square of 48; frames of 4 x 4 and a CLS row; pooled to 2 x 2; pooled, and a newline behind
+# visual tokens of three frames: 16 per frame for a square of 48; frames of 4 x 4 and a CLS row; pooled to 2 x 2;
+# pooled, and a newline behind
 CLIPS = {
     "qwen2_vl": (48, 48), "qwen3_vl": (48, 48), "qwen3_5": (48, 48), "glm4v": (48, 48),
     "video_llava": (None, 3 * 17), "llava_next_video": (None, 3 * 4), "llava_onevision": (None, 3 * 4 + 1),
@@ -177,7 +194,8 @@ def test_clips_that_a_family_has_not() -> None:
         prompt_for(adapter_for(build("video_llava")), 1, 5, tokens=48, frames=3)
 
 
-# the spans that a prompt really has, and the layers that rank: hybrid layers (LFLLFLLF) let several drops be ranked by one attention before them
+# the spans that a prompt really has, and the layers that rank: hybrid layers (LFLLFLLF) let several drops be ranked by
+# one attention before them
 @pytest.mark.parametrize(("name", "parts", "method", "settings", "scored"), [
     ("internvl", 5, "duet", {"budget": 4}, None),
     ("idefics3", 3, "duet", {"budget": 4}, None),
@@ -185,9 +203,12 @@ def test_clips_that_a_family_has_not() -> None:
     ("qwen3_5", 1, "duet", {"dominant": 8, "contextual": 2, "schedule": ((5, 0.5), (6, 0.2), (7, 0.1))}, (4, 7)),
     ("llava", 1, "pyramiddrop", {"budget": 0.6}, (2, 4, 6)),
     ("llava", 1, "fastv", {"budget": 0.5}, (1,)),
-    ("llava", 1, "visionzip", {"budget": 8, "signal_layer": -1}, ()),  # asks the tower's last layer, which is run for this alone
+    # asks the tower's last layer, which is run for this alone
+    ("llava", 1, "visionzip", {"budget": 8, "signal_layer": -1}, ()),
 ])  # fmt: skip
-def test_what_is_planned_is_what_runs(name: str, parts: int, method: str, settings: dict[str, Any], scored: tuple[int, ...] | None) -> None:
+def test_what_is_planned_is_what_runs(
+    name: str, parts: int, method: str, settings: dict[str, Any], scored: tuple[int, ...] | None
+) -> None:
     model, family = build(name), FAMILIES[name]
     pictures = [Picture(i, 4, 4) for i in range(parts)]
     each = family.tokens(pictures[0])
@@ -202,7 +223,10 @@ def test_what_is_planned_is_what_runs(name: str, parts: int, method: str, settin
             decoder=handle.adapter.decoder_dims(), vision=handle.adapter.vision_dims(), element_bytes=4, cache_bytes=None, decoded=0,
             projects_all=handle.projects_all, selection=handle.selection_cost([found.sample])[0],
         ).predicted  # fmt: skip
-    assert (predicted.vision_flops, predicted.decoder_flops) == (real.observed.vision_flops, real.observed.decoder_flops)
+    assert (predicted.vision_flops, predicted.decoder_flops) == (
+        real.observed.vision_flops,
+        real.observed.decoder_flops,
+    )
     assert found.sample.spans == (each,) * parts and found.sample.measured[0] == real.measured
     assert (found.scored, found.reused) == (run.scored_layers, run.reused_layers)
     assert scored is None or found.scored == scored
@@ -215,7 +239,8 @@ def test_crops_are_one_span_where_the_family_joins_them() -> None:
 
 
 def test_ranking_needs_a_layer_with_attention_in_front() -> None:
-    with duet_vlm.attach(build("qwen3_5"), "fastv", budget=0.2) as handle:  # one layer of full width is all that this pays for: a linear one
+    # one layer of full width is all that this pays for: a linear one
+    with duet_vlm.attach(build("qwen3_5"), "fastv", budget=0.2) as handle:
         with pytest.raises(ValueError, match="no attention to rank tokens by"):
             plan_prompt(handle, ((64,),), 5)
 
@@ -242,21 +267,52 @@ def call(*arguments: Any, code: int = 0) -> Any:
 
 def test_the_verb(tmp_path: Path) -> None:
     FAMILIES["llava"].make().config.save_pretrained(tmp_path)
-    words = ["--config-only", tmp_path, "--method", "duet", "-b", "0.5", "--rounds", 1, "--new", 2, "--no-predict", "--batch", "1,2"]
+    words = [
+        "--config-only",
+        tmp_path,
+        "--method",
+        "duet",
+        "-b",
+        "0.5",
+        "--rounds",
+        1,
+        "--new",
+        2,
+        "--no-predict",
+        "--batch",
+        "1,2",
+    ]
     shown = call(*words, "--out", tmp_path / "r" / "out.json", "--plots", tmp_path / "pictures").stdout
     assert "duet at 50%" in shown and "batch 2" in shown
     written = json.loads((tmp_path / "r" / "out.json").read_text())
     assert len(written["rows"]) == 4 and math.isfinite(written["rows"][1]["speed_up"]["prefill"]["median"])
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 3
     printed = json.loads(call(*words[:-1], 1, "--batch", 2, "--prompt-tokens", 32, "--json").stdout)
-    assert [(row["batch"], row["text"]) for row in printed["rows"]] == [(row["batch"], row["text"]) for row in written["rows"]]
-    assert [row["side"] for row in printed["rows"]] == [row["side"] for row in written["rows"]] and printed["sheet"] is None
+    assert [(row["batch"], row["text"]) for row in printed["rows"]] == [
+        (row["batch"], row["text"]) for row in written["rows"]
+    ]
+    assert [row["side"] for row in printed["rows"]] == [row["side"] for row in written["rows"]] and printed[
+        "sheet"
+    ] is None
 
 
 def test_printed_speed_ups_are_those_of_printed_times(tmp_path: Path) -> None:
-    """By what stands on the screen alone; of a few rounds the median of ratios is another number than the ratio of medians."""
+    """By what stands on the screen alone; of a few rounds the median of ratios is another number than the ratio of
+    medians."""
     FAMILIES["llava"].make().config.save_pretrained(tmp_path)
-    words = ["--config-only", tmp_path, "--method", "duet,visionzip,fastv", "-b", "0.5,0.2", "--rounds", 4, "--new", 2, "--no-predict"]
+    words = [
+        "--config-only",
+        tmp_path,
+        "--method",
+        "duet,visionzip,fastv",
+        "-b",
+        "0.5,0.2",
+        "--rounds",
+        4,
+        "--new",
+        2,
+        "--no-predict",
+    ]
     done = call(*words)
     wanted = r"(speed-up +by FLOPs)|(^(full|\w+ at) )"
     head, *rows = [line for line in done.stdout.splitlines() if re.search(wanted, line) and "infeasible" not in line]
@@ -270,7 +326,9 @@ def test_printed_speed_ups_are_those_of_printed_times(tmp_path: Path) -> None:
 
 def test_floors_are_written_for_people(tmp_path: Path) -> None:
     FAMILIES["llava"].make().config.save_pretrained(tmp_path)
-    said = call("--config-only", tmp_path, "--method", "fastv", "-b", "1", "--rounds", 1, "--new", 2, "--no-predict").stdout
+    said = call(
+        "--config-only", tmp_path, "--method", "fastv", "-b", "1", "--rounds", 1, "--new", 2, "--no-predict"
+    ).stdout
     (line,) = [line for line in said.splitlines() if line.startswith("fastv at 1:")]
     assert re.fullmatch(r"fastv at 1: infeasible \(floor \d+\.\d\)", line)
 
@@ -288,14 +346,28 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
 def test_the_scripts_for_a_gpu_run_at_a_tiny_shape(names: list[str], tmp_path: Path) -> None:
     """End to end on the CPU: every case, complete rows, the largest batch, anchors that are marked as others' figures."""
     script = Path(__file__).parents[1] / "benchmarks" / "gpu" / "run.py"
-    words = [sys.executable, str(script), *names, "--device", "cpu", "--shape", "tiny", "--out", str(tmp_path / "gpu.json")]
-    done = subprocess.run(words, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, timeout=300, capture_output=True, text=True)
+    words = [
+        sys.executable,
+        str(script),
+        *names,
+        "--device",
+        "cpu",
+        "--shape",
+        "tiny",
+        "--out",
+        str(tmp_path / "gpu.json"),
+    ]
+    done = subprocess.run(
+        words, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, timeout=300, capture_output=True, text=True
+    )
     assert "not a comparison" in done.stdout and "SIEVE" in done.stdout
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert found["shape"] == "tiny" and len(found["cases"]) == (2 if names else 12)
     for case in found["cases"]:
         assert case["attention"] == "sdpa" == case["environment"]["attention"]
-        assert {"full", "duet at 33%", "duet at 22%", "duet at 11%"} <= {row["side"] for row in case["rows"] if "ms" in row}
+        assert {"full", "duet at 33%", "duet at 22%", "duet at 11%"} <= {
+            row["side"] for row in case["rows"] if "ms" in row
+        }
         assert all(("end to end" in row["ms"]) == ("largest_batch" in case) for row in case["rows"] if "ms" in row)
     assert set(found["cases"][0]["largest_batch"]) == {"full", "duet at 33%", "duet at 22%", "duet at 11%"}
     assert set(found["cases"][0]["largest_batch"].values()) == {2}
@@ -312,7 +384,9 @@ GB = 10**9  # of total memory as CUDA tells it, which is a little more or less t
     ("NVIDIA A100 80GB PCIe", 85.0, None), ("NVIDIA H100 PCIe", 85.0, None), ("NVIDIA H100 NVL", 100.0, None), ("NVIDIA H200 NVL", 150.1, None),
     ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 10.5, None),
 ])  # fmt: skip
-def test_sheets_are_found_by_the_name_and_memory_of_the_device(name: str, memory: float, sheet: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sheets_are_found_by_the_name_and_memory_of_the_device(
+    name: str, memory: float, sheet: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from duet_vlm.evaluation.speed import paired
 
     said: list[str] = []
@@ -326,5 +400,11 @@ def test_dtypes_that_a_sheet_does_not_know_are_measured_all_the_same() -> None:
     said: list[str] = []
     plan = BenchPlan(sides_of([], []), texts=(5,), memory=False, generate_rounds=0, **FAST)
     found = result("llava", build("llava", dtype=torch.bfloat16), plan, SHEET, said.append)
-    assert found["rows"][0]["ms"]["prefill"]["median"] > 0 and "predicted_ms" not in found["rows"][0] and found["sheet"] is None
-    assert [line for line in said if "nothing is predicted: the sheet of made up has fp32, the model runs in bf16" in line] == said[:1]
+    assert (
+        found["rows"][0]["ms"]["prefill"]["median"] > 0
+        and "predicted_ms" not in found["rows"][0]
+        and found["sheet"] is None
+    )
+    assert [
+        line for line in said if "nothing is predicted: the sheet of made up has fp32, the model runs in bf16" in line
+    ] == said[:1]

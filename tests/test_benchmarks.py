@@ -1,4 +1,5 @@
-"""The speed benchmarks run end to end at tiny shapes and write complete result files; what they measure is not asserted here."""
+"""The speed benchmarks run end to end at tiny shapes and write complete result files; what they measure is not asserted
+here."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ def test_quick_results_are_complete(results: Path, name: str) -> None:
     if name == "t2v":  # held against what its arithmetic took in the same prefills
         assert len(measured) == 4
         for row in measured:
-            assert row["target"] == pytest.approx(row["arithmetic"]["median"] + 0.02) and row["met"] == (row["median"] <= row["target"])
+            assert row["target"] == pytest.approx(row["arithmetic"]["median"] + 0.02) and row["met"] == (
+                row["median"] <= row["target"]
+            )
     if name == "prefill":
         assert all(row["predicted"] > 1 for row in measured)
     if name == "train_step":

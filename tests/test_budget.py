@@ -1,4 +1,5 @@
-"""The solver: published settings, exactness, floors, small images. Pure integers: no model is built here but for fixed towers."""
+"""The solver: published settings, exactness, floors, small images. Pure integers: no model is built here but for fixed
+towers."""
 
 from __future__ import annotations
 
@@ -27,7 +28,10 @@ from duet_vlm.planning.budget import check_budget, check_schedule, count_of, lar
 from duet_vlm.planning.spans import plan_span
 from duet_vlm.reducers.plans import plan_or_clamp
 
-SOLVERS = {method.name: method for method in (DivPrune, Duet, DuetPlus, FastV, PyramidDrop, Scope, VisionZip, RandomTokens, UniformTokens)}
+SOLVERS = {
+    method.name: method
+    for method in (DivPrune, Duet, DuetPlus, FastV, PyramidDrop, Scope, VisionZip, RandomTokens, UniformTokens)
+}
 many = settings(max_examples=200, deadline=None, derandomize=True)
 
 
@@ -49,9 +53,13 @@ def test_visionzip_solves_to_the_published_settings(budget: int, dominant: int, 
     assert (plan.dominant, plan.contextual, plan.counts) == (dominant, contextual, (budget,) * 32)
 
 
-@pytest.mark.parametrize(("budget", "layers"), [(64, [2, 8, 16]), (192, [2, 8, 16]), (230, [2, 8, 16, 24]), (270, [8, 16, 24]), (450, [8, 16, 24])])
+@pytest.mark.parametrize(
+    ("budget", "layers"),
+    [(64, [2, 8, 16]), (192, [2, 8, 16]), (230, [2, 8, 16, 24]), (270, [8, 16, 24]), (450, [8, 16, 24])],
+)
 def test_pyramiddrop_stages(budget: int, layers: list[int]) -> None:
-    """Up to a share of 0.56 (192 tokens) the early stages, from the paper's 0.5 (270) on the paper's stages, in between both."""
+    """Up to a share of 0.56 (192 tokens) the early stages, from the paper's 0.5 (270) on the paper's stages, in between
+    both."""
     counts = PyramidDrop().plan(576, 32, budget).counts
     assert [layer for layer in range(1, 32) if counts[layer] != counts[layer - 1]] == layers
     if len(layers) == 3:
@@ -60,7 +68,8 @@ def test_pyramiddrop_stages(budget: int, layers: list[int]) -> None:
 
 
 def pyramid_path(depth: int) -> list[list[float]]:
-    """Shares per layer along PyramidDrop's rule, from its floor to everything, written out layer by layer in small steps."""
+    """Shares per layer along PyramidDrop's rule, from its floor to everything, written out layer by layer in small
+    steps."""
 
     def pyramid(layers: tuple[int, int, int], share: float) -> list[float]:
         at = [max(1, layer * depth // 32) for layer in layers]
@@ -77,8 +86,8 @@ def pyramid_path(depth: int) -> list[list[float]]:
 @pytest.mark.parametrize("depth", [4, 8, 12, 27, 28, 32, 48])
 @pytest.mark.parametrize("tokens", [64, 576])
 def test_pyramiddrop_never_jumps(tokens: int, depth: int) -> None:
-    """A budget is met to within one token, so a step of the budget by b moves along the path by b + 1 tokens of the mean at most, and a layer's
-    count by that times the path's steepest slope there, and one more for rounding down."""
+    """A budget is met to within one token, so a step of the budget by b moves along the path by b + 1 tokens of the
+    mean at most, and a layer's count by that times the path's steepest slope there, and one more for rounding down."""
     path = pyramid_path(depth)
     means = [sum(shares) / depth for shares in path]
     assert means == sorted(means)
@@ -91,7 +100,9 @@ def test_pyramiddrop_never_jumps(tokens: int, depth: int) -> None:
         plan = PyramidDrop().plan(tokens, depth, budget)
         assert budget - 1 < plan.mean <= budget
         here = min(range(len(means)), key=lambda i: abs(means[i] * tokens - plan.mean))
-        assert max(abs(tokens * share - count) for share, count in zip(path[here], plan.counts, strict=True)) < 1 + 2 * max(slopes)
+        assert max(
+            abs(tokens * share - count) for share, count in zip(path[here], plan.counts, strict=True)
+        ) < 1 + 2 * max(slopes)
         if before is not None:
             assert max(abs(a - b) for a, b in zip(before.counts, plan.counts, strict=True)) <= 2 * max(slopes) + 1
             assert plan.mean >= before.mean
@@ -191,7 +202,8 @@ def test_floors_of_small_spans_are_exact(name: str, depth: int) -> None:
 @pytest.mark.parametrize("depth", [3, 32])
 @pytest.mark.parametrize("name", ALL)
 def test_small_spans_are_floored_to_the_floor(name: str, depth: int) -> None:
-    """A fraction that a larger image could meet ends no batch for its smallest image; one that none could meet is an error."""
+    """A fraction that a larger image could meet ends no batch for its smallest image; one that none could meet is an
+    error."""
     method, large = ALL[name], 60_000
     for tokens in (1, 2, 5, 9, 36, 63, 64, 200):
         for budget in (0.004, 0.02, 0.11, 0.33):
@@ -208,9 +220,12 @@ def test_small_spans_are_floored_to_the_floor(name: str, depth: int) -> None:
                 assert caught.value.floor == floor
 
 
-@pytest.mark.parametrize(("method", "size"), [(Scope, 1), (VisionZip, 1), (UniformTokens, 1), (Duet, 16 / 32), (DuetPlus, 8 / 32)])
+@pytest.mark.parametrize(
+    ("method", "size"), [(Scope, 1), (VisionZip, 1), (UniformTokens, 1), (Duet, 16 / 32), (DuetPlus, 8 / 32)]
+)
 def test_what_a_floored_span_keeps(method: Any, size: float) -> None:
-    """One token: in every layer, or until the first drop of DUET's and of the deep schedule (half and a quarter of the depth)."""
+    """One token: in every layer, or until the first drop of DUET's and of the deep schedule (half and a quarter of the
+    depth)."""
     for tokens in (1, 4, 9):
         assert plan_or_clamp(method(), tokens, 32, 0.01).counts == (1,) * int(32 * size) + (0,) * int(32 - 32 * size)
 
@@ -225,7 +240,10 @@ def test_what_is_never_floored() -> None:
     ):
         with pytest.raises(BudgetError):
             plan_or_clamp(method, tokens, 32, budget)
-    assert plan_or_clamp(Scope(small_image_tokens=9), 8, 32, 0.1).floored and plan_or_clamp(Scope(small_image_tokens=500), 499, 32, 0.001).floored
+    assert (
+        plan_or_clamp(Scope(small_image_tokens=9), 8, 32, 0.1).floored
+        and plan_or_clamp(Scope(small_image_tokens=500), 499, 32, 0.001).floored
+    )
     assert plan_or_clamp(compose(Scope(small_image_tokens=9), Duet(small_image_tokens=9)), 8, 32, 0.01).floored
     assert plan_or_clamp(FastV(), 100, 32, None) == FastV().plan(100, 32, None)
     with pytest.raises(BudgetError, match="duet needs a budget"):
@@ -257,7 +275,9 @@ def test_the_tiny_model(method: str, budget: float) -> None:
 def test_methods_without_v2v_have_a_floor(method: str) -> None:
     full = {"fastv": 1, "pyramiddrop": 2}[method]
     for budget in (10, 10 / 576):
-        with pytest.raises(BudgetError, match=rf"{method} cannot reach 10 .*floor is {576 * full / 32:.4g} tokens") as caught:
+        with pytest.raises(
+            BudgetError, match=rf"{method} cannot reach 10 .*floor is {576 * full / 32:.4g} tokens"
+        ) as caught:
             SOLVERS[method]().plan(576, 32, budget)
         assert caught.value.floor == 576 * full / 32
     assert SOLVERS[method]().plan(576, 32, 576 * full // 32).mean == 576 * full / 32
@@ -336,7 +356,12 @@ def test_budgets_are_counts_or_fractions() -> None:
 
     for good in (1, 576, 10**6, 0.5, 1.0, 1e-6, numpy.int64(4), numpy.float32(0.5), None):
         check_budget(good)
-    assert target_mean(64, 576) == 64 and target_mean(0.25, 576) == 144 and target_mean(1, 576) == 1 and target_mean(1.0, 576) == 576
+    assert (
+        target_mean(64, 576) == 64
+        and target_mean(0.25, 576) == 144
+        and target_mean(1, 576) == 1
+        and target_mean(1.0, 576) == 576
+    )
     for bad in (True, "64", [64], 1 + 1j):
         with pytest.raises(TypeError, match="budget must be an int"):
             check_budget(bad)  # type: ignore[arg-type]
@@ -351,9 +376,12 @@ def test_schedules_are_normalised() -> None:
     assert hash(Duet(schedule=[[3, 0.5]])) == hash(Duet(schedule=((3, 0.5),)))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", sorted(name for name, cls in duet_vlm.list_methods().items() if issubclass(cls, duet_vlm.EncoderReducer)))
+@pytest.mark.parametrize(
+    "name", sorted(name for name, cls in duet_vlm.list_methods().items() if issubclass(cls, duet_vlm.EncoderReducer))
+)
 def test_what_enters_is_the_budget_where_nothing_drops_later(name: str) -> None:
-    """Every count there is, and of fractions the largest count that is not above them; what the plan divides, it divides as for itself."""
+    """Every count there is, and of fractions the largest count that is not above them; what the plan divides, it
+    divides as for itself."""
     reducer = duet_vlm.get_method(name)()
     for tokens in (1, 2, 7, 64, 65):
         for budget in range(1, tokens + 3):

@@ -1,4 +1,5 @@
-"""What is done to the cache of a reduced prompt: masked slots in a later turn, reset, reorder, select, repeat, crop, copies."""
+"""What is done to the cache of a reduced prompt: masked slots in a later turn, reset, reorder, select, repeat, crop,
+copies."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def ragged(lists: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
 
 @matrix("duet", "fastv", "visionzip", side=("left", "right"), padding=("left", "right"))
 def test_a_later_turn_of_ragged_length(case: Case, side: str, padding: str) -> None:
-    """First answers and second questions of different lengths, hidden slots between them: every row is that of its conversation alone."""
+    """First answers and second questions of different lengths, hidden slots between them: every row is that of its
+    conversation alone."""
     made, model = FAMILIES[case.family], case.model()
     if not hides_nothing(model):
         return
@@ -52,11 +54,20 @@ def test_a_later_turn_of_ragged_length(case: Case, side: str, padding: str) -> N
     with case.attach() as handle:
         cache = forward(model, inputs, use_cache=True).past_key_values
         choices = choices_of(handle)
-        forward(model, {"input_ids": first, "attention_mask": masks[:, : width + first.shape[1]]}, past_key_values=cache, use_cache=True)
-        logits = forward(model, {"input_ids": second, "attention_mask": masks}, past_key_values=cache, use_cache=True).logits
+        forward(
+            model,
+            {"input_ids": first, "attention_mask": masks[:, : width + first.shape[1]]},
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits = forward(
+            model, {"input_ids": second, "attention_mask": masks}, past_key_values=cache, use_cache=True
+        ).logits
     for sample, (row, choice) in enumerate(zip(rows, choices, strict=True)):
         alone = torch.tensor([said[sample] + asked[sample]])
-        choice.images = [(name, sum(other == name for other, _ in choice.images[:i])) for i, (name, _) in enumerate(choice.images)]
+        choice.images = [
+            (name, sum(other == name for other, _ in choice.images[:i])) for i, (name, _) in enumerate(choice.images)
+        ]
         walk = walk_batch(shared(case.family, "eager"), made.inputs([row]), [choice], alone)[0]
         new = second_mask[sample].bool()
         torch.testing.assert_close(logits[sample][new], walk.logits[-len(asked[sample]) :], **CLOSE)
@@ -81,7 +92,9 @@ def test_generation_goes_on_behind_hidden_slots(case: Case) -> None:
             cache = forward(model, made.inputs([row]), use_cache=True).past_key_values
             forward(model, {"input_ids": torch.tensor([said[sample]])}, past_key_values=cache, use_cache=True)
             mask = torch.ones(1, len(made.expand(row)) + len(said[sample]) + 2).long()
-            alone = generate(model, {"input_ids": question[sample][None], "attention_mask": mask}, 4, past_key_values=cache)
+            alone = generate(
+                model, {"input_ids": question[sample][None], "attention_mask": mask}, 4, past_key_values=cache
+            )
             for a, b in zip(together.logits, alone.logits, strict=True):
                 torch.testing.assert_close(a[sample], b[0], **CLOSE)
 
@@ -92,7 +105,8 @@ def test_generation_goes_on_behind_hidden_slots(case: Case) -> None:
 @pytest.mark.parametrize("how", ["reset", "crop"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_cache_is_used_again(family: str, how: str) -> None:
-    """The run dies with its rows: a text prompt, a paused one and another picture on the emptied cache are those of a fresh one."""
+    """The run dies with its rows: a text prompt, a paused one and another picture on the emptied cache are those of a
+    fresh one."""
     model, made = shared(family), FAMILIES[family]
     if how == "crop" and not hides_nothing(model):
         return  # states and windows cannot be cropped, in stock models either
@@ -125,14 +139,16 @@ def steps(model: Any, cache: Any, mask: Tensor, tokens: list[list[int]]) -> Tens
         mask = torch.cat([mask, torch.ones(len(mask), 1).long()], 1)
         step = {"input_ids": torch.tensor(column)[:, None], "attention_mask": mask}
         if adapter_for(model).mrope:
-            step["position_ids"] = torch.full((3, len(mask), 1), 40)  # the stock code has none for another batch; the reduced cache knows its own
+            # the stock code has none for another batch; the reduced cache knows its own
+            step["position_ids"] = torch.full((3, len(mask), 1), 40)
         found.append(forward(model, step, past_key_values=cache, use_cache=True).logits[:, -1])
     return torch.stack(found, 1)
 
 
 @matrix("duet", "fastv", "visionzip", attention=("sdpa",), order=([1, 0, 2], [2, 2], [0, 0, 1, 1, 2, 2], [1]))
 def test_the_run_follows_its_rows(case: Case, order: list[int]) -> None:
-    """reorder_cache across samples, batch_select_indices, batch_repeat_interleave: what a row continues is its own prompt."""
+    """reorder_cache across samples, batch_select_indices, batch_repeat_interleave: what a row continues is its own
+    prompt."""
     made, model = FAMILIES[case.family], case.model()
     if getattr(model, "_is_stateful", False) and len(order) != 3:
         return  # states cannot be selected or repeated, in stock models either
@@ -170,7 +186,9 @@ def test_crop_stops_at_the_picture(family: str) -> None:
         steps(model, cache, inputs["attention_mask"], [[51, 52]])
         if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
             return  # windows forget what cropping would need
-        with pytest.raises(ValueError, match=rf"crop\(-{behind + 3}\) would cut into the visual tokens .* at most {behind + 2} tokens"):
+        with pytest.raises(
+            ValueError, match=rf"crop\(-{behind + 3}\) would cut into the visual tokens .* at most {behind + 2} tokens"
+        ):
             cache.crop(-(behind + 3))
         cache.crop(-2)
         torch.testing.assert_close(steps(model, cache, inputs["attention_mask"], [[33, 34]]), expected, **CLOSE)

@@ -57,7 +57,11 @@ def test_files_of_other_models_and_methods_are_refused(tmp_path: Path) -> None:
     deeper = str(Calibration("fitprune", facts | {"layers": 9}, {"curves": [[1.0] * 9]}).save(tmp_path / "deeper.json"))
     message = "was made for a model with layers 9, this one has 8: make one for this model with 'duet-vlm calibrate"
     refused("fitprune", message, budget=0.5, table=deeper)
-    other = str(Calibration("d2pruner", facts | {"family": "qwen2_vl"}, {"2x2": torch.ones(2, 2)}).save(tmp_path / "other.safetensors"))
+    other = str(
+        Calibration("d2pruner", facts | {"family": "qwen2_vl"}, {"2x2": torch.ones(2, 2)}).save(
+            tmp_path / "other.safetensors"
+        )
+    )
     refused("d2pruner", "was made for a model with family qwen2_vl, this one has llava", budget=0.5, prior=other)
     refused("fitprune", "was made for the method d2pruner", budget=0.5, table=other)
     refused("fitprune", "no such file; make one", budget=0.5, table=str(tmp_path / "nothing.json"))

@@ -60,7 +60,9 @@ def test_run_streams_compares_and_reports() -> None:
     shown = call("run", "-i", PICTURE, "-p", QUESTION, "--budget", "0.22", "--compare").stdout
     expected = full_answer(QUESTION)
     assert f"full | {expected}" in shown
-    assert shown.count(" s to the first token, ") == 2 and shown.index("duet : ") < shown.index("full : ") < shown.index("FLOPs-bound")
+    assert shown.count(" s to the first token, ") == 2 and shown.index("duet : ") < shown.index(
+        "full : "
+    ) < shown.index("FLOPs-bound")
     assert "duet | " in shown and "FLOPs-bound" in shown
     assert ("same answer" in shown) == (shown.split("duet | ")[1].split("\n")[0].strip() == expected)
 
@@ -77,7 +79,21 @@ def test_run_json() -> None:
 
 def test_run_with_settings_positions_two_images_and_a_local_folder() -> None:
     schedule = "schedule=((4, 0.5), (8, 0.25))"
-    got = as_json("run", "-m", tiny.path(), "-i", PICTURE, "-i", PICTURE, "-p", QUESTION, "--positions", "compact", "--set", schedule)
+    got = as_json(
+        "run",
+        "-m",
+        tiny.path(),
+        "-i",
+        PICTURE,
+        "-i",
+        PICTURE,
+        "-p",
+        QUESTION,
+        "--positions",
+        "compact",
+        "--set",
+        schedule,
+    )
     assert got["report"]["measured"] == [512] * 4 + [256] * 4 + [128] * 4
     assert got["report"]["settings"]["positions"] == "compact"
 
@@ -109,7 +125,11 @@ def test_budget_reads_no_weights(tmp_path: Path) -> None:
 
 def test_budget_below_the_floor_names_it() -> None:
     result = call("budget", "-b", "3", "--method", "fastv", code=2)
-    assert result.stderr.startswith("error: fastv cannot reach 3") and "21.33" in result.stderr and "Traceback" not in result.stderr
+    assert (
+        result.stderr.startswith("error: fastv cannot reach 3")
+        and "21.33" in result.stderr
+        and "Traceback" not in result.stderr
+    )
     assert result.stderr.count("\n") == 1
     assert as_json("budget", "-b", "3", "--method", "fastv", code=2)["floor"] == pytest.approx(256 / 12)
 
@@ -117,7 +137,11 @@ def test_budget_below_the_floor_names_it() -> None:
 def test_budget_needs_tokens_where_images_differ(tmp_path: Path) -> None:
     from families import FAMILIES
 
-    qwen = next(f for f in FAMILIES.values() if f.mrope) if isinstance(FAMILIES, dict) else next(f for f in FAMILIES if f.mrope)
+    qwen = (
+        next(f for f in FAMILIES.values() if f.mrope)
+        if isinstance(FAMILIES, dict)
+        else next(f for f in FAMILIES if f.mrope)
+    )
     qwen.make().config.save_pretrained(tmp_path)
     assert "--tokens" in call("budget", "-m", tmp_path, "-b", "0.5", code=2).stderr
     assert as_json("budget", "-m", tmp_path, "-b", "0.5", "--tokens", "40")["plan"]["tokens"] == 40
@@ -129,13 +153,32 @@ def test_methods_lists_all() -> None:
     assert all(name in shown for name in duet_vlm.list_methods())
     duet = next(row for row in as_json("methods") if row["name"] == "duet")
     one = call("methods", "cdpruner").stdout.replace("\n", " ")
-    for word in ("determinantal point process", "Cost:", "needs: question", "relevance", "official not on", "idefics3", "shares a space"):
+    for word in (
+        "determinantal point process",
+        "Cost:",
+        "needs: question",
+        "relevance",
+        "official not on",
+        "idefics3",
+        "shares a space",
+    ):
         assert word in " ".join(one.split()), word
     rows = {row["name"]: row for row in as_json("methods")}
-    assert rows["cdpruner"]["needs_text"] and not rows["hired"]["needs_text"] and rows["hired"]["needs"] == ["grid", "importance"]
-    assert any("no CLS row" in case["why"] and "paligemma" in case["families"] for case in rows["visionzip"]["families_without"])
+    assert (
+        rows["cdpruner"]["needs_text"]
+        and not rows["hired"]["needs_text"]
+        and rows["hired"]["needs"] == ["grid", "importance"]
+    )
+    assert any(
+        "no CLS row" in case["why"] and "paligemma" in case["families"]
+        for case in rows["visionzip"]["families_without"]
+    )
     assert not rows["duet"]["families_without"] or all(case["preset"] for case in rows["duet"]["families_without"])
-    assert duet["needs_text"] and duet["stage"] == "before the decoder + inside the decoder" and "dominant" in duet["settings"]
+    assert (
+        duet["needs_text"]
+        and duet["stage"] == "before the decoder + inside the decoder"
+        and "dominant" in duet["settings"]
+    )
 
 
 def test_presets_are_listed_and_chosen_by_name() -> None:
@@ -147,7 +190,10 @@ def test_presets_are_listed_and_chosen_by_name() -> None:
         "name": "duet-128", "method": "duet", "model": "LLaVA-1.5-7B", "tokens": 576, "depth": 32, "mean": 128.0, "published": True, "settings": {},
         "source": "",
     }  # fmt: skip
-    assert (rows["duet-128"]["settings"]["dominant"], rows["duet-128"]["settings"]["schedule"]) == (170, [[16, 0.5], [24, 0.0]])
+    assert (rows["duet-128"]["settings"]["dominant"], rows["duet-128"]["settings"]["schedule"]) == (
+        170,
+        [[16, 0.5], [24, 0.0]],
+    )
     shown = call("presets", "duet-128").stdout
     assert "duet-128" in shown and "dominant=170" in shown and "duet-192" not in shown
     assert [row["family"] for row in as_json("models", "llava", "qwen2_vl")] == ["llava", "qwen2_vl"]
@@ -192,7 +238,14 @@ def test_warnings_are_one_line(tmp_path: Path) -> None:
 
 
 def test_pictures_of_other_reductions_are_other_files(tmp_path: Path) -> None:
-    options = (["-b", "0.22"], ["-b", "0.5"], ["-b", "64"], ["-b", "64", "--method", "visionzip"], ["--preset", "visionzip-64"], ["-b", "1.0"])
+    options = (
+        ["-b", "0.22"],
+        ["-b", "0.5"],
+        ["-b", "64"],
+        ["-b", "64", "--method", "visionzip"],
+        ["--preset", "visionzip-64"],
+        ["-b", "1.0"],
+    )
     options += (["--set", "dominant=64"], ["--set", "dominant=32"], ["--set", "schedule=((3, .5), (6, .25))"])
     files = [as_json("viz", "-i", PICTURE, "-p", QUESTION, *each, "-o", tmp_path)["files"] for each in options]
     assert {Path(name).name for each in files for name in each} == {file.name for file in tmp_path.iterdir()}
@@ -212,20 +265,43 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"look at first: {tmp_path / 'demo.png'}" in shown and shown.count("question  ") == 1  # one table
     (same,) = [line.split() for line in shown.splitlines() if line.startswith("as the full model says")]
     assert same[-4:] == [str(column["agree_with_full"]) for column in got["columns"]]
-    (times,) = [[float(cell) for cell in line.split()[-4:]] for line in shown.splitlines() if line.startswith("ms to the first token")]
-    (ratios,) = [[float(cell.rstrip("x")) for cell in line.split()[-4:]] for line in shown.splitlines() if line.startswith("speed-up")]
+    (times,) = [
+        [float(cell) for cell in line.split()[-4:]]
+        for line in shown.splitlines()
+        if line.startswith("ms to the first token")
+    ]
+    (ratios,) = [
+        [float(cell.rstrip("x")) for cell in line.split()[-4:]]
+        for line in shown.splitlines()
+        if line.startswith("speed-up")
+    ]
     assert ratios == pytest.approx([times[0] / taken for taken in times], abs=0.02)
 
 
 def test_demo_prints_the_ratio_of_the_times_that_it_prints() -> None:
-    full, small = demo_verb.DemoColumn("full", None), demo_verb.DemoColumn("33%", 0.33, speed_up=Ratio(1.39, 1.3, 1.5))  # the median of paired ratios
+    # the median of paired ratios
+    full, small = demo_verb.DemoColumn("full", None), demo_verb.DemoColumn("33%", 0.33, speed_up=Ratio(1.39, 1.3, 1.5))
     facts = dict(demo_verb._facts([], full, {"full": 0.0663, "33%": 0.0440}))
     assert [facts["ms to the first token"](each) for each in (full, small)] == ["66.3", "44.0"]
     assert [facts["speed-up"](each) for each in (full, small)] == ["1", "1.51x"]
 
 
 def test_viz_compares_methods_and_budgets(tmp_path: Path) -> None:
-    got = as_json("viz", "-i", PICTURE, "-p", QUESTION, "-b", "0.22", "--compare", "duet,fastv,0.33", "--compare", "visionzip@0.11", "-o", tmp_path)
+    got = as_json(
+        "viz",
+        "-i",
+        PICTURE,
+        "-p",
+        QUESTION,
+        "-b",
+        "0.22",
+        "--compare",
+        "duet,fastv,0.33",
+        "--compare",
+        "visionzip@0.11",
+        "-o",
+        tmp_path,
+    )
     names = ["duet-0.22", "fastv-0.22", "duet-0.33", "visionzip-0.11"]
     assert [row["name"] for row in got["compared"]] == names
     assert [round(row["mean_tokens"] / 256, 2) for row in got["compared"]] == [0.22, 0.22, 0.33, 0.11]
@@ -282,7 +358,10 @@ def test_urls_are_named_and_not_opened(verb: str) -> None:
     """A path keeps one slash of two; the message has both."""
     for option in ("--image", "--video"):
         result = call(verb, option, "https://example.org/a.png", "-p", "x", "-b", "64", code=2)
-        assert result.stderr.startswith(f"error: {option} https://example.org/a.png: a URL is not opened") and result.stderr.count("\n") == 1
+        assert (
+            result.stderr.startswith(f"error: {option} https://example.org/a.png: a URL is not opened")
+            and result.stderr.count("\n") == 1
+        )
 
 
 @pytest.mark.parametrize(
@@ -295,7 +374,10 @@ def test_urls_are_named_and_not_opened(verb: str) -> None:
         (["--set", "dominant"], ["--set dominant", "key=value"]),
         (["-b", "64", "--set", "colour=3"], ["no setting 'colour'", "its settings"]),
         (["-b", "64", "--set", "cluster_wdth=3"], ["no setting 'cluster_wdth' (did you mean 'cluster_width'?)"]),
-        (["--method", "frames+deut", "-b", "64"], ["unknown method 'deut' (did you mean 'duet'", "'duet-vlm methods' lists"]),
+        (
+            ["--method", "frames+deut", "-b", "64"],
+            ["unknown method 'deut' (did you mean 'duet'", "'duet-vlm methods' lists"],
+        ),
         (["--preset", "duet-65"], ["unknown preset 'duet-65' (did you mean 'duet-64'?)", "fastv-306"]),
         (["-m", "tinny", "-b", "64"], ["tinny", "did you mean 'tiny'?"]),
         (["-m", "tiny-vidoe", "-b", "64"], ["did you mean 'tiny-video'?"]),
@@ -374,7 +456,8 @@ def test_several_pictures() -> None:
 def test_a_prompt_is_text_and_its_length_a_number() -> None:
     long, short = (as_json("budget", "-b", "64", "--prompt-tokens", count) for count in (60, 30))
     assert (long["text_tokens"], short["text_tokens"]) == (60, 30)
-    assert long["full"]["kv_bytes"] - short["full"]["kv_bytes"] == 30 * 2 * 12 * 128 * 4  # keys and values of 12 layers, float32
+    # keys and values of 12 layers, float32
+    assert long["full"]["kv_bytes"] - short["full"]["kv_bytes"] == 30 * 2 * 12 * 128 * 4
     assert "--prompt-tokens" in call("budget", "-b", "64", "--prompt", "60", code=2).stderr
 
 
@@ -401,7 +484,9 @@ def test_a_device_that_is_not_here_is_named(device: str, tmp_path: Path) -> None
     asked, out = ["-i", PICTURE, "-p", "x", "-b", "64"], ["--out", tmp_path / "new"]
     for verb in (["run", *asked], ["viz", *asked, *out], ["bench"], ["eval", *out]):
         result = call(*verb, "--device", device, code=2)
-        assert result.stderr.startswith(f"error: --device {device}: not on this machine") and result.stderr.endswith("there is cpu\n")
+        assert result.stderr.startswith(f"error: --device {device}: not on this machine") and result.stderr.endswith(
+            "there is cpu\n"
+        )
 
 
 def test_devices_that_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,8 +502,12 @@ def test_devices_that_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- folders
 
 
-@pytest.mark.parametrize("verb", [["viz", "-i", PICTURE, "-p", "x", "-b", "64", "-o"], ["demo", "-o"], ["eval", "-o"], ["bench", "--plots"]])
-def test_a_folder_that_cannot_be_written_is_refused_before_the_work(verb: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "verb", [["viz", "-i", PICTURE, "-p", "x", "-b", "64", "-o"], ["demo", "-o"], ["eval", "-o"], ["bench", "--plots"]]
+)
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
+    verb: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("duet_vlm.api.loading.load", lambda *_: pytest.fail("a model was loaded"))
     (tmp_path / "file").touch()
     result = call(*verb, tmp_path / "file" / "deep", code=2)
@@ -431,7 +520,10 @@ def test_a_model_with_damaged_weights_is_one_line(tmp_path: Path) -> None:
     for file in tiny.path().iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes()[: 2_000_000 if file.suffix == ".safetensors" else None])
     result = call("run", "-m", tmp_path, "-i", PICTURE, "-p", "x", "-b", "64", code=2)
-    assert result.stderr.startswith(f"error: --model {tmp_path}: cannot be loaded from this folder: ") and result.stderr.count("\n") == 1
+    assert (
+        result.stderr.startswith(f"error: --model {tmp_path}: cannot be loaded from this folder: ")
+        and result.stderr.count("\n") == 1
+    )
 
 
 def test_what_nobody_foresaw_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -451,9 +543,19 @@ def shell(code: str, **more: str) -> str:
 
 VERBS = ("run", "eval", "drop-curve", "report", "train", "budget", "bench", "viz", "demo")
 QUICK = [[], ["--help"], ["--version"], *([verb, "--help"] for verb in VERBS)]
-QUICK += [[verb, *more] for verb in ("methods", "presets", "models") for more in ([], ["--json"], ["--help"], ["nosuch"])]
-QUICK += [["run", "-i", str(PICTURE), "-p", "x", *more] for more in (["--method", "deut"], ["--preset", "deut"], ["-b", "many"], ["-b", "2.0"])]
-QUICK += [["run", "-i", "gone.png", "-p", "x"], ["report", "gone.json"], ["report", "gone.json", "--json"], ["report", str(PICTURE)]]
+QUICK += [
+    [verb, *more] for verb in ("methods", "presets", "models") for more in ([], ["--json"], ["--help"], ["nosuch"])
+]
+QUICK += [
+    ["run", "-i", str(PICTURE), "-p", "x", *more]
+    for more in (["--method", "deut"], ["--preset", "deut"], ["-b", "many"], ["-b", "2.0"])
+]
+QUICK += [
+    ["run", "-i", "gone.png", "-p", "x"],
+    ["report", "gone.json"],
+    ["report", "gone.json", "--json"],
+    ["report", str(PICTURE)],
+]
 QUICK += [[verb, "--method", "deut"] for verb in ("bench", "eval", "drop-curve", "train", "budget")]
 WRONG = {"deut", "many", "2.0", "gone.png", "gone.json", str(PICTURE), "nosuch"}
 
@@ -482,15 +584,20 @@ def test_lists_are_what_the_package_says_of_itself() -> None:
 
 
 def test_methods_of_other_packages_are_listed(tmp_path: Path) -> None:
-    """An installed package with an entry point, and a file that somebody has added to the source, are in no list that was kept."""
+    """An installed package with an entry point, and a file that somebody has added to the source, are in no list that
+    was kept."""
     (tmp_path / "elsewhere.py").write_text(
         "import duet_vlm\nfrom dataclasses import dataclass\n"
         "@dataclass(frozen=True)\nclass Mine(duet_vlm.Reducer):\n    paper, summary = 'nowhere', 'keeps what it likes'\n"
         "    def plan(self, tokens, depth, budget): ...\n"
     )
     (tmp_path / "elsewhere-1.0.dist-info").mkdir()
-    (tmp_path / "elsewhere-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: elsewhere\nVersion: 1.0\n")
-    (tmp_path / "elsewhere-1.0.dist-info" / "entry_points.txt").write_text("[duet_vlm.methods]\nmine = elsewhere:Mine\n")
+    (tmp_path / "elsewhere-1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: elsewhere\nVersion: 1.0\n"
+    )
+    (tmp_path / "elsewhere-1.0.dist-info" / "entry_points.txt").write_text(
+        "[duet_vlm.methods]\nmine = elsewhere:Mine\n"
+    )
     code = "from duet_vlm.api import catalogue as lists; print({row['name']: row['summary'] for row in lists.chosen('methods', 'name', ['mine'])}.get('mine'))"
     path = os.pathsep.join([str(tmp_path), str(Path(duet_vlm.__file__).parents[1])])
     assert shell(code, PYTHONPATH=path) == "keeps what it likes"
@@ -502,7 +609,9 @@ def test_methods_of_other_packages_are_listed(tmp_path: Path) -> None:
 def test_a_closed_pipe_is_no_error(words: list[str]) -> None:
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([sys.executable, "-m", "duet_vlm.cli.main", *words], stdout=write, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "duet_vlm.cli.main", *words], stdout=write, stderr=subprocess.PIPE, text=True
+    )
     os.close(write)
     assert (done.returncode, done.stderr) == (1, "")
 
@@ -510,9 +619,25 @@ def test_a_closed_pipe_is_no_error(words: list[str]) -> None:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 def test_ctrl_c_ends_all_processes_quietly(tmp_path: Path) -> None:
     """As a terminal sends it: to the command and to its workers, which are still starting or at work."""
-    command = [sys.executable, "-m", "duet_vlm.cli.main", "eval", "--methods", "uniform", "-b", "0.11", "--limit", "4000", "--batch", "4"]
+    command = [
+        sys.executable,
+        "-m",
+        "duet_vlm.cli.main",
+        "eval",
+        "--methods",
+        "uniform",
+        "-b",
+        "0.11",
+        "--limit",
+        "4000",
+        "--batch",
+        "4",
+    ]
     command += ["--timing-rounds", "0", "--workers", "2", "--device", "cpu", "--out", str(tmp_path)]
-    journal, pipes = tmp_path / "tiny/results/eval.parts/0.jsonl", {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    journal, pipes = (
+        tmp_path / "tiny/results/eval.parts/0.jsonl",
+        {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True},
+    )
     with subprocess.Popen(command, **pipes, start_new_session=True, preexec_fn=hears_interrupts) as process:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and not journal.exists():
@@ -551,4 +676,9 @@ def group(leader: int) -> list[str]:
 def test_values_of_options() -> None:
     assert [budget_of(text) for text in (None, "64", "0.22", "22%", "1.0")] == [None, 64, 0.22, 0.22, 1.0]
     assert [type(budget_of(text)) for text in ("1", "1.0")] == [int, float]
-    assert settings_of(["a=1", "b = ((2, .5),)", "c=last", "d=None"]) == {"a": 1, "b": ((2, 0.5),), "c": "last", "d": None}
+    assert settings_of(["a=1", "b = ((2, .5),)", "c=last", "d=None"]) == {
+        "a": 1,
+        "b": ((2, 0.5),),
+        "c": "last",
+        "d": None,
+    }

@@ -1,4 +1,5 @@
-"""What is known to be wrong without a model is said before torch is imported; what a newcomer types first is answered in the words of the shell."""
+"""What is known to be wrong without a model is said before torch is imported; what a newcomer types first is answered
+in the words of the shell."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ from duet_vlm.reducers import method_files, registry
 SRC = Path(__file__).resolve().parent.parent / "src"
 PICTURE = SRC / "duet_vlm/evaluation/tiny/demo/scene_1.png"
 ASK = ["-i", str(PICTURE), "-p", "What shape is the yellow object?"]
-MINE = Template((SRC / "duet_vlm/cli/skeletons/entry.txt").read_text()).substitute(name="first_rows", title="FirstRows", paper="nowhere")
+MINE = Template((SRC / "duet_vlm/cli/skeletons/entry.txt").read_text()).substitute(
+    name="first_rows", title="FirstRows", paper="nowhere"
+)
 BLOCKED = """
 import sys
 from typer.testing import CliRunner
@@ -52,7 +55,13 @@ def call(*words: Any, code: int = 0) -> Any:
 def without_torch(lines: list[list[str]], cwd: Path, **more: str) -> list[tuple[int, str]]:
     """Exit code and stderr of each command line, in one process that cannot import torch."""
     place = {"PYTHONPATH": str(SRC), "HF_HUB_OFFLINE": "1"} | more
-    done = subprocess.run([sys.executable, "-c", BLOCKED, json.dumps(lines)], cwd=cwd, env=os.environ | place, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED, json.dumps(lines)],
+        cwd=cwd,
+        env=os.environ | place,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert not [row for row in found if "is imported" in row[1] + row[2]], found
@@ -81,16 +90,28 @@ WRONG: list[tuple[list[str], str]] = [
     (["run", *ASK[:2], "-p", " ", "-b", "64"], "--prompt is empty: write a question"),
     (["viz", *ASK[:2], "-p", "", "-b", "64"], "--prompt is empty: write a question"),
     (["generate", "--data", "photos", "-o", "o.jsonl", "-p", "", "-b", "64"], "--prompt is empty: write a question"),
-    (["run", *ASK, "-b", "200%"], "--budget 200%: a fraction of the visual tokens is above 0 % and up to 100 %, which is all of them"),
-    (["bench", "-b", "1.5"], "--budget 1.5: a fraction of the visual tokens is above 0 and up to 1.0, which is all of them; for a token count"),
+    (
+        ["run", *ASK, "-b", "200%"],
+        "--budget 200%: a fraction of the visual tokens is above 0 % and up to 100 %, which is all of them",
+    ),
+    (
+        ["bench", "-b", "1.5"],
+        "--budget 1.5: a fraction of the visual tokens is above 0 and up to 1.0, which is all of them; for a token count",
+    ),
     (["run", *ASK, "-b", "-3"], "--budget -3: keep at least 1 token, or a share of them (0.22, 22%)"),
-    (["viz", *ASK], "--budget: duet needs a budget (64 tokens, 0.22 or 22% of them), or settings of its own with --set; 'duet-vlm methods duet'"),
+    (
+        ["viz", *ASK],
+        "--budget: duet needs a budget (64 tokens, 0.22 or 22% of them), or settings of its own with --set; 'duet-vlm methods duet'",
+    ),
     (["budget", "--method", "visionzip"], "--budget: visionzip needs a budget"),
     (["generate", "--data", "photos", "-o", "o.jsonl", "-p", "x"], "--budget: duet needs a budget"),
     (["run", *ASK, "-b", "64", "-m", "wrongmodel"], "--model wrongmodel: no such folder"),
     (["run", *ASK, "-b", "64", "-m", "bert"], "--model bert (model_type='bert') is not supported"),
     (["run", *ASK, "-b", "64", "-m", "empty"], "--model empty: this folder has no config.json"),
-    (["run", *ASK, "--set", "dominant=lots"], "dominant must be an int (tokens) or a float in [0, 1] (fraction), got 'lots'"),
+    (
+        ["run", *ASK, "--set", "dominant=lots"],
+        "dominant must be an int (tokens) or a float in [0, 1] (fraction), got 'lots'",
+    ),
     (["run", *ASK, "-b", "64", "--set", "colour=3"], "duet has no setting 'colour'; its settings: positions, "),
     (["run", *ASK, "-b", "64", "--set", "small_image_tokens=1.5"], "small_image_tokens=1.5: give a whole number (int)"),
     (["bench", "-m", "wrongmodel"], "--model wrongmodel: no such folder"),
@@ -103,7 +124,10 @@ WRONG: list[tuple[list[str], str]] = [
     (["tune", "photos", "-p", "x", "-b", "300%"], "--budget 300%: a fraction"),
     (["tune", "empty", "-p", "x"], "empty: no pictures or clips in it"),
     (["generate", "--data", "empty.jsonl", "-o", "o.jsonl", "-b", "64"], "empty.jsonl: no questions in it"),
-    (["generate", "--data", "empty", "-o", "o.jsonl", "-p", "x", "-b", "64"], "--data empty: no pictures in this folder"),
+    (
+        ["generate", "--data", "empty", "-o", "o.jsonl", "-p", "x", "-b", "64"],
+        "--data empty: no pictures in this folder",
+    ),
     (["drop-curve", "--layers", "99"], "--layers 99: the decoder has 12 layers: give numbers from 1 to 11"),
     (["drop-curve", "-m", "wrongmodel"], "--model wrongmodel: no such folder"),
     (["drop-curve", "--task", "empty.jsonl"], "empty.jsonl: no questions in it"),
@@ -111,16 +135,34 @@ WRONG: list[tuple[list[str], str]] = [
     (["calibrate", "fitprune", "-o", "x", *ASK[:2], "-m", "wrongmodel"], "--model wrongmodel: no such folder"),
     (["train"], "--data: nothing to train on: name JSON files of conversations, or 'tiny'"),
     (["train", "--data", "tiny", "--limit", "4", "-m", "wrongmodel"], "--model wrongmodel: no such folder"),
-    (["train", "--data", "tiny", "--limit", "4", "--tune", "all"], "--tune: 'all': choose one of full, lora, projector"),
+    (
+        ["train", "--data", "tiny", "--limit", "4", "--tune", "all"],
+        "--tune: 'all': choose one of full, lora, projector",
+    ),
     (["app", "-m", "wrongmodel", "--port", "7861"], "--model wrongmodel: no such folder"),
-    (["run", *ASK, "--method", "half.json"], "half.json: holds no reduction: 'settings' missing; it is an object with method, budget and settings"),
-    (["run", *ASK, "--method", "number.json"], "number.json: holds no reduction: 'method' is 3; it is an object with method, budget and settings"),
-    (["run", *ASK, "-b", "64", "--method", "./gone.py"], "--method gone.py: no such file; give a .py file that registers a method"),
+    (
+        ["run", *ASK, "--method", "half.json"],
+        "half.json: holds no reduction: 'settings' missing; it is an object with method, budget and settings",
+    ),
+    (
+        ["run", *ASK, "--method", "number.json"],
+        "number.json: holds no reduction: 'method' is 3; it is an object with method, budget and settings",
+    ),
+    (
+        ["run", *ASK, "-b", "64", "--method", "./gone.py"],
+        "--method gone.py: no such file; give a .py file that registers a method",
+    ),
     (["run", *ASK, "-b", "64", "--method", "./broken.py"], "--method broken.py, line 1: "),
-    (["run", *ASK, "-b", "64", "--method", "./nothing.py"], "--method nothing.py: registers no method: write @duet_vlm.register"),
+    (
+        ["run", *ASK, "-b", "64", "--method", "./nothing.py"],
+        "--method nothing.py: registers no method: write @duet_vlm.register",
+    ),
     (["eval", "--methods", "./two.py"], "--method ./two.py: two.py registers one, two; say which one: two.py:one"),
     (["viz", *ASK, "-b", "64", "-o", "file"], "--out file: is a file; give a folder"),
-    (["run", *ASK, "-b", "64", "--method", "dust"], "unknown method 'dust' (did you mean 'duet', 'custom' or 'dart'?); 'duet-vlm methods' lists"),
+    (
+        ["run", *ASK, "-b", "64", "--method", "dust"],
+        "unknown method 'dust' (did you mean 'duet', 'custom' or 'dart'?); 'duet-vlm methods' lists",
+    ),
     (["run", *ASK, "-b", "64", "--method", "zzz"], "unknown method 'zzz'; 'duet-vlm methods' lists those there are"),
     (["run", *ASK, "--preset", "duet-65"], "unknown preset 'duet-65' (did you mean 'duet-64'"),
 ]
@@ -149,17 +191,24 @@ def test_bad_input_is_answered_in_a_second(tmp_path: Path) -> None:
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://none.invalid"])
 def test_a_hub_that_cannot_be_reached_is_said_at_once(endpoint: str, tmp_path: Path) -> None:
     """The hub's own client asks five times and tells of each."""
-    more = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path)} | {f"{kind}_proxy": "" for kind in ("http", "https", "all")}
+    more = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path)} | {
+        f"{kind}_proxy": "" for kind in ("http", "https", "all")
+    }
     more |= {name.upper(): "" for name in ("http_proxy", "https_proxy", "all_proxy")}
     start = time.perf_counter()
     ((code, said),) = without_torch([["run", *ASK, "-b", "64", "-m", "gpt-9/none"]], tmp_path, **more)
     assert time.perf_counter() - start < 10
-    assert code == 2 and said.startswith("error: --model gpt-9/none: is not on this machine, and ") and "cannot be reached" in said
+    assert (
+        code == 2
+        and said.startswith("error: --model gpt-9/none: is not on this machine, and ")
+        and "cannot be reached" in said
+    )
     assert said.count("\n") == 1
 
 
 def test_cheap_checks_agree_with_the_methods() -> None:
-    """Settings that the matrix of tests runs are let through, and those that stand for a budget are those without which a method refuses to plan."""
+    """Settings that the matrix of tests runs are let through, and those that stand for a budget are those without which
+    a method refuses to plan."""
     from method_matrix import REDUCING
 
     import duet_vlm
@@ -167,7 +216,9 @@ def test_cheap_checks_agree_with_the_methods() -> None:
     for method, settings in REDUCING.items():
         lists.check_settings(method, settings)
     for row in lists.rows("methods"):
-        for name, value in {field: getattr(duet_vlm.get_method(row["name"])(), field) for field in row["types"]}.items():
+        for name, value in {
+            field: getattr(duet_vlm.get_method(row["name"])(), field) for field in row["types"]
+        }.items():
             lists.check_settings(row["name"], {name: value})
         try:
             duet_vlm.get_method(row["name"])().plan(1000, 24, None)
@@ -186,16 +237,27 @@ def test_run_keeps_22_percent_where_nobody_says_how_many() -> None:
     result = call("run", *ASK, "--json")
     report = json.loads(result.stdout)["report"]
     assert report["budget"] == 0.22 and result.stderr == "no --budget: 22% of the visual tokens are kept\n"
-    for own in (["--set", "dominant=64"], ["--preset", "visionzip-64"], ["--method", "fastv"]):  # nothing is put in place of what is said
+    # nothing is put in place of what is said
+    for own in (["--set", "dominant=64"], ["--preset", "visionzip-64"], ["--method", "fastv"]):
         result = call("run", *ASK, "--json", *own)
         assert json.loads(result.stdout)["report"]["budget"] is None and "no --budget" not in result.stderr
 
 
-NEEDY = ("visionzip+fastv", "contrast+visionzip+fastv", "frames+fastv", "visionzip+pyramiddrop", "frames+duet", "{mine}", "{mine}+fastv")
+NEEDY = (
+    "visionzip+fastv",
+    "contrast+visionzip+fastv",
+    "frames+fastv",
+    "visionzip+pyramiddrop",
+    "frames+duet",
+    "{mine}",
+    "{mine}+fastv",
+)
 
 
 @pytest.mark.parametrize("method", NEEDY)
-def test_run_keeps_22_percent_in_compositions_and_files_too(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_keeps_22_percent_in_compositions_and_files_too(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One stage may run by its own settings where another one cannot."""
     import duet_vlm
 
@@ -208,7 +270,9 @@ def test_run_keeps_22_percent_in_compositions_and_files_too(method: str, tmp_pat
     assert report["method"] == method.format(mine="first_rows")
 
 
-@pytest.mark.parametrize("own", ["contrast+fastv", "visionzip+fastv --set visionzip_dominant=40", "frames+fastv --set frames_keep=0.5"])
+@pytest.mark.parametrize(
+    "own", ["contrast+fastv", "visionzip+fastv --set visionzip_dominant=40", "frames+fastv --set frames_keep=0.5"]
+)
 def test_settings_of_a_composition_stand_for_a_budget(own: str) -> None:
     result = call("run", *ASK, "--json", "--method", *own.split())
     assert json.loads(result.stdout)["report"]["budget"] is None and "no --budget" not in result.stderr
@@ -216,7 +280,9 @@ def test_settings_of_a_composition_stand_for_a_budget(own: str) -> None:
 
 @pytest.mark.parametrize("verb", [["run", *ASK], ["budget"]])
 def test_a_budget_above_all_tokens_is_said_to_keep_them(verb: list[str]) -> None:
-    said = "warning: --budget 99999: the picture or clip has 256 visual tokens, so all are kept and nothing is reduced\n"
+    said = (
+        "warning: --budget 99999: the picture or clip has 256 visual tokens, so all are kept and nothing is reduced\n"
+    )
     assert call(*verb, "-b", "99999").stderr == said
     assert call(*verb, "-b", "255").stderr == ""
 
@@ -227,7 +293,13 @@ def test_a_method_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     place = {"PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
     def shell(*words: str) -> str:
-        done = subprocess.run([sys.executable, "-m", "duet_vlm", *words], cwd=tmp_path, env=os.environ | place, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "duet_vlm", *words],
+            cwd=tmp_path,
+            env=os.environ | place,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -236,7 +308,9 @@ def test_a_method_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     small = ("-b", "0.25", "--limit", "4", "--timing-rounds", "0", "--workers", "2", "--device", "cpu", "--json")
     said = shell("eval", "--methods", "./mine.py,uniform", *small)
     runs = json.loads(said)["results"][0]["runs"]
-    assert [run["method"] for run in runs] == ["none", "first_rows", "uniform"] and all(run["status"] == "ok" for run in runs)
+    assert [run["method"] for run in runs] == ["none", "first_rows", "uniform"] and all(
+        run["status"] == "ok" for run in runs
+    )
     monkeypatch.setenv(method_files.VARIABLE, "")
     monkeypatch.chdir(tmp_path)
     beside = viz.beside(options.Reduction(None, "duet", 64, {}), "./mine.py@0.5")
@@ -244,12 +318,17 @@ def test_a_method_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_file_that_fails_is_named(tmp_path: Path) -> None:
-    (tmp_path / "bad.py").write_text('import no_such_module\nimport duet_vlm\n\n@duet_vlm.register("bad")\nclass Bad: ...\n')
+    (tmp_path / "bad.py").write_text(
+        'import no_such_module\nimport duet_vlm\n\n@duet_vlm.register("bad")\nclass Bad: ...\n'
+    )
     done = subprocess.run(
         [sys.executable, "-m", "duet_vlm", "run", *ASK, "-b", "64", "--method", "./bad.py"], cwd=tmp_path, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(SRC), "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
-    assert done.returncode == 2 and "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'" in done.stderr
+    assert (
+        done.returncode == 2
+        and "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'" in done.stderr
+    )
 
 
 def test_texts_of_strangers_import_nothing(tmp_path: Path) -> None:
@@ -283,7 +362,10 @@ def test_the_list_of_verbs_is_grouped_and_fits() -> None:
     [
         (["eval", "--limit", "2"], "interrupted: the same command goes on where it stopped"),
         (["drop-curve"], "interrupted: the same command goes on where it stopped"),
-        (["generate", "--data", "gone", "-o", "x", "-b", "64"], "interrupted: the same command goes on where it stopped"),
+        (
+            ["generate", "--data", "gone", "-o", "x", "-b", "64"],
+            "interrupted: the same command goes on where it stopped",
+        ),
         (["methods"], "interrupted"),
     ],
 )
@@ -340,12 +422,17 @@ def test_a_point_is_a_point_and_a_floor_has_one_digit(capsys: pytest.CaptureFixt
     drop_curve._show(curve, {}, 0.02)
     said = capsys.readouterr().out
     assert "within 1 point of the full" in said and "within 2 points of the full" in said
-    rows = [{"side": "fastv at 7", "status": "infeasible", "floor": 21.333333333333332}, {"side": "x at 1", "status": "infeasible", "floor": None}]
+    rows = [
+        {"side": "fastv at 7", "status": "infeasible", "floor": 21.333333333333332},
+        {"side": "x at 1", "status": "infeasible", "floor": None},
+    ]
     bench._show({"model": "m", "environment": {"device": "cpu", "dtype": "float32", "threads": 1}, "rows": rows})
     assert capsys.readouterr().out.splitlines()[1:] == ["fastv at 7: infeasible (floor 21.3)", "x at 1: infeasible"]
 
 
-def test_a_folder_that_cannot_be_written_is_named_by_its_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_written_is_named_by_its_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refused(*_: Any, **__: Any) -> None:
         raise OSError(30, "Read-only file system")
 
@@ -359,7 +446,11 @@ def test_visitors_and_options_share_no_words() -> None:
     """The page and Python speak of ``budget``; the command line of ``--budget``, with what was typed."""
     from duet_vlm.planning.budget import read_budget
 
-    for text, said in (("200%", "budget 200%: "), ("0", "budget 0: keep at least 1 token"), ("nan", "budget nan: a fraction")):
+    for text, said in (
+        ("200%", "budget 200%: "),
+        ("0", "budget 0: keep at least 1 token"),
+        ("nan", "budget nan: a fraction"),
+    ):
         with pytest.raises(ValueError, match=f"^{said}"):
             read_budget(text)
     with pytest.raises(ValueError, match="^--budget 200%: "):

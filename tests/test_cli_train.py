@@ -42,8 +42,23 @@ def refused(*arguments: Any) -> str:
 
 def test_options_over_config_over_recipe(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text("limit: 50\nbudget: 0.33\nout: here\ntrainer: {learning_rate: 3e-4, seed: 7}\nsettings: {cluster_width: 2}\n")
-    got = printed("--recipe", "tiny", "--config", file, "--limit", 60, "--trainer", "seed=8", "--set", "merge=mean", "--budget", "22%")
+    file.write_text(
+        "limit: 50\nbudget: 0.33\nout: here\ntrainer: {learning_rate: 3e-4, seed: 7}\nsettings: {cluster_width: 2}\n"
+    )
+    got = printed(
+        "--recipe",
+        "tiny",
+        "--config",
+        file,
+        "--limit",
+        60,
+        "--trainer",
+        "seed=8",
+        "--set",
+        "merge=mean",
+        "--budget",
+        "22%",
+    )
     assert (got["model"], got["data"], got["out"]) == ("tiny", ["tiny"], "here")
     assert (got["limit"], got["budget"], got["settings"]) == (60, 0.22, {"cluster_width": 2, "merge": "mean"})
     recipe = settings_from("tiny").trainer
@@ -51,9 +66,42 @@ def test_options_over_config_over_recipe(tmp_path: Path) -> None:
 
 
 def test_every_option_reaches_the_settings() -> None:
-    options = ["--model", "org/m", "--data", "a.json", "--data", "b.jsonl", "--images", "pics", "--limit", 9, "--tune", "lora", "--out", "o"]
-    options += ["--method", "pyramiddrop", "--schedule", "((16, .5), (24, 0.0))", "--set", "text_query=all", "--budget", "1.0"]
-    options += ["--anneal-from", "1.0", "--anneal-until", 0.7, "--trainer", "learning_rate=1e-3", "--trainer", "report_to=tensorboard"]
+    options = [
+        "--model",
+        "org/m",
+        "--data",
+        "a.json",
+        "--data",
+        "b.jsonl",
+        "--images",
+        "pics",
+        "--limit",
+        9,
+        "--tune",
+        "lora",
+        "--out",
+        "o",
+    ]
+    options += [
+        "--method",
+        "pyramiddrop",
+        "--schedule",
+        "((16, .5), (24, 0.0))",
+        "--set",
+        "text_query=all",
+        "--budget",
+        "1.0",
+    ]
+    options += [
+        "--anneal-from",
+        "1.0",
+        "--anneal-until",
+        0.7,
+        "--trainer",
+        "learning_rate=1e-3",
+        "--trainer",
+        "report_to=tensorboard",
+    ]
     options += ["--trainer", "bf16=true", "--trainer", "label_names=[a, b]"]
     got = printed(*options)
     assert {name: got[name] for name in ("model", "data", "images", "limit", "tune", "out", "method", "budget")} == {
@@ -62,12 +110,18 @@ def test_every_option_reaches_the_settings() -> None:
     }  # fmt: skip
     assert got["settings"] == {"text_query": "all", "schedule": [[16, 0.5], [24, 0.0]]}
     assert (got["anneal_from"], got["anneal_until"]) == (1.0, 0.7)
-    assert got["trainer"] == {"learning_rate": 1e-3, "report_to": "tensorboard", "bf16": True, "label_names": ["a", "b"]}
+    assert got["trainer"] == {
+        "learning_rate": 1e-3,
+        "report_to": "tensorboard",
+        "bf16": True,
+        "label_names": ["a", "b"],
+    }
     assert set(got) == set(TrainSettings.__dataclass_fields__)
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("64", 64), ("0.22", 0.22), ("22%", 0.22), ("192,128,64", [192, 128, 64]), ("1.0, 33%,0.11", [1.0, 0.33, 0.11])]
+    ("text", "value"),
+    [("64", 64), ("0.22", 0.22), ("22%", 0.22), ("192,128,64", [192, 128, 64]), ("1.0, 33%,0.11", [1.0, 0.33, 0.11])],
 )
 def test_budgets(text: str, value: Any) -> None:
     found = printed("--data", "tiny", "--budget", text)["budget"]
@@ -77,7 +131,11 @@ def test_budgets(text: str, value: Any) -> None:
 def test_several_values_have_one_convention(tmp_path: Path) -> None:
     for option in (["-b", "0.33", "-b", "0.11"], ["--budget", "0.33,0.11"], ["--budgets", "0.33", "--budget", "0.11"]):
         assert printed("--data", "tiny", *option)["budget"] == [0.33, 0.11]
-    assert printed("--data", "a.json,b.jsonl")["data"] == printed("--data", "a.json", "--data", "b.jsonl")["data"] == ["a.json", "b.jsonl"]
+    assert (
+        printed("--data", "a.json,b.jsonl")["data"]
+        == printed("--data", "a.json", "--data", "b.jsonl")["data"]
+        == ["a.json", "b.jsonl"]
+    )
     (tmp_path / "a,b.json").touch()
     assert printed("--data", tmp_path / "a,b.json")["data"] == [str(tmp_path / "a,b.json")]
     assert as_json("train", "--data", "tiny", "--print-config") == printed("--data", "tiny")
@@ -88,7 +146,9 @@ def _listed(value: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("extra", [[], ["--schedule=((2, 0.5), (5, 3))", "--set=merge=mean", "--budget=0.33,0.11", "--trainer=run_name=1é"]])
+@pytest.mark.parametrize(
+    "extra", [[], ["--schedule=((2, 0.5), (5, 3))", "--set=merge=mean", "--budget=0.33,0.11", "--trainer=run_name=1é"]]
+)
 def test_a_printed_config_is_the_same_settings(recipe: str, extra: list[str], tmp_path: Path) -> None:
     options = ["--recipe", recipe, "--data", "x.json", *extra]
     (tmp_path / "a.yaml").write_text(call("train", *options, "--print-config").stdout)
@@ -105,7 +165,14 @@ def test_numbers_as_people_write_them(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("data: [tiny]\ntrainer: {learning_rate: 1e-3, weight_decay: 1E-2, max_steps: 10, run_name: e-3, "
                                      "save_strategy: no, use_cpu: True}\n")  # fmt: skip
     found = settings_from(config=tmp_path / "a.yaml").trainer
-    assert found == {"learning_rate": 0.001, "weight_decay": 0.01, "max_steps": 10, "run_name": "e-3", "save_strategy": "no", "use_cpu": True}
+    assert found == {
+        "learning_rate": 0.001,
+        "weight_decay": 0.01,
+        "max_steps": 10,
+        "run_name": "e-3",
+        "save_strategy": "no",
+        "use_cpu": True,
+    }
     assert yaml.safe_load("[1e-3, no]") == ["1e-3", False]  # nobody else's loader was changed
 
 
@@ -162,7 +229,9 @@ def test_the_extra_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ---- recipes
 
-PUBLISHED = {  # LLaVA-1.5 (arXiv 2310.03744), table of hyper-parameters and released scripts: rate, global batch on 8 GPUs, what learns
+# LLaVA-1.5 (arXiv 2310.03744), table of hyper-parameters and released scripts: rate, global batch on 8 GPUs, what
+# learns
+PUBLISHED = {
     "llava-pretrain": (1e-3, 256, "projector", "plain"),
     "llava-finetune": (2e-5, 128, "full", "chat"),
     "llava-finetune-lora": (2e-4, 128, "lora", "chat"),
@@ -174,7 +243,10 @@ def test_recipes_have_the_published_values(name: str) -> None:
     rate, batch, tune, prompts = PUBLISHED[name]
     got = settings_from(name, options={"data": ["x.json"]})
     args = TrainingArguments(**got.trainer, use_cpu=True, output_dir="x")
-    assert (args.learning_rate, 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps) == (rate, batch)
+    assert (args.learning_rate, 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps) == (
+        rate,
+        batch,
+    )
     assert (got.tune, got.prompts, got.train_vision, got.method, got.budget) == (tune, prompts, False, "duet", 192)
     assert (args.lr_scheduler_type, args.weight_decay, args.num_train_epochs, args.bf16) == ("cosine", 0, 1, True)
     assert args.get_warmup_steps(1000) == 30
@@ -193,16 +265,38 @@ def test_recipes_are_listed_with_their_first_line() -> None:
 
 
 def options(out: Path, **more: str) -> list[str]:
-    return ["train", "--recipe", "tiny", "--limit", "8", "--out", str(out), *(f"--trainer={k}={v}" for k, v in (RUN | more).items())]
+    return [
+        "train",
+        "--recipe",
+        "tiny",
+        "--limit",
+        "8",
+        "--out",
+        str(out),
+        *(f"--trainer={k}={v}" for k, v in (RUN | more).items()),
+    ]
 
 
 def test_train_then_run_what_was_trained(tmp_path: Path) -> None:
-    command = [*options(tmp_path / "out", eval_strategy="no"), "--method", "visionzip", "--budget", "0.25", "--tune", "projector"]
+    command = [
+        *options(tmp_path / "out", eval_strategy="no"),
+        "--method",
+        "visionzip",
+        "--budget",
+        "0.25",
+        "--tune",
+        "projector",
+    ]
     assert f"trained: {tmp_path / 'out'}" in call(*command).stdout
     assert "is finished already (--restart trains anew)" in call(*command).stdout
     told = as_json(*command)
     assert set(told) == {"out", "was_finished", "steps", "epoch", "loss", "eval_loss"}
-    assert (told["out"], told["was_finished"], told["steps"], told["eval_loss"]) == (str(tmp_path / "out"), True, 2, None)
+    assert (told["out"], told["was_finished"], told["steps"], told["eval_loss"]) == (
+        str(tmp_path / "out"),
+        True,
+        2,
+        None,
+    )
     assert f"trained: {tmp_path / 'out'}" in call(*command, "--restart").stdout
     again = as_json(*command, "--restart")  # what the Trainer says meanwhile is on stderr
     assert (again["was_finished"], again["steps"], again["loss"]) == (False, 2, told["loss"])
@@ -216,7 +310,8 @@ def test_train_then_run_what_was_trained(tmp_path: Path) -> None:
     assert as_json(*asked, "--method", "duet", "--budget", "0.5")["report"]["method"] == "duet"
     assert call(*asked, "--compare").stdout.startswith("visionzip | ")
     assert "visionzip" in call("budget", "--model", tmp_path / "out").stdout
-    assert as_json("run", "-i", PICTURE, "-p", QUESTION, "--budget", "0.5")["report"]["method"] == "duet"  # the shipped model remembers none
+    # the shipped model remembers none
+    assert as_json("run", "-i", PICTURE, "-p", QUESTION, "--budget", "0.5")["report"]["method"] == "duet"
 
 
 def test_a_remembered_salient_query_gets_its_processor(tmp_path: Path) -> None:
@@ -225,11 +320,14 @@ def test_a_remembered_salient_query_gets_its_processor(tmp_path: Path) -> None:
         duet_vlm.save_to_config(handle)
         model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    assert as_json("run", "-m", tmp_path, "-i", PICTURE, "-p", QUESTION)["report"]["settings"]["text_query"] == "salient"
+    assert (
+        as_json("run", "-m", tmp_path, "-i", PICTURE, "-p", QUESTION)["report"]["settings"]["text_query"] == "salient"
+    )
 
 
 def test_the_start_of_stage_one_as_the_docs_join_it(tmp_path: Path) -> None:
-    """The page's own lines, on small models: tower and decoder are theirs, the projector is new, and the recipe moves only that."""
+    """The page's own lines, on small models: tower and decoder are theirs, the projector is new, and the recipe moves
+    only that."""
     model, processor = tiny.load()
     source = {"llava-hf/llava-1.5-7b-hf": tiny.path()}
     source |= {"openai/clip-vit-large-patch14-336": tmp_path / "clip", "lmsys/vicuna-7b-v1.5": tmp_path / "vicuna"}
@@ -245,33 +343,58 @@ def test_the_start_of_stage_one_as_the_docs_join_it(tmp_path: Path) -> None:
     joined = load_file(tmp_path / "start" / "model.safetensors")
     layer = "model.layers.3.mlp.up_proj.weight"
     assert torch.equal(joined[f"language_model.{layer}"], decoder.state_dict()[layer])
-    row = {"image": str(PICTURE), "conversations": [{"from": "human", "value": "<image>\nsay"}, {"from": "gpt", "value": "a red ring"}]}
+    row = {
+        "image": str(PICTURE),
+        "conversations": [{"from": "human", "value": "<image>\nsay"}, {"from": "gpt", "value": "a red ring"}],
+    }
     (tmp_path / "rows.json").write_text(json.dumps([row, row]))
-    small = [f"--trainer={pair}" for pair in ("use_cpu=true", "max_steps=1", "dataloader_num_workers=0", "warmup_steps=0")]
+    small = [
+        f"--trainer={pair}" for pair in ("use_cpu=true", "max_steps=1", "dataloader_num_workers=0", "warmup_steps=0")
+    ]
     paths = ["--model", tmp_path / "start", "--data", tmp_path / "rows.json", "--out", tmp_path / "stage1"]
     call("train", "--recipe", "llava-pretrain", *paths, "--budget", "0.33", *small)
     trained = load_file(tmp_path / "stage1" / "model.safetensors")
     assert joined.keys() == trained.keys()
-    assert {name.split(".")[0] for name in joined if not torch.equal(joined[name], trained[name])} == {"multi_modal_projector"}
+    assert {name.split(".")[0] for name in joined if not torch.equal(joined[name], trained[name])} == {
+        "multi_modal_projector"
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.train
 @pytest.mark.parametrize(
-    ("config", "tune", "method"), [("ddp.yaml", "lora", "duet"), ("fsdp2_llava.yaml", "full", "duet"), ("ddp.yaml", "projector", "resampler")]
+    ("config", "tune", "method"),
+    [("ddp.yaml", "lora", "duet"), ("fsdp2_llava.yaml", "full", "duet"), ("ddp.yaml", "projector", "resampler")],
 )
-def test_two_processes_train_one_model_and_one_of_them_speaks(config: str, tune: str, method: str, tmp_path: Path) -> None:
+def test_two_processes_train_one_model_and_one_of_them_speaks(
+    config: str, tune: str, method: str, tmp_path: Path
+) -> None:
     """The configurations of docs/configs with only the machine replaced."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_for_two(config, tmp_path))]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(config_for_two(config, tmp_path)),
+    ]
     launch += ["--main_process_port", "0"]
-    command = [*launch, "-m", "duet_vlm.cli.main", *options(tmp_path / "out", logging_steps="1", save_steps="1"), "--tune", tune]
+    command = [
+        *launch,
+        "-m",
+        "duet_vlm.cli.main",
+        *options(tmp_path / "out", logging_steps="1", save_steps="1"),
+        "--tune",
+        tune,
+    ]
     command += ["--budget", "0.5,0.11", "--method", method]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step 1 of 2:") == done.stdout.count("trained: ") == 1
     whole = load(str(tmp_path / "out")).model.state_dict()
-    assert {name: w.shape for name, w in whole.items()} == {name: w.shape for name, w in tiny.load()[0].state_dict().items()}
+    assert {name: w.shape for name, w in whole.items()} == {
+        name: w.shape for name, w in tiny.load()[0].state_dict().items()
+    }
     again = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert again.stdout.count("is finished already") == 1 and "step" not in again.stdout
 
@@ -280,4 +403,8 @@ def test_two_processes_train_one_model_and_one_of_them_speaks(config: str, tune:
     resumed = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert resumed.returncode == 0, resumed.stderr
     assert "step 1 of 2:" not in resumed.stdout and resumed.stdout.count("step 2 of 2: loss") == 1
-    assert {name: w for name, w in load(str(tmp_path / "out")).model.state_dict().items() if not torch.allclose(w, whole[name], atol=1e-6)} == {}
+    assert {
+        name: w
+        for name, w in load(str(tmp_path / "out")).model.state_dict().items()
+        if not torch.allclose(w, whole[name], atol=1e-6)
+    } == {}

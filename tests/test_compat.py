@@ -1,4 +1,5 @@
-"""Facts about transformers that runtime/compat.py leans on. One that changes shall fail here, by name, and not as a wrong token somewhere."""
+"""Facts about transformers that runtime/compat.py leans on. One that changes shall fail here, by name, and not as a
+wrong token somewhere."""
 
 from __future__ import annotations
 
@@ -57,18 +58,30 @@ def test_our_padded_masks_are_the_stock_masks(attention: str, new: int) -> None:
     padding = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1, 1][: FILLED[1] + new]])
     hidden = torch.zeros(1, new, 64)
     stock = create_causal_mask(
-        config=config, inputs_embeds=hidden, attention_mask=padding, past_key_values=cache, position_ids=None, layer_idx=1
+        config=config,
+        inputs_embeds=hidden,
+        attention_mask=padding,
+        past_key_values=cache,
+        position_ids=None,
+        layer_idx=1,
     )
     assert torch.equal(compat.decoder_mask(config, hidden, padding, cache, 1), stock)
 
 
 def test_gaps_in_positions_are_read_as_packed_sequences() -> None:
-    """The reason why positions are never handed to the mask builder and why prompts without a cache get an explicit mask."""
+    """The reason why positions are never handed to the mask builder and why prompts without a cache get an explicit
+    mask."""
     config = shared("llava", "eager").model.language_model.config
     hidden, gaps = torch.zeros(1, 4, 64), torch.tensor([[0, 1, 5, 6]])
-    packed = create_causal_mask(config=config, inputs_embeds=hidden, attention_mask=None, past_key_values=None, position_ids=gaps)
+    packed = create_causal_mask(
+        config=config, inputs_embeds=hidden, attention_mask=None, past_key_values=None, position_ids=gaps
+    )
     explicit = create_causal_mask(
-        config=config, inputs_embeds=hidden, attention_mask=torch.ones(1, 4).long(), past_key_values=None, position_ids=gaps
+        config=config,
+        inputs_embeds=hidden,
+        attention_mask=torch.ones(1, 4).long(),
+        past_key_values=None,
+        position_ids=gaps,
     )
     assert packed[0, 0, 3, 0] != 0 and explicit[0, 0, 3, 0] == 0
 
@@ -83,7 +96,8 @@ def test_caches_take_layers_of_different_lengths() -> None:
 
 
 class InTwoFours(QuantizedLayer):
-    """Two numbers in a byte, and a float16 scale for each row of 16: what the group-wise backends store, without one of them."""
+    """Two numbers in a byte, and a float16 scale for each row of 16: what the group-wise backends store, without one of
+    them."""
 
     def _quantize(self, tensor: torch.Tensor, axis: int) -> tuple[torch.Tensor, dict[str, Any]]:
         scale = tensor.abs().amax(-1, keepdim=True).clamp(min=1e-6).half()
@@ -134,7 +148,8 @@ def test_bytes_of_a_cache_that_stores_rows_elsewhere_are_unknown_not_zero() -> N
 
 @pytest.mark.parametrize(("backend", "module"), [("fp8", "torch"), ("quanto", "optimum.quanto"), ("hqq", "hqq")])
 def test_bytes_of_the_backends_that_are_installed(backend: str, module: str) -> None:
-    """A prompt of 40 rows, 4 heads of 16: eight bits each and one scale; four bits each and a scale and a zero for every group of 16."""
+    """A prompt of 40 rows, 4 heads of 16: eight bits each and one scale; four bits each and a scale and a zero for
+    every group of 16."""
     pytest.importorskip(module)
     options = {} if backend == "fp8" else {"nbits": 4, "q_group_size": 16, "axis_key": 0 if backend == "quanto" else 1}
     cache = QuantizedCache(backend=backend, config=shared("llava").config, **options)
@@ -147,7 +162,8 @@ def test_bytes_of_the_backends_that_are_installed(backend: str, module: str) -> 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reports_count_what_a_quantised_cache_stores(family: str) -> None:
-    """A row of d numbers takes d / 2 + 2 bytes where it took 4 d; stock refuses decoders with other layers than full attention by name."""
+    """A row of d numbers takes d / 2 + 2 bytes where it took 4 d; stock refuses decoders with other layers than full
+    attention by name."""
     model, inputs = shared(family), FAMILIES[family].inputs(MIXED)
     adapter = adapter_for(model)
     if set(adapter.layer_types) != {FULL}:
@@ -194,21 +210,28 @@ def test_layers_are_called_by_keyword_with_rows_first(family: str) -> None:
     assert len(args) == 1 and args[0].ndim == 3
     assert {"attention_mask", "position_embeddings", "position_ids", "past_key_values"} <= set(kwargs)
     cos, sin = kwargs["position_embeddings"]
-    assert cos.shape == sin.shape and cos.shape[-2:] == (args[0].shape[1], FAMILIES[family].turned)  # M-RoPE tables arrive mixed
+    # M-RoPE tables arrive mixed
+    assert cos.shape == sin.shape and cos.shape[-2:] == (args[0].shape[1], FAMILIES[family].turned)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generate_encodes_first_and_hands_the_output_on(family: str) -> None:
     """The same object reaches every later step without a cache, so decisions can ride on it."""
     model, seen = build(family), []
-    model.register_forward_pre_hook(lambda m, a, k: seen.append((k.get("mm_encoder_outputs") or {}).get("image")), with_kwargs=True)
+    model.register_forward_pre_hook(
+        lambda m, a, k: seen.append((k.get("mm_encoder_outputs") or {}).get("image")), with_kwargs=True
+    )
     generate(model, FAMILIES[family].inputs([ONE]), 3, use_cache=False)
     assert len(seen) == 3 and seen[0] is not None and all(output is seen[0] for output in seen)
     assert all(isinstance(rows, torch.Tensor) for rows in seen[0].pooler_output)
 
 
 def test_the_prefill_step_has_the_generation_config() -> None:
-    assert list(inspect.signature(getattr(GenerationMixin, compat.PREFILL)).parameters)[1:4] == ["input_ids", "generation_config", "model_kwargs"]
+    assert list(inspect.signature(getattr(GenerationMixin, compat.PREFILL)).parameters)[1:4] == [
+        "input_ids",
+        "generation_config",
+        "model_kwargs",
+    ]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

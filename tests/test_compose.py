@@ -1,4 +1,5 @@
-"""Compositions: who does what, one budget over the whole, the pool of candidates, and the same reducer by every way that leads to it."""
+"""Compositions: who does what, one budget over the whole, the pool of candidates, and the same reducer by every way
+that leads to it."""
 
 from __future__ import annotations
 
@@ -83,7 +84,8 @@ def test_never_above_the_budget_and_within_one_token(made: str, tokens: int, dep
         assert plan.counts == (tokens,) * depth and plan.entry == tokens and not plan.merges
 
 
-@pytest.mark.parametrize("made", [name for name in MADE if name != "frames, uniform"])  # half of one token is none: it has no floor
+# half of one token is none: it has no floor
+@pytest.mark.parametrize("made", [name for name in MADE if name != "frames, uniform"])
 @many
 @given(tokens=st.integers(1, 700), depth=st.integers(3, 48))
 def test_a_floor_is_the_smallest_budget_that_works(made: str, tokens: int, depth: int) -> None:
@@ -109,14 +111,19 @@ def test_a_larger_entry_would_be_above_the_budget() -> None:
 def test_one_method_in_both_places_solves_as_alone() -> None:
     for budget in (64, 0.11, 0.3, 0.95):
         alone = Duet().plan(576, 32, budget)
-        assert compose(Frames(), Duet()).plan(576, 32, budget) == compose(Frames(keep=0.4), Duet()).plan(576, 32, budget) == alone
+        assert (
+            compose(Frames(), Duet()).plan(576, 32, budget)
+            == compose(Frames(keep=0.4), Duet()).plan(576, 32, budget)
+            == alone
+        )
         assert compose(Frames(), VisionZip()).plan(576, 32, budget) == VisionZip().plan(576, 32, budget)
 
 
 @pytest.mark.parametrize(("entry", "dominant", "contextual"), [(102, 85, 17), (307, 300, 7)])
 def test_rows_are_divided_as_the_method_divides_them_alone(entry: int, dominant: int, contextual: int) -> None:
     """Duet's published settings by what enters, in front of another method's drops."""
-    method = compose(Duet(), PyramidDrop(schedule=((16, 0.5), (24, 0.0))))  # Duet's own schedule, so the same budgets lead to the same entries
+    # Duet's own schedule, so the same budgets lead to the same entries
+    method = compose(Duet(), PyramidDrop(schedule=((16, 0.5), (24, 0.0))))
     plan = method.plan(576, 32, {102: 64, 307: 192}[entry])
     assert (plan.entry, plan.dominant, plan.contextual) == (entry, dominant, contextual)
     plan = compose(VisionZip(), FastV(layers=16, keep=0.0)).plan(576, 32, 32)
@@ -153,14 +160,19 @@ def test_the_pool() -> None:
     """Given, never less than what enters; or the geometric mean of all tokens and those that enter."""
     plan = SpanPlan(1000, 80, 10, (90,) * 4)
     assert compose(Frames(), VisionZip()).pool(plan) == 300
-    assert compose(Frames(keep=0.5), VisionZip()).pool(plan) == 500 and compose(Frames(keep=200), VisionZip()).pool(plan) == 200
+    assert (
+        compose(Frames(keep=0.5), VisionZip()).pool(plan) == 500
+        and compose(Frames(keep=200), VisionZip()).pool(plan) == 200
+    )
     assert compose(Frames(keep=0.01), VisionZip()).pool(plan) == 90
     assert compose(Frames(keep=0.5), PyramidDrop()).pool(plan) == 90  # nobody chooses from it: it enters
     assert compose(VisionZip(), PyramidDrop()).pool(plan) == 1000
 
 
 def test_settings_of_the_stages_without_a_budget() -> None:
-    plan = compose(Frames(keep=0.5), VisionZip(dominant=0.3, contextual=0.05), PyramidDrop(schedule=((2, 0.5), (3, 0.2)))).plan(200, 4, None)
+    plan = compose(
+        Frames(keep=0.5), VisionZip(dominant=0.3, contextual=0.05), PyramidDrop(schedule=((2, 0.5), (3, 0.2)))
+    ).plan(200, 4, None)
     assert (plan.dominant, plan.contextual, plan.counts) == (60, 10, (70, 70, 35, 14))
     plan = compose(Frames(keep=0.5), PyramidDrop()).plan(200, 32, None)  # the paper's stages
     assert plan.counts == (100,) * 8 + (50,) * 8 + (25,) * 8 + (12,) * 8
@@ -168,7 +180,10 @@ def test_settings_of_the_stages_without_a_budget() -> None:
     assert (plan.dominant, plan.contextual, plan.counts) == (100, 0, (100, 100, 50, 50))
     assert compose(Frames(keep=0.5), VisionZip(dominant=1.0)).plan(200, 4, None).counts == (100,) * 4
     plan = compose(Frames(), Duet(dominant=50, contextual=10)).plan(200, 32, None)
-    assert plan.counts == Duet(dominant=50, contextual=10).plan(200, 32, None).counts and paper_schedule(32)[0] == (16, 0.5)
+    assert plan.counts == Duet(dominant=50, contextual=10).plan(200, 32, None).counts and paper_schedule(32)[0] == (
+        16,
+        0.5,
+    )
     plan = compose(VisionZip(dominant=50), Duet(schedule=((1, 0.5),))).plan(200, 4, None)
     assert plan.counts == (50, 25, 25, 25)
 
@@ -177,7 +192,8 @@ def test_a_pool_of_a_size_in_front_of_drops_alone_is_what_enters() -> None:
     """PyramidDrop then solves its share for the pool, as it would for an image of that size."""
     plan = compose(Frames(keep=0.5), PyramidDrop()).plan(576, 32, 100)
     assert plan.entry == 288 and plan.counts == PyramidDrop().plan(288, 32, 100).counts
-    assert compose(Frames(keep=0.1), PyramidDrop()).plan(576, 32, 100).counts == (100,) * 32  # a budget above it widens it
+    # a budget above it widens it
+    assert compose(Frames(keep=0.1), PyramidDrop()).plan(576, 32, 100).counts == (100,) * 32
 
 
 def test_neither_budget_nor_settings() -> None:
@@ -199,7 +215,10 @@ def test_facts_come_from_the_stages() -> None:
     assert three.requires == VisionZip.requires | {Input.FEATURES, Input.SCORES}
     two = compose(Frames(), DivPrune())
     assert not isinstance(two, DecoderReducer) and two.requires == {Input.PROJECTED_FEATURES}
-    assert compose(Frames(), PyramidDrop()).requires == {Input.FEATURES, Input.SCORES} and compose(VisionZip(), Duet()).text_query == "all"  # type: ignore[attr-defined]
+    assert (
+        compose(Frames(), PyramidDrop()).requires == {Input.FEATURES, Input.SCORES}
+        and compose(VisionZip(), Duet()).text_query == "all"
+    )  # type: ignore[attr-defined]
     assert not compose(VisionZip(), Duet()).compares_frames
     assert compose(Frames(), UniformTokens(entry=0.5)).requires == {Input.FEATURES}
     assert compose(Frames(), Duet(text_query="last", signal_layer=2)).settings()["text_query"] == "last"
@@ -259,11 +278,15 @@ def chosen(method: duet_vlm.Reducer, view: EncoderView) -> list[tuple[list[int],
     for number in range(len(view.plans)):
         index = selection.index[number].tolist()
         joined: dict[int, list[int]] = {}
-        for member, into in zip(selection.source_tokens[number].tolist(), selection.target_row[number].tolist(), strict=True):
+        for member, into in zip(
+            selection.source_tokens[number].tolist(), selection.target_row[number].tolist(), strict=True
+        ):
             if into >= 0:
                 joined.setdefault(index[into], []).append(member)
         rows = [row for row, real in zip(index, selection.valid[number].tolist(), strict=True) if real]
-        out.append((sorted(set(rows) - set(joined)), {anchor: sorted(members) for anchor, members in sorted(joined.items())}))
+        out.append(
+            (sorted(set(rows) - set(joined)), {anchor: sorted(members) for anchor, members in sorted(joined.items())})
+        )
     return out
 
 
@@ -273,12 +296,18 @@ def with_signals(view: EncoderView, plans: list[SpanPlan], seed: int) -> Encoder
     counts = torch.tensor([[p.dominant, p.contextual] for p in plans])
     keys = torch.randn(*view.valid.shape, 5, generator=generator)
     importance = torch.rand(view.valid.shape, generator=generator)
-    return EncoderView(view.valid, counts[:, 0], counts[:, 1], tuple(plans), importance, keys, view.features, view.parts, view.modality)
+    return EncoderView(
+        view.valid, counts[:, 0], counts[:, 1], tuple(plans), importance, keys, view.features, view.parts, view.modality
+    )
 
 
 @pytest.mark.parametrize("method", ["visionzip", "duet"])
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(data=st.data(), clips=st.lists(st.tuples(st.integers(1, 5), st.integers(2, 8)), min_size=1, max_size=3), seed=st.integers(0, 10**6))
+@given(
+    data=st.data(),
+    clips=st.lists(st.tuples(st.integers(1, 5), st.integers(2, 8)), min_size=1, max_size=3),
+    seed=st.integers(0, 10**6),
+)
 def test_the_second_stage_works_within_the_pool(method: str, data: st.DataObject, clips: list[Clip], seed: int) -> None:
     """By loops: the pool of each clip, then the published rule on the rows of the pool alone."""
     share = data.draw(st.sampled_from([None, 0.3, 0.6, 1.0]))
@@ -361,14 +390,23 @@ def test_clips_meet_the_budget(family: str, made: str) -> None:
 
 def test_by_name_by_instance_and_by_setting() -> None:
     model, name = shared("llava"), "frames+visionzip+pyramiddrop"
-    made = compose(Frames(keep=0.7), VisionZip(dominant=0.4, contextual=0.2), PyramidDrop(schedule=((2, 0.5), (4, 0.25), (6, 0.1))))
+    made = compose(
+        Frames(keep=0.7), VisionZip(dominant=0.4, contextual=0.2), PyramidDrop(schedule=((2, 0.5), (4, 0.25), (6, 0.1)))
+    )
     with duet_vlm.attach(model, name, **REDUCING[name]) as handle:
-        assert handle.reducer == made and hash(handle.reducer) == hash(made) and type(handle.reducer) is duet_vlm.get_method(name)
+        assert (
+            handle.reducer == made
+            and hash(handle.reducer) == hash(made)
+            and type(handle.reducer) is duet_vlm.get_method(name)
+        )
         handle.set(frames_keep=0.8, positions="compact")
         assert handle.reducer.settings() == made.settings() | {"frames_keep": 0.8, "positions": "compact"}
         with pytest.raises(ValueError, match="dominant=-1"):
             handle.set(visionzip_dominant=-1)
-        with pytest.raises(ValueError, match=r"frames\+visionzip\+pyramiddrop has no setting 'keep' \(did you mean 'frames_keep'\?\); its settings"):
+        with pytest.raises(
+            ValueError,
+            match=r"frames\+visionzip\+pyramiddrop has no setting 'keep' \(did you mean 'frames_keep'\?\); its settings",
+        ):
             handle.set(keep=0.5)
         assert handle.reducer.settings()["frames_keep"] == 0.8
     with duet_vlm.attach(model, made, text_query="all") as handle:
@@ -384,7 +422,9 @@ def test_unknown_stages(name: str) -> None:
 
 def test_a_checkpoint_remembers_it() -> None:
     model = build("qwen2_vl")
-    with duet_vlm.attach(model, compose(Frames(keep=0.75), Duet(), PyramidDrop(schedule=((2, 0.5),))), budget=0.25) as handle:
+    with duet_vlm.attach(
+        model, compose(Frames(keep=0.75), Duet(), PyramidDrop(schedule=((2, 0.5),))), budget=0.25
+    ) as handle:
         duet_vlm.save_to_config(handle)
         reducer = handle.reducer
     written = json.loads(json.dumps(model.config.duet_vlm))
@@ -399,7 +439,20 @@ def test_a_checkpoint_remembers_it() -> None:
 def test_on_the_command_line(tmp_path: Path) -> None:
     picture = tmp_path / "picture.png"
     Image.new("RGB", (224, 224), "red").save(picture)
-    command = ["run", "-i", str(picture), "-p", "What colour?", "--method", "frames+duet", "--budget", "0.2", "--set", "frames_keep=0.5", "--json"]
+    command = [
+        "run",
+        "-i",
+        str(picture),
+        "-p",
+        "What colour?",
+        "--method",
+        "frames+duet",
+        "--budget",
+        "0.2",
+        "--set",
+        "frames_keep=0.5",
+        "--json",
+    ]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)["report"]
@@ -409,10 +462,16 @@ def test_on_the_command_line(tmp_path: Path) -> None:
 
 
 def test_in_an_evaluation() -> None:
-    assert cells_of("duet,frames+duet[frames_keep=0.5;text_query=last]") == [("duet", []), ("frames+duet", ["frames_keep=0.5", "text_query=last"])]
+    assert cells_of("duet,frames+duet[frames_keep=0.5;text_query=last]") == [
+        ("duet", []),
+        ("frames+duet", ["frames_keep=0.5", "text_query=last"]),
+    ]
     made = compose(Frames(keep=0.5), Duet())
     run = {"method": made.name, "settings": made.settings(), "solved": None}
-    assert console.settings(run) == "frames_keep=0.5" and "frames_keep=0.5; " in console.settings(run | {"method": "not_installed"}) + "; "
+    assert (
+        console.settings(run) == "frames_keep=0.5"
+        and "frames_keep=0.5; " in console.settings(run | {"method": "not_installed"}) + "; "
+    )
 
 
 def test_nothing_is_read_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
-"""Methods whose rows a module makes: the module on the model and off it again, its file, its gradient, its question, and the rows themselves."""
+"""Methods whose rows a module makes: the module on the model and off it again, its file, its gradient, its question,
+and the rows themselves."""
 
 from __future__ import annotations
 
@@ -66,12 +67,17 @@ def test_windows_equal_those_cut_by_hand(seed: int, rows: int, columns: int, dat
     token_of = [t for t, real in enumerate(there) if real]
     if count < len(left):
         expected = [[token_of[t] for t in window] for window in cut_by_hand(left, count)]
-        ours = [[int(t) for t, real in zip(row, mask, strict=True) if real] for row, mask in zip(found.tokens[0], found.real[0], strict=True)]
+        ours = [
+            [int(t) for t, real in zip(row, mask, strict=True) if real]
+            for row, mask in zip(found.tokens[0], found.real[0], strict=True)
+        ]
         assert ours == expected
         for window, centre in zip(expected, found.centre[0].tolist(), strict=True):
             middle = [sum(every[t][i] for t in window) / len(window) for i in (0, 1)]
             far = {t: sum((every[t][i] - middle[i]) ** 2 for i in (0, 1)) for t in window}
-            assert far[centre] <= min(far.values()) + 1e-9 and centre == min(t for t in far if far[t] <= min(far.values()) + 1e-9)
+            assert far[centre] <= min(far.values()) + 1e-9 and centre == min(
+                t for t in far if far[t] <= min(far.values()) + 1e-9
+            )
         assert {len(window) for window in expected} <= {len(left) // count, -(-len(left) // count)}
     else:
         assert found.whole[0] and found.centre[0].tolist() == token_of  # every token, in order
@@ -84,7 +90,9 @@ def test_pooling_equals_torchs_on_whole_windows(side: int) -> None:
     place = torch.cartesian_prod(torch.arange(grid), torch.arange(grid))[None].expand(2, -1, -1)
     count = (grid // side) ** 2
     found = windows(place, torch.ones(2, 144, dtype=torch.bool), torch.tensor([count, count]), count, side**2)
-    expected = nn.functional.avg_pool2d(rows.transpose(1, 2).unflatten(2, (grid, grid)), side).flatten(2).transpose(1, 2)
+    expected = (
+        nn.functional.avg_pool2d(rows.transpose(1, 2).unflatten(2, (grid, grid)), side).flatten(2).transpose(1, 2)
+    )
     torch.testing.assert_close(merged_rows(rows, found.selection()), expected)
     inside = within(place, found)[0, 0]
     assert torch.allclose(inside[:, 0].unique(), (torch.arange(side) + 0.5) / side * 2 - 1)
@@ -111,7 +119,9 @@ def test_a_constant_kernel_is_the_mean_of_cells_of_any_shape() -> None:
     place = torch.cartesian_prod(torch.arange(5), torch.arange(7))[None]
     found = windows(place, torch.ones(1, 35, dtype=torch.bool), torch.tensor([9]), 9, 4)
     rows = normal(2, 1, 35, 8)
-    torch.testing.assert_close(module.queries(rows[0][found.tokens], found.real, within(place, found)), merged_rows(rows, found.selection()))
+    torch.testing.assert_close(
+        module.queries(rows[0][found.tokens], found.real, within(place, found)), merged_rows(rows, found.selection())
+    )
 
 
 # ---- clusters
@@ -149,7 +159,9 @@ def test_clusters_equal_those_found_by_hand(seed: int, tokens: int, data: st.Dat
     expected, means = lloyd_by_hand(rows[0], chosen, 8)
     assert labels[0].tolist() == expected and torch.allclose(centres[0], torch.stack(means), atol=1e-5)
     assert (labels[1, count:] == -1).all()
-    alone, _ = kmeans(rows[1:, :count], valid[1:, :count], farthest_start(rows[1:, :count], valid[1:, :count], count), there[1:], 8)
+    alone, _ = kmeans(
+        rows[1:, :count], valid[1:, :count], farthest_start(rows[1:, :count], valid[1:, :count], count), there[1:], 8
+    )
     assert torch.equal(alone[0], labels[1, :count])
 
 
@@ -172,7 +184,9 @@ def test_of_two_rows_the_first_stands_for_them(seed: int) -> None:
     """Both are as like their mean, up to rounding, which is another one in a batch."""
     rows = unit_rows(torch.randn(1, 2, 64, generator=torch.Generator().manual_seed(seed)))
     there, labels = torch.tensor([[True]]), torch.zeros(1, 2, dtype=torch.long)
-    assert cluster_sums(rows, torch.ones(1, 2, dtype=torch.bool), labels, rows.mean(1, keepdim=True), there)[0].item() == 0
+    assert (
+        cluster_sums(rows, torch.ones(1, 2, dtype=torch.bool), labels, rows.mean(1, keepdim=True), there)[0].item() == 0
+    )
 
 
 def test_the_elbow_is_the_released_codes() -> None:
@@ -224,12 +238,22 @@ def test_gradients_reach_the_module_and_what_else_learns(method: str, family: st
         if frozen and handle.module is None:
             return
         model(**inputs, labels=labels).loss.backward()
-        missing = [name for name, weight in (handle.module or nn.Module()).named_parameters() if weight.grad is None or not weight.grad.any()]
+        missing = [
+            name
+            for name, weight in (handle.module or nn.Module()).named_parameters()
+            if weight.grad is None or not weight.grad.any()
+        ]
         assert not missing
         projector = list(handle.adapter.projector().parameters())
         assert all((weight.grad is None) == frozen for weight in projector)
-        assert frozen or all(weight.grad.isfinite().all() and weight.grad.any() for weight in projector if weight.grad is not None)
-        tower = [weight for name, weight in handle.adapter.tower().named_parameters() if "patch_embed" in name and "weight" in name]
+        assert frozen or all(
+            weight.grad.isfinite().all() and weight.grad.any() for weight in projector if weight.grad is not None
+        )
+        tower = [
+            weight
+            for name, weight in handle.adapter.tower().named_parameters()
+            if "patch_embed" in name and "weight" in name
+        ]
         assert tower and all((weight.grad is None or not weight.grad.any()) == frozen for weight in tower)
 
 
@@ -253,10 +277,16 @@ def slope(model: nn.Module, inputs: dict[str, Any], weights: list[Tensor], direc
 
 def question_and_answer(family: str) -> dict[str, Any]:
     inputs = FAMILIES[family].inputs([ONE, TWO], "right")
-    return inputs | {"labels": inputs["input_ids"].where(torch.arange(inputs["input_ids"].shape[1]) >= inputs["input_ids"].shape[1] - 4, -100)}
+    return inputs | {
+        "labels": inputs["input_ids"].where(
+            torch.arange(inputs["input_ids"].shape[1]) >= inputs["input_ids"].shape[1] - 4, -100
+        )
+    }
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", pytest.param("llava_next", marks=pytest.mark.slow), "qwen3_vl", "internvl"])
+@pytest.mark.parametrize(
+    "family", ["llava", "qwen2_5_vl", pytest.param("llava_next", marks=pytest.mark.slow), "qwen3_vl", "internvl"]
+)
 def test_the_gradient_is_the_slope_of_the_loss(family: str) -> None:
     """Also through the tower's layers that the module reads, and through the decoder's reading of the question."""
     model, inputs = build(family).train(), question_and_answer(family)
@@ -264,9 +294,13 @@ def test_the_gradient_is_the_slope_of_the_loss(family: str) -> None:
         model(**inputs).loss.backward()
         for part in (handle.adapter.tower(), handle.adapter.text_model, handle.adapter.projector(), handle.module):
             weights = [weight for weight in part.parameters() if weight.grad is not None and weight.ndim > 1]  # type: ignore[union-attr]
-            directions = [normal(number, *weight.shape) * weight.detach().std() for number, weight in enumerate(weights)]
+            directions = [
+                normal(number, *weight.shape) * weight.detach().std() for number, weight in enumerate(weights)
+            ]
             analytic = sum(float((weight.grad * way).sum()) for weight, way in zip(weights, directions, strict=True))  # type: ignore[operator]
-            assert analytic == pytest.approx(slope(model, inputs, weights, directions), rel=0.03, abs=0.01), type(part).__name__
+            assert analytic == pytest.approx(slope(model, inputs, weights, directions), rel=0.03, abs=0.01), type(
+                part
+            ).__name__
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
@@ -306,7 +340,9 @@ def test_a_tower_that_runs_without_its_gradient_is_refused() -> None:
 
     tower.forward = forward
     with duet_vlm.attach(model, "quecc", keep=0.4):
-        with pytest.raises(ValueError, match=r"quecc uses layers of the vision tower, .* checkpointing loses: .*freeze the tower"):
+        with pytest.raises(
+            ValueError, match=r"quecc uses layers of the vision tower, .* checkpointing loses: .*freeze the tower"
+        ):
             model(**inputs)
         with torch.no_grad():
             model(**inputs)
@@ -341,7 +377,9 @@ def test_the_question_is_what_the_stock_decoder_makes_of_it_alone(family: str) -
             ids = inputs["input_ids"][sample, last + 1 :][real[last + 1 :]]
             ids = ids[None]
             with torch.no_grad():
-                expected = handle.adapter.text_model(inputs_embeds=model.get_input_embeddings()(ids)).last_hidden_state[0, -1]
+                expected = handle.adapter.text_model(inputs_embeds=model.get_input_embeddings()(ids)).last_hidden_state[
+                    0, -1
+                ]
             torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
     assert seen
 
@@ -357,8 +395,12 @@ def test_clips_alone_and_in_a_batch(method: str, family: str) -> None:
             if not traces[sample]:  # text alone
                 continue
             alone = forward(model, FAMILIES[family].inputs([row])).logits
-            assert handle.trace[0] and [span.merged for span in handle.trace[0]] == [span.merged for span in traces[sample]]
-            torch.testing.assert_close(together[sample][slots[sample] >= 0], alone[0][handle.slots[0] >= 0], rtol=1e-3, atol=2e-4)
+            assert handle.trace[0] and [span.merged for span in handle.trace[0]] == [
+                span.merged for span in traces[sample]
+            ]
+            torch.testing.assert_close(
+                together[sample][slots[sample] >= 0], alone[0][handle.slots[0] >= 0], rtol=1e-3, atol=2e-4
+            )
             assert handle.report().nominal == handle.report().measured
 
 
@@ -471,18 +513,27 @@ def test_what_cannot_be_loaded_is_one_clear_sentence(tmp_path: Path) -> None:
         other = handle.save_weights(tmp_path / "wider.safetensors")
         said = handle.adapter.vision_dims().width
     tensors, metadata = load_file(other), safe_open(other, "pt").metadata()
-    save_file(tensors, other, {name: text.replace(f'"rows of width": {said}', '"rows of width": 64') for name, text in metadata.items()})
-    assert f"were trained for a model with rows of width 64, here it is {said}" in refused(weights=str(other))  # another tower
+    save_file(
+        tensors,
+        other,
+        {name: text.replace(f'"rows of width": {said}', '"rows of width": 64') for name, text in metadata.items()},
+    )
+    # another tower
+    assert f"were trained for a model with rows of width 64, here it is {said}" in refused(weights=str(other))
     assert "were trained for a model with method quecc, here it is resampler" in refused(method="resampler")
     assert "were trained with kernel=4, the settings say 2" in refused(kernel=2)
-    assert "no such file; train some for this model with 'duet-vlm train --method quecc'" in refused(weights=str(tmp_path / "none.safetensors"))
+    assert "no such file; train some for this model with 'duet-vlm train --method quecc'" in refused(
+        weights=str(tmp_path / "none.safetensors")
+    )
     (tmp_path / "broken.safetensors").write_bytes(b"nothing of the kind")
     assert "are no weights of a compressor" in refused(weights=str(tmp_path / "broken.safetensors"))
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     assert "are no weights of a compressor" in refused(weights=str(tmp_path / "other.safetensors"))
     assert "heads=7: rows of this model are 32 numbers wide" in refused(weights=None, heads=7)
     assert "weights=3: give the path" in message(lambda: duet_vlm.get_method("quecc")(weights=3))
-    assert "cls_token=True: quecc makes its rows of patches" in message(lambda: duet_vlm.get_method("quecc")(cls_token=True, positions="compact"))
+    assert "cls_token=True: quecc makes its rows of patches" in message(
+        lambda: duet_vlm.get_method("quecc")(cls_token=True, positions="compact")
+    )
     assert load_file(file)
 
 
@@ -506,7 +557,11 @@ def adapted(model: nn.Module, target: Any, **options: Any) -> Any:
 
 def one_step(model: nn.Module) -> dict[str, Tensor]:
     """What learns, behind a step of SGD."""
-    weights = {name.rpartition("base_model.model.")[2]: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    weights = {
+        name.rpartition("base_model.model.")[2]: weight
+        for name, weight in model.named_parameters()
+        if weight.requires_grad
+    }
     model.train()
     model(**question_and_answer("llava")).loss.backward()
     torch.optim.SGD(weights.values(), lr=0.1).step()
@@ -516,9 +571,12 @@ def one_step(model: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("target", TARGETS, ids=["expression", "names", "all-linear"])
 @pytest.mark.parametrize("method", OWN)
 def test_peft_in_either_order_trains_the_same(method: str, target: Any, tmp_path: Path) -> None:
-    """Adapters go into the layers of the model, whatever the module calls its own, and its file is one that attach loads."""
+    """Adapters go into the layers of the model, whatever the module calls its own, and its file is one that attach
+    loads."""
     behind = adapted(build("llava"), target)
-    stock = {name.rpartition("base_model.model.")[2] for name, weight in behind.named_parameters() if weight.requires_grad}
+    stock = {
+        name.rpartition("base_model.model.")[2] for name, weight in behind.named_parameters() if weight.requires_grad
+    }
     with duet_vlm.attach(behind, method, **opened(method)):
         expected = one_step(behind)
     core = build("llava")
@@ -547,7 +605,9 @@ def test_a_module_that_was_frozen_before_it_learned_is_refused(method: str, tmp_
     model = build("llava")
     handle = duet_vlm.attach(model, method, **opened(method))
     model = adapted(model, TARGETS[0]).train()
-    with pytest.raises(ValueError, match=f"{method}: {FROZEN}, so the model would learn to read random rows: attach behind"):
+    with pytest.raises(
+        ValueError, match=f"{method}: {FROZEN}, so the model would learn to read random rows: attach behind"
+    ):
         model(**inputs)
     with pytest.raises(ValueError, match=f"{method}: {FROZEN}, so there is nothing to save"):
         handle.save_weights(tmp_path / "w.safetensors")
@@ -569,7 +629,9 @@ def test_a_trained_module_may_stay_as_it_is(tmp_path: Path) -> None:
     core = build("llava")
     handle = duet_vlm.attach(core, "resampler", keep=0.4, weights=file)
     model = adapted(core, TARGETS[0])
-    with pytest.warns(UserWarning, match="resampler: all weights of its own module are frozen .*, so they stay as they are"):
+    with pytest.warns(
+        UserWarning, match="resampler: all weights of its own module are frozen .*, so they stay as they are"
+    ):
         one_step(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -597,12 +659,20 @@ def test_the_code_form_says_what_it_cannot_read() -> None:
     with duet_vlm.attach(model, "vqtoken", keep=1, form="code", frame=span // frames):
         assert f"makes a row for each of {frames} frames, and 1 may enter" in message(lambda: forward(model, inputs))
     with duet_vlm.attach(model, "vqtoken", keep=9, form="code", frame=span - 1):
-        assert f"form='code' reads maps of {span - 1} tokens, {span} are no number of them" in message(lambda: forward(model, inputs))
+        assert f"form='code' reads maps of {span - 1} tokens, {span} are no number of them" in message(
+            lambda: forward(model, inputs)
+        )
 
 
 def test_the_paper_form_begins_as_means_of_the_same_length() -> None:
     """Of rows that point one way, a new module gives the mean itself; the released form loses the length."""
-    rows = torch.cat([normal(1, 1, 1, 32) * torch.tensor([1.0, 2.0, 3.0])[:, None], normal(2, 1, 1, 32) * torch.tensor([4.0, 8.0])[:, None]], 1)
+    rows = torch.cat(
+        [
+            normal(1, 1, 1, 32) * torch.tensor([1.0, 2.0, 3.0])[:, None],
+            normal(2, 1, 1, 32) * torch.tensor([4.0, 8.0])[:, None],
+        ],
+        1,
+    )
     valid, place = torch.ones(1, 5, dtype=torch.bool), torch.stack([torch.zeros(5).long(), torch.arange(5)], -1)[None]
     plan = duet_vlm.SpanPlan(5, 2, 0, (2,))
     for reducer, scale in ((VQToken(keep=2), (2.0, 6.0)), (VQToken.official(2), None)):
@@ -612,7 +682,11 @@ def test_the_paper_form_begins_as_means_of_the_same_length() -> None:
             grid_size=torch.tensor([[1, 5]]), crop_grid=torch.zeros(1, 2, dtype=torch.long), module=module, max_parts=(1, 5),
         )  # fmt: skip
         made = merged_rows(rows, reducer.select_tokens(view))
-        expected = unit_rows(rows[:, [0, 3]]) if scale is None else torch.stack([rows[0, 0] * scale[0], rows[0, 3] / 4 * scale[1]])[None]
+        expected = (
+            unit_rows(rows[:, [0, 3]])
+            if scale is None
+            else torch.stack([rows[0, 0] * scale[0], rows[0, 3] / 4 * scale[1]])[None]
+        )
         torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -627,7 +701,13 @@ def _sizes(width: int) -> Any:
 
 def test_the_trace_says_where_rows_come_from() -> None:
     model, inputs = shared("llava"), FAMILIES["llava"].inputs([TWO])
-    for method, settings_ in (("pool", {}), ("quecc", {}), ("resampler", {}), ("vqtoken", {}), ("vqtoken", {"form": "code"})):
+    for method, settings_ in (
+        ("pool", {}),
+        ("quecc", {}),
+        ("resampler", {}),
+        ("vqtoken", {}),
+        ("vqtoken", {"form": "code"}),
+    ):
         with duet_vlm.attach(model, method, keep=9, **settings_) as handle:
             forward(model, inputs)
             for span in handle.trace[0]:
@@ -649,7 +729,9 @@ def test_tokens_of_every_group_get_the_colour_of_none() -> None:
         forward(model, inputs)
         span = handle.trace[0][0]
     picture = draw(Image.new("RGB", (84, 84), (255, 255, 255)), span, size=180)
-    assert {color for _, color in picture.getcolors(1 << 20)} >= {tuple(round(255 * 0.48 + c * 0.52) for c in (150, 150, 158))}
+    assert {color for _, color in picture.getcolors(1 << 20)} >= {
+        tuple(round(255 * 0.48 + c * 0.52) for c in (150, 150, 158))
+    }
 
 
 def test_each_setting_of_a_module_is_a_setting() -> None:

@@ -1,4 +1,5 @@
-"""What the library may cost: no attention maps, one device read per prompt and none per decode step, memory linear in the prompt."""
+"""What the library may cost: no attention maps, one device read per prompt and none per decode step, memory linear in
+the prompt."""
 
 from __future__ import annotations
 
@@ -52,8 +53,10 @@ class Reads(TorchDispatchMode):
         self.count = 0
 
     def note(self) -> None:
-        copied = called_from("importance_and_keys") and called_by_stock("vision_utils.py")  # given a copy that was read before
-        on_the_host = copied or called_from("num_separator_rows") or called_from("real_patches")  # tensors that are made there
+        # given a copy that was read before
+        copied = called_from("importance_and_keys") and called_by_stock("vision_utils.py")
+        # tensors that are made there
+        on_the_host = copied or called_from("num_separator_rows") or called_from("real_patches")
         self.count += not (called_from("check_finite") or called_from("_raise_at_once") or on_the_host)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -94,17 +97,25 @@ def test_the_counter_counts() -> None:
 
 
 def allowed_reads(case: Case) -> int:
-    """One where the prompt enters the decoder; where images differ in size, one more for the sizes of an encoder call, which the stock
-    code reads several times over; and where the decoder reads the question by itself, its length, and what the stock code reads of a mask."""
+    """One where the prompt enters the decoder; where images differ in size, one more for the sizes of an encoder call,
+    which the stock code reads several times over; and where the decoder reads the question by itself, its length, and
+    what the stock code reads of a mask."""
     requires = duet_vlm.get_method(case.method.split("+")[0])().requires
-    return 1 + 2 * (duet_vlm.Input.QUESTION_STATE in requires) + any(stream.sizes for stream in adapter_for(case.model()).modalities)
+    return (
+        1
+        + 2 * (duet_vlm.Input.QUESTION_STATE in requires)
+        + any(stream.sizes for stream in adapter_for(case.model()).modalities)
+    )
 
 
 def reads_on_the_way(family: str, attention: str) -> tuple[int, list[int]]:
     """Of a shared model, as it is now: for a prompt that it has seen before, and for each of two steps behind it."""
     model, inputs = shared(family, attention), FAMILIES[family].inputs(MIXED)
     mask = inputs["attention_mask"]
-    steps = [{"input_ids": torch.full((3, 1), 33), "attention_mask": torch.cat([mask, mask.new_ones(3, n)], 1)} for n in (1, 2)]
+    steps = [
+        {"input_ids": torch.full((3, 1), 33), "attention_mask": torch.cat([mask, mask.new_ones(3, n)], 1)}
+        for n in (1, 2)
+    ]
     if FAMILIES[family].mrope:  # as generate() passes them
         steps = [step | {"position_ids": torch.full((3, 3, 1), 70 + n)} for n, step in enumerate(steps)]
     forward(model, inputs)
@@ -136,7 +147,8 @@ def test_training_reads_no_more(case: Case) -> None:
 
 
 class Sizes(TorchDispatchMode):
-    """The largest tensor made by operations of the library (stock modules that it calls, and those it runs inside of, left out)."""
+    """The largest tensor made by operations of the library (stock modules that it calls, and those it runs inside of,
+    left out)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,14 +161,16 @@ class Sizes(TorchDispatchMode):
             frame = frame.f_back  # type: ignore[assignment]
         if frame is not None and frame.f_code.co_filename.startswith(HERE):
             tensors = output if isinstance(output, list | tuple) else [output]
-            storages = (t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor))  # an expanded view makes nothing
+            # an expanded view makes nothing
+            storages = (t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor))
             self.largest = max(self.largest, *storages, 0)
         return output
 
 
 @pairs(families=FIRST)
 def test_no_map_of_prompt_by_prompt(family: str, method: str) -> None:
-    """Twice the text must not make four times the largest tensor: the model itself runs under sdpa, which needs no mask here."""
+    """Twice the text must not make four times the largest tensor: the model itself runs under sdpa, which needs no mask
+    here."""
     model, largest = shared(family), []
     for length in (300, 1200):
         row = (*ONE, *[20 + i % 60 for i in range(length)])
@@ -216,7 +230,9 @@ def test_ranking_flops_are_of_the_rows_that_were_projected(family: str, method: 
     model, seen = shared(family), {"q_proj": [], "k_proj": []}  # type: ignore[var-annotated]
     attention = model.model.language_model.layers[layer].self_attn
     hooks = [
-        getattr(attention, name).register_forward_pre_hook(lambda module, args, rows=rows: rows.append(args[0].shape[1]))
+        getattr(attention, name).register_forward_pre_hook(
+            lambda module, args, rows=rows: rows.append(args[0].shape[1])
+        )
         for name, rows in seen.items()
     ]
     settings = REDUCING[method] if method == "fastv" else REDUCING[method] | {"schedule": ((layer, 0.5),)}
@@ -226,10 +242,16 @@ def test_ranking_flops_are_of_the_rows_that_were_projected(family: str, method: 
         shape = handle.adapter.decoder_dims()
     for hook in hooks:
         hook.remove()
-    (rows, handed_over), queries = seen["k_proj"], seen["q_proj"][0]  # keys are made once, and the layer takes over those it needs
+    # keys are made once, and the layer takes over those it needs
+    (rows, handed_over), queries = seen["k_proj"], seen["q_proj"][0]
     assert rows > queries and rows >= handed_over
     wide, narrow = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    assert ranking == 2 * (rows - handed_over) * shape.hidden * narrow + 2 * queries * shape.hidden * wide + 2 * queries * rows * wide
+    assert (
+        ranking
+        == 2 * (rows - handed_over) * shape.hidden * narrow
+        + 2 * queries * shape.hidden * wide
+        + 2 * queries * rows * wide
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -255,8 +277,8 @@ def test_the_layer_takes_over_what_ranking_made(family: str) -> None:
 
 @pytest.mark.parametrize("family", FIRST)
 def test_only_survivors_are_projected(family: str) -> None:
-    """LLaVA's projector runs on the rows that enter the decoder, merged ones included; a grid merger on every patch, and so does the
-    projector of LLaVA-NeXT, which packs and cuts what comes out of it."""
+    """LLaVA's projector runs on the rows that enter the decoder, merged ones included; a grid merger on every patch,
+    and so does the projector of LLaVA-NeXT, which packs and cuts what comes out of it."""
     model, rows = shared(family), []
     projector = getattr(model.model, "multi_modal_projector", None) or model.model.visual.merger
     inner = projector.linear_1 if hasattr(projector, "linear_1") else projector

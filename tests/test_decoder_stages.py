@@ -1,4 +1,5 @@
-"""Stages inside the decoder beyond dropping by attention: merging, trimmed caches, raters, heads; each against something slow."""
+"""Stages inside the decoder beyond dropping by attention: merging, trimmed caches, raters, heads; each against
+something slow."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ SCHEDULE = ((3, 0.6), (5, 0.25))
 
 
 def equals_oracle(family: str, rows: tuple[Row, ...], method: Any, **settings: Any) -> Any:
-    """Greedy answers equal those of the full sequence with the same decisions, written without cache and hooks; the handle's report."""
+    """Greedy answers equal those of the full sequence with the same decisions, written without cache and hooks; the
+    handle's report."""
     inputs, model = FAMILIES[family].inputs(rows), shared(family)
     with duet_vlm.attach(model, method, **settings) as handle:
         written = generate(model, inputs, 5)
@@ -47,10 +49,15 @@ def equals_oracle(family: str, rows: tuple[Row, ...], method: Any, **settings: A
 
 @pytest.mark.parametrize("rows", [(ONE,), RAGGED], ids=["one", "ragged"])
 @pytest.mark.parametrize(
-    ("family", "positions"), [("llava", "keep"), ("llava", "compact"), ("qwen2_5_vl", "keep"), ("gemma3", "keep"), ("qwen3_5", "keep")]
+    ("family", "positions"),
+    [("llava", "keep"), ("llava", "compact"), ("qwen2_5_vl", "keep"), ("gemma3", "keep"), ("qwen3_5", "keep")],
 )
-def test_a_cut_cache_answers_as_if_earlier_layers_had_never_held_the_rest(family: str, positions: str, rows: tuple[Row, ...]) -> None:
-    choices, report = equals_oracle(family, rows, "duet", dominant=0.6, contextual=0.2, schedule=SCHEDULE, trim_kv_cache=True, positions=positions)
+def test_a_cut_cache_answers_as_if_earlier_layers_had_never_held_the_rest(
+    family: str, positions: str, rows: tuple[Row, ...]
+) -> None:
+    choices, report = equals_oracle(
+        family, rows, "duet", dominant=0.6, contextual=0.2, schedule=SCHEDULE, trim_kv_cache=True, positions=positions
+    )
     assert all(choice.cut for choice in choices)
     assert report.observed.kv_bytes == report.predicted.kv_bytes
     _, full = equals_oracle(family, rows, "duet", dominant=0.6, contextual=0.2, schedule=SCHEDULE, positions=positions)
@@ -72,7 +79,9 @@ def test_beams_follow_a_cut_cache() -> None:
 def test_a_cut_cache_needs_a_cache_to_cut() -> None:
     inputs, model = FAMILIES["llava"].inputs([ONE]), shared("llava")
     with duet_vlm.attach(model, "fastv", layers=3, keep=0.4, trim_kv_cache=True):
-        with pytest.raises(ValueError, match="trim_kv_cache=True takes rows out of a cache, and use_cache=False has none"):
+        with pytest.raises(
+            ValueError, match="trim_kv_cache=True takes rows out of a cache, and use_cache=False has none"
+        ):
             generate(model, inputs, 3, use_cache=False)
         assert forward(model, inputs, use_cache=False).logits.isfinite().all()  # a single pass writes nothing
 
@@ -99,7 +108,8 @@ def test_a_cache_that_holds_something_else_is_not_cut() -> None:
 
 @dataclass(frozen=True)
 class Halves(DecoderReducer):
-    """Every other token stays, and takes half of the next one; in reverse order, so that renumbered rows are seen to follow it."""
+    """Every other token stays, and takes half of the next one; in reverse order, so that renumbered rows are seen to
+    follow it."""
 
     name, paper, summary = "halves", "-", "-"
     merges = True
@@ -136,7 +146,9 @@ def test_merges_inside_the_decoder_without_a_cache_are_replayed(share: str) -> N
 
 def test_with_share_each_nobody_joins_another_image() -> None:
     inputs, model = FAMILIES["llava"].inputs([THREE, TWO]), shared("llava")
-    with duet_vlm.attach(model, "tokencarve", schedule=((3, 0.5),), trim_kv_cache=False, multi_image="per_image") as handle:
+    with duet_vlm.attach(
+        model, "tokencarve", schedule=((3, 0.5),), trim_kv_cache=False, multi_image="per_image"
+    ) as handle:
         forward(model, inputs)
         each = handle.trace
         for sample in (0, 1):
@@ -176,8 +188,12 @@ class Wrong(Halves):
         if self.how == "count":
             return Selection(made.index, made.valid & False, made.source_tokens, made.target_row, weights=made.weights)
         if self.how == "twice":
-            return Selection(made.index * 0 + made.index[:, :1], made.valid, made.source_tokens[:, :0], made.target_row[:, :0])
-        return Selection(made.index, made.valid, made.source_tokens, made.target_row, weights=made.weights * float("nan"))
+            return Selection(
+                made.index * 0 + made.index[:, :1], made.valid, made.source_tokens[:, :0], made.target_row[:, :0]
+            )
+        return Selection(
+            made.index, made.valid, made.source_tokens, made.target_row, weights=made.weights * float("nan")
+        )
 
 
 @dataclass(frozen=True)
@@ -207,7 +223,9 @@ def test_what_cannot_be_is_refused_and_changes_nothing(method: DecoderReducer, s
 
 def test_an_unknown_input_is_named() -> None:
     cls = type("Curious", (Halves,), {"requires": frozenset({Input.HIDDEN_STATES, "weather"}), "name": "curious"})
-    with pytest.raises(ValueError, match=r"Curious.requires names 'weather': choose from .*Input.GRADIENT.*, Input.SCORES"):
+    with pytest.raises(
+        ValueError, match=r"Curious.requires names 'weather': choose from .*Input.GRADIENT.*, Input.SCORES"
+    ):
         cls()
     early = type("Early", (Halves,), {"requires": frozenset({Input.FEATURES}), "name": "early"})
     with pytest.raises(ValueError, match=r"Early.requires names features: choose from"):
@@ -222,7 +240,10 @@ def test_an_input_that_was_not_declared_is_named() -> None:
         def prune_tokens(self, view: DecoderView) -> Any:
             return top(view.require(Input.SCORES), view.valid, view.num_keep)
 
-    with pytest.raises(ValueError, match=r"careless: DecoderView.scores is not there: declare Input.SCORES in requires"), duet_vlm.attach(shared("llava"), Careless()):
+    with (
+        pytest.raises(ValueError, match=r"careless: DecoderView.scores is not there: declare Input.SCORES in requires"),
+        duet_vlm.attach(shared("llava"), Careless()),
+    ):
         forward(shared("llava"), FAMILIES["llava"].inputs([ONE]))
 
 
@@ -235,7 +256,14 @@ class Seen(DecoderReducer):
 
     name, paper, summary = "seen", "-", "-"
     requires = frozenset(
-        {Input.SCORES, Input.HIDDEN_STATES, Input.PREVIOUS_HIDDEN_STATES, Input.TEXT_HIDDEN_STATES, Input.DECODER_KEYS, Input.POSITIONS}
+        {
+            Input.SCORES,
+            Input.HIDDEN_STATES,
+            Input.PREVIOUS_HIDDEN_STATES,
+            Input.TEXT_HIDDEN_STATES,
+            Input.DECODER_KEYS,
+            Input.POSITIONS,
+        }
         | {Input.VISUAL_SELF_ATTENTION}
     )
 
@@ -267,10 +295,15 @@ def test_rows_and_texts_are_those_that_the_layers_read(family: str) -> None:
     (view,) = VIEWS
     visual = handle._prompt_state.prompt.visual[0]
     assert view.host_counts == ((int(visual.sum()), int(visual.sum()) // 2),)
-    assert torch.equal(view.hidden_states[0], read[3][0][visual]) and torch.equal(view.previous_hidden_states[0], read[2][0][visual])
+    assert torch.equal(view.hidden_states[0], read[3][0][visual]) and torch.equal(
+        view.previous_hidden_states[0], read[2][0][visual]
+    )
     after = torch.arange(len(visual)) > visual.nonzero().max()
     assert torch.equal(view.text_hidden_states[0], read[3][0][after]) and view.text_valid.all()
-    assert view.positions[0].tolist() == visual.nonzero().flatten().tolist() and view.text_positions[0].tolist() == after.nonzero().flatten().tolist()
+    assert (
+        view.positions[0].tolist() == visual.nonzero().flatten().tolist()
+        and view.text_positions[0].tolist() == after.nonzero().flatten().tolist()
+    )
 
 
 @pytest.mark.parametrize("heads", ["mean", "max", "most", "each"])
@@ -290,14 +323,18 @@ def test_heads_are_put_together_as_asked(heads: str) -> None:
         "each": torch.einsum("bhqk,bq->bkh", maps, asked),
     }[heads]
     torch.testing.assert_close(ours, slow, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(query_attention(query, key, 0.3, lambda block: allowed[:, block], weight, heads=heads), ours)
+    torch.testing.assert_close(
+        query_attention(query, key, 0.3, lambda block: allowed[:, block], weight, heads=heads), ours
+    )
 
 
 def test_raters_are_the_text_that_pictures_resemble_more_than_the_mean() -> None:
     inputs, model = FAMILIES["llava"].inputs(RAGGED), shared("llava")
     caught: list[Tensor] = []
     first = model.model.language_model.layers[0]
-    hook = first.register_forward_pre_hook(lambda m, a, k: caught.append(a[0] if a else k["hidden_states"]), with_kwargs=True)
+    hook = first.register_forward_pre_hook(
+        lambda m, a, k: caught.append(a[0] if a else k["hidden_states"]), with_kwargs=True
+    )
     with duet_vlm.attach(model, Seen(text_query="raters")) as handle:
         VIEWS.clear()
         forward(model, inputs)
@@ -364,7 +401,9 @@ def test_layers_in_a_row_rank_by_the_rows_that_are_left(rows: Any) -> None:
             seen.append(view)
             return super().prune_tokens(view)
 
-    with duet_vlm.attach(model, Spy(schedule=((2, 0.7), (3, 0.5), (4, 0.4)), recycle=False, text_query="last")) as handle:
+    with duet_vlm.attach(
+        model, Spy(schedule=((2, 0.7), (3, 0.5), (4, 0.4)), recycle=False, text_query="last")
+    ) as handle:
         out = forward(model, inputs, output_attentions=True)
         groups = [handle._prompt_state.layer_group(layer).tokens for layer in (1, 2, 3)]
     for shown, tokens, attention in zip(seen, groups, out.attentions[1:4], strict=True):

@@ -1,4 +1,5 @@
-"""Drops inside the decoder as a server counts them, without any server: stages, prompts, steps, groups of layers, refusals."""
+"""Drops inside the decoder as a server counts them, without any server: stages, prompts, steps, groups of layers,
+refusals."""
 
 from __future__ import annotations
 
@@ -202,7 +203,8 @@ BLOCK = 4
 
 @dataclass
 class SlowRequest:
-    """A request as lists of rows: what it is made of, and what each stage's cache holds. A row is (number in the prompt or behind, kind)."""
+    """A request as lists of rows: what it is made of, and what each stage's cache holds. A row is (number in the prompt
+    or behind, kind)."""
 
     prompt: StagedPrompt
     rows: list[tuple[int, str]]
@@ -234,7 +236,8 @@ def slow_request(draw: random.Random, stages: int, blocks: list[int]) -> SlowReq
 
 
 def slow_step(draw: random.Random, requests: list[SlowRequest], scheduled: list[int]) -> list[dict[str, list[Any]]]:
-    """Runs the step on lists; per stage its flat batch: rows with their request, places in the cache, slots, and lengths of all caches."""
+    """Runs the step on lists; per stage its flat batch: rows with their request, places in the cache, slots, and
+    lengths of all caches."""
     out: list[dict[str, list[Any]]] = [
         {"rows": [], "place": [], "slot": [], "length": [], "count": []} for _ in requests[0].caches
     ]
@@ -259,7 +262,8 @@ def slow_step(draw: random.Random, requests: list[SlowRequest], scheduled: list[
 
 @pytest.mark.parametrize("seed", range(40))
 def test_steps_are_those_of_a_server_that_keeps_lists(seed: int) -> None:
-    """Prefills, cached prefixes, decodes and preempted requests in any mixture: rows, starts, lengths, slots, who drops and who asks."""
+    """Prefills, cached prefixes, decodes and preempted requests in any mixture: rows, starts, lengths, slots, who drops
+    and who asks."""
     draw = random.Random(seed)
     depth = draw.choice([4, 9])
     stages = DecoderStages(depth, tuple(sorted(draw.sample(range(1, depth), draw.randint(0, 3)))))
@@ -351,7 +355,8 @@ def test_a_prompt_that_is_whole_or_behind_is_none(computed: int, scheduled: int,
 
 
 def slow_scores(query: torch.Tensor, key: torch.Tensor, asks: list[int], before: int) -> torch.Tensor:
-    """Attention that rows ``asks`` of one request pay to its rows: query [H, L, d], key [Hkv, before + L, d] -> [L], a softmax at a time."""
+    """Attention that rows ``asks`` of one request pay to its rows: query [H, L, d], key [Hkv, before + L, d] -> [L], a
+    softmax at a time."""
     heads, shared = query.shape[0], query.shape[0] // key.shape[0]
     total = torch.zeros(key.shape[1], dtype=torch.float64)
     for row in asks:
@@ -365,7 +370,8 @@ def slow_scores(query: torch.Tensor, key: torch.Tensor, asks: list[int], before:
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("text_query", ["all", "last"])
 def test_rows_that_go_on_are_those_that_text_looks_at_most(seed: int, text_query: str) -> None:
-    """Requests of unequal length, one with keys of a cached prefix, one that is only written, two drops one after the other."""
+    """Requests of unequal length, one with keys of a cached prefix, one that is only written, two drops one after the
+    other."""
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     prompts = [
         StagedPrompt.of(40, [(9, 21), (23, 30)], [(12, 7, draw.randint(0, 7)), (7, 3, 3)]),
@@ -510,8 +516,14 @@ PYRAMID = duet_vlm.get_method("pyramiddrop")
         ({"score_layer_offset": 2}, "it ranks 2 layers before a drop"),
         ({"extra_stages": lambda self, depth: frozenset({3})}, "it looks at rows in layers that drop none"),
         ({"calibration": lambda self: object()}, "it is calibrated for one model"),
-        ({"scoring_rules": lambda self: ScoringRules(score_positions="divided")}, "score_positions='divided': attention divided"),
-        ({"requires": frozenset({duet_vlm.Input.VISUAL_SELF_ATTENTION})}, "it needs visual_self_attention, and a server makes only"),
+        (
+            {"scoring_rules": lambda self: ScoringRules(score_positions="divided")},
+            "score_positions='divided': attention divided",
+        ),
+        (
+            {"requires": frozenset({duet_vlm.Input.VISUAL_SELF_ATTENTION})},
+            "it needs visual_self_attention, and a server makes only",
+        ),
     ],
 )
 def test_methods_of_users_are_refused_by_what_they_declare(facts: dict[str, Any], says: str) -> None:

@@ -1,4 +1,5 @@
-"""Rows that an encoder adds behind the first decoder layers follow the survivors, whatever layer drops (Qwen3-VL: three levels)."""
+"""Rows that an encoder adds behind the first decoder layers follow the survivors, whatever layer drops (Qwen3-VL: three
+levels)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""``torch.set_default_device``: nothing that the library makes may land there; its tensors go where the model's are, or on the host."""
+"""``torch.set_default_device``: nothing that the library makes may land there; its tensors go where the model's are, or
+on the host."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ MAKERS = _device_constructors()
 
 
 class Named(TorchFunctionMode):
-    """Refuses tensors that the library, or a plain function of transformers that it calls, makes without naming a device."""
+    """Refuses tensors that the library, or a plain function of transformers that it calls, makes without naming a
+    device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -58,7 +60,10 @@ def default_device(name: str) -> Iterator[None]:
 
 def test_a_tensor_without_a_device_is_found() -> None:
     with Named(), pytest.raises(AssertionError, match=r"torch\.arange without a device at .*ragged\.py"):
-        exec(compile("import torch; torch.arange(3)", duet_vlm.ops.ragged.__file__, "exec"), {"__name__": "duet_vlm.ops.ragged"})
+        exec(
+            compile("import torch; torch.arange(3)", duet_vlm.ops.ragged.__file__, "exec"),
+            {"__name__": "duet_vlm.ops.ragged"},
+        )
 
 
 def batches(family: str) -> list[dict[str, torch.Tensor]]:
@@ -78,7 +83,8 @@ def test_every_tensor_names_its_device(case: Case) -> None:
             assert handle.trace
 
 
-STOCK_CANNOT = ("gemma3", "mistral3_windows", "qwen2_5_vl")  # they make tensors without a device themselves, and read them
+# they make tensors without a device themselves, and read them
+STOCK_CANNOT = ("gemma3", "mistral3_windows", "qwen2_5_vl")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -125,12 +131,21 @@ def test_salient_words_do_not_depend_on_it() -> None:
             assert mask.device.type == "cpu" and torch.equal(mask, plain)
 
 
-FILES = [path for path in sorted(ROOT.rglob("*.py")) if "recipe" not in path.parts]  # the embedded model's own training runs on the CPU
+# the embedded model's own training runs on the CPU
+FILES = [path for path in sorted(ROOT.rglob("*.py")) if "recipe" not in path.parts]
 FACTORIES = {function.__name__ for function in _device_constructors()}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_factory_in_the_source_names_a_device(path: Path) -> None:
-    calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
-    made = [n for n in calls if isinstance(n.func.value, ast.Name) and n.func.value.id == "torch" and n.func.attr in FACTORIES]
+    calls = [
+        n
+        for n in ast.walk(ast.parse(path.read_text()))
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)
+    ]
+    made = [
+        n
+        for n in calls
+        if isinstance(n.func.value, ast.Name) and n.func.value.id == "torch" and n.func.attr in FACTORIES
+    ]
     assert not [f"{path}:{n.lineno}" for n in made if not any(word.arg == "device" for word in n.keywords)]

@@ -57,7 +57,8 @@ PRISTINE: dict[tuple[str, str], Pristine] = {}
 
 
 def pristine(family: str, attention: str = "sdpa") -> Pristine:
-    """Made anew where a test has left something behind, which that test is told and not the next; else the one that others gave back."""
+    """Made anew where a test has left something behind, which that test is told and not the next; else the one that
+    others gave back."""
     key = family, attention
     if key not in PRISTINE or snapshot(PRISTINE[key].model) != PRISTINE[key].before:
         model = warm(family, attention)
@@ -66,7 +67,12 @@ def pristine(family: str, attention: str = "sdpa") -> Pristine:
 
 
 def test_there_are_hooks_to_compare() -> None:
-    assert {"_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"} <= set(HOOKS)
+    assert {
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_forward_hooks_always_called",
+        "_forward_pre_hooks_with_kwargs",
+    } <= set(HOOKS)
 
 
 class Boom(Exception):
@@ -187,7 +193,8 @@ def test_other_hooks_stay_where_they_are() -> None:
         forward(model, inputs)
     rows = list(seen)
     forward(model, inputs)
-    assert len(rows) == 2 and rows[1] < rows[0]  # a hook set before ours sees every row, one set after sees the survivors
+    # a hook set before ours sees every row, one set after sees the survivors
+    assert len(rows) == 2 and rows[1] < rows[0]
     assert seen[2:] == [inputs["input_ids"].shape[1]] * 2
     early.remove()
     late.remove()
@@ -213,7 +220,9 @@ def around(plain: Callable[..., Any], calls: list[str], name: str) -> Callable[.
     return counted
 
 
-def wrap_all(model: nn.Module, before: dict[tuple[nn.Module, str], Any], calls: list[str]) -> dict[tuple[nn.Module, str], Any]:
+def wrap_all(
+    model: nn.Module, before: dict[tuple[nn.Module, str], Any], calls: list[str]
+) -> dict[tuple[nn.Module, str], Any]:
     """Put a wrapper of somebody else on everything that attach put in front of a method; what it stands on."""
     ours = {place: value for place, value in standing(model).items() if before.get(place) is not value}
     for (module, name), value in ours.items():
@@ -229,16 +238,23 @@ def test_others_wrappers_stay_and_pass_straight_through_ours(case: Case) -> None
     handle = case.attach(model)
     reduced = generate(model, inputs, 3)
     ours = wrap_all(model, found, calls)
-    assert {"forward", "generate", "_loss_function", adapter_for(model).modalities[0].encode} <= {name for _, name in ours}
+    assert {"forward", "generate", "_loss_function", adapter_for(model).modalities[0].encode} <= {
+        name for _, name in ours
+    }
     assert all(torch.equal(a, b) for a, b in zip(generate(model, inputs, 3).logits, reduced.logits, strict=True))
     theirs = {place: vars(place[0])[place[1]] for place in ours}
     with pytest.warns(UserWarning, match=r"left there: .*\(counted of test_detach\.py\)") as caught:
         handle.detach()
-    assert len(caught) == 1 and all(f"{type(module).__name__}.{name} (" in str(caught[0].message) for module, name in ours)
+    assert len(caught) == 1 and all(
+        f"{type(module).__name__}.{name} (" in str(caught[0].message) for module, name in ours
+    )
     assert {place: vars(place[0])[place[1]] for place in ours} == theirs
     calls.clear()
     after = generate(model, inputs, 3)
-    assert all(torch.equal(a, b) for a, b in zip(after.logits, plain.logits, strict=True)) and {"forward", "generate"} <= set(calls)
+    assert all(torch.equal(a, b) for a, b in zip(after.logits, plain.logits, strict=True)) and {
+        "forward",
+        "generate",
+    } <= set(calls)
     twin = copy.deepcopy(model)
     for (module, name), value in ours.items():  # they put back what they found: ours, which is inert
         vars(module)[name] = value
@@ -263,10 +279,16 @@ def test_others_wrappers_that_come_and_go_while_attached(family: str, recwarn: p
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_others_wrappers_from_before_taken_off(family: str, when: str, recwarn: pytest.WarningsRecorder) -> None:
-    """Before detach that takes ours off as well, and detach does not bring theirs back; after detach they are as they were."""
+    """Before detach that takes ours off as well, and detach does not bring theirs back; after detach they are as they
+    were."""
     model, inputs, calls = warm(family), FAMILIES[family].inputs(MIXED), []
     before, plain = snapshot(model), forward(model, inputs).logits
-    places = [(model, "forward"), (model, "generate"), (model.model, adapter_for(model).modalities[0].encode), (model.model, "forward")]
+    places = [
+        (model, "forward"),
+        (model, "generate"),
+        (model.model, adapter_for(model).modalities[0].encode),
+        (model.model, "forward"),
+    ]
     for module, name in places:
         vars(module)[name] = around(getattr(module, name), calls, name)
     wrapped = snapshot(model)
@@ -293,7 +315,10 @@ def test_a_loss_and_a_config_that_others_set_while_attached_stay() -> None:
 
     handle = duet_vlm.attach(model, "duet", **REDUCING["duet"])
     model.loss_function, attention.config = loss, config
-    with pytest.warns(UserWarning, match=r"LlavaForConditionalGeneration\._loss_function \(loss of test_detach\.py\).*config \(CLIPVisionConfig\)"):
+    with pytest.warns(
+        UserWarning,
+        match=r"LlavaForConditionalGeneration\._loss_function \(loss of test_detach\.py\).*config \(CLIPVisionConfig\)",
+    ):
         handle.detach()
     assert model.loss_function is loss and attention.config is config
     out = forward(model, inputs, labels=inputs["input_ids"])
@@ -309,7 +334,13 @@ def test_hooks_that_somebody_still_holds_are_inert(family: str) -> None:
     handle = duet_vlm.attach(model, "duet", **REDUCING["duet"])
     generate(model, inputs, 3)
     ours = {place: value for place, value in standing(model).items() if found.get(place) is not value}
-    held = [hook for module in model.modules() for kind in kinds for hook in getattr(module, kind).values() if id(hook) not in known]
+    held = [
+        hook
+        for module in model.modules()
+        for kind in kinds
+        for hook in getattr(module, kind).values()
+        if id(hook) not in known
+    ]
     handle.detach()
     assert held and all(hook(model, (), {}, None) is None for hook in held)
     vars(model)["generate"], vars(model)["forward"] = ours[model, "generate"], ours[model, "forward"]
@@ -328,7 +359,12 @@ def test_an_attention_that_was_called_before_its_recorder_went() -> None:
         forward(model, inputs)
     arguments = {"scaling": 0.5, "dropout": 0.0}
     expected, _ = compat.attention_function(attention, "sdpa")(attention, query, query, query, None, **arguments)
-    assert torch.equal(compat.attention_function(attention, attention_intercept.QKRecorder.name)(attention, query, query, query, None, **arguments)[0], expected)
+    assert torch.equal(
+        compat.attention_function(attention, attention_intercept.QKRecorder.name)(
+            attention, query, query, query, None, **arguments
+        )[0],
+        expected,
+    )
 
 
 # ---- copies and attaching twice

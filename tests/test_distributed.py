@@ -31,9 +31,13 @@ ROOT = Path(__file__).parents[1]
 FAMILIES_OF_CONFIGS = pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 TIMEOUT = 240  # seconds; a rank that waits for ever is a failure
 
+
 @functools.lru_cache
-def single(family: str, tower: str, reduced: bool = True) -> tuple[Curve, dict[str, torch.Tensor], dict[str, torch.Tensor], float]:
-    """One process on the joined batches: curve, weights before and after, and the loss of an evaluation on the second step's samples."""
+def single(
+    family: str, tower: str, reduced: bool = True
+) -> tuple[Curve, dict[str, torch.Tensor], dict[str, torch.Tensor], float]:
+    """One process on the joined batches: curve, weights before and after, and the loss of an evaluation on the second
+    step's samples."""
     model = build(family)
     freeze(model, tower)
     before = weights(model)
@@ -48,20 +52,29 @@ def config_for_two(name: str, folder: Path) -> Path:
     machine = {"num_processes": "2", "mixed_precision": "'no'"}
     lines = (ROOT / "docs" / "configs" / name).read_text().splitlines()
     path = folder / name
-    path.write_text("\n".join(f"{key}: {machine[key]}" if (key := line.split(":")[0]) in machine else line for line in lines) + "\n")
+    path.write_text(
+        "\n".join(f"{key}: {machine[key]}" if (key := line.split(":")[0]) in machine else line for line in lines) + "\n"
+    )
     return path
 
 
 def launch(config: str, script: str, folder: Path, *arguments: str) -> str:
     """Two ranks of ``script FOLDER ARGUMENTS`` under ``accelerate launch``; what they printed."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_for_two(config, folder)),
         "--main_process_port", "0", str(ROOT / "tests" / "distributed" / script), str(folder), *arguments,
     ]  # fmt: skip
     with (folder / "log.txt").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True
+        )
         try:
             code = process.wait(TIMEOUT)
         except subprocess.TimeoutExpired:
@@ -84,13 +97,22 @@ def check(found: dict[str, Any], scenario: Scenario) -> None:
     assert most - 1.5 <= found["measured"] <= most
     trained = {name: w for name, w in found["weights"].items() if name in after}
     assert farthest(trained, after, before) < 1e-3
-    moved = [name for name in after if ("vision_tower" in name or "visual" in name) and not torch.equal(trained[name], before[name])]
+    moved = [
+        name
+        for name in after
+        if ("vision_tower" in name or "visual" in name) and not torch.equal(trained[name], before[name])
+    ]
     assert (len(moved) > 10) == (scenario.tower == "trained")
 
 
 def scenarios(family: str, *checkpointing: str) -> list[Scenario]:
     """Attached before and after prepare, tower trained and frozen, with each kind of checkpointing."""
-    return [Scenario(family, attach, tower, mode) for attach in ("before", "after") for tower in ("trained", "frozen") for mode in checkpointing]
+    return [
+        Scenario(family, attach, tower, mode)
+        for attach in ("before", "after")
+        for tower in ("trained", "frozen")
+        for mode in checkpointing
+    ]
 
 
 def run(config: str, wanted: list[Scenario], folder: Path, kind: str) -> None:
@@ -114,7 +136,8 @@ def single_trainer(folder: Path) -> tuple[list[float], dict[str, torch.Tensor], 
 
 
 def check_trainer(folder: Path) -> None:
-    """The ranks' curve and weights are those of one process, a resumed run's those of the uninterrupted one; the checkpoint remembers."""
+    """The ranks' curve and weights are those of one process, a resumed run's those of the uninterrupted one; the
+    checkpoint remembers."""
     curve, before, after = single_trainer(folder)
     curves = json.loads((folder / "curves.json").read_text())
     assert curves["whole"] == pytest.approx(curve, rel=1e-4)
@@ -148,7 +171,12 @@ def test_fsdp2_in_every_way(family: str, tmp_path: Path) -> None:
 def test_zero3(tmp_path: Path) -> None:
     """Skipped where DeepSpeed is not installed (no extra of ours installs it)."""
     pytest.importorskip("deepspeed")
-    ways = (("before", "trained", "none"), ("after", "trained", "none"), ("before", "frozen", "model"), ("after", "frozen", "model"))
+    ways = (
+        ("before", "trained", "none"),
+        ("after", "trained", "none"),
+        ("before", "frozen", "model"),
+        ("after", "frozen", "model"),
+    )
     run("zero3.yaml", [Scenario("llava", *way) for way in ways], tmp_path, "DEEPSPEED")
 
 

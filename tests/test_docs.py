@@ -1,4 +1,5 @@
-"""The snippets and commands of README and docs run as they stand; tables agree with the result files; pages are short and link somewhere."""
+"""The snippets and commands of README and docs run as they stand; tables agree with the result files; pages are short
+and link somewhere."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ from duet_vlm.evaluation import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
-GOING_ON = {f"docs/{page}.md" for page in ("measure", "trained-compressors", "families")}  # with the model that a reader has by then
+# with the model that a reader has by then
+GOING_ON = {f"docs/{page}.md" for page in ("measure", "trained-compressors", "families")}
 READ = [*PAGES, "PAPERS.md", "benchmarks/README.md", "benchmarks/gpu/README.md", "docs/configs/README.md"]
 DEMO = sorted((ROOT / "src/duet_vlm/evaluation/tiny/demo").glob("*.png"))
 
@@ -39,13 +41,21 @@ DEMO = sorted((ROOT / "src/duet_vlm/evaluation/tiny/demo").glob("*.png"))
 @pytest.fixture
 def tiny_for_every_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hub names in the snippets load the embedded model, at a budget it can meet; folders load what they hold."""
-    for auto, embedded in zip((transformers.AutoModelForImageTextToText, transformers.AutoProcessor), tiny.load(), strict=True):
+    for auto, embedded in zip(
+        (transformers.AutoModelForImageTextToText, transformers.AutoProcessor), tiny.load(), strict=True
+    ):
         stock = auto.from_pretrained
-        monkeypatch.setattr(auto, "from_pretrained", lambda name, *a, _tiny=embedded, _stock=stock, **k: _stock(name, *a, **k) if Path(name).is_dir() else _tiny)
+        monkeypatch.setattr(
+            auto,
+            "from_pretrained",
+            lambda name, *a, _tiny=embedded, _stock=stock, **k: _stock(name, *a, **k) if Path(name).is_dir() else _tiny,
+        )
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if "```python" in (ROOT / p).read_text()])
-def test_snippets_run(page: str, tiny_for_every_name: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_snippets_run(
+    page: str, tiny_for_every_name: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     duet_vlm.list_methods()  # all are registered
     known = dict(duet_vlm.reducers.registry._methods)
     model, processor = tiny.load()
@@ -53,7 +63,14 @@ def test_snippets_run(page: str, tiny_for_every_name: None, monkeypatch: pytest.
     inputs = processor(images=image, text=prompt, return_tensors="pt")
     names: dict[str, object] = {"__name__": "snippet"}
     if page in GOING_ON:
-        names |= {"model": model, "processor": processor, "image": image, "prompt": prompt, "inputs": inputs, "duet_vlm": duet_vlm}
+        names |= {
+            "model": model,
+            "processor": processor,
+            "image": image,
+            "prompt": prompt,
+            "inputs": inputs,
+            "duet_vlm": duet_vlm,
+        }
     monkeypatch.setitem(sys.modules, "snippet", type(sys)("snippet"))
     torch.manual_seed(0)
     try:
@@ -61,7 +78,8 @@ def test_snippets_run(page: str, tiny_for_every_name: None, monkeypatch: pytest.
             exec(compile(snippet, page, "exec"), names)
         model, _ = tiny.load()
         for method in sorted({*duet_vlm.list_methods()} - {*known}):  # a method that the page writes does reduce
-            budget = None if page == "CONTRIBUTING.md" else 0.22  # its method takes settings of its own, and all of a docs page take a budget
+            # its method takes settings of its own, and all of a docs page take a budget
+            budget = None if page == "CONTRIBUTING.md" else 0.22
             with duet_vlm.attach(model, method, budget=budget, processor=processor) as handle:
                 model.generate(**processor(images=image, text=prompt, return_tensors="pt"), max_new_tokens=1)
                 assert handle.report().observed.decoder_flops < handle.report().full.decoder_flops, method
@@ -97,8 +115,8 @@ def test_tables_agree_with_result_files() -> None:
 
 
 def test_the_headline_is_what_was_measured() -> None:
-    """Worked out from the medians in the result files, not from the ratios that the table takes. The first token was measured three times: the
-    headline has the least and the largest."""
+    """Worked out from the medians in the result files, not from the ratios that the table takes. The first token was
+    measured three times: the headline has the least and the largest."""
     readme = (ROOT / "README.md").read_text()
     readme = " ".join(readme.split())
     said = re.search(
@@ -108,10 +126,14 @@ def test_the_headline_is_what_was_measured() -> None:
     )
     assert said and float(said[1]) <= float(said[2]) < 1.1 * float(said[1])
     rows = json.loads((ROOT / "benchmarks/results/bench.json").read_text())["rows"]
-    full, small = (next(row for row in rows if row["side"] == side and row["text"] == 65) for side in ("full", "duet at 11%"))
+    full, small = (
+        next(row for row in rows if row["side"] == side and row["text"] == 65) for side in ("full", "duet at 11%")
+    )
     ratio = full["ms"]["to first token"]["median"] / small["ms"]["to first token"]["median"]
     assert float(said[1]) - 0.1 < ratio < float(said[2]) + 0.1
-    assert full["ms"]["end to end"]["median"] / small["ms"]["end to end"]["median"] == pytest.approx(float(said[4]), abs=0.1)
+    assert full["ms"]["end to end"]["median"] / small["ms"]["end to end"]["median"] == pytest.approx(
+        float(said[4]), abs=0.1
+    )
     assert (full["new"], round(full["kv_bytes"] / small["kv_bytes"])) == (int(said[3]), int(said[5]))
     runs = json.loads((ROOT / "lab/comparison/tiny-chain/results/methods.json").read_text())["runs"]
     right = {run["label"]: run["accuracy"] for run in runs if run["budget"] in (None, 0.11) and run["status"] == "ok"}
@@ -120,10 +142,15 @@ def test_the_headline_is_what_was_measured() -> None:
 
 
 def test_readme_speaks_of_one_method_and_has_one_install_line() -> None:
-    """The headline, the snippet and the speed table are of one method; what else is installed is named where it is needed."""
+    """The headline, the snippet and the speed table are of one method; what else is installed is named where it is
+    needed."""
     readme = (ROOT / "README.md").read_text()
     head = readme.split("<!-- table:headline -->")[1].split("<!-- /table:headline -->")[0]
-    assert set(re.findall(r"`(\w+)`", head)) == {"duet"} and 'attach(model, "duet"' in readme and "`duet` at 33 %" in readme
+    assert (
+        set(re.findall(r"`(\w+)`", head)) == {"duet"}
+        and 'attach(model, "duet"' in readme
+        and "`duet` at 33 %" in readme
+    )
     assert re.findall(r"^pip install .*?(?= +#|$)", readme, flags=re.M) == ['pip install -e ".[eval]"']
     assert "transformers >= 5.21" in readme and "5.16" in readme
     wanted = readme.split("## I want to ...")[1].split("\n\n")[1]
@@ -142,12 +169,18 @@ def test_links_lead_somewhere(page: str) -> None:
 
 
 def prose(page: str) -> list[tuple[int, str]]:
-    """(number, text) of the lines that are no code, no table (nor what is made with it), no picture, and no link that cannot be broken."""
-    text, found, inside = re.sub(r"<!-- /?n\b[^\n]*?-->", "", (ROOT / page).read_text()), [], False  # markers of numbers are not seen
+    """(number, text) of the lines that are no code, no table (nor what is made with it), no picture, and no link that
+    cannot be broken."""
+    # markers of numbers are not seen
+    text, found, inside = re.sub(r"<!-- /?n\b[^\n]*?-->", "", (ROOT / page).read_text()), [], False
     for number, line in enumerate(text.splitlines(), 1):
         if line.lstrip().startswith("```") or line.startswith(("<!-- table:", "<!-- /table:")):
             inside = not inside
-        elif not inside and not line.lstrip().startswith(("|", "![")) and " " in re.sub(r"\[[^\]]*\]\([^)]*\)", "", line.strip()):
+        elif (
+            not inside
+            and not line.lstrip().startswith(("|", "!["))
+            and " " in re.sub(r"\[[^\]]*\]\([^)]*\)", "", line.strip())
+        ):
             found.append((number, line))
     return found
 
@@ -167,20 +200,32 @@ PRIVATE = r"\bdoors?\b|\btold (are|is)\b|\bhands? (on|out|over)\b|\bhanded (on|o
 @pytest.mark.parametrize("page", READ)
 def test_pages_speak_of_tokens_as_the_field_does(page: str) -> None:
     """Words of this code's own making that a reader cannot look up."""
-    assert not [f"{page}:{number}: {found[0]}" for number, line in prose(page) if (found := re.search(PRIVATE, line, flags=re.I))]
+    assert not [
+        f"{page}:{number}: {found[0]}"
+        for number, line in prose(page)
+        if (found := re.search(PRIVATE, line, flags=re.I))
+    ]
 
 
 def test_glossary_is_one_line_per_word_and_linked() -> None:
     text = (ROOT / "docs/glossary.md").read_text()
     words = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
     assert len(words) > 50 and not [word for word in words if words.count(word) > 1 and word not in ("word", "---")]
-    linking = ("README.md", "CONTRIBUTING.md", "PAPERS.md", "docs/how-it-works.md", "docs/methods.md", "benchmarks/README.md")
+    linking = (
+        "README.md",
+        "CONTRIBUTING.md",
+        "PAPERS.md",
+        "docs/how-it-works.md",
+        "docs/methods.md",
+        "benchmarks/README.md",
+    )
     assert all("glossary.md" in (ROOT / page).read_text() for page in linking)
 
 
 # ---- what a fresh machine sees: README with nothing installed but what ``pip install .`` brings
 
-LLAVA, QWEN = "llava-hf/llava-1.5-7b-hf", "Qwen/Qwen2.5-VL-7B-Instruct"  # the checkpoints of README's first two snippets
+# the checkpoints of README's first two snippets
+LLAVA, QWEN = "llava-hf/llava-1.5-7b-hf", "Qwen/Qwen2.5-VL-7B-Instruct"
 PARTS = "{% for part in messages[0]['content'] %}{{ part['text'] if part['type'] == 'text' else '@' }}{% endfor %}"
 HIDE = """
 from importlib.machinery import PathFinder as Finder
@@ -208,18 +253,27 @@ def brought(*names: str) -> set[str]:
         if (name := canonical(one.name)) not in found or one.extras:
             found.add(name)
             wanted = map(Requirement, importlib.metadata.requires(name) or [])
-            waiting += [each for each in wanted if each.marker is None or any(each.marker.evaluate({"extra": e}) for e in ("", *one.extras))]
+            waiting += [
+                each
+                for each in wanted
+                if each.marker is None or any(each.marker.evaluate({"extra": e}) for e in ("", *one.extras))
+            ]
     return found
 
 
 def hidden(*names: str) -> set[str]:
     """Installed modules that installing these would not bring."""
     kept = brought(*names)
-    return {name for name, owners in importlib.metadata.packages_distributions().items() if not kept & set(map(canonical, owners))}
+    return {
+        name
+        for name, owners in importlib.metadata.packages_distributions().items()
+        if not kept & set(map(canonical, owners))
+    }
 
 
 def alone(code: str, hide: Iterable[str], cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """The code in a process of its own that cannot import these modules; it stands in the root of the clone unless said otherwise."""
+    """The code in a process of its own that cannot import these modules; it stands in the root of the clone unless said
+    otherwise."""
     place = {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", HIDE.replace("{hidden}", repr(set(hide))) + code]
     return subprocess.run(command, cwd=cwd, env=os.environ | place, capture_output=True, text=True)
@@ -234,7 +288,9 @@ def snippet(checkpoint: str) -> str:
     begins = ("name, device = ", "with duet_vlm.attach(", "    out = model.generate(")
     lines = {begin: line for line in other.splitlines() for begin in begins if line.startswith(begin)}
     assert len(lines) == len(other.splitlines()) == 3
-    return "\n".join(next((lines[begin] for begin in begins if line.startswith(begin)), line) for line in first.splitlines())
+    return "\n".join(
+        next((lines[begin] for begin in begins if line.startswith(begin)), line) for line in first.splitlines()
+    )
 
 
 def saved(model: torch.nn.Module, processor: object, mark: str, folder: Path) -> Path:
@@ -260,9 +316,11 @@ def test_first_snippet_needs_no_more_than_the_package(tmp_path: Path) -> None:
 
 
 def test_second_snippet_needs_torchvision_and_says_so(tmp_path: Path) -> None:
-    """With it the snippet runs; without it both the stock loader and ours name what is missing, and README says it in front of the snippet."""
+    """With it the snippet runs; without it both the stock loader and ours name what is missing, and README says it in
+    front of the snippet."""
     processor = made("qwen2_5_vl", STOCK["qwen2_5_vl"])
-    processor.video_processor = processor.image_processor  # to be saved; its real class cannot be made without torchvision
+    # to be saved; its real class cannot be made without torchvision
+    processor.video_processor = processor.image_processor
     folder = saved(qwen2_5_vl(), processor, STOCK["qwen2_5_vl"].mark, tmp_path)
     settings = json.loads((folder / "processor_config.json").read_text())
     settings["video_processor"] = settings["image_processor"] | {"video_processor_type": "Qwen2VLVideoProcessor"}
@@ -291,10 +349,15 @@ SHORTER = {  # later options win
 
 
 def commands(page: str) -> list[list[str]]:
-    """The words of every ``duet-vlm`` command of a page, in order; those that are only hinted at (``...``) or are made by the shell left out."""
+    """The words of every ``duet-vlm`` command of a page, in order; those that are only hinted at (``...``) or are made
+    by the shell left out."""
     blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / page).read_text(), flags=re.S | re.M)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    found = [shlex.split(line.split(" > ")[0], comments=True) for line in lines if "duet-vlm " in line and not re.search(r"\.\.\.|\$\(", line)]
+    found = [
+        shlex.split(line.split(" > ")[0], comments=True)
+        for line in lines
+        if "duet-vlm " in line and not re.search(r"\.\.\.|\$\(", line)
+    ]
     return [words[1:] for words in found if words[0] == "duet-vlm"]
 
 
@@ -304,7 +367,17 @@ def test_what_readme_offers_to_try_works_after_its_own_first_line(tmp_path: Path
     extra = re.search(r'^pip install -e "\.\[(\w+)\]"', (ROOT / "README.md").read_text(), flags=re.M)
     assert extra
     tried = [shlex.split(line, comments=True)[1:] for line in block.splitlines()]
-    assert {words[0] for words in tried} >= {"demo", "run", "viz", "budget", "bench", "eval", "drop-curve", "tune", "report"}
+    assert {words[0] for words in tried} >= {
+        "demo",
+        "run",
+        "viz",
+        "budget",
+        "bench",
+        "eval",
+        "drop-curve",
+        "tune",
+        "report",
+    }
     (tmp_path / "src").symlink_to(ROOT / "src")
     shutil.copytree(ROOT / "lab/comparison/tiny-chain/results", tmp_path / "lab/comparison/tiny-chain/results")
     lines = [f"app({words + SHORTER.get(words[0], [])!r}, standalone_mode=False)" for words in tried]
@@ -325,8 +398,19 @@ def test_commands_are_ones_that_there_are(page: str) -> None:
 
 def test_installing_an_extra_is_said_as_it_works_from_a_clone() -> None:
     """The package is on no index: ``pip install ".[extra]"``, and the extra is one of pyproject.toml's."""
-    known = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1], flags=re.M))
-    texts = [*(ROOT / "src").rglob("*.py"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md"), *(ROOT / "benchmarks").rglob("*.md")]
+    known = set(
+        re.findall(
+            r"^(\w+) = \[",
+            (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1],
+            flags=re.M,
+        )
+    )
+    texts = [
+        *(ROOT / "src").rglob("*.py"),
+        *(ROOT / "docs").rglob("*.md"),
+        *ROOT.glob("*.md"),
+        *(ROOT / "benchmarks").rglob("*.md"),
+    ]
     texts += (ROOT / "plugins").rglob("*.md")
     asked = {path: path.read_text() for path in texts}
     assert not [str(path) for path, text in asked.items() if re.search(r"duet-vlm\[|pip install duet-vlm", text)]

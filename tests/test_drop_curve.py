@@ -1,4 +1,5 @@
-"""The drop curve: hand-worked curves, the runs behind it against plain attach, questions nobody has labelled, and the verb."""
+"""The drop curve: hand-worked curves, the runs behind it against plain attach, questions nobody has labelled, and the
+verb."""
 
 from __future__ import annotations
 
@@ -14,7 +15,18 @@ from test_cli import as_json, call
 
 import duet_vlm
 from duet_vlm.evaluation import tiny
-from duet_vlm.evaluation.drop_curve import FULL, LABEL, CurvePoint, DropCurve, contest, curve_of, drops, layers_of, proposals, winners
+from duet_vlm.evaluation.drop_curve import (
+    FULL,
+    LABEL,
+    CurvePoint,
+    DropCurve,
+    contest,
+    curve_of,
+    drops,
+    layers_of,
+    proposals,
+    winners,
+)
 from duet_vlm.evaluation.experiment import Experiment
 from duet_vlm.evaluation.results import unpack
 from duet_vlm.evaluation.run import run_experiment
@@ -23,7 +35,9 @@ DEPTH = 12
 
 
 def curve(losses: dict[int, float], full: float = 0.9, depth: int = DEPTH) -> DropCurve:
-    points = (CurvePoint(layer, full - lost, -lost, (-lost, -lost), {"all": full - lost}) for layer, lost in losses.items())
+    points = (
+        CurvePoint(layer, full - lost, -lost, (-lost, -lost), {"all": full - lost}) for layer, lost in losses.items()
+    )
     return DropCurve(depth, full, {"all": full}, tuple(points))
 
 
@@ -38,8 +52,11 @@ def test_where_tokens_stop_mattering() -> None:
 def test_what_is_still_to_be_read() -> None:
     needs = curve({1: 0.4, 3: 0.2, 5: 0.0}).needs()
     assert needs == pytest.approx([1, 1, 0.75, 0.5, 0.25, 0, 0, 0, 0, 0, 0, 0])
-    rising = curve({1: 0.4, 3: 0.1, 5: 0.3, 7: 0.0}).needs()  # noise: the nearest sequence that never rises has .2 at both
-    assert rising[3] == rising[5] == pytest.approx(0.5) and all(a >= b for a, b in zip(rising, rising[1:], strict=False))
+    # noise: the nearest sequence that never rises has .2 at both
+    rising = curve({1: 0.4, 3: 0.1, 5: 0.3, 7: 0.0}).needs()
+    assert rising[3] == rising[5] == pytest.approx(0.5) and all(
+        a >= b for a, b in zip(rising, rising[1:], strict=False)
+    )
     assert curve({1: -0.01, 5: 0.0}).needs() == [1.0, *([0.0] * 11)]  # nothing is lost at all
 
 
@@ -51,7 +68,9 @@ def test_schedules_follow_the_curve() -> None:
     assert proposals(curve({1: 0.0, 5: 0.0}))["cut"] == ((1, 0.0),)
 
 
-@pytest.mark.parametrize("losses", [{1: 0.4, 3: 0.2, 5: 0.0}, dict.fromkeys(range(1, 12), 0.3), {1: 0.0, 5: 0.0}, {1: 0.4, 11: 0.01}])
+@pytest.mark.parametrize(
+    "losses", [{1: 0.4, 3: 0.2, 5: 0.0}, dict.fromkeys(range(1, 12), 0.3), {1: 0.0, 5: 0.0}, {1: 0.4, 11: 0.01}]
+)
 def test_the_contest_runs_and_names_no_schedule_twice(losses: dict[int, float]) -> None:
     cells = contest(curve(losses), "duet_plus", [0.11, 28])
     schedules = [json.dumps(cell["settings"]["schedule"]) for cell in cells]
@@ -77,7 +96,14 @@ def test_ties_go_to_the_fixed_schedule() -> None:
     def row(label: str, accuracy: float, budget: float = 0.1) -> dict[str, Any]:
         return {"label": label, "accuracy": accuracy, "budget": budget, "status": "ok"}
 
-    runs = [row("full model", 1.0), row("paper", 0.8), row("deep", 0.8), row("cut", 0.8), row("slower", 0.7), row("cut", 0.9, 0.2)]
+    runs = [
+        row("full model", 1.0),
+        row("paper", 0.8),
+        row("deep", 0.8),
+        row("cut", 0.8),
+        row("slower", 0.7),
+        row("cut", 0.9, 0.2),
+    ]
     assert {budget: best["label"] for budget, best in winners({"runs": runs}).items()} == {0.1: "paper", 0.2: "cut"}
 
 
@@ -99,21 +125,29 @@ def test_points_are_what_attach_gives(measured: dict[str, Any]) -> None:
             inputs = processor(images=item.image, text=tiny.prompt(item.question), return_tensors="pt")
             with torch.no_grad():
                 out = model.generate(**inputs, max_new_tokens=4)
-            hits += processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip() == item.answer
+            hits += (
+                processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+                == item.answer
+            )
         return hits / len(items)
 
     assert found.full == accuracy()
     for point in found.points:
         with duet_vlm.attach(model, "duet", schedule=((point.layer, 0.0),)):
             assert point.accuracy == accuracy()
-        assert point.difference == pytest.approx(point.accuracy - found.full) and point.interval[0] <= point.difference <= point.interval[1]
-    assert found.points[0].accuracy < found.full - 0.2  # at layer 2 little has been read: a curve that cannot fall shows nothing
+        assert (
+            point.difference == pytest.approx(point.accuracy - found.full)
+            and point.interval[0] <= point.difference <= point.interval[1]
+        )
+    # at layer 2 little has been read: a curve that cannot fall shows nothing
+    assert found.points[0].accuracy < found.full - 0.2
 
 
 def test_results_without_a_curve_have_none(measured: dict[str, Any]) -> None:
     others = [row for row in measured["runs"] if not row["label"].startswith(LABEL)]
     assert curve_of(measured | {"runs": others}) is None
-    named = [row | {"settings": row["settings"] | {"schedule": None}} for row in measured["runs"]]  # labels that somebody else chose
+    # labels that somebody else chose
+    named = [row | {"settings": row["settings"] | {"schedule": None}} for row in measured["runs"]]
     assert curve_of(measured | {"runs": named}) is None
     assert curve_of(measured | {"model": {"name": "an older file"}}) is None
 
@@ -123,7 +157,9 @@ def test_the_band_ends_at_all_answers_right(monkeypatch: pytest.MonkeyPatch) -> 
     from duet_vlm.evaluation.report import plots
 
     found = curve({3: 0.0}, full=0.98)
-    found = dataclasses.replace(found, points=tuple(dataclasses.replace(point, interval=(-0.1, 0.1)) for point in found.points))
+    found = dataclasses.replace(
+        found, points=tuple(dataclasses.replace(point, interval=(-0.1, 0.1)) for point in found.points)
+    )
     monkeypatch.setattr(plots, "curve_of", lambda result: found)
     figure = plots.without_tokens({})
     assert figure is not None
@@ -150,20 +186,44 @@ def test_questions_nobody_labelled_are_judged_by_the_full_model(tmp_path: Path) 
     said = list(unpack(found)["answers"].values())
     agree = sum(a == b for a, b in list(zip(*said, strict=True))[1:])
     assert found["questions"]["unlabelled"] == 5
-    assert found["runs"][0]["accuracy"] == pytest.approx(5 / 6) and found["runs"][1]["accuracy"] == pytest.approx(agree / 6)
+    assert found["runs"][0]["accuracy"] == pytest.approx(5 / 6) and found["runs"][1]["accuracy"] == pytest.approx(
+        agree / 6
+    )
     assert agree < 5
 
 
 def test_the_verb(tmp_path: Path) -> None:
     """Both parts, a picture, and a second call that measures nothing again."""
-    options = ["drop-curve", "--task", unlabelled(tmp_path, {}), "--model", "tiny", "--layers", "1,6", "-b", "0.2", "--out", tmp_path, "--workers", 1]
+    options = [
+        "drop-curve",
+        "--task",
+        unlabelled(tmp_path, {}),
+        "--model",
+        "tiny",
+        "--layers",
+        "1,6",
+        "-b",
+        "0.2",
+        "--out",
+        tmp_path,
+        "--workers",
+        1,
+    ]
     found = as_json(*options)
-    assert Path(found["picture"]).read_bytes().startswith(b"\x89PNG") and found["curve"]["full"] == 1 and found["curve"]["depth"] == DEPTH
+    assert (
+        Path(found["picture"]).read_bytes().startswith(b"\x89PNG")
+        and found["curve"]["full"] == 1
+        and found["curve"]["depth"] == DEPTH
+    )
     assert [point["layer"] for point in found["curve"]["points"]] == [1, 6]
     best = found["best"]["0.2"]
     assert best["accuracy"] == max(run["accuracy"] for run in found["contest"]["runs"][1:])
     shown = call(*options).stdout
-    assert shown.count("is finished already") == 2 and "Visual tokens" in shown and "attach(model, 'duet_plus', budget=0.2, schedule=" in shown
+    assert (
+        shown.count("is finished already") == 2
+        and "Visual tokens" in shown
+        and "attach(model, 'duet_plus', budget=0.2, schedule=" in shown
+    )
 
 
 @pytest.mark.parametrize(

@@ -38,17 +38,27 @@ def test_the_core_offers_tiny_alone(core_alone: None) -> None:
     assert embedded_model("tiny") is tiny.MODEL and embedded_task("tiny") is tiny.TASK
 
 
-@pytest.mark.parametrize("words", [("eval", "--tasks", "tiny-chain"), ("drop-curve", "--task", "tiny-page"), ("tune", "tiny-crowded")])
+@pytest.mark.parametrize(
+    "words", [("eval", "--tasks", "tiny-chain"), ("drop-curve", "--task", "tiny-page"), ("tune", "tiny-crowded")]
+)
 def test_a_task_of_the_lab_says_how_to_get_it(words: tuple[str, ...], core_alone: None, tmp_path: Path) -> None:
     found = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "o")])
     said = " ".join(found.stderr.split())
-    assert found.exit_code == 2 and f"task {words[-1]!r} is part of duet-vlm-lab, which is not installed: pip install -e lab in your clone" in said
+    assert (
+        found.exit_code == 2
+        and f"task {words[-1]!r} is part of duet-vlm-lab, which is not installed: pip install -e lab in your clone"
+        in said
+    )
 
 
 def test_a_model_of_the_lab_says_how_to_get_it(core_alone: None) -> None:
     found = CliRunner().invoke(app, ["budget", "-m", "tiny-chain", "-b", "64"])
     said = " ".join(found.stderr.split())
-    assert found.exit_code == 2 and "--model 'tiny-chain' is part of duet-vlm-lab, which is not installed: pip install -e lab in your clone" in said
+    assert (
+        found.exit_code == 2
+        and "--model 'tiny-chain' is part of duet-vlm-lab, which is not installed: pip install -e lab in your clone"
+        in said
+    )
 
 
 @pytest.mark.parametrize("words", [("--oracle",), ("--methods", "whole_frames[frames=2]"), ("--methods", "custom")])
@@ -82,7 +92,9 @@ def test_streams_and_their_faults() -> None:
     with pytest.raises(ValueError, match="n must be 0 or more, got -2"):
         tiny.samples("test", -2)
     empty = EmbeddedTask("empty", tiny.MODEL, ("read",), lambda *_: None, tries=3)
-    with pytest.raises(RuntimeError, match=r"none of 3 scenes offers a read question \(split 'test', seed 0, index 2\)"):
+    with pytest.raises(
+        RuntimeError, match=r"none of 3 scenes offers a read question \(split 'test', seed 0, index 2\)"
+    ):
         empty.sample("test", 2)
     assert tiny.prompt("what ?") == "USER: <image>\nwhat ? ASSISTANT:" == tiny.TASK.prompt("what ?", 1)
     assert set(lab.MODELS) < set(lab.TASKS)

@@ -40,7 +40,9 @@ class Wrong:
     family: str = "llava"
 
     def __str__(self) -> str:
-        plain = {k: v if isinstance(v, int | float | str | tuple) else type(v).__name__ for k, v in self.settings.items()}
+        plain = {
+            k: v if isinstance(v, int | float | str | tuple) else type(v).__name__ for k, v in self.settings.items()
+        }
         return ", ".join(f"{k}={v}" for k, v in plain.items()) + f" on {self.family}"
 
 
@@ -96,19 +98,26 @@ def test_wrong_settings_are_refused_at_attach(wrong: Wrong) -> None:
     model = shared(wrong.family)
     before = snapshot(model)
     with pytest.raises(wrong.error, match=wrong.message) as caught:
-        duet_vlm.attach(model, wrong.settings.get("method", "duet"), **{k: v for k, v in wrong.settings.items() if k != "method"})
+        duet_vlm.attach(
+            model, wrong.settings.get("method", "duet"), **{k: v for k, v in wrong.settings.items() if k != "method"}
+        )
     assert caught.value.__cause__ is None and len(str(caught.value).splitlines()) == 1
     assert snapshot(model) == before
 
 
-@pytest.mark.parametrize("wrong", [w for w in AT_ATTACH if w.family == "llava" and w.settings.get("method", "duet") == "duet"], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [w for w in AT_ATTACH if w.family == "llava" and w.settings.get("method", "duet") == "duet"], ids=str
+)
 def test_wrong_settings_are_refused_by_set_and_the_old_ones_stay(wrong: Wrong) -> None:
     model, inputs = shared("llava"), FAMILIES["llava"].inputs(MIXED)
     if not wrong.settings or "processor" in wrong.settings:
         wrong = Wrong({"budget": None}, BudgetError, r"duet needs a budget")
     with duet_vlm.attach(model, "duet", budget=12) as handle:
         reduced = forward(model, inputs).logits
-        own = any(name in wrong.settings for name in ("dominant", "contextual", "schedule")) and "budget" not in wrong.settings
+        own = (
+            any(name in wrong.settings for name in ("dominant", "contextual", "schedule"))
+            and "budget" not in wrong.settings
+        )
         changes = wrong.settings | ({"budget": None} if own or "cls_token" in wrong.settings else {})
         with pytest.raises(wrong.error, match=wrong.message):
             handle.set(**changes)
@@ -119,7 +128,9 @@ def test_wrong_settings_are_refused_by_set_and_the_old_ones_stay(wrong: Wrong) -
 
 
 def llama() -> nn.Module:
-    return LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=20))
+    return LlamaForCausalLM(
+        LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=20)
+    )
 
 
 def bart() -> nn.Module:
@@ -139,20 +150,31 @@ def named(model_type: str) -> nn.Module:
 @pytest.mark.parametrize("model_type", REASONS)
 def test_models_that_cannot_work_are_refused_with_the_reason(model_type: str) -> None:
     assert model_type in CONFIG_MAPPING_NAMES and not any(model_type in cls.model_types for cls in families().values())
-    with pytest.raises(TypeError, match=rf"model_type='{model_type}'\) is not supported: {re.escape(REASONS[model_type])}\. Supported: "):
+    with pytest.raises(
+        TypeError,
+        match=rf"model_type='{model_type}'\) is not supported: {re.escape(REASONS[model_type])}\. Supported: ",
+    ):
         duet_vlm.attach(named(model_type), "duet", budget=0.5)
 
 
 @pytest.mark.parametrize(
     ("make", "name"),
-    [(llama, "LlamaForCausalLM"), (bart, "BartForConditionalGeneration"), (lambda: nn.Linear(2, 2), "Linear"), (lambda: None, "NoneType")],
+    [
+        (llama, "LlamaForCausalLM"),
+        (bart, "BartForConditionalGeneration"),
+        (lambda: nn.Linear(2, 2), "Linear"),
+        (lambda: None, "NoneType"),
+    ],
     ids=["decoder", "encoder-decoder", "module", "nothing"],
 )
 def test_unsupported_models(make: Callable[[], Any], name: str) -> None:
     model = make()
     before = snapshot(model) if model is not None else None
     known = ", ".join(sorted(families()))
-    with pytest.raises(TypeError, match=rf"{name} \(model_type=.*is not supported.*Supported: {known}\. Pass the whole image-text-to-text model"):
+    with pytest.raises(
+        TypeError,
+        match=rf"{name} \(model_type=.*is not supported.*Supported: {known}\. Pass the whole image-text-to-text model",
+    ):
         duet_vlm.attach(model, "duet", budget=0.5)
     assert model is None or snapshot(model) == before
 
@@ -177,8 +199,11 @@ def test_sliding_decoders_are_refused() -> None:
 # ---- wrong calls
 
 
-def refuse(family: str, call: Callable[[nn.Module, dict[str, Any]], Any], error: type[Exception], message: str, **settings: Any) -> None:
-    """``call`` on the attached model raises; afterwards the attached model still works, and detaching leaves the plain one."""
+def refuse(
+    family: str, call: Callable[[nn.Module, dict[str, Any]], Any], error: type[Exception], message: str, **settings: Any
+) -> None:
+    """``call`` on the attached model raises; afterwards the attached model still works, and detaching leaves the plain
+    one."""
     model, good = shared(family), FAMILIES[family].inputs(MIXED)
     plain = forward(model, good).logits
     generate(model, good, 2)
@@ -200,14 +225,22 @@ def without(inputs: dict[str, Any], *names: str) -> dict[str, Any]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_placeholders_without_images(family: str, call: Any) -> None:
     message = r"sample 0 has \d+ image placeholders in its text, but no image was passed: pass images to the processor"
-    refuse(family, lambda m, i: call(m, without(i, "pixel_values", "image_grid_thw", "mm_token_type_ids")), ValueError, message)
+    refuse(
+        family,
+        lambda m, i: call(m, without(i, "pixel_values", "image_grid_thw", "mm_token_type_ids")),
+        ValueError,
+        message,
+    )
 
 
 def test_an_encoder_call_with_other_rows_than_the_config_says() -> None:
     """Tokens are chosen inside the tower, among the rows that the model is set to use."""
     model, inputs = shared("llava"), FAMILIES["llava"].inputs([ONE])
     with duet_vlm.attach(model, "duet", budget=0.5) as handle:
-        with pytest.raises(RuntimeError, match=r"chosen among \[36\], but the encoder made \[37\] .* model's config, or use handle.paused"):
+        with pytest.raises(
+            RuntimeError,
+            match=r"chosen among \[36\], but the encoder made \[37\] .* model's config, or use handle.paused",
+        ):
             model.model.get_image_features(inputs["pixel_values"], vision_feature_select_strategy="full")
         with handle.paused():
             model.model.get_image_features(inputs["pixel_values"], vision_feature_select_strategy="full")
@@ -256,13 +289,21 @@ def test_static_cache(family: str) -> None:
         cache = StaticCache(config=model.config.get_text_config(), max_cache_len=256)
         forward(model, inputs, past_key_values=cache, use_cache=True)
 
-    refuse(family, call, ValueError, r"static \(compilable\) caches .*use the default dynamic cache or detach; handle.static_cache makes")
+    refuse(
+        family,
+        call,
+        ValueError,
+        r"static \(compilable\) caches .*use the default dynamic cache or detach; handle.static_cache makes",
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generate_with_a_static_cache(family: str) -> None:
-    generate(shared(family), FAMILIES[family].inputs(MIXED), 2, cache_implementation="static")  # transformers notes things on the model
-    refuse(family, lambda m, i: generate(m, i, cache_implementation="static"), ValueError, r"static \(compilable\) caches")
+    # transformers notes things on the model
+    generate(shared(family), FAMILIES[family].inputs(MIXED), 2, cache_implementation="static")
+    refuse(
+        family, lambda m, i: generate(m, i, cache_implementation="static"), ValueError, r"static \(compilable\) caches"
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -308,7 +349,12 @@ def test_new_image_on_a_reduced_cache(family: str) -> None:
         mask = torch.cat([inputs["attention_mask"]] * 2, 1)
         forward(model, inputs | {"attention_mask": mask}, past_key_values=cache)
 
-    refuse(family, call, ValueError, r"new image on a reduced cache: start a new conversation \(no past_key_values\) or detach")
+    refuse(
+        family,
+        call,
+        ValueError,
+        r"new image on a reduced cache: start a new conversation \(no past_key_values\) or detach",
+    )
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_gqa"])  # Qwen's own position code fails before
@@ -336,7 +382,11 @@ def test_full_ids_on_a_v2v_reduced_cache(family: str) -> None:
 def test_attention_mask_of_the_wrong_length_in_decode(family: str) -> None:
     def call(model: nn.Module, inputs: dict[str, Any]) -> None:
         cache = forward(model, inputs, use_cache=True).past_key_values
-        forward(model, {"input_ids": torch.full((2, 1), 33), "attention_mask": inputs["attention_mask"]}, past_key_values=cache)
+        forward(
+            model,
+            {"input_ids": torch.full((2, 1), 33), "attention_mask": inputs["attention_mask"]},
+            past_key_values=cache,
+        )
 
     refuse(family, call, ValueError, r"attention_mask covers \d+ tokens and 1 new ones were passed")
 
@@ -361,8 +411,11 @@ def test_attention_mask_of_the_wrong_length_in_the_prompt(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_to_keep_with_labels(family: str, kept: Any) -> None:
     message = r"logits_to_keep cannot be combined with labels while tokens are dropped"
+
     def run(model, inputs):
-        return forward(model, inputs, labels=inputs["input_ids"].masked_fill(inputs["input_ids"] == PAD, -100), logits_to_keep=kept)
+        return forward(
+            model, inputs, labels=inputs["input_ids"].masked_fill(inputs["input_ids"] == PAD, -100), logits_to_keep=kept
+        )
 
     refuse(family, run, ValueError, message)
 
@@ -370,23 +423,42 @@ def test_logits_to_keep_with_labels(family: str, kept: Any) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_embeddings_alone(family: str) -> None:
     def call(model: nn.Module, inputs: dict[str, Any]) -> None:
-        forward(model, {"inputs_embeds": model.get_input_embeddings()(inputs["input_ids"]), "attention_mask": inputs["attention_mask"]})
+        forward(
+            model,
+            {
+                "inputs_embeds": model.get_input_embeddings()(inputs["input_ids"]),
+                "attention_mask": inputs["attention_mask"],
+            },
+        )
 
-    refuse(family, call, ValueError, r"inputs_embeds without input_ids and without images.*Pass input_ids and pixel_values .*handle\.paused\(\)")
+    refuse(
+        family,
+        call,
+        ValueError,
+        r"inputs_embeds without input_ids and without images.*Pass input_ids and pixel_values .*handle\.paused\(\)",
+    )
 
 
 def test_videos() -> None:
     def call(model: nn.Module, inputs: dict[str, Any]) -> None:
         forward(model, inputs, mm_encoder_outputs={"video": inputs["pixel_values"]})
 
-    refuse("llava", call, ValueError, r"llava: video inputs are not supported yet: use handle\.paused\(\) for this call, or detach")
+    refuse(
+        "llava",
+        call,
+        ValueError,
+        r"llava: video inputs are not supported yet: use handle\.paused\(\) for this call, or detach",
+    )
 
 
 def test_floors_of_free_sizes_are_found_before_any_layer_runs() -> None:
     """Qwen's images have any size, so a budget below a floor shows at the first call."""
     model, ran = shared("qwen2_5_vl"), []
     hook = model.model.language_model.layers[0].register_forward_pre_hook(lambda *a: ran.append(1))
-    with duet_vlm.attach(model, "fastv", budget=1), pytest.raises(BudgetError, match="cannot reach 1 .*span of 20 tokens.*floor is 2.5") as caught:
+    with (
+        duet_vlm.attach(model, "fastv", budget=1),
+        pytest.raises(BudgetError, match="cannot reach 1 .*span of 20 tokens.*floor is 2.5") as caught,
+    ):
         forward(model, FAMILIES["qwen2_5_vl"].inputs([ONE]))
     hook.remove()
     assert caught.value.floor == 2.5 and not ran
@@ -399,7 +471,10 @@ def test_models_that_are_compiled_as_a_whole(how: str) -> None:
         model.compile(backend="eager")
     given = torch.compile(model, backend="eager") if how == "torch.compile" else model
     before = snapshot(model)
-    with pytest.raises(TypeError, match=r"this LlavaForConditionalGeneration is compiled as a whole .* compile the decoder layers instead"):
+    with pytest.raises(
+        TypeError,
+        match=r"this LlavaForConditionalGeneration is compiled as a whole .* compile the decoder layers instead",
+    ):
         duet_vlm.attach(given, "duet", budget=0.5)
     assert snapshot(model) == before
 
@@ -417,7 +492,12 @@ def test_a_handle_that_nobody_kept() -> None:
     gc.collect()
     reduced = forward(model, inputs).logits
     found = duet_vlm.handle_of(model)
-    assert found is not None and found.budget == 12 and found.report().batch == 1 and not torch.equal(reduced[:, -1], plain[:, -1])
+    assert (
+        found is not None
+        and found.budget == 12
+        and found.report().batch == 1
+        and not torch.equal(reduced[:, -1], plain[:, -1])
+    )
     with pytest.raises(ValueError, match=r"duet_vlm\.detach\(model\) if nobody kept it"):
         duet_vlm.attach(model, "fastv")
     duet_vlm.detach(model)
@@ -439,7 +519,9 @@ def test_report_and_trace_before_any_run() -> None:
     with duet_vlm.attach(model, "duet", budget=12) as handle:
         forward(model, FAMILIES["llava"].inputs([TEXT]))
         for read in (handle.report, lambda: handle.trace, lambda: handle.slots):
-            with pytest.raises(RuntimeError, match="nothing to report yet: run the attached model on a prompt with an image first"):
+            with pytest.raises(
+                RuntimeError, match="nothing to report yet: run the attached model on a prompt with an image first"
+            ):
                 read()
 
 
@@ -453,7 +535,10 @@ def test_a_detached_handle() -> None:
 
 
 def test_signals_cannot_change_while_attached() -> None:
-    with duet_vlm.attach(shared("llava"), "duet", budget=12) as handle, pytest.raises(ValueError, match="signal_layer cannot change while attached"):
+    with (
+        duet_vlm.attach(shared("llava"), "duet", budget=12) as handle,
+        pytest.raises(ValueError, match="signal_layer cannot change while attached"),
+    ):
         handle.set(signal_layer=0)
 
 
@@ -486,23 +571,36 @@ def test_two_models_that_share_a_tower() -> None:
 @pytest.mark.parametrize("processor", ["llava-hf/llava-1.5-7b-hf", 3])
 @pytest.mark.parametrize("method", ["duet", "scope", "fastv"])
 def test_what_is_no_processor_is_refused_whatever_asks_for_one(method: str, processor: Any) -> None:
-    with pytest.raises(TypeError, match=r"processor= must be the model's processor \(with a tokenizer\), got (str|int)"):
+    with pytest.raises(
+        TypeError, match=r"processor= must be the model's processor \(with a tokenizer\), got (str|int)"
+    ):
         duet_vlm.attach(shared("llava"), method, budget=0.3, processor=processor)
 
 
-@pytest.mark.parametrize("how", ["model.compile", *(pytest.param(how, marks=pytest.mark.slow) for how in ("torch.compile", "decoder", "paused"))])
+@pytest.mark.parametrize(
+    "how",
+    ["model.compile", *(pytest.param(how, marks=pytest.mark.slow) for how in ("torch.compile", "decoder", "paused"))],
+)
 def test_models_that_are_compiled_while_attached(how: str) -> None:
     """The first prompt is refused, not the second of another length; and nothing is left behind."""
     model, made = build("llava"), FAMILIES["llava"]
-    prompts: list[Any] = [made.inputs([(1, 5, Picture(1, 4, 5), 7, 8)]), made.inputs([(1, Picture(2, 3, 4), 11, 12, 13, 14, 15)])]
+    prompts: list[Any] = [
+        made.inputs([(1, 5, Picture(1, 4, 5), 7, 8)]),
+        made.inputs([(1, Picture(2, 3, 4), 11, 12, 13, 14, 15)]),
+    ]
     plain = [forward(model, inputs).logits for inputs in prompts]
     torch._dynamo.reset()
-    with duet_vlm.attach(model, "duet", budget=0.4) as handle, handle.paused() if how == "paused" else contextlib.nullcontext():
+    with (
+        duet_vlm.attach(model, "duet", budget=0.4) as handle,
+        handle.paused() if how == "paused" else contextlib.nullcontext(),
+    ):
         run = torch.compile(model, backend="eager") if how == "torch.compile" else model
         if how != "torch.compile":
             (made.text(model) if how == "decoder" else model).compile(backend="eager")
         for inputs in prompts:
-            message = "is compiled as a whole while a reducer is attached, .* compile the decoder layers instead .* or detach"
+            message = (
+                "is compiled as a whole while a reducer is attached, .* compile the decoder layers instead .* or detach"
+            )
             with torch.no_grad(), pytest.raises(ValueError, match=message):
                 run(**inputs)
     with torch.no_grad():
@@ -525,7 +623,9 @@ def test_a_model_that_is_called_from_inside_its_own_tower(name: str, how: str, m
             if how == "forward":
                 said.append(model(**others).logits)
             elif how == "features":
-                model.model.get_image_features(**{k: v for k, v in others.items() if k in ("pixel_values", "image_grid_thw")})
+                model.model.get_image_features(
+                    **{k: v for k, v in others.items() if k in ("pixel_values", "image_grid_thw")}
+                )
             elif how == "generate":
                 model.generate(**others, max_new_tokens=1)
             else:
@@ -544,7 +644,10 @@ def test_a_model_that_is_called_from_inside_its_own_tower(name: str, how: str, m
                     calling.clear()
 
         taken = blocks.register_forward_hook(functools.partial(hook, call=again))
-        with torch.no_grad(), pytest.raises(RuntimeError, match="was called with pictures from inside its own vision tower"):
+        with (
+            torch.no_grad(),
+            pytest.raises(RuntimeError, match="was called with pictures from inside its own vision tower"),
+        ):
             model(**inputs)
         taken.remove()
         taken = blocks.register_forward_hook(functools.partial(hook, call=lambda: said.append(model(**text).logits)))

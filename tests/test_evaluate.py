@@ -1,4 +1,5 @@
-"""``duet-vlm eval``: the same questions for every run, nothing lost or asked twice, statistics that are right, errors that help."""
+"""``duet-vlm eval``: the same questions for every run, nothing lost or asked twice, statistics that are right, errors
+that help."""
 
 from __future__ import annotations
 
@@ -76,7 +77,11 @@ def test_runs_are_the_baseline_and_every_cell_at_every_budget() -> None:
 
 
 def test_an_experiment_survives_its_file(tmp_path: Path) -> None:
-    cell = {"method": "duet", "settings": {"schedule": [[6, 0.5], [9, 0]], "dominant": 20, "contextual": 4}, "label": "own"}
+    cell = {
+        "method": "duet",
+        "settings": {"schedule": [[6, 0.5], [9, 0]], "dominant": 20, "contextual": 4},
+        "label": "own",
+    }
     made = Experiment("tiny", (cell,), limit=3)
     (tmp_path / "e.json").write_text(json.dumps(made.to_json()))
     again = read(tmp_path / "e.json")
@@ -123,7 +128,12 @@ def test_answers_are_those_of_the_model_by_itself(loaded: LoadedModel, result: d
     """The whole machinery against four lines that a user would write."""
     model, processor = tiny.load()
     items = [tiny.sample("test", i, 3) for i in range(4)]
-    inputs = processor(images=[i.image for i in items], text=[tiny.prompt(i.question) for i in items], return_tensors="pt", padding=True)
+    inputs = processor(
+        images=[i.image for i in items],
+        text=[tiny.prompt(i.question) for i in items],
+        return_tensors="pt",
+        padding=True,
+    )
     predictions = unpack(result)
     place = predictions["questions"].index("3/0")
     for key, budget in (("none", None), ("duet@0.22", 0.22), ("duet@0.05", 0.05)):
@@ -131,7 +141,9 @@ def test_answers_are_those_of_the_model_by_itself(loaded: LoadedModel, result: d
         out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
         if handle:
             handle.detach()
-        said = [t.strip() for t in processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)]
+        said = [
+            t.strip() for t in processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        ]
         assert predictions["answers"][key][place : place + 4] == said
         hits = [q == a for q, a in zip(said, [i.answer for i in items], strict=True)]
         assert [right(TaskQuestion("", (), "", (i.answer,), ""), s) for i, s in zip(items, said, strict=True)] == hits
@@ -141,7 +153,9 @@ def test_accuracy_is_the_share_of_right_answers(result: dict[str, Any]) -> None:
     predictions = unpack(result)
     for row in result["runs"]:
         if row["status"] == "ok":
-            hits = [said in gold for said, gold in zip(predictions["answers"][row["id"]], predictions["gold"], strict=True)]
+            hits = [
+                said in gold for said, gold in zip(predictions["answers"][row["id"]], predictions["gold"], strict=True)
+            ]
             assert row["accuracy"] == pytest.approx(sum(hits) / 14)
             assert row["seeds"] == pytest.approx({"0": sum(hits[:7]) / 7, "3": sum(hits[7:]) / 7})
             for kind, values in row["kinds"].items():
@@ -181,7 +195,12 @@ def test_sharing_really_skips_the_layers(loaded: LoadedModel) -> None:
 def test_methods_that_name_vision_layers_are_not_given_shared_ones(loaded: LoadedModel) -> None:
     """Whoever stands first in the batch: a method answers as it does alone."""
     questions = [task("tiny").ask(5, i) for i in range(4)]
-    elsewhere = [ExperimentCell("hired", 0.11), ExperimentCell("vscan", 0.22), ExperimentCell("visionzip", 0.11, {"signal_layer": 2}), ExperimentCell("evit+duet", 0.11)]
+    elsewhere = [
+        ExperimentCell("hired", 0.11),
+        ExperimentCell("vscan", 0.22),
+        ExperimentCell("visionzip", 0.11, {"signal_layer": 2}),
+        ExperimentCell("evit+duet", 0.11),
+    ]
     runs = [ExperimentCell("none"), ExperimentCell("duet", 0.11), *elsewhere]
     together = answer(loaded, runs, questions, 3)
     assert {run.id: answer(loaded, [run], questions, 3)[run.id] for run in runs} == together
@@ -223,12 +242,25 @@ def test_costs_are_those_of_the_report(loaded: LoadedModel, result: dict[str, An
 
 
 def test_a_preset_is_a_run(tmp_path: Path) -> None:
-    experiment = Experiment("tiny", ({"preset": "visionzip-64"}, {"method": "visionzip", "budgets": [64]}), limit=4, against="visionzip")
-    row = rows(run_experiment(experiment, "presets", tmp_path / "j", device="cpu", timing_rounds=0))["preset:visionzip-64"]
-    assert (row["label"], row["preset"], row["method"], row["budget"]) == ("visionzip-64", "visionzip-64", "visionzip", None)
+    experiment = Experiment(
+        "tiny", ({"preset": "visionzip-64"}, {"method": "visionzip", "budgets": [64]}), limit=4, against="visionzip"
+    )
+    row = rows(run_experiment(experiment, "presets", tmp_path / "j", device="cpu", timing_rounds=0))[
+        "preset:visionzip-64"
+    ]
+    assert (row["label"], row["preset"], row["method"], row["budget"]) == (
+        "visionzip-64",
+        "visionzip-64",
+        "visionzip",
+        None,
+    )
     assert row["settings"]["dominant"] == 54 and row["settings"]["cls_token"] and row["tokens"]["measured"] == 64
-    with pytest.raises(ValueError, match="preset:duet-64: schedule drops before layer 16, but this decoder has layers 0..11"):
-        run_experiment(Experiment("tiny", ({"preset": "duet-64"},), limit=4), "p", tmp_path / "k", device="cpu", timing_rounds=0)
+    with pytest.raises(
+        ValueError, match="preset:duet-64: schedule drops before layer 16, but this decoder has layers 0..11"
+    ):
+        run_experiment(
+            Experiment("tiny", ({"preset": "duet-64"},), limit=4), "p", tmp_path / "k", device="cpu", timing_rounds=0
+        )
 
 
 def test_halves_run_in_full_precision_on_a_cpu(tmp_path: Path) -> None:
@@ -252,7 +284,9 @@ def test_comparisons_name_their_partner(result: dict[str, Any]) -> None:
     assert by_id["fastv@0.22"]["against"]["run"] == "duet@0.22"
     difference = by_id["oracle@0.05"]["accuracy"] - by_id["duet@0.05"]["accuracy"]
     assert by_id["oracle@0.05"]["against"]["difference"] == pytest.approx(difference)
-    assert by_id["duet@0.05"]["of_oracle"] == pytest.approx(by_id["duet@0.05"]["accuracy"] / by_id["oracle@0.05"]["accuracy"])
+    assert by_id["duet@0.05"]["of_oracle"] == pytest.approx(
+        by_id["duet@0.05"]["accuracy"] / by_id["oracle@0.05"]["accuracy"]
+    )
 
 
 def test_floors_follow_a_method_count_for_count() -> None:
@@ -273,7 +307,11 @@ def test_floors_follow_a_method_count_for_count() -> None:
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     def plain(result: dict[str, Any]) -> Any:
-        return [{k: v for k, v in row.items() if k != "prefill"} for row in result["runs"]], unpack(result), result["questions"]
+        return (
+            [{k: v for k, v in row.items() if k != "prefill"} for row in result["runs"]],
+            unpack(result),
+            result["questions"],
+        )
 
     return plain(a) == plain(b)
 
@@ -308,7 +346,21 @@ def test_an_interrupted_run_goes_on(result: dict[str, Any], tmp_path: Path) -> N
 @pytest.mark.slow
 def test_a_killed_command_goes_on(tmp_path: Path) -> None:
     """SIGKILL in mid-run, then the same command: the result equals that of a run nobody killed."""
-    words = ["eval", "--methods", "duet,random", "--budgets", "0.11", "--limit", "24", "--batch", "4", "--timing-rounds", "0", "--workers", "1"]
+    words = [
+        "eval",
+        "--methods",
+        "duet,random",
+        "--budgets",
+        "0.11",
+        "--limit",
+        "24",
+        "--batch",
+        "4",
+        "--timing-rounds",
+        "0",
+        "--workers",
+        "1",
+    ]
     words += ["--device", "cpu", "--out"]
     command, environment = [sys.executable, "-m", "duet_vlm.cli.main", *words], os.environ | {"OMP_NUM_THREADS": "1"}
     journal = tmp_path / "killed/tiny/results/eval.parts/0.jsonl"
@@ -339,7 +391,20 @@ def test_a_run_that_is_added_is_asked_alone(result: dict[str, Any], tmp_path: Pa
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
 def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "duet_vlm.cli.main", "eval", "--methods", "uniform", "--budgets", "0.11", "--limit", "4000", "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "duet_vlm.cli.main",
+        "eval",
+        "--methods",
+        "uniform",
+        "--budgets",
+        "0.11",
+        "--limit",
+        "4000",
+        "--device",
+        "cpu",
+    ]
     command += ["--batch", "4", "--timing-rounds", "0", "--workers", "2", "--out", str(tmp_path)]
     journal = tmp_path / "tiny/results/eval.parts/0.jsonl"
     with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL) as process:
@@ -388,7 +453,11 @@ def checkout(folder: Path) -> Path:
     package = folder / "package"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("x = 1\n")
-    for words in (["init", "-q"], ["add", "-A"], ["-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-qm", "first"]):
+    for words in (
+        ["init", "-q"],
+        ["add", "-A"],
+        ["-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-qm", "first"],
+    ):
         subprocess.run(["git", "-C", str(folder), *words], check=True)
     return package
 
@@ -407,13 +476,21 @@ def test_source_names_the_commit_and_every_character(tmp_path: Path) -> None:
     one = source(package)
     (package / "__init__.py").write_text("x = 3\n")
     other = source(package)
-    assert one.commit == other.commit == f"{first.commit}+changes" and len({first.files, untracked.files, one.files, other.files}) == 4
+    assert (
+        one.commit == other.commit == f"{first.commit}+changes"
+        and len({first.files, untracked.files, one.files, other.files}) == 4
+    )
 
 
 def test_a_package_outside_of_git_still_has_a_source(tmp_path: Path) -> None:
     (tmp_path / "__init__.py").write_text("x = 1\n")
     found = source(tmp_path)
-    assert found.commit is None and len(found.files) == 16 and not found.clean and found.until(Source(None, "other")) == found
+    assert (
+        found.commit is None
+        and len(found.files) == 16
+        and not found.clean
+        and found.until(Source(None, "other")) == found
+    )
 
 
 def test_code_that_changes_while_it_measures_is_marked() -> None:
@@ -425,7 +502,8 @@ def test_code_that_changes_while_it_measures_is_marked() -> None:
 
 
 def test_a_journal_of_other_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half a measurement of one version is not finished by another: not after a commit, and not after one more change without a commit."""
+    """Half a measurement of one version is not finished by another: not after a commit, and not after one more change
+    without a commit."""
     few = Experiment("tiny", ({"method": "uniform", "budgets": [0.11]},), limit=4, batch=2, against="uniform")
 
     def measured(code: Source, advance: Any = lambda done, total: None) -> dict[str, Any]:
@@ -448,8 +526,13 @@ def test_a_journal_of_other_code_is_refused(tmp_path: Path, monkeypatch: pytest.
     assert (environment["commit"], environment["source"]) == ("abc1234+changes", "f" * 16)
 
 
-def test_a_result_of_changed_code_says_so_wherever_it_is_shown(result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    dirty, clean = (result | {"environment": result["environment"] | {"commit": commit}} for commit in ("abc1234+changes", "abc1234"))
+def test_a_result_of_changed_code_says_so_wherever_it_is_shown(
+    result: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    dirty, clean = (
+        result | {"environment": result["environment"] | {"commit": commit}}
+        for commit in ("abc1234+changes", "abc1234")
+    )
     for found, warned in ((dirty, True), (clean, False)):
         show(found)
         assert ("Not reproducible yet: " in (said := capsys.readouterr().out)) == warned
@@ -457,8 +540,11 @@ def test_a_result_of_changed_code_says_so_wherever_it_is_shown(result: dict[str,
         assert "NOT" not in said + matrix(found)  # a method in progress is no fault
 
 
-def test_the_screen_shows_what_is_known(result: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """No column in which nobody has a value, no heading that is broken into the width of a narrow table, no more columns than there are."""
+def test_the_screen_shows_what_is_known(
+    result: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No column in which nobody has a value, no heading that is broken into the width of a narrow table, no more
+    columns than there are."""
     bare = json.loads(json.dumps(result))
     for run in bare["runs"]:
         run.update({"prefill": None, "recall": None} if run["status"] == "ok" else {})
@@ -518,11 +604,18 @@ def test_a_task_of_ones_own(tmp_path: Path, loaded: LoadedModel) -> None:
     items = [tiny.sample("test", i) for i in range(3)]
     for i, item in enumerate(items):
         item.image.save(tmp_path / f"{i}.png")
-    lines = [{"image": f"{i}.png", "question": item.question, "answer": item.answer.upper() + ".", "kind": "own"} for i, item in enumerate(items)]
+    lines = [
+        {"image": f"{i}.png", "question": item.question, "answer": item.answer.upper() + ".", "kind": "own"}
+        for i, item in enumerate(items)
+    ]
     (tmp_path / "mine.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
     experiment = Experiment(str(tmp_path / "mine.jsonl"), ({"method": "duet", "budgets": [0.33]},))
     found = run_experiment(experiment, "own", tmp_path / "j", device="cpu", timing_rounds=0)
-    assert found["task"] == "mine" and found["questions"].pop("contents") and found["questions"] == {"count": 3, "unlabelled": 0, "per_seed": 3, "kinds": {"own": 3}}
+    assert (
+        found["task"] == "mine"
+        and found["questions"].pop("contents")
+        and found["questions"] == {"count": 3, "unlabelled": 0, "per_seed": 3, "kinds": {"own": 3}}
+    )
     assert found["runs"][0]["accuracy"] == 1 and found["runs"][0]["recall"] is None
     oracle = Experiment(str(tmp_path / "mine.jsonl"), ({"method": "oracle", "budgets": [0.33]},))
     with pytest.raises(ValueError, match="leave the oracle out"):
@@ -531,7 +624,11 @@ def test_a_task_of_ones_own(tmp_path: Path, loaded: LoadedModel) -> None:
 
 @pytest.mark.parametrize(
     ("line", "says"),
-    [("{", "line 2: not a JSON object"), ("[1]", "line 2: not a JSON object"), ('{"image": "a.png", "answer": "a"}', "'question' is missing")],
+    [
+        ("{", "line 2: not a JSON object"),
+        ("[1]", "line 2: not a JSON object"),
+        ('{"image": "a.png", "answer": "a"}', "'question' is missing"),
+    ],
 )
 def test_a_broken_line_is_named(tmp_path: Path, line: str, says: str) -> None:
     (tmp_path / "t.jsonl").write_text('{"image": "a.png", "question": "?", "answer": "a"}\n' + line)
@@ -594,8 +691,8 @@ def test_tasks_say_what_is_wrong(tmp_path: Path) -> None:
 
 
 def test_intervals_of_a_mean() -> None:
-    """Against the normal approximation, which is good at 2,000 questions; and where it is not, the score test: the edges are the shares that
-    differ from what was seen by 1.96 of their own standard deviations."""
+    """Against the normal approximation, which is good at 2,000 questions; and where it is not, the score test: the
+    edges are the shares that differ from what was seen by 1.96 of their own standard deviations."""
     hits = np.arange(2000) % 5 != 0
     half = 1.96 * math.sqrt(0.8 * 0.2 / 2000)
     assert statistics.mean_interval(hits) == pytest.approx((0.8 - half, 0.8 + half), abs=0.001)
@@ -608,15 +705,28 @@ def test_intervals_of_a_mean() -> None:
 
 def paired(both: int, won: int, lost: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
     """Answers of a run and of the full model, of so many questions of each sort."""
-    return tuple(np.repeat(answers, (both, won, lost, neither)) for answers in ([True, True, False, False], [True, False, True, False]))  # type: ignore[return-value]
+    return tuple(
+        np.repeat(answers, (both, won, lost, neither))
+        for answers in ([True, True, False, False], [True, False, True, False])
+    )  # type: ignore[return-value]
 
 
-COUNTS = [(90, 0, 0, 10), (190, 0, 2, 8), (60, 3, 9, 28), (5, 1, 0, 2), (0, 4, 3, 3), (20, 0, 20, 0), (0, 0, 7, 3), (1, 0, 0, 0), (300, 30, 20, 50)]
+COUNTS = [
+    (90, 0, 0, 10),
+    (190, 0, 2, 8),
+    (60, 3, 9, 28),
+    (5, 1, 0, 2),
+    (0, 4, 3, 3),
+    (20, 0, 20, 0),
+    (0, 0, 7, 3),
+    (1, 0, 0, 0),
+    (300, 30, 20, 50),
+]
 
 
 def score(both: int, won: int, lost: int, neither: int, slope: float, offset: float) -> float:
-    """How many standard deviations the seen counts are from the hypothesis accuracy = slope * full + offset, slowly: the likeliest shares of the
-    four sorts of questions under it are searched on a grid that is made finer and finer."""
+    """How many standard deviations the seen counts are from the hypothesis accuracy = slope * full + offset, slowly:
+    the likeliest shares of the four sorts of questions under it are searched on a grid that is made finer and finer."""
     count = both + won + lost + neither
     mean = (both + won) / count - slope * (both + lost) / count - offset
 
@@ -629,7 +739,10 @@ def score(both: int, won: int, lost: int, neither: int, slope: float, offset: fl
         b, lo = np.meshgrid(np.linspace(low_b, high_b, 41), np.linspace(low_l, high_l, 41))
         found = shares(b, lo)
         with np.errstate(divide="ignore", invalid="ignore"):
-            likely = sum(n * np.log(np.maximum(p, 0)) if n else 0 * p for n, p in zip((both, won, lost, neither), found, strict=True))
+            likely = sum(
+                n * np.log(np.maximum(p, 0)) if n else 0 * p
+                for n, p in zip((both, won, lost, neither), found, strict=True)
+            )
         likely = np.where(np.min(found, axis=0) < -1e-12, -np.inf, likely)
         place = np.unravel_index(np.argmax(likely), likely.shape)
         step_b, step_l = (high_b - low_b) / 8, (high_l - low_l) / 8
@@ -670,7 +783,8 @@ def test_turned_round_a_difference_changes_its_sign() -> None:
 )  # fmt: skip
 @pytest.mark.parametrize("right_", [0.95, 0.6])
 def test_95_percent_is_what_paired_intervals_hold(questions: int, lost: float, won: float, right_: float) -> None:
-    """2,000 experiments with a known truth, few answers of which differ: a percentile bootstrap holds it in 64 to 87 % of the first five."""
+    """2,000 experiments with a known truth, few answers of which differ: a percentile bootstrap holds it in 64 to 87 %
+    of the first five."""
     rng = np.random.default_rng(7)
     found = rng.multinomial(questions, [right_ - lost, won, lost, 1 - right_ - won], size=2000)
     seen, times = np.unique(found, axis=0, return_counts=True)
@@ -686,7 +800,8 @@ def test_95_percent_is_what_paired_intervals_hold(questions: int, lost: float, w
 
 
 def test_pairing_is_what_makes_an_interval_narrow() -> None:
-    """Answers that differ on 1 % of the questions: the paired interval has the width of those differences, not of the accuracies."""
+    """Answers that differ on 1 % of the questions: the paired interval has the width of those differences, not of the
+    accuracies."""
     rng = np.random.default_rng(0)
     full = rng.random(4000) < 0.7
     other = full.copy()
@@ -746,9 +861,15 @@ def run_cli(*words: str) -> Any:
         (["--limit", "2", "--methods", "duet,deut"], "unknown method 'deut' (did you mean 'duet'"),
         (["--limit", "2", "--presets", "duet-65"], "unknown preset 'duet-65' (did you mean 'duet-64'?)"),
         (["--limit", "2", "--methods", "duet[mrege=mean]"], "no setting 'mrege' (did you mean 'merge'?)"),
-        (["--limit", "2", "--against", "nobody"], "against 'nobody': no run is called so; there are full model, duet, visionzip"),
+        (
+            ["--limit", "2", "--against", "nobody"],
+            "against 'nobody': no run is called so; there are full model, duet, visionzip",
+        ),
         (["--limit", "2", "--against", "visonzip"], "(did you mean 'visionzip'?)"),
-        (["--limit", "2", "--methods", "fastv", "--against", "duet"], "against 'duet': no run is called so; there are full model, fastv"),
+        (
+            ["--limit", "2", "--methods", "fastv", "--against", "duet"],
+            "against 'duet': no run is called so; there are full model, fastv",
+        ),
         (["--limit", "2", "--name", "a/b"], "--name a/b: give a plain word"),
         (["--experiment", "gone.json", "--limit", "2"], "--experiment gone.json says what is asked: leave out --limit"),
         (["--limit", "2", "--methods", "duet[merge=sum]"], "merge='sum'"),
@@ -763,8 +884,12 @@ def test_a_wrong_command_is_explained(words: list[str], says: str, tmp_path: Pat
     assert not list(tmp_path.rglob("results/*.json"))
 
 
-@pytest.mark.parametrize("words", [["--against", "nobody"], ["--methods", "deut"], ["--tasks", "tiny,tyni"], ["--device", "tpu"]])
-def test_what_is_wrong_is_said_before_anything_runs(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "words", [["--against", "nobody"], ["--methods", "deut"], ["--tasks", "tiny,tyni"], ["--device", "tpu"]]
+)
+def test_what_is_wrong_is_said_before_anything_runs(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("duet_vlm.evaluation.run.load", lambda *_: pytest.fail("a model was loaded"))
     assert run_cli("--limit", "2", *words, "--out", str(tmp_path / "out")).exit_code == 2
     assert not (tmp_path / "out").exists()
@@ -782,9 +907,31 @@ def asked_for(monkeypatch: pytest.MonkeyPatch, *words: str) -> list[Experiment]:
 def test_several_values_have_one_convention(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     out = ["--out", str(tmp_path)]
     by_hand = "random[follow=duet]"
-    joined = ["--tasks", "tiny,tiny-crowded", "--methods", f"duet,{by_hand}", "--budgets", "0.33,64", "--presets", "fastv-306,fastv-171"]
+    joined = [
+        "--tasks",
+        "tiny,tiny-crowded",
+        "--methods",
+        f"duet,{by_hand}",
+        "--budgets",
+        "0.33,64",
+        "--presets",
+        "fastv-306,fastv-171",
+    ]
     joined += ["--seeds", "1,2"]
-    apart = ["--task", "tiny", "--task", "tiny-crowded", "--method", "duet", "--method", by_hand, "-b", "0.33", "--budget", "64"]
+    apart = [
+        "--task",
+        "tiny",
+        "--task",
+        "tiny-crowded",
+        "--method",
+        "duet",
+        "--method",
+        by_hand,
+        "-b",
+        "0.33",
+        "--budget",
+        "64",
+    ]
     apart += ["--preset", "fastv-306", "--preset", "fastv-171", "--seed", "1", "--seed", "2"]
     expected = [
         Experiment(
@@ -819,30 +966,65 @@ def test_a_task_chooses_the_model_that_reads_it(monkeypatch: pytest.MonkeyPatch,
 
 def test_a_picture_model_is_not_asked_about_clips(tmp_path: Path) -> None:
     """It was, without any picture, and answered."""
-    found = run_cli("--tasks", "tiny-video", "--model", "tiny", "--limit", "2", "--device", "cpu", "--out", str(tmp_path))
-    assert found.exit_code == 2 and "task 'tiny-video' shows clips, and --model tiny takes pictures only" in found.stderr
+    found = run_cli(
+        "--tasks", "tiny-video", "--model", "tiny", "--limit", "2", "--device", "cpu", "--out", str(tmp_path)
+    )
+    assert (
+        found.exit_code == 2 and "task 'tiny-video' shows clips, and --model tiny takes pictures only" in found.stderr
+    )
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
 def test_the_oracle_reads_clips(tmp_path: Path) -> None:
     """Needed tokens are those of the whole clip, which the method before the decoder may see frame by frame."""
-    words = ["--tasks", "tiny-video", "--methods", "duet", "--budgets", "0.22", "--oracle", "--limit", "4", "--batch", "2", "--timing-rounds", "0"]
+    words = [
+        "--tasks",
+        "tiny-video",
+        "--methods",
+        "duet",
+        "--budgets",
+        "0.22",
+        "--oracle",
+        "--limit",
+        "4",
+        "--batch",
+        "2",
+        "--timing-rounds",
+        "0",
+    ]
     found = run_cli(*words, "--workers", "1", "--device", "cpu", "--out", str(tmp_path), "--json")
     assert found.exit_code == 0, found.output
     (result,) = json.loads(found.stdout)["results"]
     by_id = rows(result)
-    assert by_id["oracle@0.22"]["recall"]["entry"] == 1 and by_id["oracle@0.22"]["tokens"]["measured"] == 114  # .22 of 520
+    # .22 of 520
+    assert by_id["oracle@0.22"]["recall"]["entry"] == 1 and by_id["oracle@0.22"]["tokens"]["measured"] == 114
     assert by_id["none"]["tokens"]["measured"] == 520 and result["model"]["name"] == "tiny-video"
     with pytest.raises(ValueError, match="use crops='joint', not 'per_crop'"):
         Oracle(crops="per_crop")
 
 
 def test_json_holds_everything_but_the_answers(tmp_path: Path) -> None:
-    words = ["--methods", "uniform", "--budgets", "0.11", "--limit", "2", "--timing-rounds", "0", "--out", str(tmp_path), "--device", "cpu", "--json"]
+    words = [
+        "--methods",
+        "uniform",
+        "--budgets",
+        "0.11",
+        "--limit",
+        "2",
+        "--timing-rounds",
+        "0",
+        "--out",
+        str(tmp_path),
+        "--device",
+        "cpu",
+        "--json",
+    ]
     told = [json.loads(run_cli(*words).stdout)["results"] for _ in range(2)]  # the second time it is finished already
     assert told[0] == told[1] and len(told[0]) == 1
     kept = load(tmp_path / "tiny/results/eval.json")
-    assert told[0][0] == {"file": str(tmp_path / "tiny/results/eval.json")} | {key: kept[key] for key in kept if key != "predictions"}
+    assert told[0][0] == {"file": str(tmp_path / "tiny/results/eval.json")} | {
+        key: kept[key] for key in kept if key != "predictions"
+    }
     failed = run_cli("--methods", "deut", "--json")
     assert "did you mean 'duet'" in json.loads(failed.stdout)["error"]
 
@@ -853,7 +1035,12 @@ def test_two_at_once_are_refused_and_a_killed_one_stops_nobody(tmp_path: Path) -
     code += "with alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, str(journal)], stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None and first.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=f"process {first.pid} is measuring this already; .* choose another --name or --out"), alone(journal):
+        with (
+            pytest.raises(
+                ValueError, match=f"process {first.pid} is measuring this already; .* choose another --name or --out"
+            ),
+            alone(journal),
+        ):
             pytest.fail("both hold it")
         with alone(journal.with_name("other.partial.jsonl")):  # nobody holds that one
             pass
@@ -866,12 +1053,27 @@ def test_two_at_once_are_refused_and_a_killed_one_stops_nobody(tmp_path: Path) -
 
 
 def test_the_command_holds_its_journal(tmp_path: Path) -> None:
-    words = ["--methods", "uniform", "--budgets", "0.11", "--limit", "2", "--timing-rounds", "0", "--out", str(tmp_path), "--device", "cpu"]
+    words = [
+        "--methods",
+        "uniform",
+        "--budgets",
+        "0.11",
+        "--limit",
+        "2",
+        "--timing-rounds",
+        "0",
+        "--out",
+        str(tmp_path),
+        "--device",
+        "cpu",
+    ]
     journal = tmp_path / "tiny/results/eval.parts/0.jsonl"
     with alone(journal):
         for more in ([], ["--restart"]):
             found = run_cli(*words, *more)
-            assert found.exit_code == 2 and "is measuring this already" in found.stderr and found.stderr.count("\n") == 1
+            assert (
+                found.exit_code == 2 and "is measuring this already" in found.stderr and found.stderr.count("\n") == 1
+            )
         assert run_cli(*words, "--name", "other").exit_code == 0
     assert run_cli(*words).exit_code == 0
     assert sorted(file.name for file in journal.parent.parent.iterdir()) == ["eval.json", "other.json"]
@@ -885,7 +1087,20 @@ def test_a_model_without_processor_is_refused_at_once(tmp_path: Path) -> None:
 
 
 def test_a_finished_result_is_kept(tmp_path: Path) -> None:
-    words = ["--methods", "uniform", "--budgets", "0.11", "--limit", "2", "--timing-rounds", "0", "--out", str(tmp_path), "--device", "cpu"]
+    words = [
+        "--methods",
+        "uniform",
+        "--budgets",
+        "0.11",
+        "--limit",
+        "2",
+        "--timing-rounds",
+        "0",
+        "--out",
+        str(tmp_path),
+        "--device",
+        "cpu",
+    ]
     first = run_cli(*words)
     assert first.exit_code == 0 and "uniform 11%" in first.stdout and "28 x12 of 256" in first.stdout
     file = tmp_path / "tiny/results/eval.json"
@@ -904,29 +1119,53 @@ def test_a_finished_result_is_kept(tmp_path: Path) -> None:
 
 
 def asked_anew(folder: Path, **changes: Any) -> Path:
-    """Six questions about bitmaps, which are of one size in bytes whatever they show; by number of the question what is changed."""
+    """Six questions about bitmaps, which are of one size in bytes whatever they show; by number of the question what is
+    changed."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(6):
         item = tiny.sample("test", changes.get("pictures", 0) + number, 5)
         item.image.save(folder / f"{number}.bmp")
-    lines = [{"image": f"{number}.bmp", "question": "what is this ?", "answer": changes.get("answer", "red")} for number in range(6)]
+    lines = [
+        {"image": f"{number}.bmp", "question": "what is this ?", "answer": changes.get("answer", "red")}
+        for number in range(6)
+    ]
     (folder / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder / "mine.jsonl"
 
 
 def ask_file(file: Path, out: Path, *more: str) -> Any:
-    words = ["eval", "--tasks", str(file), "--methods", "uniform", "--budgets", "0.11", "--limit", "all", "--batch", "2", "--timing-rounds", "0"]
+    words = [
+        "eval",
+        "--tasks",
+        str(file),
+        "--methods",
+        "uniform",
+        "--budgets",
+        "0.11",
+        "--limit",
+        "all",
+        "--batch",
+        "2",
+        "--timing-rounds",
+        "0",
+    ]
     return CliRunner().invoke(app, [*words, "--workers", "1", "--device", "cpu", "--out", str(out), *more])
 
 
 @pytest.mark.parametrize("changes", [{"answer": "blue"}, {"pictures": 50}])
-def test_a_killed_run_does_not_go_on_with_other_questions_or_pictures(changes: dict[str, Any], tmp_path: Path, killed: list[int]) -> None:
+def test_a_killed_run_does_not_go_on_with_other_questions_or_pictures(
+    changes: dict[str, Any], tmp_path: Path, killed: list[int]
+) -> None:
     file = asked_anew(tmp_path / "data")
     assert ask_file(file, tmp_path / "out").exit_code == 130
     killed.clear()
     asked_anew(tmp_path / "data", **changes)
     refused = ask_file(file, tmp_path / "out")
-    assert refused.exit_code == 2 and "different contents of questions and pictures" in refused.stderr and "--restart" in refused.stderr
+    assert (
+        refused.exit_code == 2
+        and "different contents of questions and pictures" in refused.stderr
+        and "--restart" in refused.stderr
+    )
     asked_anew(tmp_path / "data")  # as they were: it goes on
     assert ask_file(file, tmp_path / "out").exit_code == 0
     text = (tmp_path / "out/mine/results/eval.json").read_text()
@@ -954,7 +1193,9 @@ def test_a_digest_is_of_contents_alone(tmp_path: Path) -> None:
 
 def test_the_statistics_of_committed_results_are_those_of_their_answers() -> None:
     """What ``lab/studies/restate.py`` would write is what is there, of the three smallest files."""
-    for path in sorted((Path(__file__).parent.parent / "lab/comparison").glob("*/results/*.json"), key=lambda path: path.stat().st_size)[:3]:
+    for path in sorted(
+        (Path(__file__).parent.parent / "lab/comparison").glob("*/results/*.json"), key=lambda path: path.stat().st_size
+    )[:3]:
         assert json.loads(json.dumps(restated(load(path)))) == load(path), path
 
 

@@ -14,7 +14,11 @@ from torch import Tensor, nn
 import duet_vlm
 from duet_vlm.evaluation.speed.prompts import encode
 
-PIXELS = {"pixel_values": "get_image_features", "pixel_values_images": "get_image_features", "pixel_values_videos": "get_video_features"}
+PIXELS = {
+    "pixel_values": "get_image_features",
+    "pixel_values_images": "get_image_features",
+    "pixel_values_videos": "get_video_features",
+}
 
 
 def asked(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -44,7 +48,11 @@ def same(a: Any, b: Any) -> bool:
 
 
 def without_pixels(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in inputs.items() if name not in PIXELS and name not in ("pixel_attention_mask", "image_sizes")}
+    return {
+        name: value
+        for name, value in inputs.items()
+        if name not in PIXELS and name not in ("pixel_attention_mask", "image_sizes")
+    }
 
 
 @pairs(parts=1)
@@ -57,7 +65,10 @@ def test_features_are_those_of_the_stock_model(family: str, method: str) -> None
             plain = asked(model, inputs)
             with duet_vlm.attach(model, method, **REDUCING[method]) as handle:
                 if duet_vlm.Input.QUESTION in handle.reducer.requires:
-                    with pytest.raises(ValueError, match=f"{method} chooses by the question, and an encoder that is called by itself has none"):
+                    with pytest.raises(
+                        ValueError,
+                        match=f"{method} chooses by the question, and an encoder that is called by itself has none",
+                    ):
                         asked(model, inputs)
                     with handle.paused():
                         assert all(same(asked(model, inputs)[name], plain[name]) for name in plain)
@@ -73,8 +84,8 @@ def test_features_are_those_of_the_stock_model(family: str, method: str) -> None
 
 @matrix("duet", "fastv", "visionzip", attention=("sdpa",))
 def test_features_that_come_back_carry_their_plan(case: Case) -> None:
-    """Asked for under one budget: reduced by it in prompts of the attached model, whatever it is set to since; whole where it is paused, and
-    when it is detached; the user's own object stays as it is."""
+    """Asked for under one budget: reduced by it in prompts of the attached model, whatever it is set to since; whole
+    where it is paused, and when it is detached; the user's own object stays as it is."""
     made, model = FAMILIES[case.family], case.model()
     if case.family in ("idefics3", "smolvlm"):
         return  # their forward takes no outputs of that form beside text of several crops
@@ -90,16 +101,23 @@ def test_features_that_come_back_carry_their_plan(case: Case) -> None:
             kept = [t.clone() for t in tensors(outputs["image"])]
             handle.set(positions=handle.reducer.positions, protect_predicting_tokens=False)
             for _ in range(2):
-                assert torch.equal(forward(model, text, mm_encoder_outputs=dict(outputs)).logits, reduced) and handle.trace == trace
+                assert (
+                    torch.equal(forward(model, text, mm_encoder_outputs=dict(outputs)).logits, reduced)
+                    and handle.trace == trace
+                )
             again = generate(model, text, 4, mm_encoder_outputs=dict(outputs)).logits
             assert all(torch.equal(a, b) for a, b in zip(again, written, strict=True))
-            several = generate(model, text, 4, mm_encoder_outputs=dict(outputs), num_beams=3, num_return_sequences=3).sequences
+            several = generate(
+                model, text, 4, mm_encoder_outputs=dict(outputs), num_beams=3, num_return_sequences=3
+            ).sequences
             assert torch.equal(several, beams)
             with handle.paused():
                 assert torch.equal(forward(model, text, mm_encoder_outputs=dict(outputs)).logits, full)
-            early = encode(model, {k: v for k, v in inputs.items() if k not in text or k.endswith("_thw")})  # as generate() does
+            # as generate() does
+            early = encode(model, {k: v for k, v in inputs.items() if k not in text or k.endswith("_thw")})
             assert torch.equal(forward(model, text, mm_encoder_outputs=dict(early)).logits, reduced)
-            with handle.paused():  # of these rows are gone: their own rules apply, nothing that is marked reaches the stock decoder
+            # of these rows are gone: their own rules apply, nothing that is marked reaches the stock decoder
+            with handle.paused():
                 found = forward(model, text, mm_encoder_outputs=dict(early)).logits
                 assert torch.equal(found, reduced) or torch.equal(found, full)
         assert torch.equal(forward(model, text, mm_encoder_outputs=dict(outputs)).logits, full)
@@ -114,7 +132,9 @@ def test_features_from_before_are_refused_where_they_cannot_be_merged(family: st
     inputs = made.inputs([ONE])
     outputs, text = asked(model, inputs), without_pixels(inputs)
     with duet_vlm.attach(model, "duet", **REDUCING["duet"]):
-        with pytest.raises(ValueError, match=r"encoded before the reducer was attached .* encode them with the attached model"):
+        with pytest.raises(
+            ValueError, match=r"encoded before the reducer was attached .* encode them with the attached model"
+        ):
             forward(model, text, mm_encoder_outputs=outputs)
     with duet_vlm.attach(model, "fastv", **REDUCING["fastv"]):
         assert torch.equal(forward(model, text, mm_encoder_outputs=outputs).logits, forward(model, inputs).logits)
@@ -125,7 +145,11 @@ def test_no_output_holds_marks(case: Case) -> None:
     """image_hidden_states and all else that a model returns: finite, zeros where a token left."""
     inputs, model = FAMILIES[case.family].inputs(MIXED), case.model()
     with case.attach():
-        for output in (forward(model, inputs), model.model(**inputs), forward(model, inputs, output_hidden_states=True)):
+        for output in (
+            forward(model, inputs),
+            model.model(**inputs),
+            forward(model, inputs, output_hidden_states=True),
+        ):
             for name in ("image_hidden_states", "video_hidden_states"):
                 shown = getattr(output, name, None)
                 assert shown is None or all(bool(torch.isfinite(t).all()) for t in tensors(shown))

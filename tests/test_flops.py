@@ -1,4 +1,5 @@
-"""Predicted FLOPs against what torch counts, within 1 %: whole prompts under every method, decoders of every kind alone, decode steps."""
+"""Predicted FLOPs against what torch counts, within 1 %: whole prompts under every method, decoders of every kind
+alone, decode steps."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ def test_the_counter_counts_products_and_whole_rectangles() -> None:
     assert count_flops(lambda: a @ b) == 2 * 5 * 7 * 11
     assert count_flops(lambda: conv(torch.randn(1, 3, 16, 16))) == 2 * 16 * 48 * 8
     assert count_flops(lambda: F.scaled_dot_product_attention(q, kv, kv)) == 4 * 2 * 4 * 9 * 13 * 16
-    assert count_flops(lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True)) == 4 * 2 * 4 * 9 * 9 * 16  # nothing taken off
+    # nothing taken off
+    assert count_flops(lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True)) == 4 * 2 * 4 * 9 * 9 * 16
 
 
 @pairs(METHODS, parts=1)
@@ -65,8 +67,8 @@ def test_a_prompt_costs_what_was_predicted(family: str, method: str | None) -> N
     if method is None:
         assert report.full.flops == pytest.approx(counted, rel=WITHIN)
     elif not {Input.GRADIENT, Input.QUESTION_STATE, Input.PROJECTOR} & handle.reducer.requires:
-        # a gradient costs three layers a stage, and these decoders have eight; with the question read alone, or a projector that is asked again
-        # and again, there is little left to save
+        # a gradient costs three layers a stage, and these decoders have eight; with the question read alone, or a
+        # projector that is asked again and again, there is little left to save
         assert counted < 0.95 * report.full.flops
 
 
@@ -81,9 +83,11 @@ def test_a_prompt_costs_what_was_predicted(family: str, method: str | None) -> N
     ],
     ids=str,
 )  # fmt: skip
-def test_layers_that_rank_for_several_drops_cost_what_was_predicted(decoder: str, method: str, settings: dict[str, Any]) -> None:
-    """Where layers have a state, the next one with attention probes, and the last one ranks for all drops up to the next; a layer that ranks for
-    later drops does so without the rows that its own has dropped."""
+def test_layers_that_rank_for_several_drops_cost_what_was_predicted(
+    decoder: str, method: str, settings: dict[str, Any]
+) -> None:
+    """Where layers have a state, the next one with attention probes, and the last one ranks for all drops up to the
+    next; a layer that ranks for later drops does so without the rows that its own has dropped."""
     model, inputs = shared(decoder), FAMILIES[decoder].inputs([(1, 5, Picture(1, 12, 14), *range(20, 34))])
     with torch.no_grad(), duet_vlm.attach(model, method, **settings) as handle:
         counted = count_flops(lambda: model(**inputs, logits_to_keep=1))
@@ -130,7 +134,8 @@ def test_the_embedded_model(method: str) -> None:
 
 @contextmanager
 def count_rows(layers: Iterable[nn.Module]) -> Iterator[list[list[int]]]:
-    """Per layer, the rows [B x T] of each of its calls, taken from the tensors that it was really given (hooks of a handle run first)."""
+    """Per layer, the rows [B x T] of each of its calls, taken from the tensors that it was really given (hooks of a
+    handle run first)."""
     calls: list[list[int]] = []
     hooks = []
     for layer in layers:
@@ -174,7 +179,14 @@ LINEAR = {
     "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4, "partial_rotary_factor": 0.25},
 }  # fmt: skip
 MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 4, 4], "rope_theta": 1e4}}
-HALF = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
+HALF = {
+    "rope_parameters": {
+        "rope_type": "default",
+        "mrope_section": [2, 2, 2],
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.5,
+    }
+}
 DECODERS: dict[str, tuple[Any, Any]] = {
     "plain": (LlamaModel, LlamaConfig(**COMMON)),
     "all layers windowed": (MistralModel, MistralConfig(**COMMON, sliding_window=32)),
@@ -221,7 +233,10 @@ def test_layer_kinds_are_read_from_the_config() -> None:
     shapes = {name: decoder_dims(config) for name, (_, config) in DECODERS.items()}
     assert shapes["plain"].kinds == () and shapes["plain"].experts is None
     assert shapes["all layers windowed"].kinds == ("sliding",) * 4
-    assert shapes["linear and full layers"].kinds == ("linear", "linear", "linear", "full") and shapes["linear and full layers"].gated
+    assert (
+        shapes["linear and full layers"].kinds == ("linear", "linear", "linear", "full")
+        and shapes["linear and full layers"].gated
+    )
     assert shapes["experts"].routed == (True, False, True, True)
     assert shapes["experts but for the first layer, a shared one"].experts.shared == 80  # type: ignore[union-attr]
     config = LlamaConfig(**COMMON)

@@ -1,4 +1,5 @@
-"""Predicted FLOPs against what torch counts, within 1 %, where the tower is reduced, pictures are many, cut or joined, and where nothing leaves."""
+"""Predicted FLOPs against what torch counts, within 1 %, where the tower is reduced, pictures are many, cut or joined,
+and where nothing leaves."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ CASES: list[tuple[str, str, dict[str, Any], Row]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("family", "method", "settings", "row"), CASES, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("family", "method", "settings", "row"), CASES, ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_a_prompt_costs_what_was_predicted(family: str, method: str, settings: dict[str, Any], row: Row) -> None:
     model, inputs = shared(family), FAMILIES[family].inputs([row])
     with torch.no_grad():
@@ -71,11 +74,16 @@ def test_rows_of_a_batch_share_one_row_of_the_tower(method: str) -> None:
 @pytest.mark.parametrize("method", ["rlt", "pixelprune", "rlt+duet_plus", "contrast"])
 @pytest.mark.parametrize("own", [False, True], ids=["prompt", "encoder"])
 def test_patches_are_embedded_once(family: str, method: str, own: bool) -> None:
-    """Whether some leave or none, and by whom the encoder is called; and what it hands out is what the stock model gives."""
+    """Whether some leave or none, and by whom the encoder is called; and what it hands out is what the stock model
+    gives."""
     model, inputs, times = shared(family), FAMILIES[family].inputs([SMALL]), []
     seen = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
     stock = _features(model, seen)
-    (linear,) = (part for name, part in model.named_modules() if "visual.patch_embed" in name and isinstance(part, nn.Conv3d | nn.Linear))
+    (linear,) = (
+        part
+        for name, part in model.named_modules()
+        if "visual.patch_embed" in name and isinstance(part, nn.Conv3d | nn.Linear)
+    )
     hook = linear.register_forward_hook(lambda *_: times.append(1))
     with duet_vlm.attach(model, method, **({"budget": 0.3} if "+" in method or method == "contrast" else {})):
         if own:
@@ -92,8 +100,12 @@ def _features(model: nn.Module, seen: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_5", "gemma3"])
-@pytest.mark.parametrize(("method", "settings"), [("rlt", {}), ("contrast", {"keep": 1.0}), ("duet", {"budget": 1.0}), ("none", {})])
-def test_the_cache_of_a_prompt_that_is_left_whole_is_measured(family: str, method: str, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("method", "settings"), [("rlt", {}), ("contrast", {"keep": 1.0}), ("duet", {"budget": 1.0}), ("none", {})]
+)
+def test_the_cache_of_a_prompt_that_is_left_whole_is_measured(
+    family: str, method: str, settings: dict[str, Any]
+) -> None:
     model, inputs = shared(family), FAMILIES[family].inputs([SMALL])
     with torch.no_grad(), duet_vlm.attach(model, method, **settings) as handle:
         cache = model(**inputs, use_cache=True).past_key_values
@@ -104,19 +116,25 @@ def test_the_cache_of_a_prompt_that_is_left_whole_is_measured(family: str, metho
 
 
 def test_pictures_in_one_row_by_hand() -> None:
-    """Two pictures of 5 and 3 tokens of four patches, one patch to spare and two of padding: two layers attend over 33 rows, one over 4 + 8."""
+    """Two pictures of 5 and 3 tokens of four patches, one patch to spare and two of padding: two layers attend over 33
+    rows, one over 4 + 8."""
     apart = VisionDims(3, 32, 48, 3, 4, 0, 96, ())
     joined = VisionDims(3, 32, 48, 3, 4, 0, 96, (), joined=True)
     parts = [(5, None, (), (1, 2)), (3, None, (), (0, 0))]
     assert tower_flops(apart, parts) == sum(vision_flops(apart, *part) for part in parts)
     assert tower_flops(joined, parts) - tower_flops(apart, parts) == 3 * 4 * 32 * (33**2 - 21**2 - 12**2)
-    assert vision_flops(apart, 5, spare=(1, 2)) - vision_flops(apart, 5) == 2 * 3 * 96 * 32 + 3 * (8 * 32**2 + 6 * 32 * 48 + 4 * 32 * (21**2 - 20**2))
+    assert vision_flops(apart, 5, spare=(1, 2)) - vision_flops(apart, 5) == 2 * 3 * 96 * 32 + 3 * (
+        8 * 32**2 + 6 * 32 * 48 + 4 * 32 * (21**2 - 20**2)
+    )
     left = [(5, None, ((1, 2),), (1, 2)), (3, None, ((1, 1),), (0, 0))]
-    assert tower_flops(joined, left) - tower_flops(apart, left) == 4 * 32 * ((32**2 - 20**2 - 12**2) + 2 * (12**2 - 8**2 - 4**2))
+    assert tower_flops(joined, left) - tower_flops(apart, left) == 4 * 32 * (
+        (32**2 - 20**2 - 12**2) + 2 * (12**2 - 8**2 - 4**2)
+    )
 
 
 def test_further_mergers_by_hand() -> None:
-    """Two further mergers look behind blocks 1 and 2, the last one behind all three; of 9 tokens 6 are left after the first attention, then 2."""
+    """Two further mergers look behind blocks 1 and 2, the last one behind all three; of 9 tokens 6 are left after the
+    first attention, then 2."""
     shape = VisionDims(3, 32, 48, 2, 4, 0, 96, ((128, 128), (128, 64)) * 3, deeper=(1, 2))
     part = (9, None, ((1, 6), (2, 2)), (0, 0))
     assert tower_flops(shape, [part]) - vision_flops(shape, *part) == 2 * 128 * (128 + 64) * (6 - 2)

@@ -1,4 +1,5 @@
-"""Gemma 3 as callers outside of generate() run it: the decoder's masks come as a dict, with None where the kernel needs no mask."""
+"""Gemma 3 as callers outside of generate() run it: the decoder's masks come as a dict, with None where the kernel needs
+no mask."""
 
 from __future__ import annotations
 
@@ -10,14 +11,17 @@ from reference_forward import choices_of, step_logits, walk_batch
 import duet_vlm
 
 SHORT = (1, Picture(6, 4, 4), 8)  # everything within the window
-UNEVEN = ((1, Picture(6, 4, 4), *range(8, 28)), (1, Picture(7, 4, 4), 9, Picture(8, 4, 4), 11))  # equally many rows, not so many after V2V
+# equally many rows, not so many after V2V
+UNEVEN = ((1, Picture(6, 4, 4), *range(8, 28)), (1, Picture(7, 4, 4), 9, Picture(8, 4, 4), 11))
 
 
 @pytest.mark.parametrize("rows", [(SHORT,), (ONE,), (TWO,), UNEVEN], ids=["short", "one", "two", "uneven"])
 @pytest.mark.parametrize("method", ["duet", "visionzip", "fastv"])
 def test_a_plain_forward_without_token_types(method: str, rows: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stock model then looks at images causally."""
-    monkeypatch.setattr(FAMILIES["gemma3"], "ranks", lambda model, ids, *_: torch.ones(len(ids), len(ids), dtype=torch.bool).tril())
+    monkeypatch.setattr(
+        FAMILIES["gemma3"], "ranks", lambda model, ids, *_: torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+    )
     model, inputs = shared("gemma3"), FAMILIES["gemma3"].inputs(rows)
     del inputs["token_type_ids"]
     if rows is UNEVEN:

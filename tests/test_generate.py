@@ -1,4 +1,5 @@
-"""``duet-vlm generate``: the same answers however many processes there are and wherever they are killed; nothing lost, nothing repeated."""
+"""``duet-vlm generate``: the same answers however many processes there are and wherever they are killed; nothing lost,
+nothing repeated."""
 
 from __future__ import annotations
 
@@ -38,7 +39,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words_of(data: Path, out: Path) -> list[str]:
-    return ["generate", "--data", str(data), "--out", str(out), "-b", "16", "--batch", str(BATCH), "--max-new-tokens", "4"]
+    return [
+        "generate",
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "-b",
+        "16",
+        "--batch",
+        str(BATCH),
+        "--max-new-tokens",
+        "4",
+    ]
 
 
 def call(data: Path, out: Path, *more: str) -> Any:
@@ -52,7 +65,9 @@ def rows(out: Path) -> list[dict[str, Any]]:
 def recorded(out: Path) -> list[int]:
     """The batches in all journals, as often as they stand there."""
     journals = Path(f"{out}.parts").glob("*.jsonl")
-    return sorted(int(json.loads(line)["batch"]) for journal in journals for line in journal.read_text().splitlines()[1:])
+    return sorted(
+        int(json.loads(line)["batch"]) for journal in journals for line in journal.read_text().splitlines()[1:]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +78,9 @@ def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str
     return rows(out)
 
 
-def test_answers_stand_in_the_order_of_the_prompts_and_an_unreadable_picture_costs_its_own_line(alone: list[dict[str, Any]]) -> None:
+def test_answers_stand_in_the_order_of_the_prompts_and_an_unreadable_picture_costs_its_own_line(
+    alone: list[dict[str, Any]],
+) -> None:
     assert [row["id"] for row in alone] == [f"q{number}" for number in range(COUNT)]
     assert "7.png" in alone[7]["error"] and "answer" not in alone[7]
     right = [row.get("answer") == tiny.sample("test", number, 0).answer for number, row in enumerate(alone)]
@@ -84,7 +101,12 @@ def test_any_number_of_processes_answers_alike(
 
 @pytest.mark.parametrize("again", [1, 2, 3])
 def test_a_killed_rank_is_made_up_for_by_the_next_start(
-    data: Path, tmp_path: Path, alone: list[dict[str, Any]], as_rank: Callable[[int, int], None], killed: list[int], again: int
+    data: Path,
+    tmp_path: Path,
+    alone: list[dict[str, Any]],
+    as_rank: Callable[[int, int], None],
+    killed: list[int],
+    again: int,
 ) -> None:
     """Three ranks, of which the first dies; then as many as there are. No batch is answered twice."""
     out = tmp_path / "answers.jsonl"
@@ -110,7 +132,9 @@ def recorded_whole(out: Path) -> list[int]:
     return found
 
 
-def test_a_finished_file_is_not_asked_again_and_other_settings_are_refused(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_file_is_not_asked_again_and_other_settings_are_refused(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "answers.jsonl"
     assert call(data, out).exit_code == 0
     before = recorded(out)
@@ -130,15 +154,26 @@ def test_under_accelerate(data: Path, tmp_path: Path, alone: list[dict[str, Any]
     out = tmp_path / "answers.jsonl"
     code, said = finished(launched(world, *words_of(data, out)))
     assert code == 0, said[-3000:]
-    assert rows(out) == alone and recorded(out) == list(range(6)) and len(list(Path(f"{out}.parts").glob("*.jsonl"))) == world
+    assert (
+        rows(out) == alone
+        and recorded(out) == list(range(6))
+        and len(list(Path(f"{out}.parts").glob("*.jsonl"))) == world
+    )
 
 
-@pytest.mark.parametrize(("world", "again"), [(2, 2), pytest.param(3, 2, marks=pytest.mark.slow), pytest.param(2, 3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("world", "again"), [(2, 2), pytest.param(3, 2, marks=pytest.mark.slow), pytest.param(2, 3, marks=pytest.mark.slow)]
+)
 def test_a_rank_that_is_killed_under_accelerate(data: Path, tmp_path: Path, world: int, again: int) -> None:
-    """SIGKILL to the last rank in mid-run: the launcher gives up, and the next start asks only what nobody had recorded."""
+    """SIGKILL to the last rank in mid-run: the launcher gives up, and the next start asks only what nobody had
+    recorded."""
     pytest.importorskip("accelerate")
     lines = [json.loads(line) for line in data.read_text().splitlines()]
-    many = [line | {"id": f"{line['id']} {turn}", "image": str(data.parent / line["image"])} for turn in range(MANY // COUNT) for line in lines]
+    many = [
+        line | {"id": f"{line['id']} {turn}", "image": str(data.parent / line["image"])}
+        for turn in range(MANY // COUNT)
+        for line in lines
+    ]
     asked, out, whole = tmp_path / "asked.jsonl", tmp_path / "answers.jsonl", tmp_path / "whole.jsonl"
     asked.write_text("".join(json.dumps(line) + "\n" for line in many))
     process = launched(world, *words_of(asked, out))
@@ -150,7 +185,11 @@ def test_a_rank_that_is_killed_under_accelerate(data: Path, tmp_path: Path, worl
     assert code == 0, said[-3000:]
     after = recorded_whole(out)
     assert sorted(after) == list(range(MANY // BATCH)) and not Counter(before) - Counter(after)
-    assert call(asked, whole).exit_code == 0 and rows(out) == rows(whole) and [row["id"] for row in rows(out)] == [line["id"] for line in many]
+    assert (
+        call(asked, whole).exit_code == 0
+        and rows(out) == rows(whole)
+        and [row["id"] for row in rows(out)] == [line["id"] for line in many]
+    )
 
 
 def test_a_folder_of_pictures_and_one_question(data: Path, tmp_path: Path) -> None:
@@ -170,7 +209,9 @@ def test_a_folder_of_pictures_and_one_question(data: Path, tmp_path: Path) -> No
         (lambda folder: _written(folder, ""), [], "no questions in it"),
     ],
 )
-def test_what_cannot_be_asked_is_one_line(tmp_path: Path, make: Callable[[Path], Path], more: list[str], says: str) -> None:
+def test_what_cannot_be_asked_is_one_line(
+    tmp_path: Path, make: Callable[[Path], Path], more: list[str], says: str
+) -> None:
     done = call(make(tmp_path), tmp_path / "out" / "answers.jsonl", *more)
     assert done.exit_code == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
 
@@ -182,7 +223,11 @@ def _written(folder: Path, text: str) -> Path:
 
 def test_an_evaluation_takes_all_gpus_of_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert devices_of(None, 3, 2) == devices_of("cuda", 3, 2) == ["cuda:0", "cuda:1", "cuda:0"]
-    assert devices_of("cuda:1", 2, 2) == ["cuda:1"] * 2 and devices_of("cpu", 2, 2) == ["cpu"] * 2 and devices_of(None, 2, 0) == [None] * 2
+    assert (
+        devices_of("cuda:1", 2, 2) == ["cuda:1"] * 2
+        and devices_of("cpu", 2, 2) == ["cpu"] * 2
+        and devices_of(None, 2, 0) == [None] * 2
+    )
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     for asked, where, workers in ((None, "cuda", 4), ("cuda:2", "cuda:2", 1), ("cpu", "cpu", os.cpu_count())):
         monkeypatch.setattr("duet_vlm.api.loading.device_for", lambda device, where=where: where)
@@ -194,8 +239,15 @@ def test_each_process_of_a_machine_has_a_gpu_of_its_own() -> None:
     found = [WorkerRank(rank, 6, rank % 3).device(None, 2) for rank in range(6)]
     assert found == ["cuda:0", "cuda:1", "cuda:0", "cuda:0", "cuda:1", "cuda:0"]
     assert WorkerRank(1, 2, 1).device("cuda", 2) == "cuda:1" and WorkerRank(1, 2, 1).device("cuda:0", 2) == "cuda:0"
-    assert WorkerRank(1, 2, 1).device("cpu", 2) == "cpu" and WorkerRank(1, 2, 1).device(None, 0) is None and WorkerRank().device(None, 4) is None
-    assert WorkerRank.here({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}) == WorkerRank(3, 4, 1) and WorkerRank.here({}) == WorkerRank()
+    assert (
+        WorkerRank(1, 2, 1).device("cpu", 2) == "cpu"
+        and WorkerRank(1, 2, 1).device(None, 0) is None
+        and WorkerRank().device(None, 4) is None
+    )
+    assert (
+        WorkerRank.here({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}) == WorkerRank(3, 4, 1)
+        and WorkerRank.here({}) == WorkerRank()
+    )
     for wrong in ({"RANK": "4", "WORLD_SIZE": "4"}, {"RANK": "-1", "WORLD_SIZE": "4"}, {"WORLD_SIZE": "many"}):
         with pytest.raises(ValueError, match="RANK=.*WORLD_SIZE=.*from 0 to WORLD_SIZE - 1"):
             WorkerRank.here(wrong)
@@ -223,7 +275,11 @@ def test_answers_do_not_mix_pictures_of_two_times(kind: str, tmp_path: Path, kil
     bitmaps(folder, first=50)
     for _ in range(2):
         refused = call(data, out, *more)
-        assert refused.exit_code == 2 and "different contents of questions and pictures" in refused.stderr and not out.exists()
+        assert (
+            refused.exit_code == 2
+            and "different contents of questions and pictures" in refused.stderr
+            and not out.exists()
+        )
     bitmaps(folder)
     assert call(data, out, *more).exit_code == 0 and len(rows(out)) == 6
     bitmaps(folder, first=50)

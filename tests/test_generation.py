@@ -29,7 +29,8 @@ def conversation(case: Case, inputs: Inputs, full_ids: bool) -> tuple[list[Tenso
         question = torch.tensor([[41, 42, 43], [44, 45, 46]])
         mask = torch.cat([inputs["attention_mask"], torch.ones(2, 4 + 3).long()], 1)
         ids = torch.cat([first.sequences, question], 1)
-        given = ids if full_ids else torch.cat([first.sequences[:, -1:], question], 1)  # the last sampled token is not in the cache yet
+        # the last sampled token is not in the cache yet
+        given = ids if full_ids else torch.cat([first.sequences[:, -1:], question], 1)
         second = generate(model, {"input_ids": given, "attention_mask": mask}, 4, past_key_values=first.past_key_values)
         choices = choices_of(handle)
     said = torch.cat([ids[:, width:], second.sequences[:, given.shape[1] :]], 1)
@@ -63,7 +64,9 @@ def test_manual_decoding_without_positions(case: Case) -> None:
     with case.attach() as handle:
         cache = forward(model, inputs, use_cache=True).past_key_values
         choices = choices_of(handle)
-        logits = torch.cat([forward(model, {"input_ids": new}, past_key_values=cache, use_cache=True).logits for new in steps], 1)
+        logits = torch.cat(
+            [forward(model, {"input_ids": new}, past_key_values=cache, use_cache=True).logits for new in steps], 1
+        )
     said = torch.cat(steps, 1)
     walk = walk_batch(shared(case.family, "eager"), inputs, choices, said)[0]
     torch.testing.assert_close(logits[0], walk.logits[choices[0].slots :], **CLOSE)
@@ -100,7 +103,10 @@ def test_prompt_lookup_equals_greedy(case: Case) -> None:
         stock_model_takes_no_drafts(case)  # its prefix sees them
         return
     if getattr(model, "_is_stateful", False):
-        with case.attach(), pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        with (
+            case.attach(),
+            pytest.raises(ValueError, match="assisted generation is not supported with stateful models"),
+        ):
             generate(model, inputs, 10, prompt_lookup_num_tokens=3)
         return
     with case.attach():
@@ -114,7 +120,8 @@ def test_prompt_lookup_equals_greedy(case: Case) -> None:
 @pytest.mark.parametrize("attached", ["assistant", "model", "both"])
 @pytest.mark.parametrize("family", ["llava", "llava_gqa", "qwen2_5_vl"])
 def test_a_model_with_an_assistant(family: str, attached: str) -> None:
-    """Whichever of the two is reduced: the answer is that of the model. An assistant is given no pictures, and so reduces none."""
+    """Whichever of the two is reduced: the answer is that of the model. An assistant is given no pictures, and so
+    reduces none."""
     model, assistant, inputs = build(family), build(family), FAMILIES[family].inputs([ONE])
     with contextlib.ExitStack() as stack:
         if attached != "assistant":
@@ -173,7 +180,9 @@ def test_a_cache_cropped_into_its_prompt_goes_on(case: Case) -> None:
             step = {"input_ids": torch.tensor([[33]]), "attention_mask": mask}
             if made.mrope:
                 step["position_ids"] = torch.full((3, 1, 1), 40)  # of the caller; the reduced cache knows its own
-            results.append((forward(model, step, past_key_values=cache).logits, [span.stages for span in handle.trace[0]]))
+            results.append(
+                (forward(model, step, past_key_values=cache).logits, [span.stages for span in handle.trace[0]])
+            )
     (plain, stages), (cropped, same) = results
     assert same == stages
     torch.testing.assert_close(cropped, plain, **CLOSE)
@@ -210,7 +219,9 @@ def test_two_handles_in_two_threads(family: str) -> None:
     made = FAMILIES[family]
     jobs = [("duet", {"budget": 0.3}, made.inputs(MIXED)), ("fastv", {}, made.inputs([TWO, ONE]))]
     models = [build(family), build(family)]
-    handles = [duet_vlm.attach(model, method, **settings) for model, (method, settings, _) in zip(models, jobs, strict=True)]
+    handles = [
+        duet_vlm.attach(model, method, **settings) for model, (method, settings, _) in zip(models, jobs, strict=True)
+    ]
     expected = [generate(model, inputs, 3) for model, (_, _, inputs) in zip(models, jobs, strict=True)]
     traces = [handle.trace for handle in handles]
     results: list[list[Any]] = [[], []]
@@ -252,7 +263,11 @@ def test_one_model_in_two_threads(family: str) -> None:
             thread.join(120)
     for number in (0, 1):
         assert len(results[number]) == 4
-        assert all(torch.equal(a, b) for result in results[number] for a, b in zip(result.logits, expected[number].logits, strict=True))
+        assert all(
+            torch.equal(a, b)
+            for result in results[number]
+            for a, b in zip(result.logits, expected[number].logits, strict=True)
+        )
 
 
 @matrix("duet", "fastv", attention=("sdpa",))
@@ -263,7 +278,10 @@ def test_embeddings_with_pixels(case: Case) -> None:
     instead = {k: v for k, v in inputs.items() if k != "input_ids"} | {"inputs_embeds": embeds}
     if FAMILIES[case.family].mrope:  # Qwen's own position code wants ids
         positions, _ = model.model.get_rope_index(
-            inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"], attention_mask=inputs["attention_mask"]
+            inputs["input_ids"],
+            inputs["mm_token_type_ids"],
+            inputs["image_grid_thw"],
+            attention_mask=inputs["attention_mask"],
         )
         instead["position_ids"] = positions
     with case.attach() as handle:

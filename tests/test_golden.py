@@ -104,7 +104,9 @@ def test_golden(golden: Path | None, request: pytest.FixtureRequest) -> None:
 def test_recorded_tokens_run_past_the_end_of_a_sequence(name: str) -> None:
     """The recording goes on behind an end-of-sequence token: here every run's first token is declared to be one."""
     case = Case(Path(__file__).parent / "golden" / f"{name}.json")
-    first = {int(t[0, 0]) for key, t in case.tensors.items() if key.endswith(("/generated_token_ids", "/new_token_ids"))}
+    first = {
+        int(t[0, 0]) for key, t in case.tensors.items() if key.endswith(("/generated_token_ids", "/new_token_ids"))
+    }
     assert first
     case.config["llm_config"]["eos_token_id"] = sorted(first)
     with torch.no_grad():
@@ -113,7 +115,8 @@ def test_recorded_tokens_run_past_the_end_of_a_sequence(name: str) -> None:
 
 
 def reordered(model: Any, seed: int) -> Any:
-    """The same decoder by mathematics: hidden units of every MLP in another order, so that sums are rounded in another order."""
+    """The same decoder by mathematics: hidden units of every MLP in another order, so that sums are rounded in another
+    order."""
     model, draw = copy.deepcopy(model), torch.Generator().manual_seed(seed)
     for layer in model.model.language_model.layers:
         order = torch.randperm(layer.mlp.down_proj.in_features, generator=draw)

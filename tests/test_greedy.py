@@ -1,4 +1,5 @@
-"""Greedy choices equal their slow twins: ragged spans, ties, duplicates, all tokens, none; and what they must do by definition."""
+"""Greedy choices equal their slow twins: ragged spans, ties, duplicates, all tokens, none; and what they must do by
+definition."""
 
 from __future__ import annotations
 
@@ -25,7 +26,15 @@ many = settings(max_examples=60, deadline=None, derandomize=True)
 seeds = st.integers(0, 10_000)
 
 # lengths 1 and 2, so that every cosine is a multiple of 1/2 and sums are exact: ties are ties, and duplicates abound
-EXACT = [[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, -1.0, 0], [1.0, 1, 1, 1], [1.0, -1, 1, 1], [-1.0, 1, 1, -1], [0.0, 0, 0, 0]]
+EXACT = [
+    [1.0, 0, 0, 0],
+    [0, 1.0, 0, 0],
+    [0, 0, -1.0, 0],
+    [1.0, 1, 1, 1],
+    [1.0, -1, 1, 1],
+    [-1.0, 1, 1, -1],
+    [0.0, 0, 0, 0],
+]
 
 
 @st.composite
@@ -62,7 +71,8 @@ def rows_of(table: Tensor | None, sample: int, tokens: int) -> Any:
 
 
 def exponent(alpha: float, exact: bool) -> float:
-    """No roots where ties must be exact. Without saliency two tokens that cover only each other tie whatever they are, and rounding decides."""
+    """No roots where ties must be exact. Without saliency two tokens that cover only each other tie whatever they are,
+    and rounding decides."""
     return round(alpha) if exact else max(alpha, 0.5)
 
 
@@ -72,7 +82,9 @@ def test_scope(images: list[tuple[int, int]], seed: int, exact: bool, alpha: flo
     alpha = exponent(alpha, exact)
     view = view_of(images, seed, exact)
     for sample, ((tokens, count), found) in enumerate(zip(images, chosen_by(Scope(alpha=alpha), view), strict=True)):
-        expected = reference_ops.scope_entry(rows_of(view.importance, sample, tokens), rows_of(view.features, sample, tokens), count, alpha)
+        expected = reference_ops.scope_entry(
+            rows_of(view.importance, sample, tokens), rows_of(view.features, sample, tokens), count, alpha
+        )
         assert found == sorted(expected)
 
 
@@ -82,7 +94,11 @@ def test_several_picks_per_step(images: list[tuple[int, int]], seed: int, exact:
     view = view_of(images, seed, exact)
     for sample, ((tokens, count), found) in enumerate(zip(images, chosen_by(Scope(picks=picks), view), strict=True)):
         signals = rows_of(view.importance, sample, tokens), rows_of(view.features, sample, tokens)
-        expected = reference_ops.cover_in_steps(*signals, count, picks) if picks > 1 else reference_ops.scope_entry(*signals, count, 1.0)
+        expected = (
+            reference_ops.cover_in_steps(*signals, count, picks)
+            if picks > 1
+            else reference_ops.scope_entry(*signals, count, 1.0)
+        )
         assert found == sorted(expected)
 
 
@@ -98,7 +114,9 @@ def test_divprune(images: list[tuple[int, int]], seed: int, exact: bool) -> None
 @given(spans(), seeds, st.booleans(), st.sampled_from([0.0, 0.3, 0.5, 1.0]))
 def test_vispruner(images: list[tuple[int, int]], seed: int, exact: bool, important: float) -> None:
     view = view_of(images, seed, exact)
-    for sample, ((tokens, count), found) in enumerate(zip(images, chosen_by(VisPruner(important=important), view), strict=True)):
+    for sample, ((tokens, count), found) in enumerate(
+        zip(images, chosen_by(VisPruner(important=important), view), strict=True)
+    ):
         signals = rows_of(view.importance, sample, tokens), rows_of(view.features, sample, tokens)
         assert found == reference_ops.vispruner_entry(*signals, count, int(count * important))
 
@@ -113,15 +131,30 @@ def test_fastervlm(images: list[tuple[int, int]], seed: int, exact: bool) -> Non
 
 
 @many
-@given(spans(), seeds, st.booleans(), st.integers(0, 2), st.sampled_from([0.0, 0.3, 0.5, 1.0, 20.0]), st.sampled_from([-1.0, 0.0, 0.5, 1.0]))
-def test_duet_plus(images: list[tuple[int, int]], seed: int, twice: bool, alpha: float, pool: float, tau: float) -> None:
-    """Ties are between tokens that are the same: of others the order of additions would decide, so copies come with saliency."""
+@given(
+    spans(),
+    seeds,
+    st.booleans(),
+    st.integers(0, 2),
+    st.sampled_from([0.0, 0.3, 0.5, 1.0, 20.0]),
+    st.sampled_from([-1.0, 0.0, 0.5, 1.0]),
+)
+def test_duet_plus(
+    images: list[tuple[int, int]], seed: int, twice: bool, alpha: float, pool: float, tau: float
+) -> None:
+    """Ties are between tokens that are the same: of others the order of additions would decide, so copies come with
+    saliency."""
     view = view_of(images, seed, False)
     if twice:
         alpha, tau = max(alpha, 1), min(tau, 0.9)  # of copies the cosine is 1 but for rounding
-        index = torch.randint(min(3, view.valid.shape[1]), view.valid.shape, generator=torch.Generator().manual_seed(seed))
+        index = torch.randint(
+            min(3, view.valid.shape[1]), view.valid.shape, generator=torch.Generator().manual_seed(seed)
+        )
         assert view.features is not None and view.importance is not None
-        features, importance = view.features.gather(1, index[..., None].expand_as(view.features)), view.importance.gather(1, index)
+        features, importance = (
+            view.features.gather(1, index[..., None].expand_as(view.features)),
+            view.importance.gather(1, index),
+        )
         view = dataclasses.replace(view, features=features * view.valid[..., None], importance=importance)
     selection = DuetPlus(schedule=(), alpha=alpha, pool=pool, tau=tau).select_tokens(view)
     for sample, (tokens, count) in enumerate(images):
@@ -130,7 +163,9 @@ def test_duet_plus(images: list[tuple[int, int]], seed: int, twice: bool, alpha:
         rows = selection.index[sample].tolist()
         assert [i for i, ok in zip(rows, selection.valid[sample], strict=True) if ok] == chosen
         found: dict[int, list[int]] = {token: [] for token in chosen}
-        for member, into in zip(selection.source_tokens[sample].tolist(), selection.target_row[sample].tolist(), strict=True):
+        for member, into in zip(
+            selection.source_tokens[sample].tolist(), selection.target_row[sample].tolist(), strict=True
+        ):
             if into >= 0:
                 found[rows[into]].append(member)
         assert found == clusters
@@ -138,7 +173,9 @@ def test_duet_plus(images: list[tuple[int, int]], seed: int, twice: bool, alpha:
 
 @many
 @given(spans(), seeds, st.integers(1, 5))
-def test_padding_and_neighbours_in_the_batch_change_nothing(images: list[tuple[int, int]], seed: int, spare: int) -> None:
+def test_padding_and_neighbours_in_the_batch_change_nothing(
+    images: list[tuple[int, int]], seed: int, spare: int
+) -> None:
     """Garbage in padding rows and images beside it leave a span's choice alone."""
     view = view_of(images, seed, exact=True)
     assert view.importance is not None and view.features is not None
@@ -202,7 +239,9 @@ def test_tokens_that_gain_the_same_tie() -> None:
         rows = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(seed))
         table = greedy.cosine(rows, torch.ones(1, 3, dtype=torch.bool))
         if float(table[0, 1, 2]) > max(0.0, float(table[0, 0, 1:].amax())):
-            chosen = greedy.greedy_coverage(table, torch.tensor([[9.0, 1.0, 1.0]]), torch.ones(1, 3, dtype=torch.bool), torch.tensor([2]), 2)
+            chosen = greedy.greedy_coverage(
+                table, torch.tensor([[9.0, 1.0, 1.0]]), torch.ones(1, 3, dtype=torch.bool), torch.tensor([2]), 2
+            )
             assert chosen.tolist() == [[True, True, False]]
 
 
@@ -222,7 +261,11 @@ def test_similarity_is_float32_whatever_the_model_is(dtype: torch.dtype) -> None
     for b in range(2):
         for i in range(7):
             for j in range(7):
-                expected = reference_ops.cosine(rows[b, i].tolist(), rows[b, j].tolist()) if valid[b, i] and valid[b, j] else 0.0
+                expected = (
+                    reference_ops.cosine(rows[b, i].tolist(), rows[b, j].tolist())
+                    if valid[b, i] and valid[b, j]
+                    else 0.0
+                )
                 assert float(found[b, i, j]) == pytest.approx(expected, abs=1e-6)
 
 

@@ -18,7 +18,8 @@ import duet_vlm
 @pytest.mark.parametrize("method", GREEDY)
 @pytest.mark.parametrize("family", FIRST)
 def test_flops_count_the_rows_that_are_projected(family: str, method: str) -> None:
-    """The projector's first matrix tells how many rows it really ran on: those that enter where V2V can run before it, else all of them.
+    """The projector's first matrix tells how many rows it really ran on: those that enter where V2V can run before it,
+    else all of them.
 
     LLaVA-NeXT packs behind the projector, so every patch of every crop goes through it.
     """
@@ -51,9 +52,14 @@ def test_flops_of_the_vision_side_are_those_that_torch_counts(family: str) -> No
         rows.append((1, Picture(4, 2, 4, frames=3), 9))
     model, inputs = shared(family, "eager"), FAMILIES[family].inputs(rows)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        for stream, names in (("image", ("pixel_values", "image_grid_thw", "image_sizes")), ("video", ("pixel_values_videos", "video_grid_thw"))):
+        for stream, names in (
+            ("image", ("pixel_values", "image_grid_thw", "image_sizes")),
+            ("video", ("pixel_values_videos", "video_grid_thw")),
+        ):
             if names[0] in inputs:
-                getattr(model.model, f"get_{stream}_features")(**{name: inputs[name] for name in names if name in inputs})
+                getattr(model.model, f"get_{stream}_features")(
+                    **{name: inputs[name] for name in names if name in inputs}
+                )
     with duet_vlm.attach(model, "none") as handle:
         forward(model, inputs)
         assert handle.report().full.vision_flops == counter.get_total_flops()

@@ -1,4 +1,5 @@
-"""Groups of tokens, determinants and directions: equal to slow twins that walk token by token, ties and empty groups included."""
+"""Groups of tokens, determinants and directions: equal to slow twins that walk token by token, ties and empty groups
+included."""
 
 from __future__ import annotations
 
@@ -72,12 +73,15 @@ def slow_shares(weight: list[float], size: list[int], total: int) -> list[int]:
 @given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 9)), min_size=1, max_size=6), st.integers(0, 40))
 def test_shares_are_exact(rows: list[tuple[int, int]], total: int) -> None:
     weight, size = ([row[i] for row in rows] for i in (0, 1))
-    found = groups.proportional_shares(torch.tensor([weight]).float(), torch.tensor([size]), torch.tensor([total]))[0].tolist()
+    found = groups.proportional_shares(torch.tensor([weight]).float(), torch.tensor([size]), torch.tensor([total]))[
+        0
+    ].tolist()
     assert sum(found) == min(total, sum(size)) and all(0 <= n <= most for n, most in zip(found, size, strict=True))
     slow = slow_shares([float(w) for w in weight], size, total)
     assert all(abs(a - b) <= 1 for a, b in zip(found, slow, strict=True))  # remainders that are equal but for rounding
     exact = [total * w / max(1, sum(weight)) for w in weight]
-    if sum(weight) and all(w and share < n for w, share, n in zip(weight, exact, size, strict=True)):  # nobody is full: plain largest remainders
+    # nobody is full: plain largest remainders
+    if sum(weight) and all(w and share < n for w, share, n in zip(weight, exact, size, strict=True)):
         assert all(abs(a - b) < 1 for a, b in zip(found, exact, strict=True))
 
 
@@ -92,7 +96,10 @@ def test_the_best_of_each_group(seed: int, count: int) -> None:
         rank = {}
         for number in range(4):
             members = [i for i in range(14) if valid[row, i] and group[row, i] == number]
-            rank |= {token: max(-1, place - int(quota[row, number])) for place, token in enumerate(by_rank(scores[row], members))}
+            rank |= {
+                token: max(-1, place - int(quota[row, number]))
+                for place, token in enumerate(by_rank(scores[row], members))
+            }
         wanted = sorted(rank, key=lambda i: (rank[i], -float(scores[row, i]), i))[: int(counts[row])]
         assert found[row].nonzero().flatten().tolist() == sorted(wanted)
 
@@ -164,7 +171,9 @@ def test_the_largest_determinant(seed: int, count: int) -> None:
     kernel = weight[:, :, None] * greedy.cosine(rows, valid) * weight[:, None]
     found = greedy.greedy_dpp_map(kernel, valid, torch.tensor([count, min(count, 3)]), count)
     for row, n in enumerate((count, min(count, 3))):
-        assert found[row].nonzero().flatten().tolist() == sorted(slow_map(kernel[row], valid[row].nonzero().flatten().tolist(), n))
+        assert found[row].nonzero().flatten().tolist() == sorted(
+            slow_map(kernel[row], valid[row].nonzero().flatten().tolist(), n)
+        )
 
 
 def test_more_picks_than_the_rank_are_still_that_many() -> None:
@@ -196,7 +205,10 @@ def test_weight_and_distance_from_the_chosen(seed: int, count: int) -> None:
         chosen: list[int] = []
         for _ in range(n):
             rest = [i for i in valid[row].nonzero().flatten().tolist() if i not in chosen]
-            gain = {i: weight[row, i] * (1 - max((likeness[row, i, j] for j in chosen), default=torch.tensor(0.0))) for i in rest}
+            gain = {
+                i: weight[row, i] * (1 - max((likeness[row, i, j] for j in chosen), default=torch.tensor(0.0)))
+                for i in rest
+            }
             chosen.append(max(rest, key=lambda i: (float(gain[i]), -i)))
         assert found[row].nonzero().flatten().tolist() == sorted(chosen)
 

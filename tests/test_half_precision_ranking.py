@@ -16,7 +16,9 @@ import duet_vlm
 # lengths 1 and 2, so that every cosine is a multiple of 1/2 and exact
 
 
-def held_by_layers(model: nn.Module, family: str, inputs: Inputs, kept: list[Tensor], replace_up_to: int = -1) -> list[Any]:
+def held_by_layers(
+    model: nn.Module, family: str, inputs: Inputs, kept: list[Tensor], replace_up_to: int = -1
+) -> list[Any]:
     """Hooks that note what each decoder layer reads, or hand the first ones what was noted."""
 
     def note(module: nn.Module, args: Any, kwargs: dict[str, Any], layer: int) -> Any:
@@ -28,7 +30,8 @@ def held_by_layers(model: nn.Module, family: str, inputs: Inputs, kept: list[Ten
 
     layers = FAMILIES[family].text(model).layers
     return [
-        layer.register_forward_pre_hook(partial(note, layer=i), with_kwargs=True, prepend=True) for i, layer in enumerate(layers)
+        layer.register_forward_pre_hook(partial(note, layer=i), with_kwargs=True, prepend=True)
+        for i, layer in enumerate(layers)
     ]
 
 

@@ -29,7 +29,8 @@ def times(factor: int, plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Other:
-    """Somebody else's wrapper: put on over what is there, taken off by putting back what was there (or deleting, if nothing was)."""
+    """Somebody else's wrapper: put on over what is there, taken off by putting back what was there (or deleting, if
+    nothing was)."""
 
     def __init__(self, module: nn.Module, factor: int) -> None:
         self.module, self.was = module, vars(module).get("forward")
@@ -68,7 +69,10 @@ def test_theirs_on_top_stays_and_passes_straight_through_ours() -> None:
     hooks = ours(module, 3)
     other = Other(module, 5)
     assert module(ONE) == 30
-    with pytest.warns(UserWarning, match=r"left there: Twice\.forward \(<lambda> of test_hooks\.py\)\. What it calls of duet_vlm passes straight"):
+    with pytest.warns(
+        UserWarning,
+        match=r"left there: Twice\.forward \(<lambda> of test_hooks\.py\)\. What it calls of duet_vlm passes straight",
+    ):
         hooks.undo()
     assert module.forward is other.mine and module(ONE) == 10
     other.off()
@@ -130,7 +134,9 @@ def test_several_of_theirs_are_named_in_one_warning() -> None:
     with pytest.warns(UserWarning) as caught:
         hooks.undo()
     (warning,) = caught
-    assert "Twice.forward (<lambda> of test_hooks.py) (3 times)" in str(warning.message) and "Identity.forward" in str(warning.message)
+    assert "Twice.forward (<lambda> of test_hooks.py) (3 times)" in str(warning.message) and "Identity.forward" in str(
+        warning.message
+    )
 
 
 def test_held_objects_are_inert() -> None:
@@ -146,7 +152,9 @@ def test_held_objects_are_inert() -> None:
     assert module(ONE) == 2 and not module._forward_pre_hooks and not module._forward_hooks
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["deepcopy", "pickle"]
+)
 def test_copies_are_refused_while_attached_and_plain_afterwards(copied: Callable[[nn.Module], nn.Module]) -> None:
     module = Twice()
     hooks = ours(module, 3)
@@ -161,7 +169,8 @@ def test_copies_are_refused_while_attached_and_plain_afterwards(copied: Callable
 
 
 def test_what_cannot_be_called_before_is_left_as_it_is() -> None:
-    """An attribute that the class does not have, such as a loss: there is nothing to pass to but what ours was made around."""
+    """An attribute that the class does not have, such as a loss: there is nothing to pass to but what ours was made
+    around."""
     module = Twice()
     hooks = Hooks()
     hooks.shadow(module, "loss", lambda x: x + 1)
@@ -173,7 +182,8 @@ def test_what_cannot_be_called_before_is_left_as_it_is() -> None:
 @settings(deadline=None, derandomize=True)
 @given(st.lists(st.sampled_from(["theirs on", "theirs off", "ours on", "ours off"]), max_size=12))
 def test_every_order(steps: list[str]) -> None:
-    """Others come and go as a stack; whatever the order, a handle works on the calls that reach its wrapper until it goes, and not after."""
+    """Others come and go as a stack; whatever the order, a handle works on the calls that reach its wrapper until it
+    goes, and not after."""
     module, others, handles = Twice(), [], []
     primes, product = iter((3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)), []
     for step in steps:
@@ -194,7 +204,8 @@ def test_every_order(steps: list[str]) -> None:
         elif step == "theirs off" and others:
             other, prime = others.pop()
             other.off()
-            product = product[: product.index(prime)] if prime in product else product  # what stood on top of it is off as well
+            # what stood on top of it is off as well
+            product = product[: product.index(prime)] if prime in product else product
         expected = 2
         for factor in product:
             expected *= factor

@@ -123,7 +123,11 @@ def test_a_state_is_read_by_what_the_stock_rule_is_called_with(family: str) -> N
     asking, heads = range(last + 1, len(visual)), range(beta.shape[1])
     shared_by = len(heads) // query.shape[1]
     expected = [
-        sum(abs(float(query[t, h // shared_by] @ key[i, h // shared_by])) * float(beta[i, h]) for t in asking for h in heads)
+        sum(
+            abs(float(query[t, h // shared_by] @ key[i, h // shared_by])) * float(beta[i, h])
+            for t in asking
+            for h in heads
+        )
         for i in visual.nonzero().flatten().tolist()
     ]
     ours = seen[0].scores[0][seen[0].valid[0]].double()
@@ -146,7 +150,8 @@ def test_a_padded_prompt_is_ranked_as_it_is_alone(side: str, power: float) -> No
 
 
 def test_generation_equals_the_oracle() -> None:
-    """Given the same survivors, a pass over the whole sequence says the same: states are scanned without what left before."""
+    """Given the same survivors, a pass over the whole sequence says the same: states are scanned without what left
+    before."""
     model, inputs = shared("qwen3_5"), FAMILIES["qwen3_5"].inputs([ONE, CLIP])
     with duet_vlm.attach(model, "stateful", power=0.7, end=0.1) as handle:
         result = generate(model, inputs)
@@ -181,7 +186,10 @@ def test_adapters_without_states_say_so() -> None:
     [
         ({"power": 0.0}, "power=0.0: of the schedule, above 0"),
         ({"end": 1.5}, r"end=1.5: the share of tokens that the schedule comes to, in \[0, 1\]"),
-        ({"budget": 0.1}, r"stateful cannot reach 2 mean visual tokens per layer .* its first of 8 layers runs at full width"),
+        (
+            {"budget": 0.1},
+            r"stateful cannot reach 2 mean visual tokens per layer .* its first of 8 layers runs at full width",
+        ),
         ({"budget": 0.5, "power": 2.0}, "stateful: give either budget= or the method's own settings"),
         ({}, "stateful needs a budget"),
     ],
@@ -206,5 +214,11 @@ def test_caches_of_linear_layers_hold_no_tokens() -> None:
         cache = forward(model, inputs, use_cache=True).past_key_values
         held = handle._prompt_state.cache_bytes  # type: ignore[union-attr]
         report = handle.report()
-    assert [bytes_ > 0 for bytes_ in held] == [kind == "full_attention" for kind in model.config.text_config.layer_types]
-    assert sum(held) == report.observed.kv_bytes == sum(c.keys.nbytes + c.values.nbytes for c in cache.layers if hasattr(c, "keys"))
+    assert [bytes_ > 0 for bytes_ in held] == [
+        kind == "full_attention" for kind in model.config.text_config.layer_types
+    ]
+    assert (
+        sum(held)
+        == report.observed.kv_bytes
+        == sum(c.keys.nbytes + c.values.nbytes for c in cache.layers if hasattr(c, "keys"))
+    )

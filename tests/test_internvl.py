@@ -13,14 +13,17 @@ import duet_vlm
 def test_an_image_of_three_tiles_has_three_spans() -> None:
     """As the processor writes it: one run of placeholders; each tile keeps its share, and generation follows."""
     model = shared("internvl")
-    ids = torch.tensor([[1, VISION_START, *[IMAGE] * 48, VISION_END, 5, 6, 7], [1, VISION_START, *[IMAGE] * 48, VISION_END, 8, 9, 10]])
+    ids = torch.tensor(
+        [[1, VISION_START, *[IMAGE] * 48, VISION_END, 5, 6, 7], [1, VISION_START, *[IMAGE] * 48, VISION_END, 8, 9, 10]]
+    )
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": noise(3, 6, 3, 32, 32)}
     with duet_vlm.attach(model, "duet", dominant=5, contextual=2, schedule=((3, 0.5), (5, 0.2))) as handle:
         result = generate(model, inputs)
         choices, trace = choices_of(handle), handle.trace
     assert [[span.span.tokens for span in row] for row in trace] == [[16] * 3] * 2
     assert [[len(span.stages[0].kept) for span in row] for row in trace] == [[7] * 3] * 2
-    assert [sum(len(span.stages[1].kept) for span in row) for row in trace] == [3 * 3] * 2  # half of 7, and the tiles rank together
+    # half of 7, and the tiles rank together
+    assert [sum(len(span.stages[1].kept) for span in row) for row in trace] == [3 * 3] * 2
     new = result.sequences[:, ids.shape[1] :]
     expected = step_logits(walk_batch(build("internvl", "eager"), inputs, choices, new), choices, len(result.logits))
     for ours, wanted in zip(result.logits, expected, strict=True):

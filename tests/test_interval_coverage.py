@@ -1,4 +1,5 @@
-"""How often the 95 % intervals of the library hold the true value: answers are drawn from a known model, again and again."""
+"""How often the 95 % intervals of the library hold the true value: answers are drawn from a known model, again and
+again."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ MODELS = {
     "hard": (60, (0.20, 0.10, 0.10, 0.60)),
 }
 ERROR = (0.95 * 0.05 / DRAWS) ** 0.5  # binomial standard error of a coverage, 0.3 %
-# Counts are whole numbers, for which the coverage itself waves around 95 % (Wilson's at 60 questions and a share of 0.3 is 93.4 %).
+# Counts are whole numbers, for which the coverage itself waves around 95 % (Wilson's at 60 questions and a share of 0.3
+# is 93.4 %).
 LOW, HIGH = 0.935 - 3 * ERROR, 0.99
 
 Interval = Callable[[np.ndarray, np.ndarray], tuple[float, float]]
@@ -32,7 +34,8 @@ TRUTHS: dict[str, tuple[Interval, Callable[[Any], float]]] = {
 
 
 def answers(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Right answers of the reduced and of the full model, from how many questions are of each of the four kinds; both [questions] bool."""
+    """Right answers of the reduced and of the full model, from how many questions are of each of the four kinds; both
+    [questions] bool."""
     return np.repeat([True, True, False, False], counts), np.repeat([True, False, True, False], counts)
 
 

@@ -64,7 +64,9 @@ def test_paused_is_bit_equal_and_resumes(case: Case) -> None:
 def alive(trace: list[Any]) -> list[list[tuple[int, ...]]]:
     """Per span the tokens alive at the input of each layer."""
     depth = 8
-    return [[next(s.kept for s in reversed(span.stages) if s.layer <= layer) for layer in range(depth)] for span in trace]
+    return [
+        [next(s.kept for s in reversed(span.stages) if s.layer <= layer) for layer in range(depth)] for span in trace
+    ]
 
 
 def surviving_logits(logits: Tensor, slots: Tensor, sample: int) -> tuple[list[int], Tensor]:
@@ -77,7 +79,13 @@ def surviving_logits(logits: Tensor, slots: Tensor, sample: int) -> tuple[list[i
 def test_padded_row_equals_row_alone(case: Case) -> None:
     family, model = FAMILIES[case.family], case.model()
     with case.attach() as handle:
-        alone = [(forward(model, family.inputs([row])).logits, *((None, None) if row is TEXT else (handle.slots, handle.trace))) for row in RAGGED]
+        alone = [
+            (
+                forward(model, family.inputs([row])).logits,
+                *((None, None) if row is TEXT else (handle.slots, handle.trace)),
+            )
+            for row in RAGGED
+        ]
         for side in ("left", "right"):
             batch = family.inputs(RAGGED, side)
             together = forward(model, batch).logits
@@ -199,7 +207,8 @@ def test_sampling_equals_oracle(case: Case) -> None:
 
 @matrix(*BY_TEXT)
 def test_survivors_are_those_with_the_largest_scores(case: Case) -> None:
-    """T2V ranks by the attention maps of the eager oracle: rows after the last visual token ask (FastV and PyramidDrop: the last row)."""
+    """T2V ranks by the attention maps of the eager oracle: rows after the last visual token ask (FastV and PyramidDrop:
+    the last row)."""
     inputs, model = FAMILIES[case.family].inputs(RAGGED), case.model()
     with case.attach() as handle:
         forward(model, inputs)
@@ -214,7 +223,11 @@ def test_survivors_are_those_with_the_largest_scores(case: Case) -> None:
             continue
         first_query = max(slot for places in choice.places for slot in places) + 1
         spans = {places[token] for places, rows in zip(choice.places, choice.rows, strict=True) for token in rows}
-        queries = range(first_query, choice.slots) if case.method in ("custom", "duet", "duet_plus", "stateful") else [choice.slots - 1]
+        queries = (
+            range(first_query, choice.slots)
+            if case.method in ("custom", "duet", "duet_plus", "stateful")
+            else [choice.slots - 1]
+        )
         for drop, layer in zip(drops, watch, strict=True):
             score = walk.attention[layer][list(queries)].mean(0)
             before, after = choice.visible(drop - 1) & spans, choice.visible(drop) & spans
@@ -254,7 +267,10 @@ def test_token_map_accounts_for_every_visual_token(case: Case) -> None:
     with case.attach() as handle:
         forward(case.model(), inputs)
         traces, plan = handle.trace, handle.plan
-        weighs = any(encoded.selection is not None and encoded.selection.weights is not None for encoded, _ in handle._prompt_state.sources)
+        weighs = any(
+            encoded.selection is not None and encoded.selection.weights is not None
+            for encoded, _ in handle._prompt_state.sources
+        )
     assert [len(row) for row in traces] == [1, 3, 0, 2]
     for span in (span for row in traces for span in row):
         everything = set(range(span.span.tokens))
@@ -284,13 +300,24 @@ def test_cache_and_report_match_the_schedule(case: Case) -> None:
         cache = forward(model, inputs, use_cache=True).past_key_values
         report = handle.report()
         plans = [[handle.plan(family.tokens(item)) for item in row if not isinstance(item, int)] for row in RAGGED]
-        text = [len(family.expand(row)) - sum(plan.tokens for plan in ps) for row, ps in zip(RAGGED, plans, strict=True)]
-    lengths = [max(n + sum(p.counts[layer] for p in ps) for n, ps in zip(text, plans, strict=True)) for layer in range(8)]
-    kept = [layer for layer, entry in enumerate(cache.layers) if hasattr(entry, "keys")]  # linear layers have a state instead
+        text = [
+            len(family.expand(row)) - sum(plan.tokens for plan in ps) for row, ps in zip(RAGGED, plans, strict=True)
+        ]
+    lengths = [
+        max(n + sum(p.counts[layer] for p in ps) for n, ps in zip(text, plans, strict=True)) for layer in range(8)
+    ]
+    # linear layers have a state instead
+    kept = [layer for layer, entry in enumerate(cache.layers) if hasattr(entry, "keys")]
     assert [cache.get_seq_length(layer) for layer in kept] == [lengths[layer] for layer in kept]
-    assert report.observed.kv_bytes == report.predicted.kv_bytes == sum(cache.layers[i].keys.nbytes + cache.layers[i].values.nbytes for i in kept)
+    assert (
+        report.observed.kv_bytes
+        == report.predicted.kv_bytes
+        == sum(cache.layers[i].keys.nbytes + cache.layers[i].values.nbytes for i in kept)
+    )
     assert report.nominal == report.measured
-    assert report.measured == tuple(sum(p.counts[layer] for ps in plans for p in ps) / len(RAGGED) for layer in range(8))
+    assert report.measured == tuple(
+        sum(p.counts[layer] for ps in plans for p in ps) / len(RAGGED) for layer in range(8)
+    )
     assert report.predicted == report.observed
     assert report.observed.decoder_flops < report.full.decoder_flops
 
@@ -304,7 +331,10 @@ def test_measured_mean_is_the_solved_budget(family: str, method: str) -> None:
     inputs = made.inputs([ONE])
     tokens = made.tokens(ONE[2])  # type: ignore[arg-type]
     if family in TOO_EARLY.get(method, ()):
-        with pytest.raises(ValueError, match="no attention to rank tokens by"), duet_vlm.attach(model, method, budget=0.3):
+        with (
+            pytest.raises(ValueError, match="no attention to rank tokens by"),
+            duet_vlm.attach(model, method, budget=0.3),
+        ):
             forward(model, inputs)
         return
     for budget in (BUDGETS[method], math.ceil(BUDGETS[method] * tokens)):
@@ -322,7 +352,8 @@ def test_decode_steps_add_one_row_to_every_layer(case: Case) -> None:
     inputs = FAMILIES[case.family].inputs(RAGGED)
     with case.attach() as handle:
         entries = forward(model, inputs, use_cache=True).past_key_values.layers
-        widths = [entry.get_seq_length() for entry in entries if hasattr(entry, "keys")]  # what sliding layers forgot included
+        # what sliding layers forgot included
+        widths = [entry.get_seq_length() for entry in entries if hasattr(entry, "keys")]
         written = generate(model, inputs, 6)
         for cache, width in zip([c for c in written.past_key_values.layers if hasattr(c, "keys")], widths, strict=True):
             most = cache.sliding_window - 1 if cache.is_sliding else width + 5  # sliding layers keep a window

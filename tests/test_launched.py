@@ -1,4 +1,5 @@
-"""``duet-vlm eval`` among processes of a launcher, and with worker processes: one result, that of one process, whoever is killed."""
+"""``duet-vlm eval`` among processes of a launcher, and with worker processes: one result, that of one process, whoever
+is killed."""
 
 from __future__ import annotations
 
@@ -59,7 +60,9 @@ def batches(out: Path) -> list[str]:
 def told(path: Path) -> dict[str, Any]:
     """A result without what depends on the machine and the day."""
     found = load(path)
-    return {key: value for key, value in found.items() if key not in ("environment", "predictions")} | {"answers": unpack(found)}
+    return {key: value for key, value in found.items() if key not in ("environment", "predictions")} | {
+        "answers": unpack(found)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -90,17 +93,29 @@ def test_any_number_of_processes_measures_alike(
         assert not result_of(tmp_path).exists()
         as_rank(rank, world)
         done = call(tmp_path)
-        assert done.exit_code == 0 and (f"written: {result_of(tmp_path)}" if rank == 0 else f"rank {rank} of {world} is done") in done.output
+        assert (
+            done.exit_code == 0
+            and (f"written: {result_of(tmp_path)}" if rank == 0 else f"rank {rank} of {world} is done") in done.output
+        )
     assert told(result_of(tmp_path)) == whole and load(result_of(tmp_path))["environment"]["workers"] == world
     assert len(added) == len(set(added)) == BATCHES
     assert [file.name for file in result_of(tmp_path).parent.iterdir()] == ["eval.json"]
     again = call(tmp_path, "--json")
-    assert again.exit_code == 0 and json.loads(again.stdout)["results"][0]["file"] == str(result_of(tmp_path)) and len(added) == BATCHES
+    assert (
+        again.exit_code == 0
+        and json.loads(again.stdout)["results"][0]["file"] == str(result_of(tmp_path))
+        and len(added) == BATCHES
+    )
 
 
 @pytest.mark.parametrize("again", [1, 3])
 def test_a_killed_rank_is_made_up_for_by_the_next_start(
-    tmp_path: Path, whole: dict[str, Any], added: list[str], killed: list[int], as_rank: Callable[[int, int], None], again: int
+    tmp_path: Path,
+    whole: dict[str, Any],
+    added: list[str],
+    killed: list[int],
+    as_rank: Callable[[int, int], None],
+    again: int,
 ) -> None:
     """Three ranks, of which the first dies; then as many as there are. No batch is asked twice."""
     as_rank(0, 3)
@@ -127,7 +142,10 @@ def test_processes_that_measure_something_else_are_refused(tmp_path: Path, as_ra
     assert call(tmp_path, limit=6).exit_code == 0
     as_rank(1, 2)
     other = call(tmp_path, limit=7)
-    assert other.exit_code == 2 and "0.jsonl: holds the beginning of another measurement (different questions)" in other.stderr
+    assert (
+        other.exit_code == 2
+        and "0.jsonl: holds the beginning of another measurement (different questions)" in other.stderr
+    )
     assert not result_of(tmp_path).exists()
 
 
@@ -175,10 +193,17 @@ def test_a_process_that_comes_late_asks_nothing(
         (["drop-curve"], "WORLD_SIZE=3: the steps of duet-vlm drop-curve depend on each other"),
     ],
 )
-def test_what_a_launcher_cannot_share_is_refused(words: list[str], says: str, tmp_path: Path, as_rank: Callable[[int, int], None]) -> None:
+def test_what_a_launcher_cannot_share_is_refused(
+    words: list[str], says: str, tmp_path: Path, as_rank: Callable[[int, int], None]
+) -> None:
     as_rank(1, 3)
     found = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out"), "--device", "cpu"])
-    assert found.exit_code == 2 and says in found.stderr and found.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert (
+        found.exit_code == 2
+        and says in found.stderr
+        and found.stderr.count("\n") == 1
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,10 +221,12 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
 # ---- under accelerate
 
 
-@pytest.mark.slow  # the default tier kills a rank of duet-vlm generate, which shares its work in the same way (test_generate.py)
+# the default tier kills a rank of duet-vlm generate, which shares its work in the same way (test_generate.py)
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "again"), [(2, 2), (3, 2), (2, 3)])
 def test_a_rank_that_is_killed_under_accelerate(tmp_path: Path, world: int, again: int) -> None:
-    """SIGKILL to the last rank in mid-run: the launcher gives up, and the next start asks only what nobody had recorded."""
+    """SIGKILL to the last rank in mid-run: the launcher gives up, and the next start asks only what nobody had
+    recorded."""
     pytest.importorskip("accelerate")
     limit, out = 80, tmp_path / "shared"
     parts = result_of(out).parent / "eval.parts"
@@ -207,7 +234,12 @@ def test_a_rank_that_is_killed_under_accelerate(tmp_path: Path, world: int, agai
     assert code != 0 and "SIGKILL" in said, said[-3000:]
     before = {journal.name: journal.read_text() for journal in journals(out)}
     known = batches(out)
-    assert len(before) == world and len(set(known)) == len(known) and 2 <= len(known) < limit // BATCH and not result_of(out).exists()
+    assert (
+        len(before) == world
+        and len(set(known)) == len(known)
+        and 2 <= len(known) < limit // BATCH
+        and not result_of(out).exists()
+    )
     kept = tmp_path / "kept"
     shutil.copytree(parts, kept)
     code, said = finished(launched(again, *words_of(out, limit)))
@@ -238,7 +270,9 @@ def test_a_killed_worker_ends_the_command_and_the_next_goes_on(tmp_path: Path) -
     """It says what died, that answers are kept and how to go on; so it does where the other worker has work for hours."""
     limit, out = 40, tmp_path / "killed"
     command = [sys.executable, "-m", "duet_vlm.cli.main", *words_of(out, limit), "--workers", "2"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    ) as process:
         deadline = time.monotonic() + 120
         while not (len(batches(out)) >= 2 and len(workers_of(process.pid)) == 2):
             assert process.poll() is None and time.monotonic() < deadline, "the workers never began"
@@ -247,8 +281,15 @@ def test_a_killed_worker_ends_the_command_and_the_next_goes_on(tmp_path: Path) -
         os.kill(victim, signal.SIGKILL)
         said = process.communicate(timeout=120)[1]
     error = said.splitlines()[-1]
-    assert process.returncode == 2 and f"of 2 on cpu (process {victim}) was killed by SIGKILL" in error and "Traceback" not in said, said
-    assert f"finished answers are kept in {journals(out)[0].parent}: give the same command again" in error and "fewer --workers" in error
+    assert (
+        process.returncode == 2
+        and f"of 2 on cpu (process {victim}) was killed by SIGKILL" in error
+        and "Traceback" not in said
+    ), said
+    assert (
+        f"finished answers are kept in {journals(out)[0].parent}: give the same command again" in error
+        and "fewer --workers" in error
+    )
     assert not Path(f"/proc/{other}").exists() and not result_of(out).exists()
     known = batches(out)
     assert 2 <= len(known) < limit // BATCH and len(set(known)) == len(known)
@@ -268,7 +309,9 @@ def workers_of(process: int) -> list[int]:
     return sorted(found)
 
 
-def test_workers_have_the_gpus_of_the_machine_to_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, Any]) -> None:
+def test_workers_have_the_gpus_of_the_machine_to_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, Any]
+) -> None:
     """Three GPUs that are not there: each worker is told one, and this process's model is on none of them meanwhile."""
     loaded, seen = LoadedModel("tiny", *tiny.load()), []
 
@@ -281,11 +324,17 @@ def test_workers_have_the_gpus_of_the_machine_to_themselves(tmp_path: Path, monk
     monkeypatch.setattr(run, "load", lambda name, device: loaded)
     monkeypatch.setattr(run, "shared_out", shared_out)
     job = Experiment("tiny", ({"method": "uniform", "budgets": [0.11]},), limit=10, batch=2, against="uniform")
-    for device, workers, places in (("cuda", 3, ["cuda:0", "cuda:1", "cuda:2"]), (None, 4, ["cuda:0", "cuda:1", "cuda:2", "cuda:0"])):
+    for device, workers, places in (
+        ("cuda", 3, ["cuda:0", "cuda:1", "cuda:2"]),
+        (None, 4, ["cuda:0", "cuda:1", "cuda:2", "cuda:0"]),
+    ):
         found = run_experiment(job, "eval", tmp_path / str(workers), device=device, workers=workers, timing_rounds=0)
         assert seen.pop() == places and found["questions"]["count"] == 10
     moved: list[str] = []
-    model: Any = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda:0"))]), to=lambda where: moved.append(str(where)))
+    model: Any = SimpleNamespace(
+        parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda:0"))]),
+        to=lambda where: moved.append(str(where)),
+    )
     monkeypatch.setattr("torch.cuda.empty_cache", lambda: moved.append("emptied"))
     with run._aside(LoadedModel("large", model, None)):
         assert moved == ["cpu", "emptied"]

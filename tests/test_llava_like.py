@@ -1,4 +1,5 @@
-"""What LLaVA's relatives do beside the common matrix: images that are not alone, resized crops, the row that ends a clip."""
+"""What LLaVA's relatives do beside the common matrix: images that are not alone, resized crops, the row that ends a
+clip."""
 
 from __future__ import annotations
 
@@ -28,9 +29,12 @@ def test_several_images_of_a_prompt_are_not_cut_into_crops() -> None:
         result = generate(model, inputs)
         choices, spans = choices_of(handle), handle.trace[0]
     assert [span.span.tokens for span in spans] == [17, 17]
-    assert all(len(span.stages[0].kept) == 7 and 16 not in span.stages[0].kept for span in spans)  # the newline leaves first
+    # the newline leaves first
+    assert all(len(span.stages[0].kept) == 7 and 16 not in span.stages[0].kept for span in spans)
     new = result.sequences[:, inputs["input_ids"].shape[1] :]
-    expected = step_logits(walk_batch(build("llava_onevision", "eager"), inputs, choices, new), choices, len(result.logits))
+    expected = step_logits(
+        walk_batch(build("llava_onevision", "eager"), inputs, choices, new), choices, len(result.logits)
+    )
     for ours, wanted in zip(result.logits, expected, strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=2e-3)
 
@@ -58,7 +62,8 @@ def test_frames_and_crops_one_by_one_keep_equal_shares(family: str) -> None:
 
 
 def test_rows_between_crops_belong_to_one_of_them() -> None:
-    """6 x 8 patches of 2 x 2 crops resized to 3 x 4: the line in the middle lies between the upper crops, 1 and 2, and the lower, 3 and 4."""
+    """6 x 8 patches of 2 x 2 crops resized to 3 x 4: the line in the middle lies between the upper crops, 1 and 2, and
+    the lower, 3 and 4."""
     adapter = adapter_for(shared("llava_onevision"))
     (rows,) = adapter.parts(adapter.modalities[0].encoding(any_res_pixels([Picture(1, 7, 10)])), [])
     assert rows[:16].tolist() == [0] * 16
@@ -70,7 +75,10 @@ def test_rows_between_crops_belong_to_one_of_them() -> None:
 def test_towers_that_are_not_known_are_refused() -> None:
     model = build("llava_onevision")
     model.config.vision_feature_select_strategy = "default"
-    with pytest.raises(TypeError, match=r"only SigLIP towers with vision_feature_select_strategy='full' .* got SiglipVisionModel with 'default'"):
+    with pytest.raises(
+        TypeError,
+        match=r"only SigLIP towers with vision_feature_select_strategy='full' .* got SiglipVisionModel with 'default'",
+    ):
         duet_vlm.attach(model, "duet", budget=0.5)
 
 

@@ -1,4 +1,5 @@
-"""Masks of the caller: pictures that are hidden, prompts that are all padding, packed documents, logits asked for by slot."""
+"""Masks of the caller: pictures that are hidden, prompts that are all padding, packed documents, logits asked for by
+slot."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ def hidden(family: str, rows: list[Row], sample: int, picture: int) -> dict[str,
 # ---- hidden pictures
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if not FAMILIES[name].mrope and name not in ("idefics3", "smolvlm")])
+@pytest.mark.parametrize(
+    "family", [name for name in FAMILIES if not FAMILIES[name].mrope and name not in ("idefics3", "smolvlm")]
+)
 @pytest.mark.parametrize("method", [*METHODS, "none"])
 def test_a_hidden_picture_is_left_out(family: str, method: str) -> None:
     """Beginning and text of the prompt stay: the second picture of the first row counts for nothing, whatever it shows."""
@@ -50,7 +53,8 @@ def test_a_hidden_picture_is_left_out(family: str, method: str) -> None:
             assert [len(spans) for spans in handle.trace] == [1, 1]
             report = handle.report()
             assert report.nominal == report.measured
-            assert method == "none" or report.predicted == report.observed  # nothing is taken out of a prompt that is not reduced
+            # nothing is taken out of a prompt that is not reduced
+            assert method == "none" or report.predicted == report.observed
             kept = handle.plan(made.tokens(Picture(2, 3, 4))).counts[-1]
             assert len(handle.trace[0][0].stages[-1].kept) == kept
             generate(model, inputs, 3)
@@ -63,7 +67,12 @@ def test_a_hidden_picture_in_part_is_refused(case: Case) -> None:
         return  # the stock position code refuses it first
     inputs = FAMILIES[case.family].inputs([ONE, TWO])
     inputs["attention_mask"][1, (inputs["input_ids"][1] == IMAGE).nonzero()[1]] = 0
-    with case.attach(), pytest.raises(ValueError, match=r"attention_mask hides 1 of the \d+ placeholders of image 0 of sample 1: hide all of them"):
+    with (
+        case.attach(),
+        pytest.raises(
+            ValueError, match=r"attention_mask hides 1 of the \d+ placeholders of image 0 of sample 1: hide all of them"
+        ),
+    ):
         forward(case.model(), inputs)
 
 
@@ -91,7 +100,9 @@ def test_a_row_that_is_all_padding(family: str) -> None:
         written = generate(model, inputs, 3)
         for sample, row in ((0, ONE), (2, TWO)):
             torch.testing.assert_close(together[sample], forward(model, made.inputs([row])).logits[0, -1], **CLOSE)
-            torch.testing.assert_close(written.logits[2][sample], generate(model, made.inputs([row]), 3).logits[2][0], **CLOSE)
+            torch.testing.assert_close(
+                written.logits[2][sample], generate(model, made.inputs([row]), 3).logits[2][0], **CLOSE
+            )
 
 
 # ---- logits by slot
@@ -109,14 +120,15 @@ def test_logits_are_kept_by_slot(case: Case, attached_before: bool) -> None:
     assert found.shape[1] == len(wanted)
     for sample, places in enumerate(slots.tolist()):
         for column, slot in enumerate(wanted.tolist()):
-            row = max(i for i, place in enumerate(places) if 0 <= place <= slot)  # of a dropped slot: the survivor before it
+            # of a dropped slot: the survivor before it
+            row = max(i for i, place in enumerate(places) if 0 <= place <= slot)
             torch.testing.assert_close(found[sample, column], everything[sample, row], **CLOSE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_arguments_by_position_are_heeded_like_those_by_name(family: str) -> None:
-    """Labels decide which rows predict, the slots kept which logits come back. Some stock models fill in what they name themselves, and take
-    nothing behind it by position."""
+    """Labels decide which rows predict, the slots kept which logits come back. Some stock models fill in what they name
+    themselves, and take nothing behind it by position."""
     model, inputs = shared(family), FAMILIES[family].inputs(MIXED)
     width = inputs["input_ids"].shape[1]
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
@@ -143,7 +155,8 @@ def test_arguments_by_position_are_heeded_like_those_by_name(family: str) -> Non
 
 
 def packed(family: str, rows: list[Row]) -> tuple[dict[str, Any], list[int]]:
-    """One row of several documents, positions beginning anew with each, as collators that flatten make it; and where each document ends."""
+    """One row of several documents, positions beginning anew with each, as collators that flatten make it; and where
+    each document ends."""
     made = FAMILIES[family]
     alone = [made.inputs([row]) for row in rows]
     together = {"input_ids": torch.cat([one["input_ids"] for one in alone], 1)}
@@ -159,7 +172,11 @@ def blocks(ends: list[int], additive: bool) -> Tensor:
     """The prepared mask of such a row: causal inside each document."""
     number = torch.searchsorted(torch.tensor(ends), torch.arange(ends[-1]), right=True)
     allowed = torch.ones(ends[-1], ends[-1], dtype=torch.bool).tril() & (number[:, None] == number)
-    return torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)[None, None] if additive else allowed[None, None]
+    return (
+        torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)[None, None]
+        if additive
+        else allowed[None, None]
+    )
 
 
 PACKED: list[Row] = [ONE, THREE, TEXT, TWO]
@@ -175,7 +192,9 @@ def test_packed_documents_are_refused_by_name(family: str, how: str) -> None:
         together["attention_mask"] = blocks(ends, how.startswith("additive"))
     for method in ("duet", "fastv", "visionzip"):
         with duet_vlm.attach(model, method, **REDUCING[method]) as handle:
-            with pytest.raises(ValueError, match=r"sample 0 packs 4 documents in one row .* Give each document a row of its own"):
+            with pytest.raises(
+                ValueError, match=r"sample 0 packs 4 documents in one row .* Give each document a row of its own"
+            ):
                 forward(model, together, use_cache=False)
             with handle.paused():
                 full = forward(model, together, use_cache=False).logits
@@ -199,17 +218,28 @@ def test_a_flattening_collator() -> None:
     features = [{"input_ids": made.expand(row), "labels": made.expand(row)} for row in rows]
     with duet_vlm.attach(model, "duet", **REDUCING["duet"]):
         with pytest.raises(ValueError, match="sample 0 packs 2 documents in one row"):
-            forward(model, dict(collate(features)) | {"pixel_values": made.inputs(rows)["pixel_values"]}, use_cache=False)
-        one = forward(model, dict(collate(features[:1])) | {"pixel_values": made.inputs([ONE])["pixel_values"]}, use_cache=False)
+            forward(
+                model, dict(collate(features)) | {"pixel_values": made.inputs(rows)["pixel_values"]}, use_cache=False
+            )
+        one = forward(
+            model, dict(collate(features[:1])) | {"pixel_values": made.inputs([ONE])["pixel_values"]}, use_cache=False
+        )
         labels = torch.tensor([made.expand(ONE)])
-        torch.testing.assert_close(one.loss, forward(model, made.inputs([ONE]), labels=labels.masked_fill(labels.cumsum(1) == 1, -100)).loss)
+        torch.testing.assert_close(
+            one.loss, forward(model, made.inputs([ONE]), labels=labels.masked_fill(labels.cumsum(1) == 1, -100)).loss
+        )
 
 
 @matrix("duet", "fastv", attention=("sdpa", "eager"))
 def test_prepared_masks_of_one_document_are_not_packed(case: Case) -> None:
     """Padding and causality in four dimensions: the rows, and the tokens that are left, are those of the 2-D mask."""
     made, model = FAMILIES[case.family], case.model()
-    if made.mrope or SLIDING in adapter_for(model).layer_types or getattr(model, "_is_stateful", False) or case.family == "paligemma":
+    if (
+        made.mrope
+        or SLIDING in adapter_for(model).layer_types
+        or getattr(model, "_is_stateful", False)
+        or case.family == "paligemma"
+    ):
         return  # families that make masks of a 2-D one themselves
     for side in ("left", "right"):
         inputs = made.inputs([ONE, TWO], side)

@@ -15,7 +15,10 @@ import duet_vlm
 
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("duet", {"budget": 0.3}),
-    ("duet", {"dominant": 7, "contextual": 2, "schedule": ((3, 0.6), (5, 0.0)), "positions": "keep", "text_query": "last"}),
+    (
+        "duet",
+        {"dominant": 7, "contextual": 2, "schedule": ((3, 0.6), (5, 0.0)), "positions": "keep", "text_query": "last"},
+    ),
     ("fastv", {"keep": 0.25}),
     ("random", {"budget": 9, "seed": 3}),
     ("none", {}),
@@ -33,7 +36,11 @@ def test_what_was_attached_comes_back(family: str, method: str, options: dict[st
         reducer, budget = handle.reducer, handle.budget
         model.save_pretrained(tmp_path)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
-    assert duet_vlm.load_from_config(tmp_path) == duet_vlm.load_from_config(again) == duet_vlm.load_from_config(again.config)
+    assert (
+        duet_vlm.load_from_config(tmp_path)
+        == duet_vlm.load_from_config(again)
+        == duet_vlm.load_from_config(again.config)
+    )
     with duet_vlm.attach(again) as handle, torch.no_grad():
         assert (handle.reducer, handle.budget) == (reducer, budget)
         torch.testing.assert_close(again(**inputs).logits, expected)

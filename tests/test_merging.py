@@ -1,4 +1,5 @@
-"""PruMerge, PruMerge+ and ToMe equal their slow twins: ragged spans, whole ones, one row, no row; what they plan and refuse; and training."""
+"""PruMerge, PruMerge+ and ToMe equal their slow twins: ragged spans, whole ones, one row, no row; what they plan and
+refuse; and training."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ def view_of(reducer: EncoderReducer, images: list[tuple[int, int]], seed: int) -
     counts = torch.tensor([[p.dominant, p.contextual] for p in plans])
     valid = torch.arange(width) < torch.tensor([n for n, _ in images])[:, None]
     importance = torch.rand(len(images), width, generator=draw) ** 4
-    return EncoderView(valid, counts[:, 0], counts[:, 1], plans, importance, torch.randn(len(images), width, 4, generator=draw))
+    return EncoderView(
+        valid, counts[:, 0], counts[:, 1], plans, importance, torch.randn(len(images), width, 4, generator=draw)
+    )
 
 
 def checked(reducer: EncoderReducer, view: EncoderView) -> Selection:
@@ -52,7 +55,9 @@ def made_of(selection: Selection, row: int) -> list[dict[int, float]]:
     """Token -> weight of each row of a span, in order."""
     assert selection.weights is not None
     rows: list[dict[int, float]] = []
-    for number, (token, real) in enumerate(zip(selection.index[row].tolist(), selection.valid[row].tolist(), strict=True)):
+    for number, (token, real) in enumerate(
+        zip(selection.index[row].tolist(), selection.valid[row].tolist(), strict=True)
+    ):
         if real:
             here = (selection.target_row[row] == number).nonzero().flatten()
             pairs = zip(selection.source_tokens[row, here].tolist(), selection.weights[row, here].tolist(), strict=True)
@@ -69,7 +74,10 @@ def same(found: list[dict[int, float]], expected: list[dict[int, float]]) -> Non
         assert row == pytest.approx(wanted, rel=1e-4)
 
 
-@pytest.mark.parametrize("reducer", [PruMerge(neighbours=3), PruMerge(neighbours=0), PruMergePlus(neighbours=5), PruMerge(neighbours=2, merge="sum")])
+@pytest.mark.parametrize(
+    "reducer",
+    [PruMerge(neighbours=3), PruMerge(neighbours=0), PruMergePlus(neighbours=5), PruMerge(neighbours=2, merge="sum")],
+)
 @often
 @given(images=spans, seed=seeds)
 def test_prumerge(reducer: PruMerge, images: list[tuple[int, int]], seed: int) -> None:
@@ -87,7 +95,10 @@ def test_prumerge(reducer: PruMerge, images: list[tuple[int, int]], seed: int) -
         if isinstance(reducer, PruMergePlus):
             kept = reference_ops.prumerge_plus_entry(importance, plan.dominant, reducer.important)
         assert [int(t) for t in selection.index[row][selection.valid[row]]][: plan.dominant] == kept
-        same(found, reference_ops.around(importance, keys, kept, reducer.neighbours, bool(plan.contextual), reducer.merge))
+        same(
+            found,
+            reference_ops.around(importance, keys, kept, reducer.neighbours, bool(plan.contextual), reducer.merge),
+        )
 
 
 @pytest.mark.parametrize("pace", [2, 4, 9])
@@ -113,7 +124,9 @@ def test_tome(order: str, pace: int, images: list[tuple[int, int]], seed: int) -
 def test_half_of_the_units_can_leave_in_a_block() -> None:
     """As many as look for another: every second one."""
     for units in (2, 3, 8, 9, 48):
-        assert ToMeTower(keep=1, shares=(units // 2,), protect_predicting_tokens=False).stage_counts(units, units - units // 2, 1) == [units - units // 2]
+        assert ToMeTower(keep=1, shares=(units // 2,), protect_predicting_tokens=False).stage_counts(
+            units, units - units // 2, 1
+        ) == [units - units // 2]
     with pytest.raises(ValueError, match="3 of 8 units cannot be reached, 4 are left"):
         ToMeTower(keep=3, shares=(5,)).stage_counts(8, 3, 1)
 
@@ -121,16 +134,26 @@ def test_half_of_the_units_can_leave_in_a_block() -> None:
 def test_ties_go_to_the_lower_index() -> None:
     """Keys all alike: the first other tokens are neighbours, and ToMe pairs the first places with the first odd one."""
     view = EncoderView(
-        torch.ones(1, 6, dtype=torch.bool), torch.tensor([2]), torch.tensor([1]), (SpanPlan(6, 2, 1, (3,)),), torch.ones(1, 6), torch.ones(1, 6, 2)
+        torch.ones(1, 6, dtype=torch.bool),
+        torch.tensor([2]),
+        torch.tensor([1]),
+        (SpanPlan(6, 2, 1, (3,)),),
+        torch.ones(1, 6),
+        torch.ones(1, 6, 2),
     )
-    same(made_of(PruMerge(neighbours=2, merge="sum").select_tokens(view), 0), [{0: 1, 1: 1, 2: 1}, {1: 1, 0: 1, 2: 1}, {2: 1, 3: 1, 4: 1, 5: 1}])
+    same(
+        made_of(PruMerge(neighbours=2, merge="sum").select_tokens(view), 0),
+        [{0: 1, 1: 1, 2: 1}, {1: 1, 0: 1, 2: 1}, {2: 1, 3: 1, 4: 1, 5: 1}],
+    )
     plan = SpanPlan(6, 4, 0, (4,))
     view = EncoderView(view.valid, torch.tensor([4]), torch.tensor([0]), (plan,), None, view.keys)
     selection = ToMe(pace=2).select_tokens(view)
     assert selection.index.tolist() == [[1, 3, 4, 5]] and selection.target_row.tolist() == [[0, -1, 0, -1, -1, -1]]
 
 
-@pytest.mark.parametrize("reducer", [PruMerge(), PruMergePlus(), ToMe(), PruMergePlus.official(0.25)], ids=lambda r: r.name)
+@pytest.mark.parametrize(
+    "reducer", [PruMerge(), PruMergePlus(), ToMe(), PruMergePlus.official(0.25)], ids=lambda r: r.name
+)
 def test_nothing_is_read_back(reducer: EncoderReducer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every selection can be made of tensors without values."""
     keep = getattr(reducer, "keep", None)
@@ -149,7 +172,8 @@ def test_nothing_is_read_back(reducer: EncoderReducer, monkeypatch: pytest.Monke
     with torch.device("meta"):
         selection = reducer.select_tokens(view)
         rows = merged_rows(torch.empty(3, 40, 5, device="meta"), selection)
-    assert rows.shape[0] == 3 and rows.shape[1] - max(plan.entry for plan in plans) in (0, 1)  # a whole span has no last row
+    # a whole span has no last row
+    assert rows.shape[0] == 3 and rows.shape[1] - max(plan.entry for plan in plans) in (0, 1)
 
 
 def test_plans() -> None:
@@ -166,7 +190,10 @@ def test_plans() -> None:
         with pytest.raises(duet_vlm.BudgetError, match="needs a budget"):
             cls().plan(5, 8, None)
     assert PruMerge.official().plan(576, 1, None).entry == 73
-    assert PruMerge(keep=0.58, rounding="int").plan(50, 1, None).entry == 29 and PruMerge(keep=0.58).plan(50, 1, None).entry == 30
+    assert (
+        PruMerge(keep=0.58, rounding="int").plan(50, 1, None).entry == 29
+        and PruMerge(keep=0.58).plan(50, 1, None).entry == 30
+    )
     assert PruMergePlus.official().plan(576, 1, None).entry == 145
     assert ToMe().plan(576, 32, 64) == SpanPlan(576, 64, 0, (64,) * 32)
 
@@ -175,7 +202,8 @@ def test_adaptive_choice() -> None:
     """Outliers first, then the tokens of a grid of a third of their distance."""
     importance = torch.linspace(1, 1.1, 64)
     importance[[5, 40, 12, 20]] = torch.tensor([9.0, 8.0, 7.0, 6.0])
-    assert adaptive(importance).tolist() == [5, 40, 12, 20, 0, 10, 15, 25, 30, 35, 45, 50, 55, 60]  # 64 / 4 = 16, 16 // 3 = 5
+    # 64 / 4 = 16, 16 // 3 = 5
+    assert adaptive(importance).tolist() == [5, 40, 12, 20, 0, 10, 15, 25, 30, 35, 45, 50, 55, 60]
     with pytest.raises(ValueError, match="0% of the tokens are outliers"):
         adaptive(torch.ones(9))
 
@@ -188,7 +216,9 @@ def test_a_token_kept_twice_has_two_rows_and_the_lowest_other_is_lost() -> None:
     importance = torch.full((1, 16), 0.1)
     importance[0, [2, 3, 7, 9]] = torch.tensor([4.0, 3.0, 2.0, 1.0])
     keys = torch.randn(1, 16, 4, generator=torch.Generator().manual_seed(1))
-    view = EncoderView(torch.ones(1, 16, dtype=torch.bool), torch.tensor([8]), torch.tensor([1]), (plan,), importance, keys)
+    view = EncoderView(
+        torch.ones(1, 16, dtype=torch.bool), torch.tensor([8]), torch.tensor([1]), (plan,), importance, keys
+    )
     selection = checked(reducer, view)
     assert selection.index[0, :8].tolist() == [2, 3, 7, 9, 0, 6, 10, 14]  # the second row of 2 stands where 0 is lost
     rows = made_of(selection, 0)
@@ -199,7 +229,8 @@ def test_a_token_kept_twice_has_two_rows_and_the_lowest_other_is_lost() -> None:
 
 
 def test_one_head_reads_the_tower_as_one(request: pytest.FixtureRequest) -> None:
-    """What a method is shown with signal_heads="one" equals the attention of the joined heads, of the layer that it names."""
+    """What a method is shown with signal_heads="one" equals the attention of the joined heads, of the layer that it
+    names."""
     model, inputs = shared("llava"), FAMILIES["llava"].inputs([ONE])
     seen: list[EncoderView] = []
 
@@ -211,7 +242,9 @@ def test_one_head_reads_the_tower_as_one(request: pytest.FixtureRequest) -> None
     attention = model.model.vision_tower.encoder.layers[-1].self_attn
     raw: dict[str, Tensor] = {}
     for name in ("q_proj", "k_proj"):
-        hook = getattr(attention, name).register_forward_hook(lambda module, args, output, name=name: raw.update({name: output.detach()}))
+        hook = getattr(attention, name).register_forward_hook(
+            lambda module, args, output, name=name: raw.update({name: output.detach()})
+        )
         request.addfinalizer(hook.remove)
     with duet_vlm.attach(model, Probe.official(4)):
         forward(model, inputs)
@@ -226,9 +259,20 @@ def test_one_head_reads_the_tower_as_one(request: pytest.FixtureRequest) -> None
 
 def test_flops_count_matching_and_merging() -> None:
     plan = SpanPlan(100, 9, 1, (10,))
-    tower = VisionDims(layers=1, width=32, mlp=64, mlp_matrices=2, patches_per_token=1, extra_rows=1, patch_inputs=12, projector=((32, 64),))
+    tower = VisionDims(
+        layers=1,
+        width=32,
+        mlp=64,
+        mlp_matrices=2,
+        patches_per_token=1,
+        extra_rows=1,
+        patch_inputs=12,
+        projector=((32, 64),),
+    )
     assert choice_flops(PruMerge(keep=9), (plan,), 8, 32, tower) == 2 * 9 * 100 * 8 + 2 * 10 * 100 * 32
-    assert choice_flops(ToMe(keep=25, pace=2), (SpanPlan(100, 25, 0, (25,)),), 8, 32, tower) == 2 * (50 * 50 + 25 * 25) * 8
+    assert (
+        choice_flops(ToMe(keep=25, pace=2), (SpanPlan(100, 25, 0, (25,)),), 8, 32, tower) == 2 * (50 * 50 + 25 * 25) * 8
+    )
 
 
 @pytest.mark.parametrize(
@@ -275,7 +319,10 @@ def test_gradient_reaches_the_tower_and_autocast_leaves_the_merge_alone(family: 
 @pytest.mark.parametrize("parts", ["joint", "per_crop"])
 def test_weights_pass_through_parts_and_compositions(parts: str) -> None:
     """A clip frame by frame, and within a pool: everything that is merged is in the pool."""
-    for name, fields in (("prumerge", {"crops": parts}), ("frames+prumerge", {"frames_keep": 0.8} if parts == "joint" else {})):
+    for name, fields in (
+        ("prumerge", {"crops": parts}),
+        ("frames+prumerge", {"frames_keep": 0.8} if parts == "joint" else {}),
+    ):
         model = shared("qwen2_5_vl")
         with duet_vlm.attach(model, name, budget=0.4, **fields) as handle:
             forward(model, FAMILIES["qwen2_5_vl"].inputs(MIXED))

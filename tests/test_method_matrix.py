@@ -7,7 +7,19 @@ import itertools
 
 import pytest
 from families import FAMILIES
-from method_matrix import OTHERS, REDUCING, USUAL, asked_parts, covered_pairs, covering, dealt_parts, design, dimensions, num_parts, tier_families
+from method_matrix import (
+    OTHERS,
+    REDUCING,
+    USUAL,
+    asked_parts,
+    covered_pairs,
+    covering,
+    dealt_parts,
+    design,
+    dimensions,
+    num_parts,
+    tier_families,
+)
 from mutants import MUTANTS, ROOT, Mutant
 
 PAIRS = list(itertools.combinations(dimensions(), 2))
@@ -20,7 +32,8 @@ def test_every_pair_is_covered(one: str, two: str) -> None:
 
 
 def test_every_part_is_dealt_once() -> None:
-    """One that no test runs would leave its pairs of family and method out; with more parts than families some of a test's cells would be missing."""
+    """One that no test runs would leave its pairs of family and method out; with more parts than families some of a
+    test's cells would be missing."""
     dealt = [number for numbers in dealt_parts().values() for number in numbers]
     assert dealt == list(range(num_parts())) and 20 <= num_parts() <= len(FAMILIES)
 

@@ -1,4 +1,5 @@
-"""Several images in one prompt: what each of them keeps when their tokens are ranked together, and when each is ranked by itself."""
+"""Several images in one prompt: what each of them keeps when their tokens are ranked together, and when each is ranked
+by itself."""
 
 from __future__ import annotations
 

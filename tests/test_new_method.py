@@ -42,7 +42,9 @@ def call(*words: Any, code: int = 0) -> Any:
 def inside(clone: Path, *words: Any) -> subprocess.CompletedProcess[str]:
     """A command of Python with the copy's package and tests."""
     place = {"PYTHONPATH": str(clone / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, *map(str, words)], cwd=clone, env=os.environ | place, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *map(str, words)], cwd=clone, env=os.environ | place, capture_output=True, text=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +65,17 @@ def test_a_new_method_has_its_rows_and_answers(clone: Path) -> None:
     assert papers[row + 1] == "| `by_drop` | ours | - | - |" and papers[row + 2].startswith("| `contrast` |")
     for name, added in (("PAPERS.md", 2), ("tests/method_matrix.py", 2)):  # and nothing else has changed
         before, after = ((folder / name).read_text().splitlines() for folder in (ROOT, clone))
-        assert len(after) == len(before) + added and [line for line in after if "by_entry" not in line and "by_drop" not in line] == before
+        assert (
+            len(after) == len(before) + added
+            and [line for line in after if "by_entry" not in line and "by_drop" not in line] == before
+        )
     made = [clone / "src/duet_vlm/methods" / name for name in ("encoder/by_entry.py", "decoder/by_drop.py")]
-    lint = subprocess.run([sys.executable, "-m", "ruff", "check", *made, clone / "tests/method_matrix.py"], cwd=clone, capture_output=True, text=True)
+    lint = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", *made, clone / "tests/method_matrix.py"],
+        cwd=clone,
+        capture_output=True,
+        text=True,
+    )
     assert lint.returncode == 0, lint.stdout + lint.stderr
     ask = ("run", "-i", PICTURE, "-p", "What shape is the yellow object?", "-b", "0.3", "--method", "by_entry")
     told = inside(clone, "-m", "duet_vlm.cli.main", "new-method", "by_own").stdout  # the copy's own command
@@ -90,10 +100,15 @@ def test_a_new_method_passes_the_invariants(clone: Path) -> None:
         (["lambda"], "lambda: is a word of Python"),
         (["mine", "--where", "tower"], "--where tower: give 'entry' (before the decoder) or 'decoder'"),
         (["mine", "--paper", "a | b"], "--paper a | b: at most 60 letters in one line, without quotes and bars"),
-        (["mine", "--clone", "nowhere"], "--clone nowhere: is no clone of duet-vlm (nowhere/src/duet_vlm/methods/encoder, "),
+        (
+            ["mine", "--clone", "nowhere"],
+            "--clone nowhere: is no clone of duet-vlm (nowhere/src/duet_vlm/methods/encoder, ",
+        ),
     ],
 )
-def test_what_cannot_be_is_refused_and_nothing_written(words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_is_refused_and_nothing_written(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "src/duet_vlm/methods/encoder").mkdir(parents=True)
     (tmp_path / "tests").mkdir()
     for name in ("PAPERS.md", "tests/method_matrix.py"):
@@ -110,4 +125,7 @@ def test_a_clone_of_another_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests/method_matrix.py").write_text("REDUCING = {}\n")
     shutil.copy(ROOT / "PAPERS.md", tmp_path)
-    assert "tests/method_matrix.py is of another version than this command" in call("mine", "--clone", tmp_path, code=2).stderr
+    assert (
+        "tests/method_matrix.py is of another version than this command"
+        in call("mine", "--clone", tmp_path, code=2).stderr
+    )

@@ -52,7 +52,9 @@ def score_batches(draw: Any, rows: int = 3, width: int = 12) -> tuple[Tensor, Te
 @given(seeds, st.integers(1, 3), st.integers(1, 4), st.integers(1, 9))
 def test_cls_attention(seed: int, batch: int, heads: int, tokens: int) -> None:
     query, key = normal(seed, batch, heads, 1 + tokens, 4), normal(seed + 1, batch, heads, 1 + tokens, 4)
-    expected = torch.tensor([reference_ops.cls_attention(q, k, 0.5) for q, k in zip(query.tolist(), key.tolist(), strict=True)])
+    expected = torch.tensor(
+        [reference_ops.cls_attention(q, k, 0.5) for q, k in zip(query.tolist(), key.tolist(), strict=True)]
+    )
     torch.testing.assert_close(score.cls_attention(query, key, 0.5), expected)
 
 
@@ -60,7 +62,9 @@ def test_cls_attention(seed: int, batch: int, heads: int, tokens: int) -> None:
 @given(seeds, st.integers(1, 3), st.integers(1, 4), st.integers(1, 9))
 def test_column_attention(seed: int, batch: int, heads: int, tokens: int) -> None:
     query, key = normal(seed, batch, heads, tokens, 4), normal(seed + 1, batch, heads, tokens, 4)
-    expected = torch.tensor([reference_ops.column_attention(q, k, 0.5) for q, k in zip(query.tolist(), key.tolist(), strict=True)])
+    expected = torch.tensor(
+        [reference_ops.column_attention(q, k, 0.5) for q, k in zip(query.tolist(), key.tolist(), strict=True)]
+    )
     torch.testing.assert_close(score.column_attention(query, key, 0.5), expected)
 
 
@@ -90,14 +94,18 @@ def test_spread_meets_every_part_of_a_grid(side: int, count: int) -> None:
         assert met.min() >= 0.85 * count / 4 and met.max() <= 1.15 * count / 4
 
 
-@pytest.mark.parametrize(("tokens", "sample"), [(600, 1), (600, 7), (600, 257), (600, 599), (600, 600), (600, 900), (600, None)])
+@pytest.mark.parametrize(
+    ("tokens", "sample"), [(600, 1), (600, 7), (600, 257), (600, 599), (600, 600), (600, 900), (600, None)]
+)
 def test_column_attention_from_some_of_the_rows(tokens: int, sample: int | None) -> None:
     query, key = normal(1, 2, 2, tokens, 8), normal(2, 2, 2, tokens, 8)
     weights = (query @ key.transpose(-1, -2) * 0.3).softmax(-1).mean(1)
     asking = score.spread_indices(tokens, sample, torch.device("cpu"))
     expected = weights[:, asking].sum(1) * tokens / len(asking)
     torch.testing.assert_close(score.column_attention(query, key, 0.3, sample), expected)
-    assert (sample or tokens) < tokens or torch.equal(score.column_attention(query, key, 0.3, sample), score.column_attention(query, key, 0.3))
+    assert (sample or tokens) < tokens or torch.equal(
+        score.column_attention(query, key, 0.3, sample), score.column_attention(query, key, 0.3)
+    )
 
 
 @quick
@@ -111,7 +119,14 @@ def test_some_of_the_real_rows(batch: tuple[Tensor, Tensor], count: int) -> None
 
 
 @quick
-@given(seeds, st.integers(1, 3), st.sampled_from([(4, 4), (4, 2), (6, 2), (4, 1)]), st.integers(1, 5), st.integers(1, 9), st.data())
+@given(
+    seeds,
+    st.integers(1, 3),
+    st.sampled_from([(4, 4), (4, 2), (6, 2), (4, 1)]),
+    st.integers(1, 5),
+    st.integers(1, 9),
+    st.data(),
+)
 def test_query_attention(seed: int, batch: int, heads: tuple[int, int], queries: int, keys: int, data: Any) -> None:
     query, key = normal(seed, batch, heads[0], queries, 4), normal(seed + 1, batch, heads[1], keys, 4)
     allowed = torch.rand(batch, queries, keys, generator=torch.Generator().manual_seed(seed)) < 0.6
@@ -128,7 +143,9 @@ def test_query_attention_in_blocks(queries: int) -> None:
     query, key = normal(1, 1, 4, queries, 8), normal(2, 1, 2, 40, 8)
     allowed = torch.ones(1, queries, 40, dtype=torch.bool)
     weights = (query @ key.repeat_interleave(2, 1).transpose(-1, -2) * 0.3).softmax(-1)
-    torch.testing.assert_close(score.query_attention(query, key, 0.3, allowed, torch.ones(1, queries)), weights.mean((1, 2)))
+    torch.testing.assert_close(
+        score.query_attention(query, key, 0.3, allowed, torch.ones(1, queries)), weights.mean((1, 2))
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -138,7 +155,10 @@ def test_scores_are_float32_whatever_the_model_is(dtype: torch.dtype) -> None:
     for scores, exact in (
         (score.cls_attention(query, key, 0.3), score.cls_attention(query.float(), key.float(), 0.3)),
         (score.column_attention(query, key, 0.3), score.column_attention(query.float(), key.float(), 0.3)),
-        (score.query_attention(query, key, 0.3, allowed, weight), score.query_attention(query.float(), key.float(), 0.3, allowed, weight)),
+        (
+            score.query_attention(query, key, 0.3, allowed, weight),
+            score.query_attention(query.float(), key.float(), 0.3, allowed, weight),
+        ),
     ):
         assert scores.dtype == torch.float32 and torch.equal(scores, exact)
 
@@ -190,7 +210,9 @@ def test_places(rows: list[tuple[int, int]]) -> None:
 @given(score_batches())
 def test_the_last_row_and_what_is_behind_it(batch: tuple[Tensor, Tensor]) -> None:
     rows = batch[1]
-    for row, last, behind in zip(rows.tolist(), ragged.last_true(rows).tolist(), ragged.after_last_true(rows).tolist(), strict=True):
+    for row, last, behind in zip(
+        rows.tolist(), ragged.last_true(rows).tolist(), ragged.after_last_true(rows).tolist(), strict=True
+    ):
         end = max((place for place, real in enumerate(row) if real), default=-1)
         assert [place for place, found in enumerate(last) if found] == ([end] if end >= 0 else [])
         assert behind == [place > end for place in range(len(row))]
@@ -243,7 +265,10 @@ def test_token_map_composes(batch: tuple[Tensor, Tensor], data: Any) -> None:
     _, valid = batch
     draw = torch.Generator().manual_seed(data.draw(seeds))
     visual = torch.rand(valid.shape, generator=draw) < 0.5
-    tokens, slots = TokenMap.identity(valid, visual, torch.zeros_like(valid)), [row.nonzero().flatten().tolist() for row in valid]
+    tokens, slots = (
+        TokenMap.identity(valid, visual, torch.zeros_like(valid)),
+        [row.nonzero().flatten().tolist() for row in valid],
+    )
     for _ in range(2):
         wanted = torch.rand(valid.shape, generator=draw) < 0.6  # by prompt slot
         keep = tokens.valid & wanted.gather(1, tokens.prompt_index)
@@ -278,13 +303,17 @@ def test_merged_rows(seed: int, tokens: int, rows: int, members: int, rule: str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_merging_sums_in_float32(dtype: torch.dtype) -> None:
     features = (normal(3, 1, 65, 4) + 100).to(dtype)
-    selection = Selection(torch.zeros(1, 1).long(), torch.ones(1, 1).bool(), torch.arange(1, 65)[None], torch.zeros(1, 64).long())
+    selection = Selection(
+        torch.zeros(1, 1).long(), torch.ones(1, 1).bool(), torch.arange(1, 65)[None], torch.zeros(1, 64).long()
+    )
     assert torch.equal(merge.merged_rows(features, selection), features.float().mean(1, keepdim=True).to(dtype))
 
 
 def test_gradient_flows_to_anchor_and_members_alike() -> None:
     features = normal(1, 1, 5, 2).requires_grad_()
-    selection = Selection(torch.tensor([[1, 4]]), torch.ones(1, 2).bool(), torch.tensor([[0, 2, 3]]), torch.tensor([[0, 0, -1]]))
+    selection = Selection(
+        torch.tensor([[1, 4]]), torch.ones(1, 2).bool(), torch.tensor([[0, 2, 3]]), torch.tensor([[0, 0, -1]])
+    )
     merge.merged_rows(features, selection).sum().backward()
     torch.testing.assert_close(features.grad[0, :, 0], torch.tensor([1 / 3, 1 / 3, 1 / 3, 0.0, 1.0]))
 
@@ -292,13 +321,19 @@ def test_gradient_flows_to_anchor_and_members_alike() -> None:
 @quick
 @given(seeds, st.integers(1, 8), st.integers(1, 4), st.integers(0, 9), st.sampled_from([torch.float32, torch.float16]))
 def test_merged_rows_with_weights(seed: int, tokens: int, rows: int, members: int, dtype: torch.dtype) -> None:
-    """A token in several rows, twice in one, and kept besides; rows that nobody joins; numbers that are none where nothing joins."""
+    """A token in several rows, twice in one, and kept besides; rows that nobody joins; numbers that are none where
+    nothing joins."""
     draw = torch.Generator().manual_seed(seed)
     features = normal(seed, 2, tokens, 3).to(dtype)
     index = torch.randint(0, tokens, (2, rows), generator=draw)
-    joined, into = torch.randint(0, tokens, (2, members), generator=draw), torch.randint(-1, rows, (2, members), generator=draw)
+    joined, into = (
+        torch.randint(0, tokens, (2, members), generator=draw),
+        torch.randint(-1, rows, (2, members), generator=draw),
+    )
     weights = normal(seed + 1, 2, members).masked_fill(into < 0, float("nan"))
-    result = merge.merged_rows(features, Selection(index, torch.ones(2, rows, dtype=torch.bool), joined, into, weights=weights))
+    result = merge.merged_rows(
+        features, Selection(index, torch.ones(2, rows, dtype=torch.bool), joined, into, weights=weights)
+    )
     assert result.dtype == dtype
     for b in range(2):
         for row in range(rows):
@@ -306,7 +341,9 @@ def test_merged_rows_with_weights(seed: int, tokens: int, rows: int, members: in
             if not group:
                 assert torch.equal(result[b, row], features[b, index[b, row]])  # copied, bit for bit
                 continue
-            expected = reference_ops.weighed(features[b].tolist(), joined[b, group].tolist(), weights[b, group].tolist())
+            expected = reference_ops.weighed(
+                features[b].tolist(), joined[b, group].tolist(), weights[b, group].tolist()
+            )
             torch.testing.assert_close(result[b, row], torch.tensor(expected, dtype=dtype), rtol=1e-3, atol=1e-3)
 
 
@@ -316,24 +353,37 @@ def test_tables_of_long_clips_are_made_in_parts(cells: int, monkeypatch: pytest.
     draw = torch.Generator().manual_seed(0)
     tokens, rows, members = 100, 40, 150
     features, index = normal(0, 2, tokens, 4), torch.randint(0, tokens, (2, rows), generator=draw)
-    joined, into = torch.randint(0, tokens, (2, members), generator=draw), torch.randint(-1, rows, (2, members), generator=draw)
+    joined, into = (
+        torch.randint(0, tokens, (2, members), generator=draw),
+        torch.randint(-1, rows, (2, members), generator=draw),
+    )
     weights = normal(1, 2, members)
     selection = Selection(index, torch.ones(2, rows, dtype=torch.bool), joined, into, weights=weights)
     monkeypatch.setattr(merge, "CELLS", cells)
     found: list[Tensor] = []
     largest = max(allocations(lambda: found.append(merge.merged_rows(features, selection))))
-    assert largest <= 4 * max(cells + 2 * tokens, 2 * 2 * tokens, 2 * members * 2) if cells < 10**9 else largest > 4 * 2 * rows * tokens
+    assert (
+        largest <= 4 * max(cells + 2 * tokens, 2 * 2 * tokens, 2 * members * 2)
+        if cells < 10**9
+        else largest > 4 * 2 * rows * tokens
+    )
     for b, row in ((0, 0), (1, 7), (1, rows - 1)):
         group = [p for p, to in enumerate(into[b].tolist()) if to == row]
         expected = reference_ops.weighed(features[b].tolist(), joined[b, group].tolist(), weights[b, group].tolist())
-        torch.testing.assert_close(found[0][b, row], torch.tensor(expected) if group else features[b, index[b, row]], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            found[0][b, row], torch.tensor(expected) if group else features[b, index[b, row]], rtol=1e-4, atol=1e-5
+        )
 
 
 def test_gradient_flows_by_weight() -> None:
     features = normal(1, 1, 4, 2).requires_grad_()
     weights = torch.tensor([[0.5, 0.25, 2.0, 9.0]])
     selection = Selection(
-        torch.tensor([[1, 3]]), torch.ones(1, 2).bool(), torch.tensor([[0, 2, 0, 1]]), torch.tensor([[0, 0, 1, -1]]), weights=weights
+        torch.tensor([[1, 3]]),
+        torch.ones(1, 2).bool(),
+        torch.tensor([[0, 2, 0, 1]]),
+        torch.tensor([[0, 0, 1, -1]]),
+        weights=weights,
     )
     merge.merged_rows(features, selection).sum().backward()
     torch.testing.assert_close(features.grad[0, :, 0], torch.tensor([2.5, 0.0, 0.25, 0.0]))
@@ -417,7 +467,9 @@ def spans(draw: Any) -> list[tuple[int, int, int]]:
     for _ in range(draw(st.integers(1, 3))):
         tokens = draw(st.integers(1, 14))
         dominant = draw(st.integers(0, tokens))
-        contextual = st.integers(0 if dominant else 1, max(1, min(4, tokens - dominant))) if dominant < tokens else st.just(0)
+        contextual = (
+            st.integers(0 if dominant else 1, max(1, min(4, tokens - dominant))) if dominant < tokens else st.just(0)
+        )
         images.append((tokens, dominant, draw(contextual)))
     return images
 
@@ -437,7 +489,9 @@ def clusters_of(selection: Selection, sample: int, dominant: int) -> tuple[list[
     index = [int(i) for i, ok in zip(selection.index[sample], selection.valid[sample], strict=True) if ok]
     place = [row for row, ok in enumerate(selection.valid[sample].tolist()) if ok]
     clusters: dict[int, list[int]] = {anchor: [] for anchor in index[dominant:]}
-    for member, into in zip(selection.source_tokens[sample].tolist(), selection.target_row[sample].tolist(), strict=True):
+    for member, into in zip(
+        selection.source_tokens[sample].tolist(), selection.target_row[sample].tolist(), strict=True
+    ):
         if into >= 0:
             clusters[index[place.index(into)]].append(member)
     return index[:dominant], clusters
@@ -448,25 +502,39 @@ def clusters_of(selection: Selection, sample: int, dominant: int) -> tuple[list[
 @given(spans(), seeds, st.booleans(), st.integers(1, 5))
 def test_duet_v2v(rule: str, images: list[tuple[int, int, int]], seed: int, ties: bool, cluster_width: int) -> None:
     view = view_of(images, seed, ties)
-    check_v2v(Duet(cluster_width=cluster_width, anchor_step=rule), view, images, lambda *a: reference_ops.duet_entry(*a, cluster_width, rule))
+    check_v2v(
+        Duet(cluster_width=cluster_width, anchor_step=rule),
+        view,
+        images,
+        lambda *a: reference_ops.duet_entry(*a, cluster_width, rule),
+    )
 
 
 @pytest.mark.parametrize("rule", ["spread", "floor"])
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(spans(), seeds, st.booleans())
 def test_visionzip_v2v(rule: str, images: list[tuple[int, int, int]], seed: int, ties: bool) -> None:
-    check_v2v(VisionZip(anchor_step=rule), view_of(images, seed, ties), images, lambda *a: reference_ops.visionzip_entry(*a, rule))
+    check_v2v(
+        VisionZip(anchor_step=rule),
+        view_of(images, seed, ties),
+        images,
+        lambda *a: reference_ops.visionzip_entry(*a, rule),
+    )
 
 
 def check_v2v(method: EncoderReducer, view: EncoderView, images: list[tuple[int, int, int]], twin: Any) -> None:
     selection = method.select_tokens(view)
     assert view.importance is not None and view.keys is not None
     for sample, (tokens, dominant, contextual) in enumerate(images):
-        kept, clusters = twin(view.importance[sample, :tokens].tolist(), view.keys[sample, :tokens].tolist(), dominant, contextual)
+        kept, clusters = twin(
+            view.importance[sample, :tokens].tolist(), view.keys[sample, :tokens].tolist(), dominant, contextual
+        )
         found_kept, found = clusters_of(selection, sample, dominant)
         assert found_kept == kept
         assert list(found) == list(clusters)
-        assert {anchor: sorted(members) for anchor, members in found.items()} == {anchor: sorted(m) for anchor, m in clusters.items()}
+        assert {anchor: sorted(members) for anchor, members in found.items()} == {
+            anchor: sorted(m) for anchor, m in clusters.items()
+        }
 
 
 # ---- T2V
@@ -489,13 +557,16 @@ def test_uniform_t2v(batch: tuple[Tensor, Tensor], data: Any) -> None:
     _, valid = batch
     count = [data.draw(st.integers(0, sum(v))) for v in valid.tolist()]
     stays = UniformTokens().prune_tokens(DecoderView(valid, torch.tensor(count)))
-    assert [m.nonzero().flatten().tolist() for m in stays] == [reference_ops.spaced(v, c) for v, c in zip(valid.tolist(), count, strict=True)]
+    assert [m.nonzero().flatten().tolist() for m in stays] == [
+        reference_ops.spaced(v, c) for v, c in zip(valid.tolist(), count, strict=True)
+    ]
 
 
 @quick
 @given(st.integers(0, 5), st.lists(st.integers(1, 12), min_size=1, max_size=3), st.data())
 def test_random_t2v(seed: int, sizes: list[int], data: Any) -> None:
-    """Exactly ``keep`` stay; later stages keep a subset; the choice within an image depends on nothing but seed, its number and its size."""
+    """Exactly ``keep`` stay; later stages keep a subset; the choice within an image depends on nothing but seed, its
+    number and its size."""
     total = sum(sizes)
     view = DecoderView(
         torch.ones(1, total, dtype=torch.bool), torch.tensor([0]), tuple(enumerate(sizes)),
@@ -503,11 +574,18 @@ def test_random_t2v(seed: int, sizes: list[int], data: Any) -> None:
     )  # fmt: skip
     method = RandomTokens(seed=seed, entry=1)
     counts = sorted(data.draw(st.lists(st.integers(0, total), min_size=2, max_size=2)))
-    few, many = (method.prune_tokens(DecoderView(view.valid, torch.tensor([c]), view.spans, view.span_index, view.token_index))[0] for c in counts)
+    few, many = (
+        method.prune_tokens(DecoderView(view.valid, torch.tensor([c]), view.spans, view.span_index, view.token_index))[
+            0
+        ]
+        for c in counts
+    )
     assert [int(few.sum()), int(many.sum())] == counts
     assert not bool((few & ~many).any())
     span = torch.cat([view.span_index, view.span_index + len(sizes)])
-    twice = DecoderView(view.valid.repeat(2, 1), torch.tensor([counts[1]] * 2), view.spans * 2, span, view.token_index.repeat(2, 1))
+    twice = DecoderView(
+        view.valid.repeat(2, 1), torch.tensor([counts[1]] * 2), view.spans * 2, span, view.token_index.repeat(2, 1)
+    )
     assert torch.equal(method.prune_tokens(twice), many.expand(2, -1))
 
 
@@ -524,14 +602,19 @@ def test_random_is_uniform_and_depends_on_the_seed() -> None:
 
 @st.composite
 def samples(draw: Any) -> tuple[list[list[int]], int]:
-    """Rows of the spans of up to three samples, samples without a span and spans without a row too, and columns for all of them."""
+    """Rows of the spans of up to three samples, samples without a span and spans without a row too, and columns for all
+    of them."""
     alive = draw(st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=3))
     return alive, max(map(sum, alive)) + draw(st.integers(0, 2))
 
 
 def by_span(rows: list[list[Any]], alive: list[list[int]]) -> list[list[Any]]:
     """The rows of every span, cut out of the samples one after the other."""
-    return [row[sum(sizes[:i]) : sum(sizes[: i + 1])] for row, sizes in zip(rows, alive, strict=True) for i in range(len(sizes))]
+    return [
+        row[sum(sizes[:i]) : sum(sizes[: i + 1])]
+        for row, sizes in zip(rows, alive, strict=True)
+        for i in range(len(sizes))
+    ]
 
 
 @quick
@@ -542,16 +625,24 @@ def test_rows_by_span_and_back(batch: tuple[list[list[int]], int], data: Any) ->
     spans = SpanRows.of(alive, width, rows.device)
     taken, valid = spans.take(rows).tolist(), spans.valid.tolist()
     expected = by_span(rows.tolist(), alive)
-    assert [[x for x, real in zip(row, ok, strict=True) if real] for row, ok in zip(taken, valid, strict=True)] == expected
-    assert all(ok == sorted(ok, reverse=True) for ok in valid) and spans.valid.shape[1] == max(map(len, expected), default=0)
+    assert [
+        [x for x, real in zip(row, ok, strict=True) if real] for row, ok in zip(taken, valid, strict=True)
+    ] == expected
+    assert all(ok == sorted(ok, reverse=True) for ok in valid) and spans.valid.shape[1] == max(
+        map(len, expected), default=0
+    )
     assert torch.equal(spans.take(rows[..., None]), spans.take(rows)[..., None])
-    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=rows.numel(), max_size=rows.numel())), dtype=torch.bool).view(rows.shape)
+    mask = torch.tensor(
+        data.draw(st.lists(st.booleans(), min_size=rows.numel(), max_size=rows.numel())), dtype=torch.bool
+    ).view(rows.shape)
     real = torch.arange(width) < torch.tensor([sum(sizes) for sizes in alive])[:, None]
     assert torch.equal(spans.put(spans.take(mask)), mask & real)
     assert torch.equal(spans.put(torch.ones_like(spans.valid)), real)
 
 
-@pytest.mark.parametrize("method", [Duet(), FastV(), PyramidDrop(), UniformTokens(), RandomTokens(entry=1)], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method", [Duet(), FastV(), PyramidDrop(), UniformTokens(), RandomTokens(entry=1)], ids=lambda m: m.name
+)
 @quick
 @given(samples(), seeds, st.data())
 def test_ranked_by_span_every_span_chooses_as_if_it_were_alone(
@@ -565,13 +656,20 @@ def test_ranked_by_span_every_span_chooses_as_if_it_were_alone(
 
     def chosen(valid: Tensor, keep: list[int], scores: Tensor, spans: tuple[tuple[int, int], ...]) -> Tensor:
         span, token = (torch.arange(n) for n in valid.shape)
-        return method.prune_tokens(DecoderView(valid, torch.tensor(keep), spans, span[:, None].expand(valid.shape), token.expand(valid.shape), scores))
+        return method.prune_tokens(
+            DecoderView(
+                valid, torch.tensor(keep), spans, span[:, None].expand(valid.shape), token.expand(valid.shape), scores
+            )
+        )
 
     found = by_span(spans.put(chosen(spans.valid, keep, spans.take(scores), numbers)).tolist(), alive) if keep else []
     for stays, kept, own, number in zip(found, keep, by_span(scores.tolist(), alive), numbers, strict=True):
         assert sum(stays) == kept
         if own:
-            assert stays == chosen(torch.ones(1, len(own), dtype=torch.bool), [kept], torch.tensor([own]), (number,))[0].tolist()
+            assert (
+                stays
+                == chosen(torch.ones(1, len(own), dtype=torch.bool), [kept], torch.tensor([own]), (number,))[0].tolist()
+            )
         if Input.SCORES in method.requires:
             assert {i for i, stay in enumerate(stays) if stay} == set(reference_ops.best(own, [True] * len(own), kept))
 
@@ -595,12 +693,19 @@ def prompts(draw: Any) -> tuple[list[bool], list[bool], list[int], list[bool]]:
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(st.lists(prompts(), min_size=1, max_size=3), st.sampled_from(["all", "last", "salient"]), st.booleans(), st.sampled_from(["first", "all"]))
+@given(
+    st.lists(prompts(), min_size=1, max_size=3),
+    st.sampled_from(["all", "last", "salient"]),
+    st.booleans(),
+    st.sampled_from(["first", "all"]),
+)
 def test_query_rows(batch: list[Any], kind: str, labelled: bool, turns: str) -> None:
     visual, valid, labels, salient = (torch.tensor([row[i] for row in batch]) for i in range(4))
     rows = query_rows(kind, visual, valid, labels if labelled else None, salient, turns)
     for (v, ok, y, s), found in zip(batch, rows, strict=True):
-        assert found.nonzero().flatten().tolist() == reference_ops.query_rows(kind, v, ok, y if labelled else None, s, turns)
+        assert found.nonzero().flatten().tolist() == reference_ops.query_rows(
+            kind, v, ok, y if labelled else None, s, turns
+        )
 
 
 # ---- tiles
@@ -615,5 +720,7 @@ def test_tiles_are_read_line_by_line_over_the_mosaic() -> None:
         for number, patch in enumerate(row):
             line, column = tile // columns * side + patch // side, tile % columns * side + patch % side
             places.append((line, column, tile * 4 + 1 + number))
-    expected = [row for _, _, row in sorted(places)] + [tile * 4 for tile in range(6)] + [tile * 4 + 3 for tile in range(6)]
+    expected = (
+        [row for _, _, row in sorted(places)] + [tile * 4 for tile in range(6)] + [tile * 4 + 3 for tile in range(6)]
+    )
     assert mosaic_order(patches, contextual, columns, side).tolist() == expected

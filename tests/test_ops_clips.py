@@ -26,7 +26,9 @@ def random(seed: int, *shape: int) -> Tensor:
 
 
 @MANY
-@given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5)), min_size=1, max_size=3), st.integers(0, 2), st.booleans())
+@given(
+    st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5)), min_size=1, max_size=3), st.integers(0, 2), st.booleans()
+)
 def test_rows_find_their_step_and_place(clips: list[tuple[int, int]], shift: int, known: bool) -> None:
     width = shift + max(steps * size for steps, size in clips)
     parts = torch.full((len(clips), width), -1)
@@ -58,11 +60,15 @@ def shares(total: int, weight: list[float], most: list[int], least: list[int]) -
 
 @MANY
 @given(st.data(), st.lists(st.tuples(st.floats(0.1, 4), st.integers(0, 9)), min_size=1, max_size=7), st.booleans())
-def test_shares_add_up_and_are_within_one_of_their_exact_value(data: st.DataObject, groups: list[tuple[float, int]], some: bool) -> None:
+def test_shares_add_up_and_are_within_one_of_their_exact_value(
+    data: st.DataObject, groups: list[tuple[float, int]], some: bool
+) -> None:
     weight, most = [w for w, _ in groups], [n for _, n in groups]
     least = [int(some and n > 0) for n in most]
     total = data.draw(st.integers(sum(least), sum(most)))
-    found = split_windows(torch.tensor([total]), torch.tensor([weight]), torch.tensor([most]), torch.tensor([least]))[0].tolist()
+    found = split_windows(torch.tensor([total]), torch.tensor([weight]), torch.tensor([most]), torch.tensor([least]))[
+        0
+    ].tolist()
     assert sum(found) == total
     assert all(lo <= n <= hi for lo, n, hi in zip(least, found, most, strict=True))
     exact = shares(total, [w if n else 0.0 for w, n in groups], most, least)
@@ -72,7 +78,8 @@ def test_shares_add_up_and_are_within_one_of_their_exact_value(data: st.DataObje
 def test_equal_shares_go_to_the_earlier_group_first() -> None:
     assert split_windows(torch.tensor([7]), torch.ones(1, 4), torch.full((1, 4), 5)).tolist() == [[2, 2, 2, 1]]
     assert split_windows(torch.tensor([7]), torch.ones(1, 3), torch.tensor([[1, 9, 9]])).tolist() == [[1, 3, 3]]
-    assert split_windows(torch.tensor([3]), torch.zeros(1, 2), torch.tensor([[2, 2]])).tolist() == [[2, 1]]  # nobody has a weight
+    # nobody has a weight
+    assert split_windows(torch.tensor([3]), torch.zeros(1, 2), torch.tensor([[2, 2]])).tolist() == [[2, 1]]
 
 
 def dpc(rows: list[list[float]], count: int, neighbours: int) -> tuple[list[int], list[int]]:
@@ -140,7 +147,8 @@ def test_windows_of_the_largest_gain(steps: int, places: int, most: int, seed: i
         ([0, 0, 1, 2, 2], [3, 2]),  # to the left on a tie
         ([0, 0, 1, 0, 0], [5]),  # what has one label in the end is one window
         ([0, 0, 1, 0, 0, 2, 2], [5, 2]),
-        ([0, 0, 1, 1, 1, 1, 0, 0, 2, 1, 1, 1], [2, 4, 6]),  # one that goes on to the right comes back with what it joined
+        # one that goes on to the right comes back with what it joined
+        ([0, 0, 1, 1, 1, 1, 0, 0, 2, 1, 1, 1], [2, 4, 6]),
         ([0, 1, 1, 1], [4]),
         ([1, 1, 1, 0, 2, 2], [4, 2]),
         ([1, 1, 0, 2, 2, 2], [2, 4]),
@@ -168,5 +176,9 @@ def test_joined_rows_are_weighted_sums(tokens: int, seed: int, twice: bool) -> N
     for number, row in enumerate(rows):
         here = [i for i in range(times * tokens) if owner[0, i] == row]
         members = [i % tokens for i in here]
-        expected = reference_ops.weighed(features[0].tolist(), members, weight[0, here].tolist()) if here else features[0, row].tolist()
+        expected = (
+            reference_ops.weighed(features[0].tolist(), members, weight[0, here].tolist())
+            if here
+            else features[0, row].tolist()
+        )
         assert found[number].tolist() == pytest.approx(expected, abs=1e-5)

@@ -1,4 +1,5 @@
-"""The wheel: built from a copy of the tree, installed without dependencies into a fresh environment, used from another folder."""
+"""The wheel: built from a copy of the tree, installed without dependencies into a fresh environment, used from another
+folder."""
 
 from __future__ import annotations
 
@@ -49,7 +50,20 @@ def built(source: Path, files: tuple[str, ...], tmp_path_factory: pytest.TempPat
     for name in files:
         shutil.copy(source / name, tree)
     shutil.copytree(source / "src", tree / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    sh(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", out, tree, cwd=out)
+    sh(
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        out,
+        tree,
+        cwd=out,
+    )
     (found,) = out.glob("*.whl")
     return found
 
@@ -67,7 +81,8 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = home / "bin" / "python"
     sh(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel, cwd=home)
     site = Path(sh(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])", cwd=home).strip())
-    folders = [sysconfig.get_paths()["purelib"], str(ROOT / "lab/src")]  # a .pth line adds a folder, not that folder's own .pth files
+    # a .pth line adds a folder, not that folder's own .pth files
+    folders = [sysconfig.get_paths()["purelib"], str(ROOT / "lab/src")]
     (site / "borrowed.pth").write_text("\n".join(folders) + "\n")
     return home / "bin"
 
@@ -87,7 +102,9 @@ def test_wheel_of_the_lab(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Its sources and the weights of its four models, nothing of the comparison."""
     with zipfile.ZipFile(built(ROOT / "lab", ("pyproject.toml", "README.md"), tmp_path_factory)) as archive:
         names = archive.namelist()
-    assert {f"duet_vlm_lab/weights/{name}/model.safetensors" for name in ("chain", "page", "video", "long")} <= set(names)
+    assert {f"duet_vlm_lab/weights/{name}/model.safetensors" for name in ("chain", "page", "video", "long")} <= set(
+        names
+    )
     assert {str(path.relative_to(ROOT / "lab/src")) for path in (ROOT / "lab/src").rglob("*.py")} <= set(names)
     assert all(re.match(r"duet_vlm_lab(/|-[\d.]+\.dist-info/)", name) for name in names)
 
@@ -126,4 +143,7 @@ def test_methods_stays_a_function() -> None:
     """Loading the method files must not replace ``duet_vlm.methods`` by the folder of that name."""
     code = "import duet_vlm; a = duet_vlm.list_methods(); from duet_vlm.methods.decoder.fastv import FastV; print(a == duet_vlm.list_methods())"
     env = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout.strip() == "True"
+    assert (
+        subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout.strip()
+        == "True"
+    )

@@ -1,4 +1,5 @@
-"""Crops and frames one by one or together, newline rows dropped or kept: counts by mathematics, choices by slow loops, logits by the oracle."""
+"""Crops and frames one by one or together, newline rows dropped or kept: counts by mathematics, choices by slow loops,
+logits by the oracle."""
 
 from __future__ import annotations
 
@@ -36,8 +37,16 @@ def test_apportion_is_the_largest_remainder_rule(sizes: list[int], data: st.Data
         assert 0 <= share <= size and math.floor(exact) <= share <= math.ceil(exact)
 
 
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.integers(0, 9), st.booleans(), st.booleans(), st.floats(0.1, 1.0))
-def test_a_budget_is_met_whatever_the_parts(sizes: list[int], newlines: int, each: bool, keep: bool, budget: float) -> None:
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=9),
+    st.integers(0, 9),
+    st.booleans(),
+    st.booleans(),
+    st.floats(0.1, 1.0),
+)
+def test_a_budget_is_met_whatever_the_parts(
+    sizes: list[int], newlines: int, each: bool, keep: bool, budget: float
+) -> None:
     """Never above it, and within one row of the plan without parts unless the picture has no more rows to give."""
     tokens = sum(sizes) + newlines
     method = VisionZip()
@@ -52,7 +61,10 @@ def test_a_budget_is_met_whatever_the_parts(sizes: list[int], newlines: int, eac
     assert plan.entry == min(plain.entry, most) == plan.counts[0]
     assert plan.structure == (newlines if keep and plain.merges else 0)
     if each and plan.merges:
-        assert sum(d for d, _ in plan.parts) == plan.dominant - plan.structure and sum(k for _, k in plan.parts) == plan.contextual
+        assert (
+            sum(d for d, _ in plan.parts) == plan.dominant - plan.structure
+            and sum(k for _, k in plan.parts) == plan.contextual
+        )
         assert all(d >= 0 and k >= 0 and d + k <= size for (d, k), size in zip(plan.parts, sizes, strict=True))
 
 
@@ -66,7 +78,8 @@ def test_a_tower_leaves_of_every_part_what_enters_of_it() -> None:
 
 
 def test_counts_of_a_method_are_per_part_when_parts_are_taken_one_by_one() -> None:
-    """Video-LLaVA in the paper: 160 + 32 of each of 8 frames, half of them from layer 16 on, none from 24 on: 960 on average."""
+    """Video-LLaVA in the paper: 160 + 32 of each of 8 frames, half of them from layer 16 on, none from 24 on: 960 on
+    average."""
     method = Duet(dominant=160, contextual=32, schedule=((16, 0.5), (24, 0.0)))
     plan = plan_span(lambda n: method.plan(n, 32, None), None, [257] * 8, 0, True, False)
     assert plan.parts == ((160, 32),) * 8
@@ -85,12 +98,19 @@ def test_kept_newlines_come_on_top_of_explicit_counts_and_out_of_budgets() -> No
 def test_a_span_that_is_kept_whole_keeps_its_newlines() -> None:
     whole = Duet(dominant=1.0, contextual=0, schedule=())
     for each in (True, False):
-        assert plan_span(lambda n: VisionZip().plan(n, 4, 46), 46, [20, 20], 6, each, False) == SpanPlan(46, 46, 0, (46,) * 4)
-        assert plan_span(lambda n: whole.plan(n, 4, None), None, [20, 20], 6, each, False) == SpanPlan(46, 46, 0, (46,) * 4)
+        assert plan_span(lambda n: VisionZip().plan(n, 4, 46), 46, [20, 20], 6, each, False) == SpanPlan(
+            46, 46, 0, (46,) * 4
+        )
+        assert plan_span(lambda n: whole.plan(n, 4, None), None, [20, 20], 6, each, False) == SpanPlan(
+            46, 46, 0, (46,) * 4
+        )
 
 
 def test_a_budget_below_the_newlines_is_refused() -> None:
-    with pytest.raises(BudgetError, match=r"newline_tokens='keep': the budget lets 6 of 46 rows enter .* 6 of them are newlines; raise the budget"):
+    with pytest.raises(
+        BudgetError,
+        match=r"newline_tokens='keep': the budget lets 6 of 46 rows enter .* 6 of them are newlines; raise the budget",
+    ):
         plan_span(lambda n: VisionZip().plan(n, 4, 6), 6, [20, 20], 6, False, True)
 
 
@@ -108,7 +128,9 @@ def part_rows(family: str, picture: Picture) -> list[list[int]]:
     if family == "llava_next":
         layout = any_res_layout(picture)
         crops = 1 + max(place[0] for place in layout if place is not None)
-        return [[i for i, place in enumerate(layout) if place is not None and place[0] == crop] for crop in range(crops)]
+        return [
+            [i for i, place in enumerate(layout) if place is not None and place[0] == crop] for crop in range(crops)
+        ]
     frames, size = picture.frames or 1, picture.height * picture.width
     return [list(range(t * size, (t + 1) * size)) for t in range(frames)]
 

@@ -1,4 +1,5 @@
-"""Peak memory of reading a prompt, seen in every allocation: reduction never needs more than the full model, and no map of T x T is made."""
+"""Peak memory of reading a prompt, seen in every allocation: reduction never needs more than the full model, and no map
+of T x T is made."""
 
 from __future__ import annotations
 
@@ -19,12 +20,24 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from shapes import Shape, build, picture, prompt
 
-WIDE = {"layers": 6, "hidden": 256, "heads": 4, "mlp": 704, "vision_layers": 3, "vision_mlp": 256, "side": 16, "text": 24, "vocab": 300}
+WIDE = {
+    "layers": 6,
+    "hidden": 256,
+    "heads": 4,
+    "mlp": 704,
+    "vision_layers": 3,
+    "vision_mlp": 256,
+    "side": 16,
+    "text": 24,
+    "vocab": 300,
+}
 SHAPES = {
     "llava": Shape(**WIDE, kv_heads=4, vision_hidden=128),
-    "qwen2_5_vl": Shape(**WIDE, kv_heads=2, vision_hidden=64, family="qwen2_5_vl"),  # the decoder has the peak, as in large models
+    # the decoder has the peak, as in large models
+    "qwen2_5_vl": Shape(**WIDE, kv_heads=2, vision_hidden=64, family="qwen2_5_vl"),
 }
-TOWER = Shape(**WIDE | {"vision_mlp": 512}, kv_heads=2, vision_hidden=128, family="qwen2_5_vl")  # 1,024 patches: the tower has the peak
+# 1,024 patches: the tower has the peak
+TOWER = Shape(**WIDE | {"vision_mlp": 512}, kv_heads=2, vision_hidden=128, family="qwen2_5_vl")
 # compare every visual token of a span with many others: that table is the method
 PAIRWISE = {"scope", "divprune", "duet_plus", "vispruner", "prumerge", "prumerge_plus", "tome"}
 METHODS = sorted(set(duet_vlm.list_methods()) - {"none"})
@@ -76,7 +89,8 @@ def test_the_profiler_sees_what_is_freed_again() -> None:
 def test_reduction_needs_no_more_than_the_full_model(family: str, method: str) -> None:
     shape = SHAPES[family]
     full, asked = peak(shape, None), 0
-    most = 1.06 if method.startswith("prumerge") else 1.02  # who is in whom, 33 tokens a row, weighs in rows as narrow as these
+    # who is in whom, 33 tokens a row, weighs in rows as narrow as these
+    most = 1.06 if method.startswith("prumerge") else 1.02
     for budget, allowed in ((0.95, most), (0.9, 1.0), (0.3, 1.0)):
         try:
             assert peak(shape, method, budget) <= allowed * full, budget
@@ -101,7 +115,16 @@ def test_where_the_tower_has_the_peak(method: str) -> None:
 def test_no_allocation_of_prompt_by_prompt(family: str, method: str) -> None:
     """So narrow and so long that even a map of one byte per pair of rows would be the largest allocation by far."""
     side = 48 if family == "llava" else 24
-    narrow = {"layers": 4, "hidden": 32, "heads": 2, "kv_heads": 2, "mlp": 48, "vision_layers": 2, "vision_hidden": 32, "vision_mlp": 48}
+    narrow = {
+        "layers": 4,
+        "hidden": 32,
+        "heads": 2,
+        "kv_heads": 2,
+        "mlp": 48,
+        "vision_layers": 2,
+        "vision_hidden": 32,
+        "vision_mlp": 48,
+    }
     shape = Shape(family, **narrow, side=side, text=16, vocab=64)
     rows = side * side * (1 if family == "llava" else 4)  # of the tower: 2,304
     assert max(sizes(shape, method, 0.5)) < rows * rows

@@ -1,4 +1,5 @@
-"""Pictures of every mode, number type and file become upright RGB of eight bits; files that are none get one clear error."""
+"""Pictures of every mode, number type and file become upright RGB of eight bits; files that are none get one clear
+error."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ from duet_vlm.viz import draw, model_view
 from duet_vlm_lab.tasks import video
 
 ROOT = Path(duet_vlm.__file__).parent
-GREYS = np.array([[0, 51, 102, 153, 204, 255], [255, 153, 51, 204, 102, 0]], np.uint8)  # what every grey picture below should be
+# what every grey picture below should be
+GREYS = np.array([[0, 51, 102, 153, 204, 255], [255, 153, 51, 204, 102, 0]], np.uint8)
 SHARES = GREYS / 255  # of white
 
 
@@ -116,10 +118,13 @@ def test_what_is_transparent_is_put_on_white(name: str) -> None:
 
 
 def test_half_transparent_pixels_are_mixed_with_white() -> None:
-    assert rgb(Image.new("RGBA", (1, 1), (255, 0, 51, 51))).getpixel((0, 0)) == (255, 204, 214)  # 255 + (x - 255) * 0.2, rounded
+    # 255 + (x - 255) * 0.2, rounded
+    assert rgb(Image.new("RGBA", (1, 1), (255, 0, 51, 51))).getpixel((0, 0)) == (255, 204, 214)
 
 
-@pytest.mark.parametrize("values", [np.zeros((6, 5, 7)), np.zeros(4), np.zeros((0, 3)), np.zeros((2, 2, 2, 3))], ids=lambda v: str(v.shape))
+@pytest.mark.parametrize(
+    "values", [np.zeros((6, 5, 7)), np.zeros(4), np.zeros((0, 3)), np.zeros((2, 2, 2, 3))], ids=lambda v: str(v.shape)
+)
 def test_arrays_that_are_no_pictures(values: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"shape .* is no picture: give \[height, width\]"):
         rgb(values)
@@ -128,7 +133,9 @@ def test_arrays_that_are_no_pictures(values: np.ndarray) -> None:
 @pytest.mark.parametrize("number", [-1.0, np.nan, np.inf, 1e9])
 def test_floats_outside_of_every_range(number: float) -> None:
     """-1: normalised already."""
-    with pytest.raises(ValueError, match=r"in none of the ranges that are read \(0\.\.1, 0\.\.255, 0\.\.65535\): scale them first"):
+    with pytest.raises(
+        ValueError, match=r"in none of the ranges that are read \(0\.\.1, 0\.\.255, 0\.\.65535\): scale them first"
+    ):
         rgb(np.array([[0.5, number]]))
 
 
@@ -174,7 +181,8 @@ def test_a_grey_of_16_bits_that_a_file_calls_transparent(tmp_path: Path) -> None
     np.testing.assert_array_equal(np.asarray(open_image(path)), in_rgb(np.where(GREYS == 0, 255, GREYS)))
 
 
-TURNED: list[Callable[[np.ndarray], np.ndarray]] = [  # what a viewer does for EXIF orientations 1..8, from the standard's table
+# what a viewer does for EXIF orientations 1..8, from the standard's table
+TURNED: list[Callable[[np.ndarray], np.ndarray]] = [
     lambda a: a,
     lambda a: a[:, ::-1],
     lambda a: a[::-1, ::-1],
@@ -217,7 +225,10 @@ def test_the_first_of_several_pictures_is_taken_with_one_warning(kind: str, tmp_
     path = save(tmp_path / f"moves.{kind}", black, save_all=True, append_images=[white, black])
     with pytest.warns(UserWarning) as caught:
         picture = open_image(path)
-    assert len(caught) == 1 and str(caught[0].message) == f"{path}: shows 3 pictures one after the other, the first is taken"
+    assert (
+        len(caught) == 1
+        and str(caught[0].message) == f"{path}: shows 3 pictures one after the other, the first is taken"
+    )
     assert not np.asarray(picture).any()
 
 
@@ -260,7 +271,21 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, st
     }
 
 
-KINDS = ["cut.png", "cut.jpg", "cut.webp", "cut.gif", "cut.tif", "cut.bmp", "missing", "folder", "empty", "text", "NaN", "bomb", "huge"]
+KINDS = [
+    "cut.png",
+    "cut.jpg",
+    "cut.webp",
+    "cut.gif",
+    "cut.tif",
+    "cut.bmp",
+    "missing",
+    "folder",
+    "empty",
+    "text",
+    "NaN",
+    "bomb",
+    "huge",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -292,11 +317,15 @@ def test_whatever_a_damaged_file_does_to_its_decoder(tmp_path: Path) -> None:
 # ---- addresses
 
 
-@pytest.mark.parametrize("given", ["https://x.org/a.png", "http://x.org/a.png", "s3://bucket/a.png", "data:image/png;base64,AAAA"])
+@pytest.mark.parametrize(
+    "given", ["https://x.org/a.png", "http://x.org/a.png", "s3://bucket/a.png", "data:image/png;base64,AAAA"]
+)
 def test_addresses_are_not_opened(given: str) -> None:
     with pytest.raises(ValueError) as caught:
         open_image(Path(given))
-    assert str(caught.value).startswith(f"--image {given}: a URL is not opened") and "download the file and give its path" in str(caught.value)
+    assert str(caught.value).startswith(
+        f"--image {given}: a URL is not opened"
+    ) and "download the file and give its path" in str(caught.value)
 
 
 URL = "https://x.org/a.png"
@@ -401,6 +430,14 @@ def test_a_clip_of_floats_has_one_range() -> None:
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_pictures_are_opened_and_converted_in_one_file(path: Path) -> None:
     """``Image.open`` and ``.convert`` stand in images.py only."""
-    calls = [n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
-    found = [f for f in calls if f.attr == "convert" or (f.attr == "open" and isinstance(f.value, ast.Name) and f.value.id == "Image")]
+    calls = [
+        n.func
+        for n in ast.walk(ast.parse(path.read_text()))
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)
+    ]
+    found = [
+        f
+        for f in calls
+        if f.attr == "convert" or (f.attr == "open" and isinstance(f.value, ast.Name) and f.value.id == "Image")
+    ]
     assert not found or path.name == "images.py", [f"{path}:{f.lineno}" for f in found]

@@ -69,7 +69,8 @@ def test_six_pictures_give_six_answers(family: str, method: str) -> None:
 
 @matrix("duet", "fastv", "visionzip")
 def test_a_caption_right_behind_an_image(case: Case) -> None:
-    """Image, then caption, as LLaVA is pretrained: the loss is that of the oracle's rows, and its first token depends on the image."""
+    """Image, then caption, as LLaVA is pretrained: the loss is that of the oracle's rows, and its first token depends
+    on the image."""
     made, model = FAMILIES[case.family], case.model()
     rows: list[Row] = [(1, Picture(41, 4, 5), 61, 62, 63), (1, Picture(42, 3, 4), 64, 65, Picture(43, 4, 4), 66, 67)]
     inputs = made.inputs(rows)
@@ -92,7 +93,12 @@ def test_a_caption_right_behind_an_image(case: Case) -> None:
 
 @pytest.mark.parametrize(
     "preset",
-    [Duet.official_llava(9, 3, 2), PyramidDrop.official(((2, 0.5), (5, 0.0))), FastV.official(keep=0), VisionZip.official(8, 3)],
+    [
+        Duet.official_llava(9, 3, 2),
+        PyramidDrop.official(((2, 0.5), (5, 0.0))),
+        FastV.official(keep=0),
+        VisionZip.official(8, 3),
+    ],
     ids=lambda preset: preset.name,
 )
 def test_official_presets_drop_such_rows_as_released(preset: duet_vlm.Reducer) -> None:

@@ -1,4 +1,5 @@
-"""Named presets: what they mean, from the published numbers and by hand, against what the solver and a model make of them."""
+"""Named presets: what they mean, from the published numbers and by hand, against what the solver and a model make of
+them."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from duet_vlm.methods.two_stage.duet import Duet
 PICTURE = tiny._HERE / "demo" / "scene_1.png"
 QUESTION = "What color is the ring?"
 
-# preset: (dominant with CLS, contextual, (tokens, layers), ...). Written out from the papers and the released scripts, never from the solver.
+# preset: (dominant with CLS, contextual, (tokens, layers), ...). Written out from the papers and the released scripts,
+# never from the solver.
 LLAVA, QWEN = 32, 28
 BY_HAND: dict[str, tuple[int, int, tuple[tuple[int, int], ...]]] = {
     "duet-192": (300, 7, ((307, 16), (153, 8), (0, 8))),
@@ -87,7 +89,8 @@ PYRAMIDS = [name for name in PRESETS if name.startswith("pyramiddrop")]
 
 @pytest.mark.parametrize("name", PYRAMIDS)
 def test_a_pyramiddrop_budget_solves_to_the_counts_of_its_preset(name: str) -> None:
-    """At the mean that a preset has; at the number that it is known by to within a token per layer, as its shares have two digits."""
+    """At the mean that a preset has; at the number that it is known by to within a token per layer, as its shares have
+    two digits."""
     row, method = PRESETS[name], duet_vlm.get_method("pyramiddrop")()
     named = row.reducer.plan(576, 32, None).counts
     assert method.plan(576, 32, row.mean / row.tokens).counts == named
@@ -99,7 +102,9 @@ def test_qwen_160_is_what_the_solver_gives() -> None:
     assert Duet().plan(1280, 28, 160) == PRESETS["duet-qwen2.5-vl-160"].reducer.plan(1280, 28, None)
 
 
-@pytest.mark.parametrize("name", [n for n in PRESETS if PRESETS[n].model == "LLaVA-1.5-7B" and n.split("-")[0] in ("duet", "visionzip")])
+@pytest.mark.parametrize(
+    "name", [n for n in PRESETS if PRESETS[n].model == "LLaVA-1.5-7B" and n.split("-")[0] in ("duet", "visionzip")]
+)
 def test_llava_presets_behave_as_released(name: str) -> None:
     settings = duet_vlm.preset(name).settings()
     assert settings["cls_token"] and settings["positions"] == "compact" and settings["merge"] == "anchor_plus_mean"
@@ -112,7 +117,9 @@ def test_fields_of_a_preset_can_be_overridden() -> None:
 
 
 def test_unknown_names_list_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"unknown preset 'duet-65' \(did you mean 'duet-64'\?\); known presets: duet-192, .*fastv-315"):
+    with pytest.raises(
+        ValueError, match=r"unknown preset 'duet-65' \(did you mean 'duet-64'\?\); known presets: duet-192, .*fastv-315"
+    ):
         duet_vlm.preset("duet-65")
 
 
@@ -143,16 +150,25 @@ def call(*arguments: Any, code: int = 0) -> Any:
     return result
 
 
-@pytest.mark.parametrize(("name", "mean"), [("duet-64", 63.75), ("duet-128", 128.0), ("visionzip-64", 64.0), ("fastv-306", 136.0)])
+@pytest.mark.parametrize(
+    ("name", "mean"), [("duet-64", 63.75), ("duet-128", 128.0), ("visionzip-64", 64.0), ("fastv-306", 136.0)]
+)
 def test_a_model_measures_what_a_preset_plans(deep: Path, name: str, mean: float) -> None:
-    """Counts hold for any image with enough tokens; FastV's share is of the 256 that this model has: (2 * 256 + 30 * 128) / 32."""
-    got = json.loads(call("run", "-m", deep, "-i", PICTURE, "-p", QUESTION, "--preset", name, "--max-new-tokens", "2", "--json").stdout)
+    """Counts hold for any image with enough tokens; FastV's share is of the 256 that this model has: (2 * 256 + 30 *
+    128) / 32."""
+    got = json.loads(
+        call(
+            "run", "-m", deep, "-i", PICTURE, "-p", QUESTION, "--preset", name, "--max-new-tokens", "2", "--json"
+        ).stdout
+    )
     assert got["report"]["measured_mean"] == got["report"]["nominal_mean"] == mean
     assert got["report"]["budget"] is None and got["report"]["method"] == name.split("-")[0]
 
 
 def test_viz_and_budget_take_presets_too(deep: Path, tmp_path: Path) -> None:
-    got = json.loads(call("viz", "-m", deep, "-i", PICTURE, "-p", QUESTION, "--preset", "duet-64", "-o", tmp_path, "--json").stdout)
+    got = json.loads(
+        call("viz", "-m", deep, "-i", PICTURE, "-p", QUESTION, "--preset", "duet-64", "-o", tmp_path, "--json").stdout
+    )
     assert got["mean_tokens"] == 63.75
     assert [Path(file).name for file in got["files"]] == ["1-scene_1-preset-duet-64.png"]
     with Image.open(got["files"][0]) as sheet:
@@ -177,7 +193,9 @@ VERBS = [("run", "-i", PICTURE, "-p", QUESTION), ("viz", "-i", PICTURE, "-p", QU
 
 @pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb[0])
 @pytest.mark.parametrize(
-    "other", [("--method", "duet"), ("--budget", "64"), ("--set", "dominant=3"), ("--positions", "keep")], ids=lambda other: other[0]
+    "other",
+    [("--method", "duet"), ("--budget", "64"), ("--set", "dominant=3"), ("--positions", "keep")],
+    ids=lambda other: other[0],
 )
 def test_a_preset_stands_alone(verb: tuple[Any, ...], other: tuple[str, str]) -> None:
     message = call(*verb, "--preset", "duet-64", *other, code=2).stderr
@@ -187,17 +205,27 @@ def test_a_preset_stands_alone(verb: tuple[Any, ...], other: tuple[str, str]) ->
 @pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb[0])
 def test_an_unknown_preset_lists_the_known_ones(verb: tuple[Any, ...]) -> None:
     message = call(*verb, "--preset", "duet", code=2).stderr
-    assert message.startswith("error: unknown preset 'duet' (did you mean 'duet-64'?); known presets: duet-192,") and message.count("\n") == 1
+    assert (
+        message.startswith("error: unknown preset 'duet' (did you mean 'duet-64'?); known presets: duet-192,")
+        and message.count("\n") == 1
+    )
 
 
 def test_a_preset_for_a_larger_model_says_what_does_not_fit() -> None:
-    assert "dominant=300: this model's images have 256 visual tokens" in call("budget", "--preset", "duet-192", code=2).stderr
+    assert (
+        "dominant=300: this model's images have 256 visual tokens"
+        in call("budget", "--preset", "duet-192", code=2).stderr
+    )
     assert "layers 0..11" in call("budget", "--preset", "duet-64", code=2).stderr
 
 
 def test_the_documentation_lists_every_preset_with_its_mean_and_source() -> None:
     page = (Path(__file__).parent.parent / "docs/reproduce-duet.md").read_text()
-    rows = {cells[1].strip("` "): [c.strip() for c in cells] for line in page.splitlines() if len(cells := line.split("|")) == 8}
+    rows = {
+        cells[1].strip("` "): [c.strip() for c in cells]
+        for line in page.splitlines()
+        if len(cells := line.split("|")) == 8
+    }
     assert {name for name in rows if "-" in name and name != "---"} == set(PRESETS)
     for name, row in PRESETS.items():
         assert rows[name][2] == row.model

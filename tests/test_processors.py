@@ -1,4 +1,5 @@
-"""Real processors with generated pictures of many shapes: each family counts its own grid, and the reduced model spends what was asked for."""
+"""Real processors with generated pictures of many shapes: each family counts its own grid, and the reduced model spends
+what was asked for."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def fixed(tokens: int) -> Count:
 
 
 def best_canvas(size: Size, canvases: Sequence[Sequence[int]]) -> Size:
-    """The canvas (height, width as the settings write them) that shows most pixels of a picture; among equals the smallest."""
+    """The canvas (height, width as the settings write them) that shows most pixels of a picture; among equals the
+    smallest."""
     width, height = size
 
     def shown(canvas: Sequence[int]) -> int:
@@ -59,7 +61,8 @@ def best_canvas(size: Size, canvases: Sequence[Sequence[int]]) -> Size:
 
 
 def unpadded(size: Size, canvases: Sequence[Sequence[int]], patch: int) -> tuple[Size, Size]:
-    """Columns and rows of the patches that show the picture on its canvas, and how many are cut off at the left and at the top."""
+    """Columns and rows of the patches that show the picture on its canvas, and how many are cut off at the left and at
+    the top."""
     (width, height), canvas = size, best_canvas(size, canvases)
     columns, rows = canvas[0] // patch, canvas[1] // patch
     if width * rows > height * columns:
@@ -110,7 +113,8 @@ def glm(size: Size, together: int) -> list[int]:
 
 
 def packed(merge: int) -> Count:
-    """Pixtral: shrunk to the longest side allowed (never enlarged), then as many tokens of 4 * merge pixels as it takes to cover it."""
+    """Pixtral: shrunk to the longest side allowed (never enlarged), then as many tokens of 4 * merge pixels as it takes
+    to cover it."""
     unit = 4 * merge
 
     def count(size: Size, together: int) -> list[int]:
@@ -121,13 +125,15 @@ def packed(merge: int) -> Count:
 
 
 def tiles(size: Size, together: int) -> list[int]:
-    """Idefics3: the longest side becomes 80 pixels, the other an even number; tiles of 40 x 40 that cover this, and the overview: spans of 25."""
+    """Idefics3: the longest side becomes 80 pixels, the other an even number; tiles of 40 x 40 that cover this, and the
+    overview: spans of 25."""
     other = math.floor(Fraction(80 * min(size), max(size)))
     return [25] * (2 * math.ceil((other + other % 2) / 40) + 1)
 
 
 def internvl(size: Size, together: int) -> list[int]:
-    """InternVL: up to 4 tiles of 32 x 32 pixels in the grid most like the picture, of equals the largest with less than twice its area."""
+    """InternVL: up to 4 tiles of 32 x 32 pixels in the grid most like the picture, of equals the largest with less than
+    twice its area."""
     grids = [(columns, rows) for columns in range(1, 5) for rows in range(1, 4 // columns + 1)]
     apart = {grid: abs(Fraction(*size) - Fraction(*grid)) for grid in grids}
     alike = sorted(math.prod(grid) for grid in grids if apart[grid] == min(apart.values()))
@@ -168,7 +174,8 @@ def test_counts_by_hand_at_the_sizes_of_released_checkpoints() -> None:
     next_canvases = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
     assert any_res((672, 672), 1, next_canvases, 336) == [24 * 24 + 48 * 49]
     assert any_res((1024, 768), 1, next_canvases, 336) == [576 + 36 * 49]  # 48 x 36 of 48 x 48 patches show the picture
-    assert any_res((1000, 300), 1, next_canvases, 336) == [576 + 22 * 73]  # 72 x 24, of which 21.6 lines are needed: one is cut at each side
+    # 72 x 24, of which 21.6 lines are needed: one is cut at each side
+    assert any_res((1000, 300), 1, next_canvases, 336) == [576 + 22 * 73]
     assert in_limits((1920, 1080), 28, 56 * 56, 28 * 28 * 1280) == [47 * 26]
     assert in_limits((20, 30), 28, 56 * 56, 28 * 28 * 1280) == [2 * 3]
     assert in_limits((640, 480), 28, 56 * 56, 28 * 28 * 1280) == [23 * 17]
@@ -207,7 +214,8 @@ def run(name: str, inputs: Inputs) -> Ran:
 
 
 def entering(tokens: int, budget: float) -> int:
-    """DUET on 8 layers: all that enter on 4, half of them on 2, none on 2; the most that keep the mean within the budget."""
+    """DUET on 8 layers: all that enter on 4, half of them on 2, none on 2; the most that keep the mean within the
+    budget."""
     return max(n for n in range(tokens + 1) if 4 * n + 2 * (n // 2) <= DEPTH * budget * tokens + 1e-9)
 
 
@@ -218,11 +226,15 @@ def text_places(inputs: Inputs) -> list[list[int]]:
 
 
 def check_cache(cache: Any, inputs: Inputs, schedules: Sequence[Sequence[Sequence[int]]], new: int = NEW) -> None:
-    """The cache of each layer with keys is as long as the longest row: its text, what its spans' schedules say, and the new tokens."""
+    """The cache of each layer with keys is as long as the longest row: its text, what its spans' schedules say, and the
+    new tokens."""
     text = [len(places) for places in text_places(inputs)]
     for layer, entry in enumerate(cache.layers):
         if hasattr(entry, "keys"):  # linear layers have a state instead
-            rows = [length + sum(schedule[layer] for schedule in spans) for length, spans in zip(text, schedules, strict=True)]
+            rows = [
+                length + sum(schedule[layer] for schedule in spans)
+                for length, spans in zip(text, schedules, strict=True)
+            ]
             assert cache.get_seq_length(layer) == max(rows) + new - 1
 
 
@@ -233,7 +245,8 @@ def check_spans(here: Ran, spans: list[list[int]]) -> None:
 
 
 def check_budget(here: Ran, spans: list[list[int]]) -> None:
-    """Within one token per span; what is no visual token (row breaks, tags, words) is left in the last layer, and nothing else."""
+    """Within one token per span; what is no visual token (row breaks, tags, words) is left in the last layer, and
+    nothing else."""
     wanted = BUDGET * sum(map(sum, spans))
     measured = here.report.measured_mean * len(spans)
     assert wanted - sum(map(len, spans)) < measured <= wanted + 1e-9
@@ -251,7 +264,9 @@ def check_undone(here: Ran) -> None:
 def check_all(here: Ran, spans: list[list[int]]) -> None:
     check_spans(here, spans)
     entries = [[entering(tokens, BUDGET) for tokens in row] for row in spans]
-    check_cache(here.reduced.past_key_values, here.inputs, [[[n] * 4 + [n // 2] * 2 + [0] * 2 for n in row] for row in entries])
+    check_cache(
+        here.reduced.past_key_values, here.inputs, [[[n] * 4 + [n // 2] * 2 + [0] * 2 for n in row] for row in entries]
+    )
     check_budget(here, spans)
     check_undone(here)
 
@@ -263,11 +278,13 @@ def test_pictures_of_every_shape(name: str) -> None:
 
 # ---- what processors can be told
 
-SETTINGS: dict[str, tuple[str, dict[str, Any], dict[Size, list[int]]]] = {  # per picture the tokens of its spans, worked out on paper
+# per picture the tokens of its spans, worked out on paper
+SETTINGS: dict[str, tuple[str, dict[str, Any], dict[Size, list[int]]]] = {
     "pan and scan": (
         "gemma3",
         {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 20, "pan_and_scan_max_num_crops": 4, "pan_and_scan_min_ratio_to_activate": 1.2},
-        {WIDE: [16] * 4, TALL: [16] * 4, SQUARE: [16], TINY: [16], ODD: [16] * 3},  # the picture, and 3, 3, none, none (too small), 2 crops
+        # the picture, and 3, 3, none, none (too small), 2 crops
+        {WIDE: [16] * 4, TALL: [16] * 4, SQUARE: [16], TINY: [16], ODD: [16] * 3},
     ),
     "no tiles": ("idefics3", {"do_image_splitting": False}, dict.fromkeys(SIZES, [25])),
     "no tiles, smolvlm": ("smolvlm", {"do_image_splitting": False}, dict.fromkeys(SIZES, [25])),
@@ -282,7 +299,9 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], dict[Size, list[int]]]] = {  # pe
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("setting", [name if name == "pan and scan" else pytest.param(name, marks=pytest.mark.slow) for name in SETTINGS])
+@pytest.mark.parametrize(
+    "setting", [name if name == "pan and scan" else pytest.param(name, marks=pytest.mark.slow) for name in SETTINGS]
+)
 def test_settings_of_the_processor(setting: str) -> None:
     name, options, by_hand = SETTINGS[setting]
     spans = [[tokens for size in row for tokens in by_hand[size]] for row in ROWS]
@@ -293,7 +312,8 @@ def test_settings_of_the_processor(setting: str) -> None:
 
 
 def grid_of(name: str, size: Size, together: int) -> tuple[Size, Size]:
-    """Columns and rows behind the overview of 16 tokens, each row with a newline at its end, and what was cut off at the left and at the top."""
+    """Columns and rows behind the overview of 16 tokens, each row with a newline at its end, and what was cut off at
+    the left and at the top."""
     if name == "llava_onevision":
         return ((0, 1), (0, 0)) if together > 1 else (onevision_grid(size), (0, 0))
     return unpadded(size, PINPOINTS, 14)
@@ -330,7 +350,9 @@ def test_parts_and_newlines(name: str, parts: str, newline: str) -> None:
         for size, span in zip(row, found, strict=True):
             ends, kept = newlines(name, size, len(row)), set(span.stages[0].kept)
             assert kept & ends == (ends if newline == "keep" else set())
-            assert not ends & set(span.merged) | ends & {member for members in span.merged.values() for member in members}
+            assert not ends & set(span.merged) | ends & {
+                member for members in span.merged.values() for member in members
+            }
             if name == "llava_next":
                 crops = crops_of(size)
                 share = len(kept - ends) / sum(map(len, crops))
@@ -365,7 +387,11 @@ def test_a_processor_of_two_models_marks_ragged_rows_and_is_given_back(name: str
         alone = inputs_for(name, [row], first=number)
         if name != "llava_onevision" or len(row) == 1:  # which cuts a picture that is alone into crops
             assert ragged["input_ids"][number] == alone["input_ids"][0].tolist()
-        words = [token for token, marked in zip(ragged["input_ids"][number], ragged["salient_mask"][number], strict=True) if marked]
+        words = [
+            token
+            for token, marked in zip(ragged["input_ids"][number], ragged["salient_mask"][number], strict=True)
+            if marked
+        ]
         assert words == alone["input_ids"][0][alone["salient_mask"][0]].tolist() and words
     for twin in (copy.copy(made), copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
         assert type(twin) is plain and "salient_mask" not in twin(text=texts, images=rows)
@@ -409,7 +435,8 @@ def test_pictures_of_other_modes(name: str, mode: str) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_prompt_in_a_batch_equals_the_prompt_alone(name: str, side: str) -> None:
-    """Same survivors and, where text is padded on the left as generate() wants it, the same words with the same certainty."""
+    """Same survivors and, where text is padded on the left as generate() wants it, the same words with the same
+    certainty."""
     model, rows = shared(name), drawn(ROWS)
     with duet_vlm.attach(model, "duet", budget=BUDGET) as handle:
         together = generate(model, inputs_for(name, rows, text_kwargs={"padding_side": side}), NEW)
@@ -440,9 +467,14 @@ def schedule(plan: SpanPlan, most: int) -> list[int]:
 @pytest.mark.parametrize("method", REDUCING)
 @pytest.mark.parametrize("name", NAMES)
 def test_methods_and_budgets(name: str, method: str, budget: float) -> None:
-    """An int counts per span: what is no larger is kept whole. Methods that drop inside the decoder only cannot go below what their first layers
-    need."""
-    late = issubclass(duet_vlm.get_method(method), ScheduledReducer) or method in ("fastv", "fitprune", "pyramiddrop", "stateful")
+    """An int counts per span: what is no larger is kept whole. Methods that drop inside the decoder only cannot go
+    below what their first layers need."""
+    late = issubclass(duet_vlm.get_method(method), ScheduledReducer) or method in (
+        "fastv",
+        "fitprune",
+        "pyramiddrop",
+        "stateful",
+    )
     whole_cache = {"trim_kv_cache": False} if issubclass(duet_vlm.get_method(method), duet_vlm.DecoderReducer) else {}
     spans, model, inputs = counted(name, ROWS), shared(name), inputs_for(name, drawn(ROWS))
     flat = [tokens for row in spans for tokens in row]
@@ -458,8 +490,13 @@ def test_methods_and_budgets(name: str, method: str, budget: float) -> None:
     except ValueError as error:
         assert method in TOO_EARLY and "has no attention to rank tokens by" in str(error)
         return
-    most = [[tokens - lines for tokens, lines in zip(*row, strict=True)] for row in zip(spans, newline_rows(name), strict=True)]
+    most = [
+        [tokens - lines for tokens, lines in zip(*row, strict=True)]
+        for row in zip(spans, newline_rows(name), strict=True)
+    ]
     schedules = [[schedule(*span) for span in zip(*row, strict=True)] for row in zip(plans, most, strict=True)]
     check_cache(written.past_key_values, inputs, schedules)
     assert wanted - len(flat) < report.measured_mean * len(ROWS) <= wanted + 1e-9
-    assert report.clamped == tuple(number for number, tokens in enumerate(flat) if tokens <= budget and isinstance(budget, int))
+    assert report.clamped == tuple(
+        number for number, tokens in enumerate(flat) if tokens <= budget and isinstance(budget, int)
+    )

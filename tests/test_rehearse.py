@@ -1,8 +1,10 @@
-"""A rehearsal for accelerators (``make rehearse``): families and methods on tensors that claim to be on one (``accelerator.py``).
+"""A rehearsal for accelerators (``make rehearse``): families and methods on tensors that claim to be on one
+(``accelerator.py``).
 
-No operation mixes devices, and the answers are those of the host. In a prefill the host reads from the device once (``usual``), in a decode step
-never; methods that read more are in ``MORE``, exactly: what is not there may not read more, what is there may not read less. What the untouched
-model reads does not count. The host never waits until the device has taken numbers that the library sends.
+No operation mixes devices, and the answers are those of the host. In a prefill the host reads from the device once
+(``usual``), in a decode step never; methods that read more are in ``MORE``, exactly: what is not there may not read
+more, what is there may not read less. What the untouched model reads does not count. The host never waits until the
+device has taken numbers that the library sends.
 """
 
 from __future__ import annotations
@@ -41,10 +43,24 @@ MORE: dict[str, tuple[str, str, int, str]] = {
     "pixelprune": ("call", "apply_selection", 1, "a threshold decides how many patches stay"),
     "rlt": ("call", "apply_selection", 1, "a threshold decides how many patches stay"),
 }
-WINDOWS = {"qwen2_5_vl": "which windows of the tower are empty: for each encoder call, and behind a block where patches leave there"}
+WINDOWS = {
+    "qwen2_5_vl": "which windows of the tower are empty: for each encoder call, and behind a block where patches leave there"
+}
 
-ALIKE = ("glm4v_moe", "glm_ocr", "llava_gqa", "mistral3_windows", "qwen3_5_moe", "qwen3_vl_moe")  # their sisters run every method
-SHAPES = ("none", "duet", "duet_plus", "fastv", "frames+visionzip+pyramiddrop", "key_norm", "prumerge", "quecc", "tokencarve")  # and they these
+# their sisters run every method
+ALIKE = ("glm4v_moe", "glm_ocr", "llava_gqa", "mistral3_windows", "qwen3_5_moe", "qwen3_vl_moe")
+# and they these
+SHAPES = (
+    "none",
+    "duet",
+    "duet_plus",
+    "fastv",
+    "frames+visionzip+pyramiddrop",
+    "key_norm",
+    "prumerge",
+    "quecc",
+    "tokencarve",
+)
 DEFAULT_TIER = [
     ("llava", "images", ("none", "duet", "fastv", "divprune", "tokencarve", "contrast", "quecc", "resampler")),
     ("qwen2_5_vl", "clips", ("duet", "key_norm", "rlt")),
@@ -67,7 +83,11 @@ def cells() -> list[Any]:
             here = {name for f, c, names in DEFAULT_TIER if (f, c) == (family, content) for name in names}
             for method in filter(functools.partial(runs, family), SETTINGS):
                 marks = () if method in here else (pytest.mark.slow,)
-                found.append(pytest.param(f"{family}-{content}-{method}".split("-"), id=f"{family}-{content}-{method}", marks=marks))
+                found.append(
+                    pytest.param(
+                        f"{family}-{content}-{method}".split("-"), id=f"{family}-{content}-{method}", marks=marks
+                    )
+                )
     return found
 
 
@@ -121,7 +141,8 @@ def function(wait: Wait) -> str:
 
 @functools.cache
 def reads_of_a_stack(family: str) -> int:
-    """What the untouched decoder reads of rows that are no prompt: some families look whether their positions pack several prompts."""
+    """What the untouched decoder reads of rows that are no prompt: some families look whether their positions pack
+    several prompts."""
     with Accelerator() as device, torch.no_grad():
         FAMILIES[family].text(moved(family))(inputs_embeds=OnDevice(torch.rand(2, 5, HIDDEN)), use_cache=False)
     return len([wait for wait in device.waits if wait.why == "read"])
@@ -131,7 +152,13 @@ def reads_of(family: str, content: str, method: str) -> Counter[str]:
     """By function, what the prefill of a cell reads."""
     inputs, streams = batch(family, content), adapter_for(shared(family)).modalities
     calls = [stream for stream in streams if stream.pixels in inputs]
-    reads = Counter({"read_layout": 1, "encoding": sum(stream.sizes is not None for stream in calls), "spans_of": int(len(calls) > 1)})
+    reads = Counter(
+        {
+            "read_layout": 1,
+            "encoding": sum(stream.sizes is not None for stream in calls),
+            "spans_of": int(len(calls) > 1),
+        }
+    )
     if method in MORE:
         per, where, count, _ = MORE[method]
         reads[where] += count * (len(calls) if per == "call" else 1)
@@ -172,12 +199,19 @@ def test_the_list_of_reasons_names_methods_that_there_are() -> None:
 
 # ---- a training step
 
-TRAINED = [("llava", "duet"), ("llava", "resampler"), ("qwen2_5_vl", "duet"), ("llava", "pyramiddrop"), ("qwen2_5_vl", "contrast")]
+TRAINED = [
+    ("llava", "duet"),
+    ("llava", "resampler"),
+    ("qwen2_5_vl", "duet"),
+    ("llava", "pyramiddrop"),
+    ("qwen2_5_vl", "contrast"),
+]
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("family", "method"), [pytest.param(*cell, marks=() if cell in TRAINED[:1] else pytest.mark.slow) for cell in TRAINED]
+    ("family", "method"),
+    [pytest.param(*cell, marks=() if cell in TRAINED[:1] else pytest.mark.slow) for cell in TRAINED],
 )
 def test_a_training_step_reads_what_a_prefill_reads(family: str, method: str) -> None:
     """Nothing more in the way back; gradients are those of the host."""
@@ -202,7 +236,9 @@ def test_a_training_step_reads_what_a_prefill_reads(family: str, method: str) ->
         moved(family).zero_grad()
     assert found.keys() == expected.keys()
     assert all(torch.allclose(grad.held, expected[name], rtol=1e-2, atol=1e-4) for name, grad in found.items())  # type: ignore[attr-defined]
-    assert Counter(function(wait) for wait in new if wait.why == "read") == reads_of(family, "images", method), "\n".join(map(str, new))
+    assert Counter(function(wait) for wait in new if wait.why == "read") == reads_of(family, "images", method), (
+        "\n".join(map(str, new))
+    )
     assert not [str(wait) for wait in new if wait.why == "upload" and not wait.stock]
 
 
@@ -276,7 +312,12 @@ def test_uploads_wait_unless_told_not_to() -> None:
         x = torch.tensor([1, 2], device="cuda")
         ROWS.to("cuda"), x.new_tensor([3]), torch.as_tensor([1], device=x.device)
         assert [wait.why for wait in device.waits] == ["upload"] * 4
-        ROWS.to("cuda", non_blocking=True), torch.full((2,), 3, device="cuda"), x.new_zeros(3), duet_vlm.ops.ragged.upload([1], x.device)
+        (
+            ROWS.to("cuda", non_blocking=True),
+            torch.full((2,), 3, device="cuda"),
+            x.new_zeros(3),
+            duet_vlm.ops.ragged.upload([1], x.device),
+        )
         x.repeat_interleave(x, output_size=3)
         assert len(device.waits) == 4
 

@@ -56,9 +56,15 @@ def test_a_name_that_a_method_has_today_is_none_of_the_old_ones() -> None:
         assert handle.reducer.settings()["context"] == 0.25
 
 
-@pytest.mark.parametrize(("given", "new"), [("keep_predicting=False", "protect_predicting_tokens=False"), ("cache=cut", "trim_kv_cache=True")])
+@pytest.mark.parametrize(
+    ("given", "new"),
+    [("keep_predicting=False", "protect_predicting_tokens=False"), ("cache=cut", "trim_kv_cache=True")],
+)
 def test_the_command_line_says_the_new_name(given: str, new: str) -> None:
-    made = CliRunner().invoke(app, ["run", "-i", str(PICTURE), "-p", "What color is the ring?", "-b", "64", "--method", "duet", "--set", given])
+    made = CliRunner().invoke(
+        app,
+        ["run", "-i", str(PICTURE), "-p", "What color is the ring?", "-b", "64", "--method", "duet", "--set", given],
+    )
     assert made.exit_code == 2 and f"give {new}" in " ".join(made.output.split())
 
 
@@ -73,7 +79,9 @@ def test_the_config_of_a_checkpoint_says_the_new_name() -> None:
     model = shared("llava")
     model.config.duet_vlm = {"method": "duet", "budget": 0.5, "settings": {"clamp_below": 0}}
     try:
-        with pytest.raises(ValueError, match="clamp_below=0 is an old way to write a setting: give small_image_tokens=0"):
+        with pytest.raises(
+            ValueError, match="clamp_below=0 is an old way to write a setting: give small_image_tokens=0"
+        ):
             duet_vlm.attach(model)
     finally:
         del model.config.duet_vlm

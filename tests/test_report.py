@@ -1,4 +1,5 @@
-"""duet-vlm report: tables say what the file says, plots show it, the page is inert and self-contained, bad files lose nothing."""
+"""duet-vlm report: tables say what the file says, plots show it, the page is inert and self-contained, bad files lose
+nothing."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ from duet_vlm.evaluation.report.check import check
 from duet_vlm.viz import colors
 
 RESULT = made_up()
-# where the number of a column stands in the file, and by how much the table multiplies it: written down here once more on purpose
+# where the number of a column stands in the file, and by how much the table multiplies it: written down here once more
+# on purpose
 PLACES: dict[str, tuple[tuple[str, ...], float]] = {
     "nominal tokens": (("tokens", "nominal"), 1),
     "measured tokens": (("tokens", "measured"), 1),
@@ -89,7 +91,10 @@ def label_of(run: dict[str, Any]) -> str:
 def tables(text: str) -> list[list[list[str]]]:
     """The tables of a markdown page: rows of cells, without the line of dashes."""
     blocks = re.findall(r"(?:^\|.*\|$\n?)+", text, flags=re.M)
-    rows = [[[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in block.strip().split("\n")] for block in blocks]
+    rows = [
+        [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in block.strip().split("\n")]
+        for block in blocks
+    ]
     return [[table[0], *table[2:]] for table in rows]
 
 
@@ -112,8 +117,11 @@ def agree(head: list[str], rows: dict[str, list[str]], result: dict[str, Any]) -
             near(number, truth * scale, where)
             compared += 1
             if title in INTERVALS and rest:
-                for edge, expected in zip(re.findall(r"(?<![\d.])[+-]?[\d.]+", rest.replace("-", " ") if " to " not in rest else rest),
-                                          INTERVALS[title](run), strict=True):
+                for edge, expected in zip(
+                    re.findall(r"(?<![\d.])[+-]?[\d.]+", rest.replace("-", " ") if " to " not in rest else rest),
+                    INTERVALS[title](run),
+                    strict=True,
+                ):
                     near(edge, expected * scale, where)
                     compared += 1
     return compared
@@ -129,7 +137,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 def test_files_of_a_report(made: dict[str, bytes]) -> None:
     stems = [f"tiny-methods-{name}" for name in ("tokens", "time", "kinds")]
-    assert sorted(made) == sorted(["report.html", "tiny-methods.md", *(f"{stem}.{form}" for stem in stems for form in ("png", "svg"))])
+    assert sorted(made) == sorted(
+        ["report.html", "tiny-methods.md", *(f"{stem}.{form}" for stem in stems for form in ("png", "svg"))]
+    )
     assert all(made[f"{stem}.png"].startswith(b"\x89PNG") for stem in stems)
     for stem in stems:
         assert ET.fromstring(made[f"{stem}.svg"]).tag.endswith("svg")
@@ -138,7 +148,9 @@ def test_files_of_a_report(made: dict[str, bytes]) -> None:
 
 def test_markdown_tables_say_what_the_file_says(made: dict[str, bytes]) -> None:
     _, *found = tables(made["tiny-methods.md"].decode())
-    compared = sum(agree(head[1:], {row[0].replace("\\", ""): row[1:] for row in rows}, RESULT) for head, *rows in found)
+    compared = sum(
+        agree(head[1:], {row[0].replace("\\", ""): row[1:] for row in rows}, RESULT) for head, *rows in found
+    )
     assert {title for head, *_ in found for title in head[1:]} == set(PLACES)
     assert compared > 1000
 
@@ -154,7 +166,9 @@ def test_matrix_says_what_the_file_says(made: dict[str, bytes]) -> None:
     assert head[1:] == ["33 %", "22 %", "11 %", "7 %", "5 %"]
     assert [row[0].replace("\\", "") for row in rows] == list(dict.fromkeys(run["label"] for run in RESULT["runs"][1:]))
     for run in RESULT["runs"][1:]:
-        text = next(row for row in rows if row[0].replace("\\", "") == run["label"])[head.index(f"{run['budget'] * 100:g} %")]
+        text = next(row for row in rows if row[0].replace("\\", "") == run["label"])[
+            head.index(f"{run['budget'] * 100:g} %")
+        ]
         if run["status"] != "ok":
             assert text == f"infeasible, floor {run['floor']:.1f}"
             continue
@@ -169,8 +183,13 @@ def test_matrix_leaves_what_was_not_run_empty() -> None:
     result["runs"][2]["budget"] = None
     ((head, *rows),) = tables(markdown.matrix(result))
     assert head[1:] == ["own settings", "22 %", "11 %"]
-    assert [row[0] for row in rows] == [cell["label"] for cell in result["experiment"]["cells"]]  # whatever the largest budget of each is
-    assert [[cell != "-" for cell in row[1:]] for row in rows] == [[False, True, False], [True, False, True], [False, True, True]]
+    # whatever the largest budget of each is
+    assert [row[0] for row in rows] == [cell["label"] for cell in result["experiment"]["cells"]]
+    assert [[cell != "-" for cell in row[1:]] for row in rows] == [
+        [False, True, False],
+        [True, False, True],
+        [False, True, True],
+    ]
 
 
 def test_rows_go_from_large_to_small_budgets() -> None:
@@ -225,7 +244,9 @@ def test_page_carries_the_numbers_of_the_file(made: dict[str, bytes]) -> None:
     assert len(cells) == len(bodies) * len(heads) and len(bodies) == len(runs)
     compared = 0
     for number, body in enumerate(bodies):
-        run = next(run for label, run in runs.items() if body in (label, f"{label}infeasible, floor {run.get('floor', 0):.1f}"))
+        run = next(
+            run for label, run in runs.items() if body in (label, f"{label}infeasible, floor {run.get('floor', 0):.1f}")
+        )
         for place, title in enumerate(heads):
             value = cells[number * len(heads) + place].get("data-value")
             truth = looked_up(run, title)
@@ -254,7 +275,9 @@ def test_page_is_well_formed(made: dict[str, bytes]) -> None:
     assert len(ids) == len(set(ids))
     used = {value for _, a in page.elements for key in ("aria-controls", "aria-labelledby") if (value := a.get(key))}
     assert used and used <= set(ids)
-    svg_ids = {v[1:] for _, a in page.elements for key in ("xlink:href", "href") if (v := a.get(key)) and v.startswith("#")}
+    svg_ids = {
+        v[1:] for _, a in page.elements for key in ("xlink:href", "href") if (v := a.get(key)) and v.startswith("#")
+    }
     assert svg_ids <= set(ids)
     assert all(attributes.get("role") == "img" and attributes.get("aria-label") for attributes in page.all("svg"))
 
@@ -309,7 +332,9 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
 
 
 def test_markdown_escape_shows_the_text_itself() -> None:
-    assert markdown.escape("a|b\n\x00c <i> `d` read_digit _e_ 2*3") == "a\\|b c &lt;i&gt; \\`d\\` read_digit \\_e\\_ 2\\*3"
+    assert (
+        markdown.escape("a|b\n\x00c <i> `d` read_digit _e_ 2*3") == "a\\|b c &lt;i&gt; \\`d\\` read_digit \\_e\\_ 2\\*3"
+    )
 
 
 def edited(change: Callable[[dict[str, Any]], Any]) -> str:
@@ -329,7 +354,10 @@ BAD = {
     "empty runs": (edited(lambda r: r.update(runs=[])), "'runs' is []"),
     "no tokens": (edited(lambda r: r["runs"][1].pop("tokens")), "run 1 ('duet@0.22') lacks 'tokens'"),
     "no measured": (edited(lambda r: r["runs"][2]["tokens"].pop("measured")), "lacks 'measured'"),
-    "text for a number": (edited(lambda r: r["runs"][1].update(accuracy="high")), "'accuracy' is 'high', wanted a number from 0 to 1"),
+    "text for a number": (
+        edited(lambda r: r["runs"][1].update(accuracy="high")),
+        "'accuracy' is 'high', wanted a number from 0 to 1",
+    ),
     "not a number": (edited(lambda r: r["runs"][1].update(flops=math.nan)), "'flops' is nan, wanted a finite number"),
     "short interval": (edited(lambda r: r["runs"][1].update(interval=[0.1])), "wanted two numbers"),
     "kind": (edited(lambda r: r["runs"][1]["kinds"]["count"].pop("n")), "'count' lacks 'n'"),
@@ -350,7 +378,9 @@ def test_bad_files_are_named_and_lose_nothing(name: str, tmp_path: Path) -> None
     shown = call(good, bad, "--out", out, code=2)
     assert shown.stderr.startswith("error: ") and str(bad) in shown.stderr and said in shown.stderr
     assert shown.stderr.count("\n") == 1 and shown.stdout == ""
-    assert [path.name for path in out.iterdir()] == ["report.html"] and (out / "report.html").read_text() == "an earlier report"
+    assert [path.name for path in out.iterdir()] == ["report.html"] and (
+        out / "report.html"
+    ).read_text() == "an earlier report"
 
 
 def test_missing_file(tmp_path: Path) -> None:
@@ -386,7 +416,11 @@ def test_one_run_and_nothing_feasible(tmp_path: Path) -> None:
 
 def test_several_files_share_a_page(tmp_path: Path) -> None:
     small = made_up(2, (0.22,), timed=False)
-    paths = [save(tmp_path, small, "a.json"), save(tmp_path, small, "b.json"), save(tmp_path, small | {"task": "tiny-crowded"}, "c.json")]
+    paths = [
+        save(tmp_path, small, "a.json"),
+        save(tmp_path, small, "b.json"),
+        save(tmp_path, small | {"task": "tiny-crowded"}, "c.json"),
+    ]
     shown = json.loads(call(*paths, "--out", tmp_path / "out", "--json").stdout)
     assert sorted(shown["files"]) == sorted(str(path) for path in (tmp_path / "out").iterdir())
     page = Page((tmp_path / "out" / "report.html").read_text())
@@ -405,8 +439,15 @@ def test_a_task_whose_name_begins_with_a_digit(tmp_path: Path, task: str) -> Non
         page = Page((tmp_path / name / "report.html").read_text())
         assert page.open == []
         ids = [v for _, a in page.elements if (v := a.get("id"))]
-        used = [v for _, a in page.elements for key, value in a.items() if value
-                for v in ([value[1:]] if key.endswith("href") and value.startswith("#") else re.findall(r"url\(#([^)]+)\)", value))]
+        used = [
+            v
+            for _, a in page.elements
+            for key, value in a.items()
+            if value
+            for v in (
+                [value[1:]] if key.endswith("href") and value.startswith("#") else re.findall(r"url\(#([^)]+)\)", value)
+            )
+        ]
         return ids, used
 
     slug = task.replace("_", "-")
@@ -416,13 +457,16 @@ def test_a_task_whose_name_begins_with_a_digit(tmp_path: Path, task: str) -> Non
 
 
 def test_same_file_same_bytes(tmp_path: Path) -> None:
-    """In another process too, whatever the order of hashes and a personal matplotlib style say; and nothing is loaded before it is needed."""
+    """In another process too, whatever the order of hashes and a personal matplotlib style say; and nothing is loaded
+    before it is needed."""
     path = save(tmp_path, made_up(4, (0.22, 0.11)))
     (tmp_path / "matplotlibrc").write_text("lines.linewidth: 9\nfont.size: 30\nsvg.hashsalt: mine\n")
     call(path, "--out", tmp_path / "here")
     code = "import sys, duet_vlm.evaluation.report; from duet_vlm.cli.main import app; assert 'matplotlib' not in sys.modules; app()"
     other = {"PYTHONHASHSEED": "7", "MATPLOTLIBRC": str(tmp_path / "matplotlibrc")}
-    subprocess.run([sys.executable, "-c", code, "report", path, "--out", tmp_path / "there"], check=True, env=os.environ | other)
+    subprocess.run(
+        [sys.executable, "-c", code, "report", path, "--out", tmp_path / "there"], check=True, env=os.environ | other
+    )
     here, there = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("here", "there"))
     assert len(here) == 8 and here == there
 
@@ -487,7 +531,10 @@ def test_labels_do_not_overlap() -> None:
             assert figure is not None
             figure.canvas.draw()
             boxes = [text.get_window_extent() for text in figure.axes[0].texts]
-            ticks = [[t.label1.get_window_extent() for t in axis.get_major_ticks()] for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis)]
+            ticks = [
+                [t.label1.get_window_extent() for t in axis.get_major_ticks()]
+                for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis)
+            ]
             width, height = figure.canvas.get_width_height()
         for group in (boxes, *ticks):
             assert not [(a, b) for i, a in enumerate(group) for b in group[:i] if a.overlaps(b)]
@@ -526,13 +573,16 @@ def test_cells_can_be_read() -> None:
     shades = [plots.shade(kept / 1000) for kept in range(1050, 0, -1)]
     assert min(contrast(*pair) for pair in shades) >= 4.5
     lightness = [luminance(fill) for fill, _ in shades]
-    assert all(later <= before + 0.003 for before, later in zip(lightness, lightness[1:], strict=False))  # but for rounding
+    # but for rounding
+    assert all(later <= before + 0.003 for before, later in zip(lightness, lightness[1:], strict=False))
     assert plots.shade(1.0) == plots.shade(1.2)
 
 
 def test_colours_stand_out_on_light_and_dark_ground() -> None:
     css = Path(plots.__file__).with_name("page.css").read_text()
-    light, dark = (dict(re.findall(r"--([\w-]+): (#\w{6})", block)) for block in re.findall(r":root \{(.*?)\}", css, flags=re.S))
+    light, dark = (
+        dict(re.findall(r"--([\w-]+): (#\w{6})", block)) for block in re.findall(r":root \{(.*?)\}", css, flags=re.S)
+    )
     for colours in (light, dark):
         for name, colour in colours.items():
             if name.startswith(("series", "ink", "muted", "link")):
@@ -540,15 +590,23 @@ def test_colours_stand_out_on_light_and_dark_ground() -> None:
                 assert contrast(colour, colours["ground"]) >= needed, (name, colour)
                 if name in ("ink", "muted"):
                     assert contrast(colour, colours["raised"]) >= needed
-    assert {name: light[name] for name in colors.VARIABLES.values()} == {name: colour for colour, name in colors.VARIABLES.items()}
+    assert {name: light[name] for name in colors.VARIABLES.values()} == {
+        name: colour for colour, name in colors.VARIABLES.items()
+    }
 
 
 # How eyes without one kind of cone see linear RGB: Machado, Oliveira and Fernandes 2009, severity 1
 EYES = {
     "all cones": np.eye(3),
-    "no L": np.array([[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]),
-    "no M": np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]),
-    "no S": np.array([[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]),
+    "no L": np.array(
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+    ),
+    "no M": np.array(
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+    ),
+    "no S": np.array(
+        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]
+    ),
 }
 
 
@@ -572,11 +630,17 @@ def test_series_can_be_told_apart(eye: str) -> None:
 
 
 def test_looks_differ_and_references_stand_apart() -> None:
-    methods = {f"method {i}": "duet" for i in range(20)} | {"oracle": "oracle", "random": "random", "uniform": "uniform"}
+    methods = {f"method {i}": "duet" for i in range(20)} | {
+        "oracle": "oracle",
+        "random": "random",
+        "uniform": "uniform",
+    }
     looks = style.looks(methods)
     assert len({(look.colour, look.marker, str(look.dash)) for look in looks.values()}) == len(methods)
     coloured = {looks[label].colour for label, method in methods.items() if method == "duet"}
-    assert all(looks[label].colour not in coloured and not looks[label].filled for label in ("oracle", "random", "uniform"))
+    assert all(
+        looks[label].colour not in coloured and not looks[label].filled for label in ("oracle", "random", "uniform")
+    )
 
 
 def test_write_needs_a_file(tmp_path: Path) -> None:
@@ -586,9 +650,16 @@ def test_write_needs_a_file(tmp_path: Path) -> None:
 
 def test_the_page_opens_with_a_plot_and_the_best_of_each_budget(tmp_path: Path) -> None:
     found = columns.best(RESULT, style.FLOORS | {style.ORACLE, "none"})
-    done = [run for run in RESULT["runs"] if run["status"] == "ok" and run["method"] not in ("none", "oracle", "random", "uniform")]
+    done = [
+        run
+        for run in RESULT["runs"]
+        if run["status"] == "ok" and run["method"] not in ("none", "oracle", "random", "uniform")
+    ]
     budgets = sorted({run["budget"] for run in done}, reverse=True)
-    wanted = [max((run for run in done if run["budget"] == budget), key=lambda run: run["accuracy"])["id"] for budget in budgets]
+    wanted = [
+        max((run for run in done if run["budget"] == budget), key=lambda run: run["accuracy"])["id"]
+        for budget in budgets
+    ]
     assert [[run["id"] for run in runs] for _, runs in found] == [[each] for each in wanted]
     assert [budget for budget, _ in found] == [columns.budget(budget) for budget in budgets]
     (tmp_path / "a.json").write_text(json.dumps(RESULT))
@@ -606,11 +677,14 @@ def test_a_folder_that_cannot_be_written_to_is_named_by_its_option(tmp_path: Pat
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         found = CliRunner().invoke(app, ["report", str(tmp_path / "a.json"), "--out", str(out)])
-        assert found.exit_code == 2 and found.stderr.startswith(f"error: --out {out}: {'is a file' if out.is_file() else 'cannot be written to ('}"), found.stderr
+        assert found.exit_code == 2 and found.stderr.startswith(
+            f"error: --out {out}: {'is a file' if out.is_file() else 'cannot be written to ('}"
+        ), found.stderr
 
 
 def test_methods_that_are_level_are_all_named(tmp_path: Path) -> None:
-    """The three that answer equally often right, not the one on the fewest tokens; what they cost differs and is left to the table."""
+    """The three that answer equally often right, not the one on the fewest tokens; what they cost differs and is left
+    to the table."""
     level, result = ("scope", "visionzip", "duet"), made_up()
     for run in result["runs"]:
         if run["budget"] == 0.33 and run["status"] == "ok" and run["method"] not in ("oracle", "random", "uniform"):
@@ -631,15 +705,27 @@ def test_the_eighth_method_has_a_colour_of_its_own() -> None:
 
 
 def test_of_many_methods_those_are_named_that_lead_somewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """First whoever is best at a budget, then the second of each; the others are drawn thin, and told to be in the table."""
+    """First whoever is best at a budget, then the second of each; the others are drawn thin, and told to be in the
+    table."""
     import matplotlib
 
     def run(label: str, budget: float, accuracy: float, method: str = "duet") -> dict[str, Any]:
         tokens = {"measured": 9.0, "unreduced": 256.0}
-        return {"label": label, "method": method, "status": "ok", "budget": budget, "accuracy": accuracy, "tokens": tokens}
+        return {
+            "label": label,
+            "method": method,
+            "status": "ok",
+            "budget": budget,
+            "accuracy": accuracy,
+            "tokens": tokens,
+        }
 
     shares = {"a": (0.9, 0.1), "b": (0.8, 0.9), "c": (0.7, 0.8), "d": (0.6, 0.2)}
-    rows = [run(label, budget, share) for label, both in shares.items() for budget, share in zip((0.5, 0.1), both, strict=True)]
+    rows = [
+        run(label, budget, share)
+        for label, both in shares.items()
+        for budget, share in zip((0.5, 0.1), both, strict=True)
+    ]
     result = {"experiment": {}, "runs": [run("full model", 1.0, 1.0), *rows, run("told", 0.1, 1.0, "oracle")]}
     for against, wanted in (("a model", ["a", "ab", "abc", "abcd"]), ("d", ["d", "da", "dab", "dabc"])):
         result["experiment"] = {"against": against}
@@ -651,7 +737,9 @@ def test_of_many_methods_those_are_named_that_lead_somewhere(monkeypatch: pytest
         figure = plots.kept_against_tokens(many)
     assert figure is not None
     texts = [text.get_text() for text in figure.axes[0].texts]
-    labels = {run["label"] for run in many["runs"][1:] if run["status"] == "ok" and run["method"] not in plots.REFERENCES}
+    labels = {
+        run["label"] for run in many["runs"][1:] if run["status"] == "ok" and run["method"] not in plots.REFERENCES
+    }
     named = set(columns.leaders(many, plots.REFERENCES, plots.MOST))
     assert len(named) == 5 and labels & set(texts) == named
     assert f"thin and grey: {len(labels - named)} other methods, named in the table" in texts

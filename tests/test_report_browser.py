@@ -1,4 +1,5 @@
-"""The report's page in a real Chromium without a window: `make test-browser`. Skipped where there is no browser or no playwright."""
+"""The report's page in a real Chromium without a window: `make test-browser`. Skipped where there is no browser or no
+playwright."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ from report_pictures import CHROMIUM, take
 from duet_vlm.evaluation.report import write
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: make test-browser installs it")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium (or set CHROMIUM to its path)")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="needs Chromium: apt-get install chromium (or set CHROMIUM to its path)"
+)
 
 RESULT = made_up()
 DONE = [run for run in RESULT["runs"] if run["status"] == "ok"]
@@ -115,7 +118,8 @@ def test_filters(page: Any) -> None:
     form.get_by_label("Status").select_option("infeasible")
     assert visible(page) == [name(run) for run in RESULT["runs"] if run["status"] == "infeasible"]
     assert "infeasible, floor 23.0" in section(page).locator("tbody:visible").first.inner_text()
-    assert page.locator("section.result").nth(1).locator("tbody:visible").count() == 9  # the other section is left alone
+    # the other section is left alone
+    assert page.locator("section.result").nth(1).locator("tbody:visible").count() == 9
 
 
 def test_filter_and_sort_together(page: Any) -> None:
@@ -137,7 +141,11 @@ def test_kinds_and_groups_of_columns(page: Any) -> None:
     assert shown_heads(page) == [title for title in before if title not in KINDS or title == "count"]
     form.get_by_label("cost").uncheck()
     form.get_by_label("recall").uncheck()
-    assert "prefill, ms" not in shown_heads(page) and "recall midway, %" not in shown_heads(page) and "kept, %" in shown_heads(page)
+    assert (
+        "prefill, ms" not in shown_heads(page)
+        and "recall midway, %" not in shown_heads(page)
+        and "kept, %" in shown_heads(page)
+    )
     cells = section(page).locator("tbody").first.locator("tr").first.locator("th:visible, td:visible")
     assert cells.count() == len(shown_heads(page))
 
@@ -150,7 +158,11 @@ def test_a_click_on_a_run_shows_its_settings(page: Any) -> None:
     button.press("Space")
     assert details.is_visible() and button.get_attribute("aria-expanded") == "true"
     text = details.inner_text()
-    assert "[[6, 0.5], [9, 0]]" in text and f"entry\n{run['solved']['entry']}" in text and f"n = {run['kinds']['count']['n']}" in text
+    assert (
+        "[[6, 0.5], [9, 0]]" in text
+        and f"entry\n{run['solved']['entry']}" in text
+        and f"n = {run['kinds']['count']['n']}" in text
+    )
     assert " ".join(map(str, run["solved"]["counts"])) in text
     page.get_by_role("button", name="kept, %", exact=True).first.click()
     body = section(page).locator("tbody").filter(has=page.get_by_role("button", name="duet 11 %", exact=True))
@@ -214,7 +226,11 @@ def test_hostile_labels_run_nothing(browser: Any, tmp_path: Path) -> None:
 
 def test_a_script_that_slipped_in_would_not_run(browser: Any, address: str, tmp_path: Path) -> None:
     """The second lock: the page's policy names the one script that may run."""
-    text = Path(address.removeprefix("file://")).read_text().replace("<main>", "<main><script>document.title='taken'</script>", 1)
+    text = (
+        Path(address.removeprefix("file://"))
+        .read_text()
+        .replace("<main>", "<main><script>document.title='taken'</script>", 1)
+    )
     (tmp_path / "page.html").write_text(text)
     opened = browser.new_page()
     opened.goto((tmp_path / "page.html").as_uri())
@@ -225,7 +241,9 @@ def test_a_script_that_slipped_in_would_not_run(browser: Any, address: str, tmp_
 
 def test_pictures_for_the_docs(browser: Any, address: str, tmp_path: Path) -> None:
     made = take(browser, Path(address.removeprefix("file://")).parent, tmp_path)
-    assert [path.name for path in made] == [f"report-{name}.png" for name in ("page", "details", "narrow", "tokens", "time", "kinds")]
+    assert [path.name for path in made] == [
+        f"report-{name}.png" for name in ("page", "details", "narrow", "tokens", "time", "kinds")
+    ]
     for path in made:
         with Image.open(path) as picture:
             assert len(picture.convert("RGB").getcolors(10**6) or []) > 20  # something is on it

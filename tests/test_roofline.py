@@ -1,4 +1,5 @@
-"""Predicted seconds, bytes and devices: against arithmetic by hand, against real weights and measured peaks; and the verb that prints them."""
+"""Predicted seconds, bytes and devices: against arithmetic by hand, against real weights and measured peaks; and the
+verb that prints them."""
 
 from __future__ import annotations
 
@@ -90,8 +91,12 @@ def test_tower_layers_that_nobody_reads_take_time_in_the_full_model_only() -> No
     whole, less = (predict(model, some, SIMPLE, "bf16", 1, IDEAL).vision for some in (work, skipped))
     layer = 8 * 577 * 1024**2 + 4 * 577 * 1024 * 4096 + 4 * 577**2 * 1024
     assert whole.flops - less.flops == layer and whole.seconds - less.seconds == pytest.approx(layer / 1e15)
-    assert predict(model, skipped.full(), SIMPLE, "bf16", 1, IDEAL).vision == predict(LLAVA_7B, request(576), SIMPLE, "bf16", 1, IDEAL).vision
-    assert predict(model, skipped, SIMPLE).memory == predict(model, work, SIMPLE).memory  # their weights are there all the same
+    assert (
+        predict(model, skipped.full(), SIMPLE, "bf16", 1, IDEAL).vision
+        == predict(LLAVA_7B, request(576), SIMPLE, "bf16", 1, IDEAL).vision
+    )
+    # their weights are there all the same
+    assert predict(model, skipped, SIMPLE).memory == predict(model, work, SIMPLE).memory
 
 
 def test_selection_and_ranking_take_time_in_float32() -> None:
@@ -103,7 +108,8 @@ def test_selection_and_ranking_take_time_in_float32() -> None:
     extra = projections + 2 * 2 * 64 * 640 * 4096 / 1e14 + 2 * 24 * 32 * 64 * 640 / 1e13
     assert ranked.prefill.seconds - found.prefill.seconds == pytest.approx(extra, rel=0.001)
     once = predict(LLAVA_7B, replace(plain, scored_layers=(16,), reused_layers=(16,)), SIMPLE, "bf16", 2, IDEAL)
-    assert ranked.prefill.flops - once.prefill.flops == 2 * 2 * 640 * 4096**2  # the keys of 640 rows, which the layer takes over
+    # the keys of 640 rows, which the layer takes over
+    assert ranked.prefill.flops - once.prefill.flops == 2 * 2 * 640 * 4096**2
     assert ranked.prefill.seconds - once.prefill.seconds == pytest.approx(2 * 2 * 640 * 4096**2 / 1e15, rel=0.001)
 
 
@@ -111,7 +117,11 @@ def test_memory_decides_the_batch_and_the_devices() -> None:
     work = request(576)
     found = predict(LLAVA_7B, work, SHEETS["l4"], "bf16")
     usable = found.devices * 24e9 * Assumptions().usable
-    assert memory_bytes(LLAVA_7B, work, 2, found.max_batch) <= usable < memory_bytes(LLAVA_7B, work, 2, found.max_batch + 1)
+    assert (
+        memory_bytes(LLAVA_7B, work, 2, found.max_batch)
+        <= usable
+        < memory_bytes(LLAVA_7B, work, 2, found.max_batch + 1)
+    )
     large = ModelCost(DecoderDims(80, 8192, 64, 8, 128, 29568, 152064), VISION)  # 72 G weights, 145 GB
     deep = request(576, depth=80)
     assert [predict(large, deep, SHEETS[name]).devices for name in ("l4", "a100", "h200", "mi300x")] == [8, 4, 2, 1]
@@ -138,7 +148,9 @@ def test_experts_are_read_as_far_as_they_are_visited() -> None:
 def test_weights_of_decoders(name: str) -> None:
     kind, config = DECODERS[name]
     config.tie_word_embeddings = True
-    assert decoder_weights(decoder_dims(config)) == pytest.approx(sum(p.numel() for p in kind(config).parameters()), rel=0.02)
+    assert decoder_weights(decoder_dims(config)) == pytest.approx(
+        sum(p.numel() for p in kind(config).parameters()), rel=0.02
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -146,7 +158,8 @@ def test_weights_of_whole_models(family: str) -> None:
     model = FAMILIES[family].make()
     adapter = adapter_for(model)
     predicted = ModelCost(adapter.decoder_dims(), adapter.vision_dims()).numbers
-    assert predicted == pytest.approx(sum(p.numel() for p in model.parameters()), rel=0.05)  # norms, biases and positions weigh much at this size
+    # norms, biases and positions weigh much at this size
+    assert predicted == pytest.approx(sum(p.numel() for p in model.parameters()), rel=0.05)
 
 
 @pytest.mark.parametrize("kv_heads", [2, 8])
@@ -163,7 +176,9 @@ def test_peak_estimates_against_the_allocator(kv_heads: int) -> None:
         features = model.get_image_features(**image)
         grid = {"image_grid_thw": image["image_grid_thw"]}
         tower, _ = memory_of(lambda: model.get_image_features(**image))
-        decoder, _ = memory_of(lambda: model(**inputs, **grid, mm_encoder_outputs={"image": features}, logits_to_keep=1, use_cache=True))
+        decoder, _ = memory_of(
+            lambda: model(**inputs, **grid, mm_encoder_outputs={"image": features}, logits_to_keep=1, use_cache=True)
+        )
     assert vision_peak_bytes(adapter.vision_dims(), 4 * 256, 4) == pytest.approx(tower, rel=0.15)
     assert prefill_peak_bytes(adapter.decoder_dims(), rows, [rows] * 6, 256, 4) == pytest.approx(decoder, rel=0.15)
 
@@ -173,7 +188,9 @@ def test_peak_estimates_against_the_allocator(kv_heads: int) -> None:
 
 def test_sheets_are_complete() -> None:
     for sheet in SHEETS.values():
-        assert {"bf16", "fp16", "fp32"} <= set(sheet.flops) and sheet.source.endswith("data sheet") and not sheet.measured
+        assert (
+            {"bf16", "fp16", "fp32"} <= set(sheet.flops) and sheet.source.endswith("data sheet") and not sheet.measured
+        )
         assert sheet.flops["bf16"] > sheet.flops["fp32"] > sheet.bandwidth > sheet.memory
     with pytest.raises(ValueError, match="b200"):
         devices.device("b200")
@@ -195,7 +212,9 @@ def test_this_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.Monke
 def test_each_machine_of_a_shared_home_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     speeds = iter(range(1, 9))
-    monkeypatch.setattr(devices, "measured", lambda: Device("this CPU", {"fp32": float(next(speeds))}, 1.0, 1.0, "made up", True))
+    monkeypatch.setattr(
+        devices, "measured", lambda: Device("this CPU", {"fp32": float(next(speeds))}, 1.0, 1.0, "made up", True)
+    )
     for name, speed in (("one", 1), ("other", 2), ("one", 1), ("other", 2)):
         monkeypatch.setattr(devices, "_processor", lambda name=name: name)
         assert devices.this_machine().flops == {"fp32": speed}
@@ -239,7 +258,9 @@ def test_a_config_is_enough(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_bytes((tiny.path() / "config.json").read_bytes())
     for place in (config, tmp_path):
-        shown = call("--model", "some/name", "--config-only", place, "--device", "l4", "-b", 64, "--compute-efficiency", 0.5).stdout
+        shown = call(
+            "--model", "some/name", "--config-only", place, "--device", "l4", "-b", 64, "--compute-efficiency", 0.5
+        ).stdout
         assert "some/name" in shown and "NVIDIA L4 data sheet" in shown and "50% of its FLOP/s" in shown
     assert json.loads(call("--config-only", config, "-b", 64, "--json").stdout)["plan"]["tokens"] == 256
     assert "no such file" in call("--config-only", tmp_path / "other.json", "-b", 64, code=2).stderr
@@ -249,15 +270,20 @@ def test_a_config_is_enough(tmp_path: Path) -> None:
 
 def test_sizes_that_are_free_are_named(tmp_path: Path) -> None:
     FAMILIES["qwen2_5_vl"].make().config.save_pretrained(tmp_path)
-    assert "image of 1296 visual tokens" in " ".join(call("--config-only", tmp_path, "--device", "mi300x").stdout.split())
-    got = json.loads(call("--config-only", tmp_path, "--device", "mi300x", "--tokens", 800, "--parts", 8, "--json").stdout)
+    assert "image of 1296 visual tokens" in " ".join(
+        call("--config-only", tmp_path, "--device", "mi300x").stdout.split()
+    )
+    got = json.loads(
+        call("--config-only", tmp_path, "--device", "mi300x", "--tokens", 800, "--parts", 8, "--json").stdout
+    )
     assert got["request"]["parts"] == 8
     assert "choose a100" in call("--device", "toaster", code=2).stderr
     assert "--dtype int3" in call("--device", "l4", "--dtype", "int3", code=2).stderr
 
 
 def test_tiles_are_spans_with_budgets_of_their_own(tmp_path: Path) -> None:
-    """Five tiles of InternVL at a budget of 4 each: what a run of them reports (tests/test_bench.py) and by hand, 4 x 5 at most."""
+    """Five tiles of InternVL at a budget of 4 each: what a run of them reports (tests/test_bench.py) and by hand, 4 x 5
+    at most."""
     FAMILIES["internvl"].make().config.save_pretrained(tmp_path)
     options = ["--config-only", tmp_path, "--parts", 5, "-b", 4, "--json"]
     predicted = json.loads(call(*options, "--device", "l4").stdout)

@@ -65,7 +65,10 @@ FIRST_STAGES = sorted(
         ({"method": "duet", "budget": 64, "dominant": 5}, "either budget= or the method's own"),
         ({"method": "visionzip", "domnant": 5}, "did you mean 'dominant'"),
         ({"method": "duet", "dominant": 5, "schedule": [[4, 0.5]]}, "schedule: a setting of what is dropped inside"),
-        ({"method": "frames+duet_plus", "budget": 9, "duet_plus_schedule": [[4, 0.5]]}, "duet_plus_schedule: a setting of what"),
+        (
+            {"method": "frames+duet_plus", "budget": 9, "duet_plus_schedule": [[4, 0.5]]},
+            "duet_plus_schedule: a setting of what",
+        ),
         ({"method": "duet_plus", "budget": 9, "text_query": "last"}, "text_query: a setting of what"),
         ({"method": "duet_plus", "budget": 9, "positions": "keep"}, "'compact' positions"),
         ({"method": "visionzip", "dominant": 9, "cls_token": True}, "leave it out"),
@@ -100,7 +103,9 @@ def test_a_request_may_ask_for_less_and_is_told_when_it_asks_for_more() -> None:
     assert served.asked({}) == served.asked({"duet_budget": None}) == NOTHING_ASKED
     one, whole = served.asked({"duet_budget": 1}), served.asked({"duet_budget": 1.0})  # a token, and all tokens
     assert served.span((576,), asked=one).entry == 1 and served.span((60,), asked=whole).entry == 60
-    with pytest.raises(ValueError, match="duet_budget=1.0: 576 of 576 visual tokens, but this server allows 64 at most"):
+    with pytest.raises(
+        ValueError, match="duet_budget=1.0: 576 of 576 visual tokens, but this server allows 64 at most"
+    ):
         served.span((576,), asked=whole)
     for bad in (0, -3, 1.5, "64", True, [64]):
         with pytest.raises(ValueError, match="duet_budget="):
@@ -110,8 +115,15 @@ def test_a_request_may_ask_for_less_and_is_told_when_it_asks_for_more() -> None:
 
 
 def test_other_settings_are_another_salt() -> None:
-    given: list[dict[str, Any]] = [{"budget": 64}, {"budget": 65}, {"method": "duet_plus", "budget": 64}, {"budget": 64, "cluster_width": 5}]
-    assert len({ServedMethod.of(each, "compact").salt for each in given} | {ServedMethod.of(given[0], "keep").salt}) == 5
+    given: list[dict[str, Any]] = [
+        {"budget": 64},
+        {"budget": 65},
+        {"method": "duet_plus", "budget": 64},
+        {"budget": 64, "cluster_width": 5},
+    ]
+    assert (
+        len({ServedMethod.of(each, "compact").salt for each in given} | {ServedMethod.of(given[0], "keep").salt}) == 5
+    )
     assert ServedMethod.of(given[0], "compact").salt == ServedMethod.of(dict(given[0]), "compact").salt
 
 
@@ -128,9 +140,10 @@ def test_the_plug_in_has_a_model_for_each_architecture_that_the_command_line_off
         assert f"class {name}(" in (sources / f"{file}.py").read_text()
 
 
-# Rows of each picture of plugins/vllm/tests/cases.py, and newlines beside them, by the rules of the families, worked out by hand: CLIP at 24 x 24;
-# crops of 4 x 4 patches side by side under a newline a line, what is padding cut off, and lines above 1.1 times 9 crops resized (12 x 16 to 10 x 13);
-# tiles of 64 tokens, two of them with an overview; cells of 28 x 28 pixels.
+# Rows of each picture of plugins/vllm/tests/cases.py, and newlines beside them, by the rules of the families, worked
+# out by hand: CLIP at 24 x 24; crops of 4 x 4 patches side by side under a newline a line, what is padding cut off, and
+# lines above 1.1 times 9 crops resized (12 x 16 to 10 x 13); tiles of 64 tokens, two of them with an overview; cells of
+# 28 x 28 pixels.
 SHAPES: dict[str, list[tuple[tuple[int, ...], int]]] = {
     "llava": [((576,), 0)] * 4,
     "llava_next": [((16 + 8 * 8,), 8), ((16 + 4 * 8,), 4), ((16 + 8 * 4,), 8), ((16 + 6 * 8,), 6)],
@@ -138,7 +151,8 @@ SHAPES: dict[str, list[tuple[tuple[int, ...], int]]] = {
     "internvl": [((64,), 0), ((64, 64, 64), 0), ((64, 64, 64), 0), ((64,), 0)],
     "qwen": [((8 * 8,), 0), ((12 * 8,), 0), ((4 * 12,), 0), ((4 * 4,), 0)],
 }
-# Of each clip the steps of time: two frames in cells of 28 x 28 pixels; frames of 4 x 4 patches, halved, with one newline behind the last.
+# Of each clip the steps of time: two frames in cells of 28 x 28 pixels; frames of 4 x 4 patches, halved, with one
+# newline behind the last.
 CLIPS: dict[str, list[tuple[tuple[int, ...], int]]] = {
     "llava_onevision": [((4,) * 8, 1), ((4,) * 8, 1)],
     "qwen": [((4 * 4,) * 3, 0), ((8 * 4,) * 2, 0)],
@@ -148,7 +162,8 @@ PLUGIN_TESTS = Path(__file__).parent.parent / "plugins" / "vllm" / "tests"
 
 @pytest.mark.parametrize("family", sorted(path.stem for path in (PLUGIN_TESTS / "references").glob("*.json")))
 def test_counts_are_those_that_attach_was_recorded_with(family: str) -> None:
-    """The prompts that the plug-in is tested with: text, marks, and of each picture (InternVL: each tile) or clip what the settings let in."""
+    """The prompts that the plug-in is tested with: text, marks, and of each picture (InternVL: each tile) or clip what
+    the settings let in."""
     spec = spec_from_file_location("vllm_cases", PLUGIN_TESTS / "cases.py")
     assert spec and spec.loader
     cases: Any = module_from_spec(spec)
@@ -167,7 +182,9 @@ def test_counts_are_those_that_attach_was_recorded_with(family: str) -> None:
     for name, settings in cases.METHODS[family].items():
         served = ServedMethod.of(settings, cases.POSITIONS[family])
         for case, (prompt, pictures, clips) in asked.items():
-            entered = sum(cases.STAMP * len(seen[frames.tobytes()][0]) for frames, _ in clips) if family == "qwen3_vl" else 0
+            entered = (
+                sum(cases.STAMP * len(seen[frames.tobytes()][0]) for frames, _ in clips) if family == "qwen3_vl" else 0
+            )
             for shown in [*pictures, *(frames for frames, _ in clips)]:
                 sizes, newlines = seen[shown.tobytes()]
                 spans = [((size,), 0) for size in sizes] if family == "internvl" else [(sizes, newlines)]
@@ -209,12 +226,19 @@ def test_a_span_in_a_batch_becomes_what_it_becomes_alone(name: str) -> None:
     torch.manual_seed(0)
     served = ServedMethod.of({"method": name, "budget": 9}, "keep")
     rows = [torch.randn(n, 8) for n in (16, 25, 9, 4)]
-    parts = [torch.zeros(16).long(), torch.tensor([0] * 12 + [-1] + [1] * 12), torch.zeros(9).long(), torch.zeros(4).long()]
+    parts = [
+        torch.zeros(16).long(),
+        torch.tensor([0] * 12 + [-1] + [1] * 12),
+        torch.zeros(9).long(),
+        torch.zeros(4).long(),
+    ]
     signals = [torch.rand(len(row)) for row in rows], [torch.randn(len(row), 6) for row in rows]
     asked = [NOTHING_ASKED, NOTHING_ASKED, 6.0, NOTHING_ASKED]  # the third asks for five
     together = reduce_rows(served, rows, parts, asked, signals)
     for i, (kept, source) in enumerate(together):
-        ((alone, place),) = reduce_rows(served, rows[i : i + 1], parts[i : i + 1], asked[i : i + 1], ([signals[0][i]], [signals[1][i]]))
+        ((alone, place),) = reduce_rows(
+            served, rows[i : i + 1], parts[i : i + 1], asked[i : i + 1], ([signals[0][i]], [signals[1][i]])
+        )
         assert torch.equal(source, place) and torch.allclose(kept, alone, atol=1e-6)
         assert len(kept) == [9, 9, 5, 4][i] == served.span(*part_sizes(parts[i]), asked[i]).entry
         assert source.tolist() == sorted(set(source.tolist())) and not (parts[i][source] < 0).any()
@@ -222,7 +246,8 @@ def test_a_span_in_a_batch_becomes_what_it_becomes_alone(name: str) -> None:
 
 
 def test_a_clip_is_known_by_its_steps() -> None:
-    """Three steps of four rows, of which one changes from the first to the second step, and another from there to the third."""
+    """Three steps of four rows, of which one changes from the first to the second step, and another from there to the
+    third."""
     step = torch.eye(4)
     second = step.clone()
     second[1] = torch.tensor([0.0, 0.0, 0.0, 1.0])
@@ -264,15 +289,32 @@ def option(command: list[str], name: str) -> str:
 
 
 def test_serve_starts_vllm_with_the_settings(started: list[Any]) -> None:
-    done = call("serve", "-m", "tiny", "--budget", "22%", "--port", str(free_port()), "--api-key", "k", "--", "--max-model-len", "99")
+    done = call(
+        "serve",
+        "-m",
+        "tiny",
+        "--budget",
+        "22%",
+        "--port",
+        str(free_port()),
+        "--api-key",
+        "k",
+        "--",
+        "--max-model-len",
+        "99",
+    )
     assert done.exit_code == 0, done.output
     ((command, environment),) = started
     assert option(command, "--served-model-name") == "tiny" and option(command, "--model") == str(tiny.path())
     assert option(command, "--host") == "127.0.0.1" and option(command, "--allowed-media-domains") == "none.invalid"
     assert option(command, "--hf-overrides.architectures+") == "DuetLlavaForConditionalGeneration"
-    assert (option(command, "--hf-overrides.duet.method"), option(command, "--hf-overrides.duet.budget")) == ("duet_plus", "0.22")
+    assert (option(command, "--hf-overrides.duet.method"), option(command, "--hf-overrides.duet.budget")) == (
+        "duet_plus",
+        "0.22",
+    )
     assert command[-2:] == ["--max-model-len", "99"] and environment["VLLM_API_KEY"] == "k" and "k" not in command
-    assert not {"--trust-remote-code", "--allowed-local-media-path"} & set(command)  # code and files only where vLLM's own options ask for them
+    # code and files only where vLLM's own options ask for them
+    assert not {"--trust-remote-code", "--allowed-local-media-path"} & set(command)
     assert "--trust-request-mm-kwargs" not in command and "--tensor-parallel-size" not in command
     assert "method=duet_plus, budget=0.22" in done.output and "/v1" in done.output and "warning" not in done.output
 
@@ -282,7 +324,11 @@ def test_serve_opens_what_it_is_asked_to_open(started: list[Any]) -> None:
     more = ["--request-budgets", "--fetch-urls", "--tensor-parallel-size", "2", "--host", "0.0.0.0"]
     done = call("serve", "-m", "tiny", "-b", "9", "--port", port, *more)
     ((command, _),) = started
-    assert "--trust-request-mm-kwargs" in command and "--allowed-media-domains" not in command and option(command, "--tensor-parallel-size") == "2"
+    assert (
+        "--trust-request-mm-kwargs" in command
+        and "--allowed-media-domains" not in command
+        and option(command, "--tensor-parallel-size") == "2"
+    )
     assert "anyone who reaches" in done.output
 
 
@@ -319,7 +365,11 @@ def test_a_port_that_is_taken_and_a_machine_without_vllm(started: list[Any], mon
         assert f"--port {port}: cannot listen there" in call("serve", "-m", "tiny", "-b", "9", "--port", port).stderr
     monkeypatch.setattr("duet_vlm.cli.serve.find_spec", lambda name: None)
     done = call("serve", "-m", "tiny", "-b", "9")
-    assert "vllm and duet-vlm-vllm: not installed here" in done.stderr and "docs/serve.md" in done.stderr and done.exit_code == 2
+    assert (
+        "vllm and duet-vlm-vllm: not installed here" in done.stderr
+        and "docs/serve.md" in done.stderr
+        and done.exit_code == 2
+    )
     assert not started
 
 
@@ -341,10 +391,18 @@ def test_examples_start_the_command_with_options_that_it_has() -> None:
     for words in (service["command"], container["args"]):
         assert all(isinstance(word, str) for word in words)
         assert {word for word in words if word.startswith("--")} <= known and "--host" in words
-    assert (deploy / "../../.." / service["build"]["dockerfile"]).is_file() and (deploy / service["build"]["context"] / "pyproject.toml").is_file()
+    assert (deploy / "../../.." / service["build"]["dockerfile"]).is_file() and (
+        deploy / service["build"]["context"] / "pyproject.toml"
+    ).is_file()
     assert "VLLM_API_KEY" in service["environment"] and container["env"][0]["name"] == "VLLM_API_KEY"
-    assert front["spec"]["selector"] == deployment["spec"]["selector"]["matchLabels"] == deployment["spec"]["template"]["metadata"]["labels"]
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in deployment["spec"]["template"]["spec"]["volumes"]}
+    assert (
+        front["spec"]["selector"]
+        == deployment["spec"]["selector"]["matchLabels"]
+        == deployment["spec"]["template"]["metadata"]["labels"]
+    )
+    assert {mount["name"] for mount in container["volumeMounts"]} == {
+        volume["name"] for volume in deployment["spec"]["template"]["spec"]["volumes"]
+    }
 
 
 # ---- transformers' own server
@@ -376,7 +434,9 @@ def doors(value: Any) -> dict[str, bytes]:
         "video": asking({"type": "video_url", "video_url": {"url": value}}),
         "audio": asking({"type": "audio_url", "audio_url": {"url": value}}),
         "responses": json.dumps({"input": [{"type": "input_image", "image_url": value}]}).encode(),
-        "turns": json.dumps({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": value}]}]}).encode(),
+        "turns": json.dumps(
+            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": value}]}]}
+        ).encode(),
         "second": asking({"type": "image_url", "image_url": {"url": PART}}, more=[[image]]),
     }
 
@@ -384,9 +444,18 @@ def doors(value: Any) -> dict[str, bytes]:
 def test_pictures_that_are_part_of_a_request_are_let_through() -> None:
     assert [remote(body) for body in (*doors(PART).values(), b"", b"{", b"[]", b'{"messages": []}')] == [None] * 12
     spoken = asking({"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}, audio=None)
-    tools = [{"type": "function", "function": {"parameters": {"properties": {"url": {"type": "string"}, "path": {"type": "string"}}}}}]
-    coded = json.dumps({"state": "a", "assets": {"a": {"type": "image", "format": "png", "data_base64": "iVBORw0KGgoAAAANSUhEUg"}}}).encode()
-    assert [remote(body) for body in (spoken, asking({"type": "text", "text": "http://host"}, tools=tools), coded)] == [None] * 3
+    tools = [
+        {
+            "type": "function",
+            "function": {"parameters": {"properties": {"url": {"type": "string"}, "path": {"type": "string"}}}},
+        }
+    ]
+    coded = json.dumps(
+        {"state": "a", "assets": {"a": {"type": "image", "format": "png", "data_base64": "iVBORw0KGgoAAAANSUhEUg"}}}
+    ).encode()
+    assert [remote(body) for body in (spoken, asking({"type": "text", "text": "http://host"}, tools=tools), coded)] == [
+        None
+    ] * 3
 
 
 @pytest.mark.parametrize("door", sorted(doors(PART)))
@@ -407,12 +476,16 @@ def test_other_doors_to_what_is_elsewhere() -> None:
             asking({"type": "input_audio", "input_audio": {"data": url}}),
             asking({"type": "input_audio", "input_audio": url}),
             asking({"type": "image", "path": url}),
-            json.dumps({"state": "a", "questions": {}, "assets": {"a": {"type": "image", "data_base64": url}}}).encode(),
+            json.dumps(
+                {"state": "a", "questions": {}, "assets": {"a": {"type": "image", "data_base64": url}}}
+            ).encode(),
         ]
         assert [url in (remote(body) or "") for body in bodies] == [True] * len(bodies)
 
 
-def guarded(body: bytes, *headers: tuple[bytes, bytes], path: str = "/v1/chat/completions", fails: Exception | None = None) -> tuple[int, str]:
+def guarded(
+    body: bytes, *headers: tuple[bytes, bytes], path: str = "/v1/chat/completions", fails: Exception | None = None
+) -> tuple[int, str]:
     """Status and answer of an application behind the guard, by ASGI itself. The request comes in pieces of 10 MB."""
     sent: list[Any] = []
     pieces = [body[start : start + 10_000_000] for start in range(0, max(1, len(body)), 10_000_000)]
@@ -463,11 +536,13 @@ def test_an_error_that_quotes_the_request_is_not_logged_whole(monkeypatch: pytes
     for error, status in ((ValueError("no picture: " + "A" * 60_000_000), 400), (RuntimeError("B" * 60_000_000), 500)):
         found, said = guarded(b"{}", KEY, fails=error)
         assert found == status and len(said) < 1000
-    assert len(logged) == 2 and all("in inside" in text and len(text) < 3000 for text in logged)  # where it failed is said
+    # where it failed is said
+    assert len(logged) == 2 and all("in inside" in text and len(text) < 3000 for text in logged)
 
 
 def test_a_request_of_the_wrong_form_is_no_fault_of_the_server() -> None:
-    """A key that the server's own code does not find in a request is the request's fault; the same error from elsewhere is not."""
+    """A key that the server's own code does not find in a request is the request's fault; the same error from elsewhere
+    is not."""
 
     def failing(module: str, wrong: Any) -> Exception:
         held: dict[str, Any] = {"__name__": module}
@@ -484,7 +559,10 @@ def test_a_request_of_the_wrong_form_is_no_fault_of_the_server() -> None:
         assert guarded(b"{}", KEY, fails=failing("transformers.generation.utils", wrong))[0] == 500
 
 
-@pytest.mark.parametrize("body", [b"", b"{}", b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\nno sound\r\n--x--\r\n'])
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{}", b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\nno sound\r\n--x--\r\n'],
+)
 def test_transcriptions_are_refused_in_one_sentence(body: bytes) -> None:
     status, said = guarded(body, KEY, path="/v1/audio/transcriptions")
     assert status == 400 and "transcribes no sound" in said
@@ -495,11 +573,26 @@ def test_transcriptions_are_refused_in_one_sentence(body: bytes) -> None:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
     """transformers' server with the embedded model and a key: its port, and its log."""
     port, log = free_port(), tmp_path_factory.mktemp("served") / "log"
-    command = [sys.executable, "-m", "duet_vlm.cli.main", "serve", "-m", "tiny", "--method", "duet", "-b", "16", "--backend", "transformers"]
+    command = [
+        sys.executable,
+        "-m",
+        "duet_vlm.cli.main",
+        "serve",
+        "-m",
+        "tiny",
+        "--method",
+        "duet",
+        "-b",
+        "16",
+        "--backend",
+        "transformers",
+    ]
     source = str(Path(duet_vlm.__file__).parents[1])
     with log.open("w") as file:
         run = [*command, "--port", str(port), "--api-key", "k"]
-        process = subprocess.Popen(run, stdout=file, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": source, "HF_HUB_OFFLINE": "1"})
+        process = subprocess.Popen(
+            run, stdout=file, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": source, "HF_HUB_OFFLINE": "1"}
+        )
     try:
         for _ in range(300):
             assert process.poll() is None, log.read_text()[-2000:]
@@ -513,7 +606,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path
         process.wait(60)
 
 
-needs_serving = pytest.mark.skipif(any(find_spec(name) is None for name in NEEDED), reason="needs transformers[serving]")
+needs_serving = pytest.mark.skipif(
+    any(find_spec(name) is None for name in NEEDED), reason="needs transformers[serving]"
+)
 
 
 def encoded(image: Any) -> str:
@@ -533,7 +628,9 @@ def test_transformers_serves_both_stages(served: tuple[int, Path]) -> None:
     def ask(url: str, key: str = "k", model: str = str(tiny.path())) -> Any:
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0)
         content: Any = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": item.question}]
-        return client.chat.completions.create(model=model, messages=[{"role": "user", "content": content}], max_tokens=4, temperature=0)
+        return client.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": content}], max_tokens=4, temperature=0
+        )
 
     model, processor = tiny.load()
     inputs = processor(images=item.image, text=tiny.prompt(item.question), return_tensors="pt")
@@ -551,7 +648,8 @@ def test_transformers_serves_both_stages(served: tuple[int, Path]) -> None:
 
 @needs_serving
 def test_a_real_server_fetches_nothing_and_logs_little(served: tuple[int, Path]) -> None:
-    """Raw requests, by every door and with hostile headers: nothing arrives at a listener, no file is opened, the log stays small."""
+    """Raw requests, by every door and with hostile headers: nothing arrives at a listener, no file is opened, the log
+    stays small."""
     port, log = served
     arrived: list[str] = []
     held = io.BytesIO()
@@ -567,7 +665,9 @@ def test_a_real_server_fetches_nothing_and_logs_little(served: tuple[int, Path])
         def log_message(self, *words: Any) -> None:
             pass
 
-    def ask(body: bytes, key: str | None = "k", host: str = "127.0.0.1", path: str = "/v1/chat/completions") -> tuple[int, bytes]:
+    def ask(
+        body: bytes, key: str | None = "k", host: str = "127.0.0.1", path: str = "/v1/chat/completions"
+    ) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
         connection.putrequest("POST", path, skip_host=True)
         headers = {"Host": host, "Content-Type": "application/json", "Content-Length": str(len(body))}
@@ -583,7 +683,14 @@ def test_a_real_server_fetches_nothing_and_logs_little(served: tuple[int, Path])
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Listener) as listener:
         threading.Thread(target=listener.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{listener.server_address[1]}/x.png"
-        for value in (url, [url], {"url": [url]}, [[url]], str(tiny._HERE / "demo" / "scene_1.png"), [str(tiny._HERE / "demo" / "scene_1.png")]):
+        for value in (
+            url,
+            [url],
+            {"url": [url]},
+            [[url]],
+            str(tiny._HERE / "demo" / "scene_1.png"),
+            [str(tiny._HERE / "demo" / "scene_1.png")],
+        ):
             for door, body in doors(value).items():
                 path = "/v1/responses" if b'"input"' in body else "/v1/chat/completions"
                 assert ask(named(body), path=path)[0] == 400, (door, value)
@@ -617,10 +724,21 @@ def test_the_page_on_serving_shows_a_request_that_is_whole() -> None:
     import subprocess
 
     root = PLUGIN_TESTS.parent.parent.parent
-    (command,) = [block for block in (root / "docs/serve.md").read_text().split("```bash\n") if block.startswith("curl")]
-    done = subprocess.run(["bash", "-c", "curl() { cat; }\n" + command.split("```")[0]], cwd=root, capture_output=True, text=True, check=True)
+    (command,) = [
+        block for block in (root / "docs/serve.md").read_text().split("```bash\n") if block.startswith("curl")
+    ]
+    done = subprocess.run(
+        ["bash", "-c", "curl() { cat; }\n" + command.split("```")[0]],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     body = json.loads(done.stdout)
     picture, question = body["messages"][0]["content"]
     kind, _, content = picture["image_url"]["url"].partition(",")
-    assert kind == "data:image/png;base64" and base64.b64decode(content) == (root / "src/duet_vlm/evaluation/tiny/demo/scene_1.png").read_bytes()
+    assert (
+        kind == "data:image/png;base64"
+        and base64.b64decode(content) == (root / "src/duet_vlm/evaluation/tiny/demo/scene_1.png").read_bytes()
+    )
     assert question["text"] == "What shape is the yellow object?" and {"model", "max_tokens", "messages"} == set(body)

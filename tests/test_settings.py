@@ -1,4 +1,5 @@
-"""Settings of every method: plain Python values whatever they were given as, and refused where they are of another kind."""
+"""Settings of every method: plain Python values whatever they were given as, and refused where they are of another
+kind."""
 
 from __future__ import annotations
 
@@ -18,8 +19,15 @@ from duet_vlm.reducers import registry
 from duet_vlm.reducers.persistence import to_record
 from duet_vlm.utils.field_types import to_plain
 
-METHODS = {**duet_vlm.list_methods(), **{name: duet_vlm.get_method(name) for name in ("frames+duet", "scope+pyramiddrop", "frames+visionzip+fastv")}}
-SETTINGS = [(name, field.name, str(field.type).removesuffix(" | None")) for name, cls in METHODS.items() for field in fields(cls)]
+METHODS = {
+    **duet_vlm.list_methods(),
+    **{name: duet_vlm.get_method(name) for name in ("frames+duet", "scope+pyramiddrop", "frames+visionzip+fastv")},
+}
+SETTINGS = [
+    (name, field.name, str(field.type).removesuffix(" | None"))
+    for name, cls in METHODS.items()
+    for field in fields(cls)
+]
 
 # kind -> (value as numpy gives it, the same in Python)
 SAME: dict[str, list[tuple[Any, Any]]] = {
@@ -39,7 +47,17 @@ WRONG: dict[str, list[Any]] = {
     "bool": [1, 0, "False", 0.0, np.int64(1), "yes"],
     "Keep": [True, np.bool_(True), "0.5", -1, 1.5, np.float64(1.5), np.int64(-1), [0.5]],
     "tuple[int, ...]": [3, (1.5,), (True,), ("a",), "ab"],
-    "Schedule": [((2.5, 0.5),), ((True, 0.5),), ((np.bool_(True), 0.5),), ((np.float64(2), 0.5),), ((2, True),), ((2, "half"),), ((2,),), 3, "ab"],
+    "Schedule": [
+        ((2.5, 0.5),),
+        ((True, 0.5),),
+        ((np.bool_(True), 0.5),),
+        ((np.float64(2), 0.5),),
+        ((2, True),),
+        ((2, "half"),),
+        ((2,),),
+        3,
+        "ab",
+    ],
     "Schedule | str": [((2.5, 0.5),), ((True, 0.5),), ((2, True),), ((2, "half"),), ((2,),), 3, "ab"],
     "Layer": [True, np.bool_(True), "2", [2]],
     "str": [3, True, ("keep",), b"keep"],
@@ -57,7 +75,10 @@ def made(method: str, name: str, value: Any) -> duet_vlm.Reducer:
 def reads_what(method: str, name: str) -> bool:
     """Settings that some methods refuse whatever their value, as they have no CLS row to feed."""
     cls = METHODS[method]
-    without = any(part in method for part in ("apet", "custom", "frames", "hired", "prumerge", "prunesid", "tome", "pool", "quecc", "resampler"))
+    without = any(
+        part in method
+        for part in ("apet", "custom", "frames", "hired", "prumerge", "prunesid", "tome", "pool", "quecc", "resampler")
+    )
     return not (name == "cls_token" and (duet_vlm.Input.PROJECTED_FEATURES in cls().requires or without))
 
 
@@ -89,7 +110,8 @@ def test_settings_of_another_kind_are_refused_by_name(method: str, name: str, ki
             made(method, name, value)
         message = str(caught.value)
         assert len(message.splitlines()) == 1
-        if kind in ("Keep", "Schedule", "Schedule | str", "str"):  # in a composition the stage speaks, of its own setting
+        # in a composition the stage speaks, of its own setting
+        if kind in ("Keep", "Schedule", "Schedule | str", "str"):
             stage = next((f"{part}_" for part in method.split("+") if name.startswith(f"{part}_")), "")
             assert message.startswith(name.removeprefix(stage))
         else:
@@ -117,7 +139,10 @@ def test_methods_of_others_are_held_to_what_they_declare(monkeypatch: pytest.Mon
             return view.valid
 
     made = duet_vlm.get_method("theirs")(width=np.int64(4), when=None, weight=np.float32(0.1), table=[np.float64(1), 2])
-    assert made == Theirs(width=4, weight=0.1, table=(1.0, 2)) and json.loads(json.dumps(made.settings()))["table"] == [1.0, 2]
+    assert made == Theirs(width=4, weight=0.1, table=(1.0, 2)) and json.loads(json.dumps(made.settings()))["table"] == [
+        1.0,
+        2,
+    ]
     for wrong in ({"width": None}, {"width": 2.5}, {"when": True}, {"weight": "much"}):
         with pytest.raises(TypeError, match=rf"{next(iter(wrong))}=.*: give a"):
             Theirs(**wrong)  # type: ignore[arg-type]
@@ -149,5 +174,10 @@ def test_reports_and_checkpoints_of_numpys_numbers(method: str, options: dict[st
             model(**FAMILIES["llava"].inputs([ONE]))
             duet_vlm.save_to_config(handle)
             report = json.loads(handle.report().to_json())
-            written.append(({k: report[k] for k in ("settings", "budget", "measured_mean")}, json.loads(model.config.to_json_string())["duet_vlm"]))
+            written.append(
+                (
+                    {k: report[k] for k in ("settings", "budget", "measured_mean")},
+                    json.loads(model.config.to_json_string())["duet_vlm"],
+                )
+            )
     assert written[0] == written[1]

@@ -8,7 +8,20 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from families import FAMILIES, FIRST, MIXED, ONE, THREE, Inputs, Picture, any_res_crops, any_res_layout, forward, pictures_of, shared
+from families import (
+    FAMILIES,
+    FIRST,
+    MIXED,
+    ONE,
+    THREE,
+    Inputs,
+    Picture,
+    any_res_crops,
+    any_res_layout,
+    forward,
+    pictures_of,
+    shared,
+)
 from torch import Tensor, nn
 
 import duet_vlm
@@ -45,7 +58,9 @@ def window_order(height: int, width: int, side: int = 2) -> list[int]:
     order = []
     for top in range(0, height, side):
         for left in range(0, width, side):
-            order += [y * width + x for y in range(top, min(top + side, height)) for x in range(left, min(left + side, width))]
+            order += [
+                y * width + x for y in range(top, min(top + side, height)) for x in range(left, min(left + side, width))
+            ]
     return order
 
 
@@ -74,19 +89,28 @@ def content_rows(family: str, picture: Picture) -> list[int]:
     return list(range(FAMILIES[family].tokens(picture)))
 
 
-DEFAULT_LAYER = {"qwen2_vl": 2, "qwen2_5_vl": 3}  # the last (full-attention) block; CLIP: the one behind the feature layer
+# the last (full-attention) block; CLIP: the one behind the feature layer
+DEFAULT_LAYER = {"qwen2_vl": 2, "qwen2_5_vl": 3}
 
 
-def tower_signals(family: str, inputs: Inputs, layer: int | None, pictures: list[Picture]) -> list[tuple[Tensor, Tensor]]:
+def tower_signals(
+    family: str, inputs: Inputs, layer: int | None, pictures: list[Picture]
+) -> list[tuple[Tensor, Tensor]]:
     """Importance and keys of the tokens that show each picture, from the tower's own attention maps."""
     model, layer = shared(family, "eager"), DEFAULT_LAYER.get(family, 2) if layer is None else layer
     with torch.no_grad():
         if FAMILIES[family].mrope:
             return qwen_signals(model, inputs, layer, pictures)
-        return crop_signals(model, inputs, layer, pictures) if family == "llava_next" else clip_signals(model, inputs, layer)
+        return (
+            crop_signals(model, inputs, layer, pictures)
+            if family == "llava_next"
+            else clip_signals(model, inputs, layer)
+        )
 
 
-def qwen_signals(model: nn.Module, inputs: Inputs, layer: int, pictures: list[Picture], sample: int | None = None) -> list[tuple[Tensor, Tensor]]:
+def qwen_signals(
+    model: nn.Module, inputs: Inputs, layer: int, pictures: list[Picture], sample: int | None = None
+) -> list[tuple[Tensor, Tensor]]:
     attention, caught = model.model.visual.blocks[layer].attn, []
     hook = attention.register_forward_pre_hook(lambda m, a, k: caught.append((a, k)), with_kwargs=True)
     model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
@@ -94,7 +118,10 @@ def qwen_signals(model: nn.Module, inputs: Inputs, layer: int, pictures: list[Pi
     args, kwargs = caught[0]
     hidden = args[0] if args else kwargs["hidden_states"]
     cos, sin = (t[:, None] for t in kwargs["position_embeddings"])
-    query, key = (t * cos + torch.cat([-t[..., 4:], t[..., :4]], -1) * sin for t in attention.qkv(hidden).unflatten(-1, (3, 4, 8)).unbind(1)[:2])
+    query, key = (
+        t * cos + torch.cat([-t[..., 4:], t[..., :4]], -1) * sin
+        for t in attention.qkv(hidden).unflatten(-1, (3, 4, 8)).unbind(1)[:2]
+    )
     signals, start = [], 0
     for picture in pictures:
         count = picture.height * picture.width
@@ -113,7 +140,8 @@ def qwen_signals(model: nn.Module, inputs: Inputs, layer: int, pictures: list[Pi
 @pytest.mark.parametrize("layer", [None, 1])
 @pytest.mark.parametrize("family", FIRST)
 def test_importance_and_keys_are_those_of_the_tower(family: str, layer: int | None, attention: str) -> None:
-    """By default the block behind the feature layer (CLIP, CLS row) or the last full-attention block (Qwen, column sums)."""
+    """By default the block behind the feature layer (CLIP, CLS row) or the last full-attention block (Qwen, column
+    sums)."""
     inputs, pictures = FAMILIES[family].inputs(MIXED), pictures_of(MIXED)
     expected = tower_signals(family, inputs, layer, pictures)
     with duet_vlm.attach(shared(family, attention), Probe(dominant=0.4, contextual=0.2, signal_layer=layer)):

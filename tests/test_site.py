@@ -1,4 +1,5 @@
-"""The site's pages say what code and results say; its navigation, links, tables and notebooks work. `make docs` builds it."""
+"""The site's pages say what code and results say; its navigation, links, tables and notebooks work. `make docs` builds
+it."""
 
 from __future__ import annotations
 
@@ -115,11 +116,15 @@ def test_a_method_has_a_page_with_all_that_is_known_of_it(row: dict[str, Any], p
     page, cls = pages[f"catalogue/{row['name']}.md"], duet_vlm.get_method(row["name"])
     assert row["summary"][1:] in page and "## Idea" in page
     assert all(f"(https://arxiv.org/abs/{number})" in page for number in re.findall(r"\d{4}\.\d{5}", row["paper"]))
-    settings = dict(re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", page.split("## Settings")[1].split("\n## ")[0], flags=re.M))
+    settings = dict(
+        re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", page.split("## Settings")[1].split("\n## ")[0], flags=re.M)
+    )
     assert set(settings) == {field.name for field in dataclasses.fields(cls)}
     assert all(settings.values()), f"settings without words: {[name for name, words in settings.items() if not words]}"
     assert all(f"`{need}`" in page for need in row["needs"])
-    assert all(f"`{family}`" in page and case["why"] in page for case in row["families_without"] for family in case["families"])
+    assert all(
+        f"`{family}`" in page and case["why"] in page for case in row["families_without"] for family in case["families"]
+    )
     mine = [run for _, run in result_runs() if row["name"] in run["method"].split("+")]
     numbers = page.split("## Numbers")[1].split("\n## ")[0]
     assert len(re.findall(r"^\| `tiny[\w-]*` \|", numbers, flags=re.M)) == len(mine)
@@ -170,7 +175,9 @@ def test_the_results_open_on_the_leading_bench() -> None:
     assert measured.LEADING in (ROOT / "docs/comparison.md").read_text().split("leads**")[0]
     shown = [line for line in page.splitlines() if line.startswith("| tiny-chain |") and "| 11% |" in line]
     assert 20 < len(shown) < 100
-    kept = [float(line.split(" | ")[4].split()[0]) for line in shown if "/methods.json" in line and " | - | " not in line]
+    kept = [
+        float(line.split(" | ")[4].split()[0]) for line in shown if "/methods.json" in line and " | - | " not in line
+    ]
     assert len(kept) > 20 and kept == sorted(kept, reverse=True) and "/methods.json" in shown[0]
 
 
@@ -197,11 +204,21 @@ def test_deviations_are_those_of_papers_md(pages: dict[str, str]) -> None:
 
 def test_who_wins_is_worked_out_among_equals() -> None:
     def cell(method: str, budget: float, kept: float | None, alone: bool = True) -> measured.Cell:
-        return measured.Cell("f.json", "tiny", method, method, budget, "ok", alone, kept, None, kept, None, 1.0, 1.0, 1.0)
+        return measured.Cell(
+            "f.json", "tiny", method, method, budget, "ok", alone, kept, None, kept, None, 1.0, 1.0, 1.0
+        )
 
-    found = [cell("a", 0.1, 0.9), cell("b", 0.1, 0.8), cell("a", 0.2, 0.7), cell("b", 0.2, 0.7), cell("b", 0.3, 0.9), cell("a", 0.3, None)]
+    found = [
+        cell("a", 0.1, 0.9),
+        cell("b", 0.1, 0.8),
+        cell("a", 0.2, 0.7),
+        cell("b", 0.2, 0.7),
+        cell("b", 0.3, 0.9),
+        cell("a", 0.3, None),
+    ]
     found += [cell("b", 0.1, 0.99, alone=False), cell("b", 0.4, 0.9)]
-    assert "`tiny` at 20%, 10% of the tokens" in catalogue.wins("a", found)  # a tie counts for both, a composition and an unmeasured rival for none
+    # a tie counts for both, a composition and an unmeasured rival for none
+    assert "`tiny` at 20%, 10% of the tokens" in catalogue.wins("a", found)
     assert "`tiny` at 20% of the tokens" in catalogue.wins("b", found)
     assert catalogue.wins("c", found) == ""
 
@@ -213,15 +230,29 @@ def test_the_table_of_results_has_every_run() -> None:
     found = [(path, run) for path, run in runs if "/tiny-chain/" in str(path) and path.stem == "methods"]
     path, run = next((path, run) for path, run in found if run["id"] == "visionzip+duet@0.11")
     kept, low, high = (f"{100 * value:.1f}" for value in (run["kept"], *run["kept_interval"]))
-    (line,) = [line for line in table if f"[{run['method']}]" in line and "| 11% |" in line and f"../{path.relative_to(ROOT)}" in line]
-    assert f"| {run['accuracy']:.3f} (" in line and f"| {kept} ({low}-{high}) |" in line and f"| {run['tokens']['measured']:.1f} |" in line
+    (line,) = [
+        line
+        for line in table
+        if f"[{run['method']}]" in line and "| 11% |" in line and f"../{path.relative_to(ROOT)}" in line
+    ]
+    assert (
+        f"| {run['accuracy']:.3f} (" in line
+        and f"| {kept} ({low}-{high}) |" in line
+        and f"| {run['tokens']['measured']:.1f} |" in line
+    )
 
 
 def test_every_verb_and_option_is_on_the_page_of_the_command_line() -> None:
     page = reference.command_line()
     for verb, command in get_command(app).commands.items():  # type: ignore[attr-defined]
         part = page.split(f"## `{verb}`\n")[1].split("\n## ")[0]
-        assert all(name in part for option in command.params if not option.hidden for name in option.opts if name.startswith("-")), verb
+        assert all(
+            name in part
+            for option in command.params
+            if not option.hidden
+            for name in option.opts
+            if name.startswith("-")
+        ), verb
     assert max(map(len, page.splitlines())) <= 100
 
 
@@ -297,12 +328,17 @@ def test_docstrings_are_taken_apart() -> None:
     assert docstrings.idea(Method) == ["Idea in `two` lines, of one paragraph."]
     assert docstrings.paragraphs(Method, ("Cost",)) == ["Cost: next to nothing. More of that is no setting : really."]
     told = [(one.name, one.type, one.default, one.text) for one in docstrings.settings(Method)]
-    assert told[:2] == [("first", "int or None", "None", "Both the same."), ("second", "int or None", "2", "Both the same.")]
+    assert told[:2] == [
+        ("first", "int or None", "None", "Both the same."),
+        ("second", "int or None", "2", "Both the same."),
+    ]
     assert told[2:] == [("shared", "int", "1", "Of all.")]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known_methods: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_notebooks_run(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known_methods: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     module = type(sys)("notebook")
     monkeypatch.setitem(sys.modules, "notebook", module)
@@ -327,7 +363,9 @@ def test_tables_sort_and_filter_in_a_browser(tmp_path: Path) -> None:
     cells = "".join("<tr>" + "".join(f"<td>{text}</td>" for text in row) + "</tr>" for row in ROWS)
     table = f"<table><thead><tr><th>name</th><th>value</th><th>words</th></tr></thead><tbody>{cells}</tbody></table>"
     script = (ROOT / "docs/assets/tables.js").read_text()
-    (tmp_path / "page.html").write_text(f"<div class='filtered'><div class='sortable'>{table}</div></div><script>{script}</script>")
+    (tmp_path / "page.html").write_text(
+        f"<div class='filtered'><div class='sortable'>{table}</div></div><script>{script}</script>"
+    )
     with api.sync_playwright() as play:
         page = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]).new_page()
         page.goto((tmp_path / "page.html").as_uri())
@@ -420,7 +458,10 @@ def test_the_site_builds_strictly(site: Path) -> None:
     assert all((site / page).with_suffix(".html").is_file() for page in pages)
     heads = re.findall(r'<h3 id="([^"]+)"[^>]*>(.*?)</h3>', (site / "reference/python.html").read_text(), flags=re.S)
     found = {anchor: re.sub(r"<[^>]+>|\s|&para;|¶", "", words) for anchor, words in heads}
-    assert found["duet_vlm.api.attach.attach"] == "duet_vlm.attach" and found["duet_vlm.api.handle.Handle"] == "duet_vlm.Handle"
+    assert (
+        found["duet_vlm.api.attach.attach"] == "duet_vlm.attach"
+        and found["duet_vlm.api.handle.Handle"] == "duet_vlm.Handle"
+    )
 
 
 @pytest.mark.slow

@@ -67,6 +67,8 @@ def test_the_context_around_a_function_is_not_timed() -> None:
         time.sleep(0.02)
 
     seen = []
-    times = time_paired({"a": lambda: seen.append(bool(inside)), "b": lambda: None}, repeats=3, warmup=1, around={"a": around})
+    times = time_paired(
+        {"a": lambda: seen.append(bool(inside)), "b": lambda: None}, repeats=3, warmup=1, around={"a": around}
+    )
     assert seen == [True] * 4 and not inside
     assert times["a"].median < 0.01

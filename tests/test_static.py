@@ -1,4 +1,5 @@
-"""Static caches behind a reduced prompt: the same answers as with the dynamic cache, sizes by the plan, one graph for prompts of one size."""
+"""Static caches behind a reduced prompt: the same answers as with the dynamic cache, sizes by the plan, one graph for
+prompts of one size."""
 
 from __future__ import annotations
 
@@ -52,13 +53,19 @@ def test_a_static_cache_decodes_what_the_dynamic_one_does(case: Case) -> None:
                 handle.static_cache(cache, ROOM)
             return
         static = handle.static_cache(cache, ROOM)
-        assert [layer.max_cache_len - ROOM for layer in static.layers] == [layer.keys.shape[2] for layer in cache.layers]
+        assert [layer.max_cache_len - ROOM for layer in static.layers] == [
+            layer.keys.shape[2] for layer in cache.layers
+        ]
         assert not static.is_compileable  # generate() is to leave the model as it is
         expected = write(model, cache, token, inputs["attention_mask"], ROOM)
         found = write(model, static, token, inputs["attention_mask"], ROOM)
         torch.testing.assert_close(found, expected, **CLOSE)
-        with pytest.raises(ValueError, match=rf"room for {ROOM} tokens after its prompt, and {ROOM + 1} are written: make it larger"):
-            write(model, static, token, torch.cat([inputs["attention_mask"], torch.ones(len(token), ROOM).long()], 1), 1)
+        with pytest.raises(
+            ValueError, match=rf"room for {ROOM} tokens after its prompt, and {ROOM + 1} are written: make it larger"
+        ):
+            write(
+                model, static, token, torch.cat([inputs["attention_mask"], torch.ones(len(token), ROOM).long()], 1), 1
+            )
 
 
 @matrix("duet", "fastv", attention=("sdpa",))
@@ -72,7 +79,9 @@ def test_generate_goes_on_with_a_static_cache(case: Case) -> None:
         first = generate(model, inputs, 1)
         mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1).long()], 1)
         static = handle.static_cache(first.past_key_values, 4)
-        rest = generate(model, {"input_ids": first.sequences[:, -1:], "attention_mask": mask}, 3, past_key_values=static)
+        rest = generate(
+            model, {"input_ids": first.sequences[:, -1:], "attention_mask": mask}, 3, past_key_values=static
+        )
     assert torch.equal(rest.sequences[:, 1:], expected.sequences[:, -3:])
 
 
@@ -85,11 +94,14 @@ def test_rows_keep_their_prompts() -> None:
         cache.reorder_cache(order)
         static = handle.static_cache(cache, 3)
         mask = inputs["attention_mask"][order]
-        torch.testing.assert_close(write(model, static, token[order], mask, 3), write(model, cache, token[order], mask, 3), **CLOSE)
+        torch.testing.assert_close(
+            write(model, static, token[order], mask, 3), write(model, cache, token[order], mask, 3), **CLOSE
+        )
 
 
 def test_one_graph_serves_all_prompts_of_a_size() -> None:
-    """Compiled layers: one graph of each for decoding, whatever the picture and the question, while the static sizes are the same."""
+    """Compiled layers: one graph of each for decoding, whatever the picture and the question, while the static sizes
+    are the same."""
     model, processor = tiny.load()
     graphs: list[int] = []
 
@@ -100,13 +112,17 @@ def test_one_graph_serves_all_prompts_of_a_size() -> None:
     samples = tiny.samples("test", 6)
     encoded = [processor(images=one.image, text=tiny.prompt(one.question), return_tensors="pt") for one in samples]
     longest = max(one["input_ids"].shape[1] for one in encoded)
-    assert len({one["input_ids"].shape[1] for one in encoded}) > 1  # questions differ in length, what is missing goes to the room
+    # questions differ in length, what is missing goes to the room
+    assert len({one["input_ids"].shape[1] for one in encoded}) > 1
     made = []
     torch._dynamo.reset()
     limit = torch._dynamo.config.patch(recompile_limit=64)  # more than there are layers: each has a number, so a graph
     with limit, duet_vlm.attach(model, "duet", budget=0.33) as handle:
         prompts = [read(model, one) for one in encoded]
-        expected = [write(model, cache, token, one["attention_mask"], 4) for one, (cache, token) in zip(encoded, prompts, strict=True)]
+        expected = [
+            write(model, cache, token, one["attention_mask"], 4)
+            for one, (cache, token) in zip(encoded, prompts, strict=True)
+        ]
         prompts = [read(model, one) for one in encoded]
         for layer in model.model.language_model.layers:
             layer.forward = torch.compile(layer.forward, backend=counted)
@@ -124,7 +140,9 @@ def test_how_many_may_follow_is_a_number_of_tokens(new: Any) -> None:
     model, inputs = shared("llava"), FAMILIES["llava"].inputs([ONE])
     with duet_vlm.attach(model, "fastv", budget=0.5) as handle:
         cache, _ = read(model, inputs)
-        with pytest.raises(ValueError, match=r"max_new_tokens=.*: how many tokens may still be written, a whole number from 1 on"):
+        with pytest.raises(
+            ValueError, match=r"max_new_tokens=.*: how many tokens may still be written, a whole number from 1 on"
+        ):
             handle.static_cache(cache, new)
 
 

@@ -1,4 +1,5 @@
-"""A clip that arrives in pieces: what is held is what evs keeps of the whole clip, and answers are those of that choice, offline."""
+"""A clip that arrives in pieces: what is held is what evs keeps of the whole clip, and answers are those of that
+choice, offline."""
 
 from __future__ import annotations
 
@@ -53,7 +54,9 @@ def test_equals_evs_offline(family: str, budget: int, sizes: list[int]) -> None:
         expected = forward(model, inputs).logits[0]
         kept = handle.trace[0][0].stages[0].kept
         written = generate(model, inputs).sequences[0, inputs["input_ids"].shape[1] :]
-    assert [step * stream.places + place for step, place in stream.held] == [token for token in kept if token < stream.steps * stream.places]
+    assert [step * stream.places + place for step, place in stream.held] == [
+        token for token in kept if token < stream.steps * stream.places
+    ]
     found = stream.inputs(inputs["input_ids"])
     logits = forward(model, found).logits[0]
     torch.testing.assert_close(logits[-len(QUESTION) :], expected[-len(QUESTION) :], rtol=1e-3, atol=2e-4)
@@ -66,7 +69,11 @@ def test_placeholders_of_any_length_and_questions_at_any_time() -> None:
     for number, piece in enumerate(pieces("qwen2_5_vl", inputs, [1, 1, 1, 1]), start=1):
         stream.add(**piece)
         asked = stream.inputs(few["input_ids"])["inputs_embeds"]
-        assert len(stream.held) == min(9, number * stream.places) == asked.shape[1] - len(few["input_ids"][0]) + stream.places
+        assert (
+            len(stream.held)
+            == min(9, number * stream.places)
+            == asked.shape[1] - len(few["input_ids"][0]) + stream.places
+        )
     a, b = stream.inputs(few["input_ids"]), stream.inputs(inputs["input_ids"])
     assert all(torch.equal(a[name], b[name]) for name in a)
 

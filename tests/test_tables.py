@@ -1,4 +1,5 @@
-"""Tables of README and docs against the result files, read here without the generator: ``tables.py --check`` compares that with itself."""
+"""Tables of README and docs against the result files, read here without the generator: ``tables.py --check`` compares
+that with itself."""
 
 from __future__ import annotations
 
@@ -21,7 +22,10 @@ from duet_vlm.evaluation.tasks import accepted
 ROOT = Path(__file__).resolve().parent.parent
 
 
-WRITTEN = (*ROOT.glob("*.md"), *(page for folder in ("docs", "benchmarks", "lab", "comparison") for page in (ROOT / folder).rglob("*.md")))
+WRITTEN = (
+    *ROOT.glob("*.md"),
+    *(page for folder in ("docs", "benchmarks", "lab", "comparison") for page in (ROOT / folder).rglob("*.md")),
+)
 MARKED = sorted(str(page.relative_to(ROOT)) for page in WRITTEN if "<!-- table" in page.read_text())
 NUMBERED = sorted(str(page.relative_to(ROOT)) for page in WRITTEN if re.search(r"<!--\s*/?n\b", page.read_text()))
 NUMBER = re.compile(r"<!-- n ([^\n]*?) -->([^\n]*?)<!-- /n -->")
@@ -33,7 +37,9 @@ def blocks(page: str) -> dict[str, str]:
 
 def cells(text: str) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the first table in a text."""
-    head, _, *rows = [[cell.strip() for cell in line.strip()[1:-1].split("|")] for line in text.split("\n") if line.startswith("|")]
+    head, _, *rows = [
+        [cell.strip() for cell in line.strip()[1:-1].split("|")] for line in text.split("\n") if line.startswith("|")
+    ]
     return head, rows
 
 
@@ -50,7 +56,8 @@ def test_every_table_on_a_page_has_rows(page: str) -> None:
 
 
 def test_every_block_is_made_and_shown() -> None:
-    """A page that the generator does not look at would keep old numbers, a block on no page would be checked for nothing."""
+    """A page that the generator does not look at would keep old numbers, a block on no page would be checked for
+    nothing."""
     assert {*MARKED, *NUMBERED} == set(generator.PAGES)
     shown = [name for page in MARKED for name in blocks(page)]
     opened = [name for page in MARKED for name in re.findall(r"<!-- table\b:?(\w*)", (ROOT / page).read_text())]
@@ -102,7 +109,9 @@ def checked(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     return generator.main()
 
 
-def test_a_stale_number_in_a_sentence_fails_the_check(one_page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stale_number_in_a_sentence_fails_the_check(
+    one_page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     line = "One layer is <!-- n wide 1 6 33 -->{}<!-- /n --> % of the budget.\n"
     one_page.write_text(line.format(33))
     assert checked(monkeypatch, "--check") == 1 and "differ: page.md" in capsys.readouterr().out
@@ -116,7 +125,10 @@ def test_a_stale_number_in_a_sentence_fails_the_check(one_page: Path, monkeypatc
     [
         ("It is <!-- n wyde 1 6 33 -->51<!-- /n --> %.", "line 1: no number 'wyde' (did you mean 'wide'?)"),
         ("It is <!-- n wide 1 6 -->51<!-- /n --> %.", "missing 1 required positional argument"),
-        ("It\nkeeps <!-- n kept tiny-chain duett@0.11 -->51<!-- /n --> %.", "line 2: 'kept tiny-chain duett@0.11': no run 'duett@0.11'"),
+        (
+            "It\nkeeps <!-- n kept tiny-chain duett@0.11 -->51<!-- /n --> %.",
+            "line 2: 'kept tiny-chain duett@0.11': no run 'duett@0.11'",
+        ),
         ("It keeps <!-- n kept tiny-chian duet@0.11 -->51<!-- /n --> %.", "line 1: 'kept tiny-chian duet@0.11'"),
         ("It is <!-- n wide 1 6 33 -->51 %.", "not of the form"),
         ("It is <!-- n wide 1 6 33 -->\n51<!-- /n --> %.", "not of the form"),
@@ -136,20 +148,31 @@ def test_a_number_that_nothing_makes_is_an_error(
 
 def test_numbers_in_sentences_are_those_of_the_result_files() -> None:
     """What pages say a run keeps, against the files; ranges by their ends."""
-    kept = {(task, row["id"].replace(" ", "")): row for task in ("tiny", "tiny-chain", "tiny-crowded") for row in runs(task)}
+    kept = {
+        (task, row["id"].replace(" ", "")): row for task in ("tiny", "tiny-chain", "tiny-crowded") for row in runs(task)
+    }
     compared = 0
     for page in NUMBERED:
         for words, said in NUMBER.findall((ROOT / page).read_text()):
             what, *rest = words.split()
             if what in ("kept", "whole"):
                 found = [100 * kept[rest[0], run]["kept"] for run in rest[1:]]
-                ends = [min(found), max(found)] if " to " in said else [found[0]] * (len(found) == 1 or max(found) - min(found) < 1)
+                ends = (
+                    [min(found), max(found)]
+                    if " to " in said
+                    else [found[0]] * (len(found) == 1 or max(found) - min(found) < 1)
+                )
                 numbers = [float(number) for number in said.split(" to ")]
                 assert numbers == pytest.approx(ends, abs=0.0501 if "." in said else 0.501), (page, words)
                 compared += 1
             if what == "gap":
-                pairs = [100 * (kept[rest[0], a]["kept"] - kept[rest[0], b]["kept"]) for a, b in zip(rest[1::2], rest[2::2], strict=True)]
-                assert [float(number) for number in said.split(" to ")] == pytest.approx([min(pairs), max(pairs)], abs=0.501), (page, words)
+                pairs = [
+                    100 * (kept[rest[0], a]["kept"] - kept[rest[0], b]["kept"])
+                    for a, b in zip(rest[1::2], rest[2::2], strict=True)
+                ]
+                assert [float(number) for number in said.split(" to ")] == pytest.approx(
+                    [min(pairs), max(pairs)], abs=0.501
+                ), (page, words)
                 compared += 1
     assert compared > 30
 
@@ -159,15 +182,22 @@ def test_what_leads_on_questions_that_chose_nothing() -> None:
     result = load(ROOT / "lab/comparison/tiny-chain/results/fresh.json")
     found = unpack(result)
     page, seen = (ROOT / "docs/comparison.md").read_text(), 0
-    hits = {run: [accepted(answer, gold) for answer, gold in zip(said, found["gold"], strict=True)] for run, said in found["answers"].items()}
+    hits = {
+        run: [accepted(answer, gold) for answer, gold in zip(said, found["gold"], strict=True)]
+        for run, said in found["answers"].items()
+    }
     for words, said in NUMBER.findall(page):
         if words.startswith("lead "):
             run = words.split()[1]
             ours, best = hits[run], hits["duet_plus@" + run.split("@")[1]]
             wins = sum(a and not b for a, b in zip(ours, best, strict=True))
             losses = sum(b and not a for a, b in zip(ours, best, strict=True))
-            chance = min(1.0, 2 * sum(math.comb(wins + losses, i) for i in range(min(wins, losses) + 1)) / 2 ** (wins + losses))
-            assert f"; {wins} : {losses} questions" in said and float(said.split()[0]) == pytest.approx(100 * (wins - losses) / len(ours), abs=0.0501)
+            chance = min(
+                1.0, 2 * sum(math.comb(wins + losses, i) for i in range(min(wins, losses) + 1)) / 2 ** (wins + losses)
+            )
+            assert f"; {wins} : {losses} questions" in said and float(said.split()[0]) == pytest.approx(
+                100 * (wins - losses) / len(ours), abs=0.0501
+            )
             assert float(said.rstrip(")").split()[-1]) == pytest.approx(chance, abs=0.00051)
             seen += 1
     assert seen == 4 and not {seed for seed in (0, 1, 2)} & set(result["experiment"]["seeds"])
@@ -226,7 +256,9 @@ def test_how_much_is_kept_at_every_budget(page: str, block: str, task: str) -> N
     compared = 0
     for label, *texts in rows:
         for title, text in zip(head[1:], texts, strict=True):
-            row = truth.get((label.replace("\\", ""), float(title.rstrip(" %")) / 100 if title[0].isdecimal() else None))
+            row = truth.get(
+                (label.replace("\\", ""), float(title.rstrip(" %")) / 100 if title[0].isdecimal() else None)
+            )
             assert row is not None or text == "-", (label, title)
             if row is not None and row["status"] == "ok":
                 assert float(text.split()[0]) == pytest.approx(100 * row["kept"], abs=0.0501), (label, title)
@@ -250,7 +282,9 @@ def test_lists_of_the_command_line_hold_what_the_source_holds() -> None:
     """``catalogue.json`` is compared with what makes it; both are empty where that finds nothing."""
     lists = json.loads((ROOT / "src/duet_vlm/api/catalogue.json").read_text())
     assert len(lists["methods"]) == registered("methods", "register") > 50
-    assert all(row[key] for row in lists["methods"] for key in ("name", "summary", "stage", "paper", "settings", "idea"))
+    assert all(
+        row[key] for row in lists["methods"] for key in ("name", "summary", "stage", "paper", "settings", "idea")
+    )
     texts = [file.read_text() for file in (ROOT / "src/duet_vlm/models").glob("*.py")]
     named = {name for text in texts for name in re.findall(r'^    family = "(\w+)"', text, flags=re.M)}
     assert {row["family"] for row in lists["models"]} == named and len(named) >= 17 and len(lists["presets"]) > 10

@@ -32,11 +32,17 @@ RULE = ["what", "color", "left"]  # words long enough for the rule that knows no
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {"<pad>": PAD, "<image>": IMAGE, "<unk>": 1} | {word: 10 + i for i, word in enumerate(dict.fromkeys(WORDS))}
+    vocabulary = {"<pad>": PAD, "<image>": IMAGE, "<unk>": 1} | {
+        word: 10 + i for i, word in enumerate(dict.fromkeys(WORDS))
+    }
     model = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     model.pre_tokenizer = Whitespace()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token="<pad>", unk_token="<unk>", extra_special_tokens={"image_token": "<image>"}, padding_side="left"
+        tokenizer_object=model,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+        padding_side="left",
     )
     assert tokenizer.convert_tokens_to_ids("<image>") == IMAGE and max(vocabulary.values()) < VOCAB
     return tokenizer
@@ -117,7 +123,9 @@ def test_an_image_alone_asks_with_its_last_token(tokenizer: PreTrainedTokenizerF
         (["<image> who drives"], lambda ids: torch.where(ids == ids[0, -1], 12, ids), "are not this text's tokens"),
     ],
 )
-def test_texts_and_ids_that_do_not_belong_together(tokenizer: PreTrainedTokenizerFast, prompts: Any, change: Any, message: str) -> None:
+def test_texts_and_ids_that_do_not_belong_together(
+    tokenizer: PreTrainedTokenizerFast, prompts: Any, change: Any, message: str
+) -> None:
     ids = encode(tokenizer, prompts)
     with pytest.raises(ValueError, match=message):
         salient_mask(tokenizer, prompts, change(ids), IMAGE)
@@ -148,7 +156,13 @@ def test_the_rule_that_knows_no_language() -> None:
 
 def test_spacy_branch(monkeypatch: pytest.MonkeyPatch) -> None:
     """With spaCy: content parts of speech that are no stop words; if there are none, every word."""
-    tags = {"what": ("PRON", True), "color": ("NOUN", False), "is": ("AUX", True), "it": ("PRON", True), "left": ("ADJ", False)}
+    tags = {
+        "what": ("PRON", True),
+        "color": ("NOUN", False),
+        "is": ("AUX", True),
+        "it": ("PRON", True),
+        "left": ("ADJ", False),
+    }
     loaded: list[str] = []
 
     class Word:
@@ -191,7 +205,12 @@ def processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     size = {"height": 84, "width": 84}
     images = CLIPImageProcessor(size=size, crop_size=size)
     return LlavaProcessor(
-        images, tokenizer, patch_size=14, vision_feature_select_strategy="default", image_token="<image>", num_additional_image_tokens=1
+        images,
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        image_token="<image>",
+        num_additional_image_tokens=1,
     )
 
 
@@ -207,10 +226,15 @@ def test_the_processor_brings_the_mask_and_generate_takes_it(processor: LlavaPro
     pictures = [picture(1), picture(2)]
     before = processor(images=pictures, text=PROMPTS, padding=True, return_tensors="pt")
     assert "salient_mask" not in before
-    with duet_vlm.attach(model, "duet", schedule=((3, 0.4), (5, 0.1)), text_query="salient", processor=processor) as handle:
+    with duet_vlm.attach(
+        model, "duet", schedule=((3, 0.4), (5, 0.1)), text_query="salient", processor=processor
+    ) as handle:
         assert isinstance(processor, plain) and type(processor).__name__ == plain.__name__
         inputs = processor(images=pictures, text=PROMPTS, padding=True, return_tensors="pt")
-        assert words_of(processor.tokenizer, inputs["input_ids"], inputs["salient_mask"]) == [[*RULE, ":"], ["drives", ":"]]
+        assert words_of(processor.tokenizer, inputs["input_ids"], inputs["salient_mask"]) == [
+            [*RULE, ":"],
+            ["drives", ":"],
+        ]
         written = generate(model, dict(inputs), 3)
         salient = handle.trace
         beams = generate(model, dict(inputs), 3, num_beams=2)
@@ -221,7 +245,9 @@ def test_the_processor_brings_the_mask_and_generate_takes_it(processor: LlavaPro
         assert handle.trace == salient
         # the same rows asked for by hand, through labels of nothing but the mask, choose the same tokens
         by_hand = dict(inputs) | {"salient_mask": inputs["salient_mask"].long()}
-        assert survivors(handle, model, by_hand) == [[stage.kept for stage in span.stages] for row in salient for span in row]
+        assert survivors(handle, model, by_hand) == [
+            [stage.kept for stage in span.stages] for row in salient for span in row
+        ]
         handle.set(text_query="all")
         forward(model, dict(inputs))
         assert handle.trace != salient
@@ -235,7 +261,10 @@ def test_generate_takes_a_mask_made_by_hand(processor: LlavaProcessor) -> None:
     model = shared("llava")
     inputs = dict(processor(images=[picture(1)], text=PROMPTS[:1], return_tensors="pt"))
     inputs["salient_mask"] = salient_mask(processor.tokenizer, PROMPTS[0], inputs["input_ids"], IMAGE)
-    with pytest.warns(UserWarning), duet_vlm.attach(model, "duet", schedule=((3, 0.4),), text_query="salient") as handle:
+    with (
+        pytest.warns(UserWarning),
+        duet_vlm.attach(model, "duet", schedule=((3, 0.4),), text_query="salient") as handle,
+    ):
         generate(model, inputs, 3)
         made_by_hand = handle.trace
     with duet_vlm.attach(model, "duet", schedule=((3, 0.4),), text_query="salient", processor=processor) as handle:
@@ -255,7 +284,10 @@ def test_the_processor_works_for_other_calls_too(processor: LlavaProcessor) -> N
 
 def test_detach_after_an_error_gives_the_processor_back(processor: LlavaProcessor) -> None:
     plain = type(processor)
-    with pytest.raises(KeyError), duet_vlm.attach(shared("llava"), "duet", budget=12, text_query="salient", processor=processor):
+    with (
+        pytest.raises(KeyError),
+        duet_vlm.attach(shared("llava"), "duet", budget=12, text_query="salient", processor=processor),
+    ):
         assert type(processor) is not plain
         raise KeyError
     assert type(processor) is plain and "__call__" not in vars(processor)
@@ -270,10 +302,13 @@ def marks(processor: Any) -> bool:
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
-def test_one_processor_of_several_models_is_given_back_by_the_last(order: tuple[int, ...], processor: LlavaProcessor) -> None:
+def test_one_processor_of_several_models_is_given_back_by_the_last(
+    order: tuple[int, ...], processor: LlavaProcessor
+) -> None:
     plain, state = type(processor), dict(vars(processor))
     handles = [attach("llava", processor) for _ in range(3)]
-    assert type(processor).__mro__.count(plain) == 1 and type(processor).__base__ is plain  # one wrapper, however many users
+    # one wrapper, however many users
+    assert type(processor).__mro__.count(plain) == 1 and type(processor).__base__ is plain
     for number in order:
         assert marks(processor) and isinstance(processor, plain)
         handles[number].detach()
@@ -293,7 +328,10 @@ def test_each_model_marks_by_its_own_placeholder(processor: LlavaProcessor) -> N
 COPIES: dict[str, Callable[[Any], Any]] = {
     "copy": copy.copy,
     "deepcopy": copy.deepcopy,
-    **{f"pickle {n}": lambda processor, n=n: pickle.loads(pickle.dumps(processor, n)) for n in range(2, pickle.HIGHEST_PROTOCOL + 1)},
+    **{
+        f"pickle {n}": lambda processor, n=n: pickle.loads(pickle.dumps(processor, n))
+        for n in range(2, pickle.HIGHEST_PROTOCOL + 1)
+    },
 }
 
 
@@ -312,7 +350,9 @@ def test_copies_of_an_attached_processor_are_plain(kind: str, processor: LlavaPr
 
 def test_an_instance_made_by_the_class_of_an_attached_processor_marks_nothing(processor: LlavaProcessor) -> None:
     with attach("llava", processor):
-        twin = type(processor)(processor.image_processor, processor.tokenizer, patch_size=14, vision_feature_select_strategy="default")
+        twin = type(processor)(
+            processor.image_processor, processor.tokenizer, patch_size=14, vision_feature_select_strategy="default"
+        )
         assert not marks(twin)
         with attach("llava", twin):
             assert marks(twin) and marks(processor)
@@ -332,7 +372,9 @@ def test_a_class_that_somebody_put_on_top_stays(processor: LlavaProcessor) -> No
     processor.__class__ = plain
 
 
-def test_a_class_that_somebody_took_off_with_theirs(processor: LlavaProcessor, recwarn: pytest.WarningsRecorder) -> None:
+def test_a_class_that_somebody_took_off_with_theirs(
+    processor: LlavaProcessor, recwarn: pytest.WarningsRecorder
+) -> None:
     plain = type(processor)
     processor.__class__ = type("Theirs", (plain,), {})
     handle = attach("llava", processor)
@@ -349,7 +391,9 @@ def test_ragged_ids_get_ragged_masks(processor: LlavaProcessor) -> None:
     pictures = [picture(1), picture(2)]
     with attach("llava", processor):
         lists = processor(images=pictures, text=RAGGED)
-        assert [len(row) for row in lists["salient_mask"]] == [len(row) for row in lists["input_ids"]] and len({*map(len, lists["input_ids"])}) == 2
+        assert [len(row) for row in lists["salient_mask"]] == [len(row) for row in lists["input_ids"]] and len(
+            {*map(len, lists["input_ids"])}
+        ) == 2
         for row, (image, text) in enumerate(zip(pictures, RAGGED, strict=True)):
             alone = processor(images=image, text=text, return_tensors="pt")
             assert lists["salient_mask"][row] == alone["salient_mask"][0].tolist()

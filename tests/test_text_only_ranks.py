@@ -1,4 +1,5 @@
-"""Text-only batches of a distributed run: the blank image reaches every parameter and changes nothing (processes: test_distributed.py)."""
+"""Text-only batches of a distributed run: the blank image reaches every parameter and changes nothing (processes:
+test_distributed.py)."""
 
 from __future__ import annotations
 
@@ -12,7 +13,9 @@ from duet_vlm.runtime.training import distributed
 
 @pytest.mark.parametrize("method", ["none", "duet", "duet_plus"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_blank_image_reaches_every_parameter_and_changes_nothing(family: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blank_image_reaches_every_parameter_and_changes_nothing(
+    family: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, inputs = build(family).train(), FAMILIES[family].inputs([TEXT, TEXT])
     labels = inputs["input_ids"]
     stock = model(**inputs, labels=labels)
@@ -33,7 +36,8 @@ def test_blank_image_reaches_every_parameter_and_changes_nothing(family: str, me
         assert torch.equal(got[name], grad), name
     reached = idle & set(got)
     assert all(not got[name].any() for name in reached)
-    never = idle - reached  # LLaVA reads the layer before the last: stock models leave what follows idle on pictures, too
+    # LLaVA reads the layer before the last: stock models leave what follows idle on pictures, too
+    never = idle - reached
     with_picture = build(family).train()
     picture = FAMILIES[family].inputs([ONE])
     with_picture(**picture, labels=picture["input_ids"].masked_fill(picture["input_ids"] != 9, -100)).loss.backward()

@@ -1,4 +1,5 @@
-"""Several threads on one attached model: a pause belongs to who asked for it, a call runs to its end by the rules it began with."""
+"""Several threads on one attached model: a pause belongs to who asked for it, a call runs to its end by the rules it
+began with."""
 
 from __future__ import annotations
 
@@ -107,7 +108,13 @@ def test_a_generation_ends_by_the_rules_it_began_with(family: str, use_cache: bo
         meet = LogitsProcessorList([Meet(between)])
         found = generate(model, inputs, 5, use_cache=use_cache, logits_processor=meet).logits
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-        expected = expected if handle.budget == 0.4 else generate(model, inputs, 5, use_cache=use_cache).logits if not waiting else expected
+        expected = (
+            expected
+            if handle.budget == 0.4
+            else generate(model, inputs, 5, use_cache=use_cache).logits
+            if not waiting
+            else expected
+        )
     waiting[0].join(60)
     assert duet_vlm.handle_of(model) is None
     assert all(torch.equal(a, b) for a, b in zip(generate(model, inputs, 5).logits, plain, strict=True))
@@ -160,7 +167,8 @@ def test_reports_belong_to_the_thread_that_asks() -> None:
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 def test_four_threads(family: str) -> None:
-    """Pauses, budgets and a detach at random: every answer is that of the full model or of one of the budgets, bit for bit."""
+    """Pauses, budgets and a detach at random: every answer is that of the full model or of one of the budgets, bit for
+    bit."""
     model, made = build(family), FAMILIES[family]
     batches = [made.inputs([ONE]), made.inputs([ONE, TEXT])]
     budgets = (0.2, 0.4, 0.8)
@@ -233,7 +241,10 @@ def test_an_interrupt_leaves_no_call_behind() -> None:
             with pytest.raises(KeyboardInterrupt):
                 call()
         hook.remove()
-        assert all(torch.equal(a, b) for a, b in zip(model.model.get_image_features(second["pixel_values"]).pooler_output, plain, strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(model.model.get_image_features(second["pixel_values"]).pooler_output, plain, strict=True)
+        )
         assert torch.equal(model.model(**second).last_hidden_state, expected)
         assert torch.equal(in_thread(lambda: model.model(**second).last_hidden_state), expected)
         started = time.monotonic()

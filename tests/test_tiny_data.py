@@ -37,10 +37,17 @@ def test_same_index_same_sample():
 
 
 def test_streams_are_disjoint():
-    streams = [(split, seed, crowded) for split in ("train", "validation", "test") for seed in (0, 1) for crowded in (False, True)]
+    streams = [
+        (split, seed, crowded)
+        for split in ("train", "validation", "test")
+        for seed in (0, 1)
+        for crowded in (False, True)
+    ]
     scenes = [scene(split, seed, i, crowded=crowded) for split, seed, crowded in streams for i in range(10)]
     assert len({render(s).tobytes() for s in scenes}) == len({s.things for s in scenes}) == len(scenes)
-    numbers = [generator("test", 0, 0, purpose).random() for purpose in range(4)] + [s.generator(2).random() for s in scenes]
+    numbers = [generator("test", 0, 0, purpose).random() for purpose in range(4)] + [
+        s.generator(2).random() for s in scenes
+    ]
     assert len(set(numbers)) == len(numbers) - 1  # the questions of (test, 0, 0) stand in both lists
 
 
@@ -61,7 +68,8 @@ def test_assets_are_what_the_script_draws():
 
 
 def answer_from_description(text: str, things) -> str:
-    """Read a question with regular expressions and answer it from the list of things: nothing shared with the generator."""
+    """Read a question with regular expressions and answer it from the list of things: nothing shared with the
+    generator."""
     described = [(SHAPES[t.shape], COLOR_NAMES[t.color], t) for t in things]
 
     def only(name: str):
@@ -134,7 +142,9 @@ def test_needed_patches_cover_things_and_tags():
 
 def boxes(things) -> np.ndarray:
     """(n, 4) x, y, width, height of things and tags."""
-    parts = [(t.x, t.y, t.size, t.size) for t in things] + [(t.tag.x, t.tag.y, t.tag.width, t.tag.height) for t in things if t.tag]
+    parts = [(t.x, t.y, t.size, t.size) for t in things] + [
+        (t.tag.x, t.tag.y, t.tag.width, t.tag.height) for t in things if t.tag
+    ]
     return np.array(parts)
 
 

@@ -55,7 +55,11 @@ def test_auto_classes_load_without_network(monkeypatch):
     processor = AutoProcessor.from_pretrained(tiny.path())
     model = AutoModelForImageTextToText.from_pretrained(tiny.path())
     assert type(processor).__name__ == "LlavaProcessor" and type(model).__name__ == "LlavaForConditionalGeneration"
-    assert processor.patch_size == 14 and processor.num_additional_image_tokens == 1 and processor.tokenizer.padding_side == "left"
+    assert (
+        processor.patch_size == 14
+        and processor.num_additional_image_tokens == 1
+        and processor.tokenizer.padding_side == "left"
+    )
     assert model.config.text_config.num_hidden_layers == 12 and model.config.vision_feature_layer == -2
 
 
@@ -115,7 +119,8 @@ def test_model_needs_to_look(loaded):
 
 
 def test_cls_attention_prefers_foreground(loaded):
-    """In front of the decoder the tokens that CLS attends to most hold far more needed patches than their share of the picture."""
+    """In front of the decoder the tokens that CLS attends to most hold far more needed patches than their share of the
+    picture."""
     questions = [task("tiny").ask(0, i) for i in range(14)]
     runs = [ExperimentCell("duet", settings={"dominant": 64, "contextual": 0, "schedule": ()})]
     (found,) = answer(LoadedModel("tiny", *loaded), runs, questions, 4).values()
@@ -144,5 +149,7 @@ def test_unguided_checkpoint_is_what_its_readme_says(loaded):
     same = [name for name, value in model.model.state_dict().items() if torch.equal(value, shipped[name])]
     assert [n for n in shipped if n.startswith("vision_tower")] == [n for n in same if n.startswith("vision_tower")]
     assert not any(n.startswith("language_model") and n.endswith("_proj.weight") for n in same)
-    hits = right_by_kind(model, AutoProcessor.from_pretrained(folder / "unguided"), [task("tiny").ask(30, i) for i in range(70)])
+    hits = right_by_kind(
+        model, AutoProcessor.from_pretrained(folder / "unguided"), [task("tiny").ask(30, i) for i in range(70)]
+    )
     assert np.mean(sum(hits.values(), [])) >= 0.93

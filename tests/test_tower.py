@@ -1,4 +1,5 @@
-"""Reduction in front of the tower: survivors are those of the whole tower that does not see the rest, everything else follows from them."""
+"""Reduction in front of the tower: survivors are those of the whole tower that does not see the rest, everything else
+follows from them."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ from duet_vlm.runtime.vision_tower.varlen import VarlenTowerState
 SERVED = list(FAMILIES)
 CONTENT = [(name, "images") for name in SERVED] + [(name, "clips") for name in SERVED if FAMILIES[name].video is True]
 KEEP = 0.45
-PACKING = ("llava_next", "llava_next_video", "llava_onevision")  # what packing cuts off leaves first, and crops then keep unlike many
+# what packing cuts off leaves first, and crops then keep unlike many
+PACKING = ("llava_next", "llava_next_video", "llava_onevision")
 DROPPING = ["contrast", "key_norm", "evit"]  # rows leave, and are not merged
 INSIDE = ["key_norm", "evit", "tome_tower"]
 FRONT = ["contrast", "motion", "rlt", "pixelprune", "random_patches", "checkerboard"]
@@ -77,9 +79,12 @@ def towers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     def finish(self: Any, output: Any, call: Any) -> Any:
         if call.tower_state is not None:
             run = call.tower_state
-            run.content_before = None if isinstance(run, VarlenTowerState) else content_of(self.adapter, call.encoding, run)
+            run.content_before = (
+                None if isinstance(run, VarlenTowerState) else content_of(self.adapter, call.encoding, run)
+            )
             run.history = {max(run.stages): whole_sizes(run)} | cuts.pop(id(run), {})
-            if isinstance(run, ConcatenatedTowerState):  # patches that fill no token leave in front, but of pictures that stay whole
+            # patches that fill no token leave in front, but of pictures that stay whole
+            if isinstance(run, ConcatenatedTowerState):
                 some = torch.cat([run.cells.flatten(), run.spare])
                 run.history.setdefault(0, torch.zeros(1, run.patches_before).index_fill(1, some, 1.0))
             seen.append((call.encoding.stream, call.tower_state))
@@ -110,12 +115,15 @@ def content_of(adapter: Any, encoding: EncoderCall, run: BatchedTowerState) -> T
 
 
 def whole_sizes(run: Any) -> Tensor:
-    """How many rows each row of the whole tower stands for: [P, rows]; of packed towers [1, rows] in the order of their blocks."""
+    """How many rows each row of the whole tower stands for: [P, rows]; of packed towers [1, rows] in the order of their
+    blocks."""
     if isinstance(run, ConcatenatedTowerState):
         return run.whole(run.row_sizes()[None])
     if isinstance(run, BatchedTowerState):
         return run.whole(run.row_sizes())
-    sizes = run.size.new_zeros(run.total).index_copy(0, run.slots[run.entry_index], run.size if run.uses_size_bias else torch.ones_like(run.size))
+    sizes = run.size.new_zeros(run.total).index_copy(
+        0, run.slots[run.entry_index], run.size if run.uses_size_bias else torch.ones_like(run.size)
+    )
     return sizes.repeat_interleave(run.unit)[None]
 
 
@@ -153,7 +161,16 @@ class Twin:
         """Post-hook of the patch embedding of packed towers."""
         return None if self.run is None else pooled_slowly(output[None], self.run)[0]
 
-    def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **kwargs: Any) -> Any:
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        scaling: float,
+        **kwargs: Any,
+    ) -> Any:
         assert self.sizes is not None
         rows = key.shape[2]
         since = max((after for after in self.sizes if after <= self.numbers[id(module)]), default=None)
@@ -164,7 +181,11 @@ class Twin:
         groups = query.shape[1] // key.shape[1]
         logits = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * scaling + sizes.log()[:, None, None]
         if isinstance(attention_mask, Tensor):
-            logits = logits.masked_fill(~attention_mask, -torch.inf) if attention_mask.dtype == torch.bool else logits + attention_mask
+            logits = (
+                logits.masked_fill(~attention_mask, -torch.inf)
+                if attention_mask.dtype == torch.bool
+                else logits + attention_mask
+            )
         weights = logits.softmax(-1).nan_to_num(0.0)  # a segment of which nothing is left
         return (weights @ value.repeat_interleave(groups, 1)).transpose(1, 2), None
 
@@ -174,17 +195,26 @@ def pooled_slowly(hidden: Tensor, run: Any) -> Tensor:
     hidden, start = hidden.clone(), 0
     for picture, (high, wide) in enumerate(run.grids):
         if isinstance(run, BatchedTowerState):
-            row, rows, read = hidden[picture], [(run.num_cls + cell).tolist() for cell in run.cells], run.survivors()[picture, run.cells[:, 0], 0]
+            row, rows, read = (
+                hidden[picture],
+                [(run.num_cls + cell).tolist() for cell in run.cells],
+                run.survivors()[picture, run.cells[:, 0], 0],
+            )
         else:
             units = range(start, start + high * wide)
             packed = [list(range(u * run.unit, (u + 1) * run.unit)) for u in units]
-            row, rows = hidden[0], [run.cells[u].tolist() for u in units] if isinstance(run, ConcatenatedTowerState) else packed
+            row, rows = (
+                hidden[0],
+                [run.cells[u].tolist() for u in units] if isinstance(run, ConcatenatedTowerState) else packed,
+            )
             read = run.survivors()[0, [some[0] for some in rows], 0]
             start += high * wide
         content = [True] * len(rows) if run.content_before is None else run.content_before[picture]
         gone = [unit for unit in range(high * wide) if content[unit] and not read[unit]]
         for number in range(run.pooled_count[picture]):
-            members = [unit for rank, unit in enumerate(gone) if rank * run.pooled_count[picture] // len(gone) == number]
+            members = [
+                unit for rank, unit in enumerate(gone) if rank * run.pooled_count[picture] // len(gone) == number
+            ]
             if not members:  # less left than that, beside padding
                 continue
             mean = sum(row[rows[unit]] for unit in members) / len(members)
@@ -196,8 +226,13 @@ def rows_of_twin(family: str, inputs: Inputs, runs: list[Any]) -> dict[str, list
     """Per stream and span the rows of the stock model whose tower does not see what left."""
     model = build(family)
     core = model.model
-    towers = [FAMILIES[family].blocks(model), *([core.video_tower.encoder.layers] if hasattr(core, "video_tower") else [])]
-    twin = Twin({id(FAMILIES[family].attention(block)): number for blocks in towers for number, block in enumerate(blocks)})
+    towers = [
+        FAMILIES[family].blocks(model),
+        *([core.video_tower.encoder.layers] if hasattr(core, "video_tower") else []),
+    ]
+    twin = Twin(
+        {id(FAMILIES[family].attention(block)): number for blocks in towers for number, block in enumerate(blocks)}
+    )
     AttentionInterface.register("tower_twin", twin)
     for blocks in towers:
         for block in blocks:
@@ -228,7 +263,9 @@ def by_stream(handle: duet_vlm.Handle) -> dict[str, list[Tensor]]:
 
 @pytest.mark.parametrize("mass", [True, False], ids=["mass", "plain"])
 @pytest.mark.parametrize(("family", "kind", "method"), cells(DROPPING, True))
-def test_survivors_are_those_of_a_tower_that_does_not_see_the_rest(family: str, kind: str, method: str, mass: bool, towers: list[Any]) -> None:
+def test_survivors_are_those_of_a_tower_that_does_not_see_the_rest(
+    family: str, kind: str, method: str, mass: bool, towers: list[Any]
+) -> None:
     model, inputs = shared(family), FAMILIES[family].inputs(rows_of(family, kind))
     with duet_vlm.attach(model, method, keep=KEEP, proportional_attention=mass) as handle:
         forward(model, inputs)
@@ -244,16 +281,27 @@ def test_survivors_are_those_of_a_tower_that_does_not_see_the_rest(family: str, 
 
 
 @pytest.mark.parametrize(("family", "kind", "method"), cells(["contrast", "motion+duet_plus"], True))
-def test_what_leaves_is_stood_for_by_the_means_of_its_stretches(family: str, kind: str, method: str, towers: list[Any]) -> None:
-    """Two rows stand for it: survivors are those of a tower that sees these, weighed, and not the rest; only survivors are read."""
+def test_what_leaves_is_stood_for_by_the_means_of_its_stretches(
+    family: str, kind: str, method: str, towers: list[Any]
+) -> None:
+    """Two rows stand for it: survivors are those of a tower that sees these, weighed, and not the rest; only survivors
+    are read."""
     model, inputs = shared(family), FAMILIES[family].inputs(rows_of(family, kind))
     tower, *behind = method.split("+")
-    settings = {f"{tower}_keep": KEEP, f"{tower}_pooled_context_tokens": 2, "budget": 0.2} if behind else {"keep": KEEP, "pooled_context_tokens": 2}
+    settings = (
+        {f"{tower}_keep": KEEP, f"{tower}_pooled_context_tokens": 2, "budget": 0.2}
+        if behind
+        else {"keep": KEEP, "pooled_context_tokens": 2}
+    )
     with duet_vlm.attach(model, method, **settings) as handle:
         forward(model, inputs)
         ours, history = by_stream(handle), [span for row in handle.trace for span in row]
     for _, run in towers:
-        assert run.pooled_count == tuple(min(2, (high * wide - n) // 2) for (high, wide), n in zip(run.grids, run.counts, strict=True)) != (0,)
+        assert (
+            run.pooled_count
+            == tuple(min(2, (high * wide - n) // 2) for (high, wide), n in zip(run.grids, run.counts, strict=True))
+            != (0,)
+        )
     fed = 8 if family == "video_llava" and kind == "clips" else 0  # CLS rows are tokens there
     assert sum(len(span.tower.kept) for span in history) == sum(n for _, run in towers for n in run.counts) + fed
     if behind:  # which rows of the tower enter is the choice of the method behind it
@@ -275,7 +323,9 @@ def test_with_nothing_to_stand_for_the_tower_is_the_stock_one(family: str) -> No
     assert torch.equal(forward(model, inputs).logits, plain)
 
 
-@pytest.mark.parametrize(("family", "method"), cells([*FRONT, *INSIDE, "contrast+duet_plus", "contrast+frames+duet", "evit+pyramiddrop"]))
+@pytest.mark.parametrize(
+    ("family", "method"), cells([*FRONT, *INSIDE, "contrast+duet_plus", "contrast+frames+duet", "evit+pyramiddrop"])
+)
 def test_keeping_every_patch_is_bit_equal(family: str, method: str) -> None:
     model, inputs = shared(family), FAMILIES[family].inputs(rows_of(family, "images"))
     plain = forward(model, inputs).logits
@@ -283,7 +333,10 @@ def test_keeping_every_patch_is_bit_equal(family: str, method: str) -> None:
         assert torch.equal(forward(model, inputs).logits, plain)
 
 
-@pytest.mark.parametrize(("family", "cell"), cells([f"{method}+duet_plus" for method in ("contrast", "motion", *INSIDE)] + ["contrast+duet_plus/2"]))
+@pytest.mark.parametrize(
+    ("family", "cell"),
+    cells([f"{method}+duet_plus" for method in ("contrast", "motion", *INSIDE)] + ["contrast+duet_plus/2"]),
+)
 def test_counts_and_costs_are_as_planned_and_detach_leaves_no_trace(family: str, cell: str, towers: list[Any]) -> None:
     model, inputs = shared(family), FAMILIES[family].inputs([fitting(family, TWO)])
     plain = forward(model, inputs).logits
@@ -320,14 +373,26 @@ def test_flops_of_the_reduced_tower_are_those_that_torch_counts(family: str, kin
     setattr(model.model, encoder, functools.wraps(plain)(encode))
     costs = []
     for keep in (1.0, 0.5):
-        with duet_vlm.attach(model, method, keep=keep, proportional_attention=False, **settings) as handle, torch.no_grad():
+        with (
+            duet_vlm.attach(model, method, keep=keep, proportional_attention=False, **settings) as handle,
+            torch.no_grad(),
+        ):
             forward(model, inputs)
             costs.append(handle.report().observed.vision_flops)
     assert counted[0] == costs[0] and costs[1] < 0.95 * costs[0]
-    assert counted[1] == costs[1] if family != "qwen2_5_vl" else abs(counted[1] - costs[1]) < 0.01 * costs[1]  # windows keep unlike many
+    # windows keep unlike many
+    assert counted[1] == costs[1] if family != "qwen2_5_vl" else abs(counted[1] - costs[1]) < 0.01 * costs[1]
 
 
-TOGETHER = ["contrast", "contrast+duet_plus", "contrast+pyramiddrop", "contrast+frames+duet", "checkerboard", "motion", "rlt+duet_plus"]
+TOGETHER = [
+    "contrast",
+    "contrast+duet_plus",
+    "contrast+pyramiddrop",
+    "contrast+frames+duet",
+    "checkerboard",
+    "motion",
+    "rlt+duet_plus",
+]
 TOGETHER += ["contrast/2", "contrast+duet_plus/3", "rlt+duet/2"]
 TOGETHER += ["pixelprune+duet", "key_norm", "key_norm+duet_plus", "evit+duet", "tome_tower", "tome_tower+duet_plus"]
 
@@ -361,7 +426,14 @@ def test_what_the_user_encodes_himself_is_what_the_stock_model_gives(family: str
 @pytest.mark.parametrize("family", SERVED)
 @pytest.mark.parametrize(
     ("cell", "checkpointing"),
-    [("contrast", False), ("contrast", True), ("contrast/2", False), ("contrast/2", True), ("key_norm", False), ("tome_tower", False)],
+    [
+        ("contrast", False),
+        ("contrast", True),
+        ("contrast/2", False),
+        ("contrast/2", True),
+        ("key_norm", False),
+        ("tome_tower", False),
+    ],
 )
 def test_gradients_pass_through_survivors(family: str, cell: str, checkpointing: bool, towers: list[Any]) -> None:
     """With and without recomputation they are the same."""
@@ -378,14 +450,18 @@ def test_gradients_pass_through_survivors(family: str, cell: str, checkpointing:
         found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         return [found[name] for name in sorted(found) if "patch_" in name or "blocks" in name or "encoder" in name]
 
-    settings = {f"{method}_proportional_attention": not checkpointing or family not in NO_MASK} | {f"{method}_pooled_context_tokens": rows for rows in context.values()}
+    settings = {f"{method}_proportional_attention": not checkpointing or family not in NO_MASK} | {
+        f"{method}_pooled_context_tokens": rows for rows in context.values()
+    }
     with duet_vlm.attach(model, f"{method}+duet_plus", budget=0.3, **settings) as handle:
         plain = gradients()
         assert plain and any(float(g.abs().max()) > 0 for g in plain)
         assert all(bool(g.isfinite().all()) for g in plain)
         if checkpointing and context and family in NO_MASK:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            with pytest.raises(ValueError, match="pooled_context_tokens=2: .* nor does this tower with gradient checkpointing"):
+            with pytest.raises(
+                ValueError, match="pooled_context_tokens=2: .* nor does this tower with gradient checkpointing"
+            ):
                 gradients()
         elif checkpointing:
             handle.set(**{f"{method}_proportional_attention": True})  # left out by itself where nobody could repeat it
@@ -422,7 +498,8 @@ def test_the_trace_tells_what_went_through_the_tower(family: str, method: str, t
         merged = {member for members in span.merged.values() for member in members}
         entry = span.stages[0]
         assert {*entry.kept, *entry.dropped, *merged} == set(span.tower.kept)
-        assert span.span.tokens - 1 in span.tower.kept or family in PACKING  # the last row may have to predict; there it is a newline
+        # the last row may have to predict; there it is a newline
+        assert span.span.tokens - 1 in span.tower.kept or family in PACKING
 
 
 def test_floors_choose_as_they_say() -> None:
@@ -433,22 +510,38 @@ def test_floors_choose_as_they_say() -> None:
     lines = board[0].view(grid)
     assert not (lines[:, 1:] & lines[:, :-1]).any() and not (lines[1:] & lines[:-1]).any()
     chance = [duet_vlm.get_method("random_patches")(keep=0.5, seed=seed).keep_patches(view) for seed in (0, 0, 1)]
-    assert torch.equal(chance[0], chance[1]) and not torch.equal(chance[0], chance[2]) and chance[0].sum(1).tolist() == [12, 12]
+    assert (
+        torch.equal(chance[0], chance[1])
+        and not torch.equal(chance[0], chance[2])
+        and chance[0].sum(1).tolist() == [12, 12]
+    )
 
 
 def test_contrast_takes_what_differs_and_hands_on_the_mass() -> None:
     patches = torch.zeros(1, 9, 1, 4)
     patches[0, 4, 0, 0], patches[0, 7, 0, 1] = 5.0, 3.0  # two things on an even ground
-    chosen = select_patches(duet_vlm.get_method("contrast")(keep=3), patches, torch.ones(1, 9, 1, dtype=torch.bool), [3], [(3, 3)], True)
-    assert chosen.index.tolist() == [[4, 7, 8]] and chosen.size.tolist() == [[1.0, 1.0, 7.0]]  # the ground stands for itself
-    plain = select_patches(duet_vlm.get_method("contrast")(keep=3), patches, torch.ones(1, 9, 1, dtype=torch.bool), [3], [(3, 3)], False)
+    chosen = select_patches(
+        duet_vlm.get_method("contrast")(keep=3), patches, torch.ones(1, 9, 1, dtype=torch.bool), [3], [(3, 3)], True
+    )
+    # the ground stands for itself
+    assert chosen.index.tolist() == [[4, 7, 8]] and chosen.size.tolist() == [[1.0, 1.0, 7.0]]
+    plain = select_patches(
+        duet_vlm.get_method("contrast")(keep=3), patches, torch.ones(1, 9, 1, dtype=torch.bool), [3], [(3, 3)], False
+    )
     assert plain.size.tolist() == [[1.0, 1.0, 1.0]]
 
 
 def test_context_stands_for_what_leaves_in_stretches() -> None:
     patches = torch.arange(9.0).view(1, 9, 1, 1).repeat(1, 1, 1, 2)
     patches[0, 4], patches[0, 7] = 50.0, -50.0
-    chosen = select_patches(duet_vlm.get_method("contrast")(keep=3, pooled_context_tokens=2), patches, torch.ones(1, 9, 1, dtype=torch.bool), [3], [(3, 3)], True)
+    chosen = select_patches(
+        duet_vlm.get_method("contrast")(keep=3, pooled_context_tokens=2),
+        patches,
+        torch.ones(1, 9, 1, dtype=torch.bool),
+        [3],
+        [(3, 3)],
+        True,
+    )
     assert chosen.counts == (5,) and chosen.pooled == (2,)  # 0 1 2 | 3 5 6 leave, 4 7 8 stay
     assert chosen.index.tolist() == [[1, 4, 5, 7, 8]] and chosen.unread.tolist() == [[True, False, True, False, False]]
     assert chosen.size.tolist() == [[3.0, 1.0, 3.0, 1.0, 1.0]]
@@ -457,9 +550,14 @@ def test_context_stands_for_what_leaves_in_stretches() -> None:
 
 def test_rows_that_stand_for_what_leaves_need_a_bias() -> None:
     contrast = duet_vlm.get_method("contrast")
-    assert use_size_bias(contrast(keep=0.5, pooled_context_tokens=2, proportional_attention=False), True) and not use_size_bias(contrast(keep=0.5, proportional_attention=False), True)
+    assert use_size_bias(
+        contrast(keep=0.5, pooled_context_tokens=2, proportional_attention=False), True
+    ) and not use_size_bias(contrast(keep=0.5, proportional_attention=False), True)
     assert use_size_bias(contrast(keep=0.5), True) and not use_size_bias(contrast(keep=0.5), False)
-    with pytest.raises(ValueError, match="pooled_context_tokens=2: rows that represent dropped units need a bias .* attn_implementation='sdpa'"):
+    with pytest.raises(
+        ValueError,
+        match="pooled_context_tokens=2: rows that represent dropped units need a bias .* attn_implementation='sdpa'",
+    ):
         use_size_bias(contrast(keep=0.5, pooled_context_tokens=2), False)
 
 
@@ -480,10 +578,17 @@ def test_stretches_are_groups_of_one_size(count: int) -> None:
 def test_ground_is_taken_evenly_from_the_ranks_of_the_rest() -> None:
     view = TowerView(torch.ones(1, 20, dtype=torch.bool), torch.tensor([8]), (8,), ((4, 5),), torch.arange(20.0)[None])
     assert duet_vlm.get_method("contrast")(keep=8).keep_patches(view)[0].nonzero()[:, 0].tolist() == list(range(12, 20))
-    assert duet_vlm.get_method("contrast")(keep=8, ground=0.25).keep_patches(view)[0].nonzero()[:, 0].tolist() == [3, 10, *range(14, 20)]  # ranks 3 and 10 of 14
+    # ranks 3 and 10 of 14
+    assert duet_vlm.get_method("contrast")(keep=8, ground=0.25).keep_patches(view)[0].nonzero()[:, 0].tolist() == [
+        3,
+        10,
+        *range(14, 20),
+    ]
 
 
-def shows(pixels: Tensor, grid: tuple[int, int], keeps: tuple[int, ...] = (), before: tuple[int, ...] = (-1,)) -> TowerView:
+def shows(
+    pixels: Tensor, grid: tuple[int, int], keeps: tuple[int, ...] = (), before: tuple[int, ...] = (-1,)
+) -> TowerView:
     """Pictures of units with one number each: [P, U] or, of several frames, [P, U, T]."""
     frames = pixels if pixels.ndim == 3 else pixels[..., None]
     keep = torch.tensor(keeps) if keeps else torch.zeros(len(pixels), dtype=torch.long)
@@ -526,14 +631,27 @@ def test_pixelprune_is_its_slow_twin(grid: tuple[int, int], threshold: float) ->
 
 
 def test_rlt_keeps_what_changed() -> None:
-    drift = torch.tensor([[0.0, 0.0, 5.0], [0.08, 0.0, 9.0], [0.16, 0.0, 9.0], [0.24, 1.0, 9.0]])  # frames of three units
+    # frames of three units
+    drift = torch.tensor([[0.0, 0.0, 5.0], [0.08, 0.0, 9.0], [0.16, 0.0, 9.0], [0.24, 1.0, 9.0]])
     view, rlt = shows(drift, (1, 3), before=(-1, 0, 1, 2)), duet_vlm.get_method("rlt")
     first = [True, True, True]
-    # a slow drift is seen against what stayed, not against the frame before; a frame in which nothing changed keeps one unit
-    assert rlt(threshold=0.1).keep_patches(view).tolist() == [first, [False, False, True], [True, False, False], [False, True, False]]
-    assert rlt(threshold=0.1, against="before").keep_patches(view).tolist() == [first, [False, False, True], [True, False, False], [False, True, False]]
+    # a slow drift is seen against what stayed, not against the frame before; a frame in which nothing changed keeps one
+    # unit
+    assert rlt(threshold=0.1).keep_patches(view).tolist() == [
+        first,
+        [False, False, True],
+        [True, False, False],
+        [False, True, False],
+    ]
+    assert rlt(threshold=0.1, against="before").keep_patches(view).tolist() == [
+        first,
+        [False, False, True],
+        [True, False, False],
+        [False, True, False],
+    ]
     assert rlt(threshold=0.09, against="before").scores(view)[2, 0] < 0 < rlt(threshold=0.09).scores(view)[2, 0]
-    tubelets = torch.tensor([[[0.0, 7.0]], [[3.0, 0.05]]])  # the last frame of a step against the first of the one before
+    # the last frame of a step against the first of the one before
+    tubelets = torch.tensor([[[0.0, 7.0]], [[3.0, 0.05]]])
     assert rlt().scores(shows(tubelets, (1, 1), before=(-1, 0)))[1, 0] < 0
     counted = rlt(keep=1).keep_patches(shows(drift, (1, 3), (1, 1, 1, 1), (-1, 0, 1, 2)))
     assert counted.tolist() == [[False, False, True], [False, False, True], [True, False, False], [False, True, False]]
@@ -596,16 +714,32 @@ def test_no_more_enters_than_the_tower_leaves() -> None:
         ("contrast+checkerboard+duet", {"budget": 0.2}, "in this order: a method in the tower"),
         ("contrast", {"budget": 0.5, "ground": 1.5}, "ground=1.5: a share of the patches that stay"),
         ("key_norm", {"budget": 0.5, "after": 0}, r"after=\(0,\): after the attention of how many blocks"),
-        ("key_norm", {"budget": 0.5, "after": 4}, "after the attention of 4 blocks, but the rows or the attention of block 2"),
+        (
+            "key_norm",
+            {"budget": 0.5, "after": 4},
+            "after the attention of 4 blocks, but the rows or the attention of block 2",
+        ),
         ("key_norm+duet_plus", {"budget": 0.2, "after": 3}, "has no setting 'after'"),
         ("key_norm+duet_plus", {"budget": 0.2, "key_norm_after": 3}, "the rows or the attention of block 2"),
         ("evit", {"budget": 0.5, "after": (2, 1)}, r"after=\(2, 1\): after the attention"),
         ("tome_tower", {"budget": 0.5, "shares": (0, 0)}, r"shares=\(0, 0\): numbers of 0 or more, not all 0"),
         ("pixelprune", {"threshold": -1.0}, "threshold=-1.0: give a finite difference"),
         ("rlt+duet", {"budget": 0.2, "rlt_threshold": float("nan")}, "threshold=nan: give a finite difference"),
-        ("contrast", {"budget": 0.2, "pooled_context_tokens": -1}, "pooled_context_tokens=-1: a number of rows for what leaves a picture, 0 or more"),
-        ("motion+duet", {"budget": 0.2, "motion_pooled_context_tokens": -2}, "pooled_context_tokens=-2: a number of rows"),
-        ("evit", {"budget": 0.2, "pooled_context_tokens": 2}, "pooled_context_tokens=2: with evit units are dropped after blocks"),
+        (
+            "contrast",
+            {"budget": 0.2, "pooled_context_tokens": -1},
+            "pooled_context_tokens=-1: a number of rows for what leaves a picture, 0 or more",
+        ),
+        (
+            "motion+duet",
+            {"budget": 0.2, "motion_pooled_context_tokens": -2},
+            "pooled_context_tokens=-2: a number of rows",
+        ),
+        (
+            "evit",
+            {"budget": 0.2, "pooled_context_tokens": 2},
+            "pooled_context_tokens=2: with evit units are dropped after blocks",
+        ),
         ("rlt", {"budget": 0.2, "against": "next"}, "against='next': choose one of 'kept', 'before'"),
     ],
 )
@@ -618,7 +752,9 @@ def test_bad_settings_are_refused_and_leave_no_trace(method: str, settings: dict
 
 def test_windowed_signals_of_a_reduced_tower_are_refused() -> None:
     model = shared("qwen2_5_vl")
-    windowed = next(i for i in range(len(model.model.visual.blocks)) if i not in model.model.visual.fullatt_block_indexes)
+    windowed = next(
+        i for i in range(len(model.model.visual.blocks)) if i not in model.model.visual.fullatt_block_indexes
+    )
     with pytest.raises(ValueError, match="attends within windows"):
         duet_vlm.attach(model, "contrast+duet_plus", budget=0.2, signal_layer=windowed)
 
@@ -646,7 +782,11 @@ class Joins(TowerReducer):
 
     def keep_patches(self, view: TowerView) -> MergePairs:
         number = torch.arange(view.valid.shape[1]).expand(view.valid.shape)
-        return MergePairs(number.clamp(max=int(view.num_keep[0]) - 1)) if type(self).made is None else MergePairs(type(self).made(number))
+        return (
+            MergePairs(number.clamp(max=int(view.num_keep[0]) - 1))
+            if type(self).made is None
+            else MergePairs(type(self).made(number))
+        )
 
 
 @pytest.mark.parametrize(
@@ -676,21 +816,34 @@ def test_who_joins_whom_is_checked(made: Any, place: int, words: str, monkeypatc
 def test_blocks_that_run_again_cannot_be_cut() -> None:
     model = build("llava").train()
     model.gradient_checkpointing_enable()
-    with duet_vlm.attach(model, "key_norm", budget=0.5), pytest.raises(ValueError, match="gradient checkpointing.*contrast"):
+    with (
+        duet_vlm.attach(model, "key_norm", budget=0.5),
+        pytest.raises(ValueError, match="gradient checkpointing.*contrast"),
+    ):
         model(**FAMILIES["llava"].inputs([TWO]))
 
 
-@pytest.mark.parametrize(("kind", "words"), [("few", "another number of units than planned"), ("float", "give a tensor"), ("shape", "give a tensor")])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("few", "another number of units than planned"), ("float", "give a tensor"), ("shape", "give a tensor")],
+)
 def test_what_a_users_method_returns_is_checked(kind: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Wrong, "kind", kind)
     model, inputs = shared("llava"), FAMILIES["llava"].inputs([TWO])
     plain = forward(model, inputs).logits
-    with duet_vlm.attach(model, Wrong(keep=0.5)), pytest.raises(ValueError, match=rf"wrong\.keep_patches returned .*{words}"):
+    with (
+        duet_vlm.attach(model, Wrong(keep=0.5)),
+        pytest.raises(ValueError, match=rf"wrong\.keep_patches returned .*{words}"),
+    ):
         forward(model, inputs)
     assert torch.equal(forward(model, inputs).logits, plain)
 
 
-WHOLE = [("contrast", {"budget": 8}), ("contrast", {"budget": 8, "pooled_context_tokens": 2}), ("checkerboard+duet_plus", {"budget": 8})]
+WHOLE = [
+    ("contrast", {"budget": 8}),
+    ("contrast", {"budget": 8, "pooled_context_tokens": 2}),
+    ("checkerboard+duet_plus", {"budget": 8}),
+]
 WHOLE += [("key_norm", {"budget": 8}), ("evit+duet", {"budget": 6}), ("tome_tower", {"budget": 8}), ("pixelprune", {})]
 
 
@@ -700,11 +853,13 @@ WHOLE += [("key_norm", {"budget": 8}), ("evit+duet", {"budget": 6}), ("tome_towe
 def test_a_picture_that_stays_whole_is_seen_as_by_itself(
     method: str, settings: dict[str, Any], attention: str, sizes: list[tuple[int, int]], towers: list[Any]
 ) -> None:
-    """Mistral 3's pictures with a line of patches that fill no token: beside one that loses patches, too, it belongs to what the others see."""
+    """Mistral 3's pictures with a line of patches that fill no token: beside one that loses patches, too, it belongs to
+    what the others see."""
     family, model = FAMILIES["mistral3"], shared("mistral3", attention)
     rows = [(1, 5, Picture(n, *size), 7 + n, 8, 9) for n, size in enumerate(sizes)]
     inputs = family.inputs(rows)
-    if method == "pixelprune":  # nothing but lines of one grey leave: those of the pictures from the third line of tokens on
+    # nothing but lines of one grey leave: those of the pictures from the third line of tokens on
+    if method == "pixelprune":
         inputs["pixel_values"] = flat_from(inputs["pixel_values"], 8 * 2)
     with duet_vlm.attach(model, method, **settings) as handle:
         together, slots = forward(model, inputs).logits, handle.slots
@@ -725,7 +880,9 @@ def flat_from(pixels: Tensor, line: int) -> Tensor:
 
 
 @pytest.mark.parametrize("method", ["rlt+duet", "pixelprune+duet", "pixelprune"])
-@pytest.mark.parametrize("content", [(1, Picture(1, 1, 1), 5, 6), (1, Picture(1, 1, 1, frames=3), 5, 6)], ids=["image", "clip"])
+@pytest.mark.parametrize(
+    "content", [(1, Picture(1, 1, 1), 5, 6), (1, Picture(1, 1, 1, frames=3), 5, 6)], ids=["image", "clip"]
+)
 def test_pictures_of_one_unit_have_nothing_to_choose(method: str, content: Any) -> None:
     """Their only token may have to predict, so it is not up for choice."""
     settings = {"budget": 0.5} if "+" in method else {}
@@ -737,7 +894,8 @@ def test_pictures_of_one_unit_have_nothing_to_choose(method: str, content: Any) 
 @pytest.mark.parametrize("method", [*FRONT, *INSIDE, "pixelprune+duet_plus"])
 @pytest.mark.parametrize("parts", ["joint", "per_crop"])
 def test_crops_of_which_packing_leaves_nothing(method: str, parts: str) -> None:
-    """A very wide image shows nothing of its own crops in LLaVA-NeXT: its counts are those of the image behind it, by itself and together."""
+    """A very wide image shows nothing of its own crops in LLaVA-NeXT: its counts are those of the image behind it, by
+    itself and together."""
     family, model = FAMILIES["llava_next"], shared("llava_next")
     rows: Any = [(1, Picture(1, 1, 12), 5, 6), (1, Picture(2, 6, 7), 7, 8)]
     settings = {"budget": 0.5} if "+" in method else {} if method in ("rlt", "pixelprune") else {"keep": 0.5}
@@ -753,7 +911,9 @@ def test_crops_of_which_packing_leaves_nothing(method: str, parts: str) -> None:
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "llava", "internvl"])
 @pytest.mark.parametrize("tower", ["contrast", "key_norm"])
-def test_a_method_may_ask_the_projector_behind_a_reduced_tower(family: str, tower: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_method_may_ask_the_projector_behind_a_reduced_tower(
+    family: str, tower: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What it makes of unchanged rows is what the method is shown; its cost is counted on the rows that it works on."""
     kind, seen = duet_vlm.get_method("zoo_prune"), []
     plain = kind.sensitivity
@@ -764,7 +924,12 @@ def test_a_method_may_ask_the_projector_behind_a_reduced_tower(family: str, towe
         return plain(self, view)
 
     model, inputs = build(family), FAMILIES[family].inputs([(1, Picture(1, 4, 4), 5, Picture(2, 3, 6), 6, 7)])
-    with duet_vlm.attach(model, f"{tower}+zoo_prune", budget=0.3, zoo_prune_directions=3, **{f"{tower}_keep": 0.5}) as handle, torch.no_grad():
+    with (
+        duet_vlm.attach(
+            model, f"{tower}+zoo_prune", budget=0.3, zoo_prune_directions=3, **{f"{tower}_keep": 0.5}
+        ) as handle,
+        torch.no_grad(),
+    ):
         counted = count_flops(lambda: model(**inputs, logits_to_keep=1))
         assert handle.report().observed.flops == pytest.approx(counted, rel=0.01)
         monkeypatch.setattr(kind, "sensitivity", spy)
@@ -780,7 +945,10 @@ def test_a_tower_in_float64_keeps_and_computes_what_one_in_float32_does(family: 
     """Models in double precision are what gradients are checked with."""
     rows = [TWO, (1, Picture(1, 4, 4), 5, Picture(2, 3, 6), 6, 7)]
     single, inputs = build(family), FAMILIES[family].inputs(rows, "right")
-    double, wide = build(family).double(), {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    double, wide = (
+        build(family).double(),
+        {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()},
+    )
     with duet_vlm.attach(single, method, budget=0.5) as handle:
         expected, slots = forward(single, inputs).logits, handle.slots
     with duet_vlm.attach(double, method, budget=0.5) as handle:

@@ -1,4 +1,5 @@
-"""Less than one token for a crop or frame: a method in the tower leaves one of each, plans it and reports it, or refuses by name."""
+"""Less than one token for a crop or frame: a method in the tower leaves one of each, plans it and reports it, or
+refuses by name."""
 
 from __future__ import annotations
 
@@ -26,9 +27,13 @@ def kept(handle: Any, tokens: list[list[int]]) -> list[list[list[int]]]:
     """How many tokens of each frame enter; ``tokens``: of a frame of each span of each sample."""
 
     def of_span(span: Any, size: int) -> list[int]:
-        return [sum(token // size == frame for token in span.stages[0].kept) for frame in range(span.span.tokens // size)]
+        return [
+            sum(token // size == frame for token in span.stages[0].kept) for frame in range(span.span.tokens // size)
+        ]
 
-    return [[of_span(*one) for one in zip(row, sizes, strict=True)] for row, sizes in zip(handle.trace, tokens, strict=True)]
+    return [
+        [of_span(*one) for one in zip(row, sizes, strict=True)] for row, sizes in zip(handle.trace, tokens, strict=True)
+    ]
 
 
 def measured_is_planned(handle: Any) -> None:
@@ -118,13 +123,20 @@ def test_a_budget_of_tokens_is_refused_below_the_floor() -> None:
     model, inputs = shared("qwen2_vl"), FAMILIES["qwen2_vl"].inputs(CLIPS)
     with (
         duet_vlm.attach(model, "contrast", budget=5),
-        pytest.raises(BudgetError, match=r"contrast cannot reach 5 .* of 72 tokens: of each of its 6 crops or frames .* floor is 6 tokens") as error,
+        pytest.raises(
+            BudgetError,
+            match=r"contrast cannot reach 5 .* of 72 tokens: of each of its 6 crops or frames .* floor is 6 tokens",
+        ) as error,
     ):
         forward(model, inputs)
     assert error.value.floor == 6
-    with duet_vlm.attach(model, "contrast", budget=0.04, small_image_tokens=12), pytest.raises(BudgetError, match="its floor is 6 tokens"):
+    with (
+        duet_vlm.attach(model, "contrast", budget=0.04, small_image_tokens=12),
+        pytest.raises(BudgetError, match="its floor is 6 tokens"),
+    ):
         forward(model, inputs)  # frames of 12 tokens are not small enough
-    with duet_vlm.attach(model, "contrast", budget=0.01, small_image_tokens=13) as handle:  # less than one token of the clip
+    # less than one token of the clip
+    with duet_vlm.attach(model, "contrast", budget=0.01, small_image_tokens=13) as handle:
         forward(model, FAMILIES["qwen2_vl"].inputs(CLIPS[1:]))
         assert handle.report().measured[0] == 6
     assert duet_vlm.handle_of(model) is None
@@ -141,4 +153,6 @@ def test_shares_never_fall_below_the_least(sizes: list[int], few: int, data: st.
         plan = of_each_part(SpanPlan(sum(sizes), 1, 0, (1,) * 4, tower=1), sizes, least)
         assert plan.entry == plan.tower == plan.mean == max(1, sum(least))
         left = tower_counts(SpanPlan(sum(sizes), total, 0, (total,) * 4, tower=total), sizes, least=few)
-        assert [n for n, size in zip(left, sizes, strict=True) if size] == [max(1, n) for n, size in zip(shares, sizes, strict=True) if size]
+        assert [n for n, size in zip(left, sizes, strict=True) if size] == [
+            max(1, n) for n, size in zip(shares, sizes, strict=True) if size
+        ]

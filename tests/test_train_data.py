@@ -63,7 +63,13 @@ def shades(conversation: Conversation) -> list[Any]:
 def test_llava_rows(pictures: Path) -> None:
     rows = [
         llava(("human", "<image>\nwhat is it ?"), ("gpt", "a cat"), image="a.png"),
-        llava(("human", "compare <image> and\n<image> ."), ("gpt", "same"), ("human", "sure ?"), ("gpt", "yes"), image=["b.png", "deep/c.png"]),
+        llava(
+            ("human", "compare <image> and\n<image> ."),
+            ("gpt", "same"),
+            ("human", "sure ?"),
+            ("gpt", "yes"),
+            image=["b.png", "deep/c.png"],
+        ),
         llava(("system", "be kind"), ("human", "no picture"), ("gpt", "fine"), id="7"),
         llava(("human", "describe it\n<image>"), image="a.png"),
     ]
@@ -73,7 +79,10 @@ def test_llava_rows(pictures: Path) -> None:
     assert second.messages[0]["content"] == [text("compare "), IMAGE, text(" and"), IMAGE, text(" .")]
     assert shades(second) == [SHADE["b.png"], SHADE["deep/c.png"]] and second.messages[3]["content"] == [text("yes")]
     assert third.images == () and third.messages[0] == {"role": "system", "content": [text("be kind")]}
-    assert [m["role"] for m in last.messages] == ["user"] and last.messages[0]["content"] == [text("describe it"), IMAGE]
+    assert [m["role"] for m in last.messages] == ["user"] and last.messages[0]["content"] == [
+        text("describe it"),
+        IMAGE,
+    ]
 
 
 def test_chat_rows_in_json_lines_with_a_folder_of_images(pictures: Path, tmp_path: Path) -> None:
@@ -86,7 +95,10 @@ def test_chat_rows_in_json_lines_with_a_folder_of_images(pictures: Path, tmp_pat
     elsewhere = tmp_path / "lists"
     elsewhere.mkdir()
     first, second, third = conversations([saved(elsewhere, rows, "chat.jsonl")], images=str(pictures))
-    assert first.messages[0]["content"] == [text("look"), IMAGE, IMAGE] and shades(first) == [SHADE["a.png"], SHADE["deep/c.png"]]
+    assert first.messages[0]["content"] == [text("look"), IMAGE, IMAGE] and shades(first) == [
+        SHADE["a.png"],
+        SHADE["deep/c.png"],
+    ]
     assert second.messages[0]["content"] == [IMAGE, text(" and then ?")] and shades(second) == [SHADE["b.png"]]
     assert shades(third) == [SHADE["b.png"]]
 
@@ -105,19 +117,34 @@ def test_several_sources_and_limit(pictures: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Any, str]] = {
-    "no turns": (llava(), r"data.json, row 1 \(counted from 0\): a conversation is a list of turns, at least one.*got \[\]"),
+    "no turns": (
+        llava(),
+        r"data.json, row 1 \(counted from 0\): a conversation is a list of turns, at least one.*got \[\]",
+    ),
     "no list": ({"text": "hi"}, "row 1 .*needs a list under 'conversations' .* or 'messages'"),
     "not an object": ("hi", "row 1 .*needs a list under"),
     "turns of text": ({"messages": ["hi"]}, "row 1 .*a conversation is a list of turns"),
     "unknown speaker": (llava(("robot", "hi")), "row 1 .*from is 'robot'; known: human, user, gpt"),
     "unknown role": (chat(("tool", "hi")), "row 1 .*role is 'tool'; known: human, user, gpt"),
     "no text": (llava(("human", None)), "row 1 .*a turn needs text or a list of parts, got NoneType"),
-    "too many places": (llava(("human", "<image><image>"), image="a.png"), "row 1 .*more places for images than images"),
+    "too many places": (
+        llava(("human", "<image><image>"), image="a.png"),
+        "row 1 .*more places for images than images",
+    ),
     "a place and no image": (llava(("human", "<image>")), "row 1 .*more places for images than images"),
-    "too few places": (llava(("human", "<image>"), image=["a.png", "b.png"]), "row 1 .*1 places for 2 images: put <image> where"),
+    "too few places": (
+        llava(("human", "<image>"), image=["a.png", "b.png"]),
+        "row 1 .*1 places for 2 images: put <image> where",
+    ),
     "missing file": (llava(("human", "<image>"), image="deep/gone.png"), "row 1 .*deep/gone.png: no such image file"),
-    "missing folder": (llava(("human", "<image>"), image="nowhere/gone.png"), "row 1 .*nowhere/gone.png: no such image file"),
-    "an image inline": (llava(("human", "<image>"), image=[{"bytes": "AA"}]), "row 1 .*images are given by their paths, got dict"),
+    "missing folder": (
+        llava(("human", "<image>"), image="nowhere/gone.png"),
+        "row 1 .*nowhere/gone.png: no such image file",
+    ),
+    "an image inline": (
+        llava(("human", "<image>"), image=[{"bytes": "AA"}]),
+        "row 1 .*images are given by their paths, got dict",
+    ),
     "a part of another kind": (chat(("user", [{"type": "video"}])), "row 1 .*a part is .* got .*video"),
     "a part without text": (chat(("user", [{"type": "text"}])), "row 1 .*a part is .* got"),
     "a marker inside a part": (chat(("user", [text("a <image> b")])), "row 1 .*<image> inside a text part"),
@@ -192,7 +219,8 @@ VOCABULARY = [
 ID = {token: i for i, token in enumerate(VOCABULARY)}
 PARTS = "{% for p in m['content'] %}{% if p['type'] == 'image' %}IMAGE{% else %}{{ p['text'] }}{% endif %}{% endfor %}"
 
-# as llava-hf's: no token ends an answer, {% generation %} around it; as Qwen's: <|im_end|> and a line break end every turn
+# as llava-hf's: no token ends an answer, {% generation %} around it; as Qwen's: <|im_end|> and a line break end every
+# turn
 LLAVA = (
     "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for p in m['content'] if p['type'] == 'image' %}{{ '<image> ' }}{% endfor %}"
     "{% for p in m['content'] if p['type'] == 'text' %}{% if m['role'] == 'assistant' %}{% generation %}{{ p['text'] + ' ' }}{% endgeneration %}"
@@ -200,7 +228,9 @@ LLAVA = (
 )
 QWEN = (
     "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{{ '<|im_start|> system be kind <|im_end|> \n' }}{% endif %}"
-    "{{ '<|im_start|> ' + m['role'] + ' \n' }}" + PARTS.replace("IMAGE", " <|image_pad|> ") + "{{ ' <|im_end|> \n' }}{% endfor %}"
+    "{{ '<|im_start|> ' + m['role'] + ' \n' }}"
+    + PARTS.replace("IMAGE", " <|image_pad|> ")
+    + "{{ ' <|im_end|> \n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|> assistant \n' }}{% endif %}"
 )
 BOS = "{{ '<bos> ' }}" + LLAVA  # a template that writes <bos> itself
@@ -273,7 +303,9 @@ def words(ids: Tensor, mask: Tensor) -> list[list[str]]:
             for row, there in zip(ids.tolist(), mask.tolist(), strict=True)]  # fmt: skip
 
 
-def check(processor: Any, batch: Sequence[Conversation], by_hand: Sequence[str], image: str = "<image>", **options: Any) -> dict[str, Tensor]:
+def check(
+    processor: Any, batch: Sequence[Conversation], by_hand: Sequence[str], image: str = "<image>", **options: Any
+) -> dict[str, Tensor]:
     out = Collator(processor, **options)(batch)
     tokens, labels = expected(by_hand, image)
     assert words(out["input_ids"], out["attention_mask"]) == tokens
@@ -283,7 +315,9 @@ def check(processor: Any, batch: Sequence[Conversation], by_hand: Sequence[str],
 
 
 ONE_TURN = talk(("user", "#what is it ?"), ("assistant", "a red cat"), images=1)
-TWO_TURNS = talk(("user", "#what is it ?"), ("assistant", "a cat"), ("user", "and then ?"), ("assistant", "."), images=1)
+TWO_TURNS = talk(
+    ("user", "#what is it ?"), ("assistant", "a cat"), ("user", "and then ?"), ("assistant", "."), images=1
+)
 NO_IMAGE = talk(("user", "what is it ?"), ("assistant", "blue"))
 NO_ANSWER = talk(("user", "#what ?"), images=1)
 TWO_IMAGES = talk(("user", "#and#?"), ("assistant", "red and blue"), images=2)
@@ -355,7 +389,9 @@ def test_the_embedded_model_learns_its_answer_and_the_end() -> None:
     _, processor = tiny.load()
     item = tiny.samples("train", 1)[0]
     out = Collator(processor)([*conversations(["tiny"], limit=1)])
-    answer = processor.tokenizer(item.answer, add_special_tokens=False)["input_ids"] + [processor.tokenizer.eos_token_id]
+    answer = processor.tokenizer(item.answer, add_special_tokens=False)["input_ids"] + [
+        processor.tokenizer.eos_token_id
+    ]
     prompt = processor(text=tiny.prompt(item.question), images=item.image, return_tensors="pt")["input_ids"][0].tolist()
     assert out["input_ids"][0].tolist() == prompt + answer
     assert out["labels"][0].tolist() == [-100] * len(prompt) + answer
@@ -375,7 +411,9 @@ def test_max_length_cuts_text_at_the_end_and_never_an_image() -> None:
 
 def test_what_a_template_cannot_do_is_an_error() -> None:
     anew = "{% for m in messages %}{% if loop.last %}{{ 'last ' }}{% endif %}{{ m['role'] + ' ' }}{% endfor %}"
-    with pytest.raises(ValueError, match="talk: the chat template changes earlier turns .* tokens of turn 1 cannot be found"):
+    with pytest.raises(
+        ValueError, match="talk: the chat template changes earlier turns .* tokens of turn 1 cannot be found"
+    ):
         Collator(llava_processor(anew))([TWO_TURNS])
     with pytest.raises(ValueError, match="talk: 0 x <image> in its text for 1 images"):
         Collator(llava_processor("{{ messages[0]['role'] }}"))([NO_ANSWER])

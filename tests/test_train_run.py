@@ -55,7 +55,10 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = []
     for number in range(24):
         Image.effect_noise((56, 56), draw.uniform(20, 90)).convert("RGB").save(home / f"{number}.png")
-        turns: list[tuple[str, Any]] = [("user", [IMAGE, text(draw.choice(QUESTIONS))]), ("assistant", draw.choice(ANSWERS))]
+        turns: list[tuple[str, Any]] = [
+            ("user", [IMAGE, text(draw.choice(QUESTIONS))]),
+            ("assistant", draw.choice(ANSWERS)),
+        ]
         if number % 4 == 1:
             turns += [("user", draw.choice(QUESTIONS)), ("assistant", draw.choice(ANSWERS))]
         if number % 6 == 2:  # no image
@@ -97,16 +100,25 @@ def weights(folder: Path) -> dict[str, Tensor]:
     ("choice", "learned"),
     [
         ({"tune": "full"}, {"multi_modal_projector", "language_model", "lm_head"}),
-        ({"tune": "full", "train_vision": True}, {"vision_tower", "multi_modal_projector", "language_model", "lm_head"}),
+        (
+            {"tune": "full", "train_vision": True},
+            {"vision_tower", "multi_modal_projector", "language_model", "lm_head"},
+        ),
         ({"tune": "projector", "prompts": "plain"}, {"multi_modal_projector"}),
     ],
 )
-def test_what_learns_is_saved_with_processor_and_reduction(choice: dict[str, Any], learned: set[str], start: Path, tmp_path: Path) -> None:
+def test_what_learns_is_saved_with_processor_and_reduction(
+    choice: dict[str, Any], learned: set[str], start: Path, tmp_path: Path
+) -> None:
     out = train(settings(start, tmp_path, settings={"schedule": ((2, 0.5), (5, 0.25))}, budget=None, **choice))
     assert changed(weights(start / "model"), weights(out)) == learned
     loaded = load(str(out))
     assert all(weight.dtype == torch.float32 for weight in loaded.model.parameters())
-    assert duet_vlm.load_from_config(out) == {"method": "duet", "budget": None, "settings": {"schedule": ((2, 0.5), (5, 0.25))}}
+    assert duet_vlm.load_from_config(out) == {
+        "method": "duet",
+        "budget": None,
+        "settings": {"schedule": ((2, 0.5), (5, 0.25))},
+    }
     with duet_vlm.attach(loaded.model) as handle:  # no method named
         assert handle.reducer == duet_vlm.get_method("duet")(schedule=((2, 0.5), (5, 0.25)))
     inputs = loaded.inputs([Image.open(start / "0.png")], "what is it ?")
@@ -143,7 +155,9 @@ def test_adapters_and_projector_come_back_in_another_process(start: Path, tmp_pa
     before = {name: weight.clone() for name, weight in projector.named_parameters()}
     with handle:
         trainer.train()
-        assert all(not torch.equal(before[name], weight) for name, weight in projector.named_parameters() if "weight" in name)
+        assert all(
+            not torch.equal(before[name], weight) for name, weight in projector.named_parameters() if "weight" in name
+        )
         loaded = load(chosen.model)
         inputs = loaded.inputs([Image.open(start / "0.png")], "what is it ?")
         with handle.paused(), torch.no_grad():
@@ -162,7 +176,9 @@ def test_adapters_and_projector_come_back_in_another_process(start: Path, tmp_pa
     with pytest.raises(ValueError, match="model: .* holds adapters; new ones need a whole model under them"):
         build(settings(start, tmp_path / "again", model=str(folder), tune="lora"))
     (folder / "adapter_model.safetensors").unlink()
-    with pytest.raises(ValueError, match="cannot be loaded from this folder: adapters are read from adapter_model.safetensors only"):
+    with pytest.raises(
+        ValueError, match="cannot be loaded from this folder: adapters are read from adapter_model.safetensors only"
+    ):
         load(str(folder))
 
 
@@ -170,7 +186,13 @@ def test_frozen_weights_in_bfloat16_compute_what_float32_does(start: Path, tmp_p
     losses = []
     for precision in ("float32", "bfloat16"):
         out = tmp_path / precision
-        chosen = settings(start, out, tune="projector", frozen_dtype=precision, trainer={"bf16": True, "max_steps": 2, "learning_rate": 1e-4})
+        chosen = settings(
+            start,
+            out,
+            tune="projector",
+            frozen_dtype=precision,
+            trainer={"bf16": True, "max_steps": 2, "learning_rate": 1e-4},
+        )
         trainer, handle = build(chosen)
         handle.detach()
         kinds = {weight.requires_grad: weight.dtype for weight in trainer.model.parameters()}
@@ -202,7 +224,8 @@ def killed_after(step: int, chosen: TrainSettings) -> None:
         trainer.train()
 
 
-MIXED = {"tune": "lora", "lora": {"r": 4, "lora_dropout": 0.2}, "budget": (0.9, 0.25, 0.5)}  # dropout, data order and budgets draw
+# dropout, data order and budgets draw
+MIXED = {"tune": "lora", "lora": {"r": 4, "lora_dropout": 0.2}, "budget": (0.9, 0.25, 0.5)}
 
 
 @pytest.fixture(scope="module")
@@ -228,14 +251,20 @@ def test_a_real_kill_costs_nothing_but_time(start: Path, uninterrupted: bytes, t
     assert first.wait() == -signal.SIGKILL and not resume.finished(tmp_path / "out")
     second = CliRunner().invoke(app, command[3:])
     assert second.exit_code == 0, second.stderr
-    assert f"trained: {tmp_path / 'out'}" in second.stdout and "step 1 of 6" not in second.stdout and "step 6 of 6" in second.stdout
+    assert (
+        f"trained: {tmp_path / 'out'}" in second.stdout
+        and "step 1 of 6" not in second.stdout
+        and "step 6 of 6" in second.stdout
+    )
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == uninterrupted
 
 
 @pytest.mark.parametrize("tune", ["full", "projector"])
 def test_a_whole_model_goes_on_from_its_checkpoint(start: Path, tmp_path: Path, tune: str) -> None:
     """The stock Trainer would go on from the weights it was given: it does not know the key names that it saved."""
-    chosen = {name: settings(start, tmp_path / name, tune=tune, budget=(0.9, 0.25, 0.5)) for name in ("whole", "killed")}
+    chosen = {
+        name: settings(start, tmp_path / name, tune=tune, budget=(0.9, 0.25, 0.5)) for name in ("whole", "killed")
+    }
     train(chosen["whole"])
     killed_after(5, chosen["killed"])
     train(chosen["killed"])
@@ -246,13 +275,23 @@ def test_a_whole_model_goes_on_from_its_checkpoint(start: Path, tmp_path: Path, 
 WITH_WEIGHTS = ("quecc", "resampler", "vqtoken")
 
 
-OTHERS_TUNED = [pytest.param(*cell, marks=pytest.mark.slow) for cell in (("quecc", "full"), ("vqtoken", "full"), ("quecc", "projector"))]
+OTHERS_TUNED = [
+    pytest.param(*cell, marks=pytest.mark.slow)
+    for cell in (("quecc", "full"), ("vqtoken", "full"), ("quecc", "projector"))
+]
 
 
 @pytest.mark.parametrize(("method", "tune"), [("resampler", "full"), ("resampler", "lora"), *OTHERS_TUNED])
-def test_a_methods_own_weights_learn_and_stay_beside_the_model(method: str, tune: str, start: Path, tmp_path: Path) -> None:
+def test_a_methods_own_weights_learn_and_stay_beside_the_model(
+    method: str, tune: str, start: Path, tmp_path: Path
+) -> None:
     """And a run that was killed goes on with them: the same files as without the kill."""
-    more: dict[str, Any] = {"tune": tune, "method": method, "budget": (0.9, 0.25, 0.5), "lora": {"r": 4} if tune == "lora" else {}}
+    more: dict[str, Any] = {
+        "tune": tune,
+        "method": method,
+        "budget": (0.9, 0.25, 0.5),
+        "lora": {"r": 4} if tune == "lora" else {},
+    }
     chosen = {name: settings(start, tmp_path / name, **more) for name in ("whole", "killed")}
     out = train(chosen["whole"])
     killed_after(5, chosen["killed"])
@@ -262,29 +301,55 @@ def test_a_methods_own_weights_learn_and_stay_beside_the_model(method: str, tune
     loaded = load(str(out))
     with duet_vlm.attach(loaded.model, method, budget=0.5) as handle:
         new = handle.module.state_dict()  # type: ignore[union-attr]
-    assert learned.keys() == new.keys() and sum(not torch.equal(learned[name], new[name]) for name in new) > 0.9 * len(new) - 2
-    assert duet_vlm.load_from_config(out) == {"method": method, "budget": 0.5, "settings": {"weights": str(out / BESIDE)}}
+    assert (
+        learned.keys() == new.keys()
+        and sum(not torch.equal(learned[name], new[name]) for name in new) > 0.9 * len(new) - 2
+    )
+    assert duet_vlm.load_from_config(out) == {
+        "method": method,
+        "budget": 0.5,
+        "settings": {"weights": str(out / BESIDE)},
+    }
     with duet_vlm.attach(loaded.model) as handle:  # no method named
         assert all(torch.equal(weight, learned[name]) for name, weight in handle.module.state_dict().items())  # type: ignore[union-attr]
-    assert duet_vlm.attach(loaded.model, method, budget=0.5, weights=str(tmp_path / "killed" / "checkpoint-6" / BESIDE)).module is not None
+    assert (
+        duet_vlm.attach(
+            loaded.model, method, budget=0.5, weights=str(tmp_path / "killed" / "checkpoint-6" / BESIDE)
+        ).module
+        is not None
+    )
     assert not [key for file in out.glob("*model*.safetensors") for key in load_file(file) if "duet_vlm" in key]
 
 
-@pytest.mark.parametrize("method", ["quecc", *(pytest.param(method, marks=pytest.mark.slow) for method in ("resampler", "vqtoken"))])
+@pytest.mark.parametrize(
+    "method", ["quecc", *(pytest.param(method, marks=pytest.mark.slow) for method in ("resampler", "vqtoken"))]
+)
 def test_a_new_module_imitates_means_first(method: str, start: Path, tmp_path: Path) -> None:
     """Nothing else learns meanwhile, and a run that goes on from a checkpoint does not begin so again."""
-    more: dict[str, Any] = {"method": method, "budget": 4, "settings": {"form": "code", "heads": 4} if method == "vqtoken" else {}}
+    more: dict[str, Any] = {
+        "method": method,
+        "budget": 4,
+        "settings": {"form": "code", "heads": 4} if method == "vqtoken" else {},
+    }
     rows: dict[int, Tensor] = {}
     for steps in (0, 40):
         chosen = settings(start, tmp_path / str(steps), imitate=steps, tune="projector", **more)
         trainer, handle = build(chosen)
-        batch = {name: value for name, value in next(iter(trainer.get_eval_dataloader(trainer.train_dataset))).items() if name != "labels"}
+        batch = {
+            name: value
+            for name, value in next(iter(trainer.get_eval_dataloader(trainer.train_dataset))).items()
+            if name != "labels"
+        }
         with handle, torch.no_grad():
             made = []
-            handle.module.register_forward_hook(lambda module, args, out, made=made: made.append((args[0].float(), out.float())))  # type: ignore[union-attr]
+            handle.module.register_forward_hook(
+                lambda module, args, out, made=made: made.append((args[0].float(), out.float()))
+            )  # type: ignore[union-attr]
             trainer.model(**batch)
             plain = {key: weight for key, weight in trainer.model.state_dict().items()}
-        assert all(torch.equal(weight, plain[key]) for key, weight in load(str(start / "model")).model.state_dict().items())
+        assert all(
+            torch.equal(weight, plain[key]) for key, weight in load(str(start / "model")).model.state_dict().items()
+        )
         assert all(weight.grad is None for weight in trainer.model.parameters())
         (features, out), _ = made[0], rows.setdefault(steps, made[0][1])
         if method != "vqtoken":  # 4 x 4 tokens in windows of 2 x 2
@@ -312,11 +377,23 @@ def test_who_cannot_imitate_is_told(start: Path, tmp_path: Path) -> None:
             build(settings(start, tmp_path, **{"imitate": 3, **changes}))
 
 
-@pytest.mark.parametrize("method", ["vqtoken", "adsc", *(pytest.param(method, marks=pytest.mark.slow) for method in ("quecc", "resampler", "pool"))])
+@pytest.mark.parametrize(
+    "method",
+    ["vqtoken", "adsc", *(pytest.param(method, marks=pytest.mark.slow) for method in ("quecc", "resampler", "pool"))],
+)
 def test_budgets_fall_and_mix_for_methods_that_are_trained(method: str, start: Path, tmp_path: Path) -> None:
     """One module serves every number of rows; ADSC's strides follow the budget."""
     trainer, handle = build(
-        settings(start, tmp_path / "falls", method=method, budget=0.5, anneal_from=1.0, anneal_until=0.5, limit=2, trainer={"max_steps": 8})
+        settings(
+            start,
+            tmp_path / "falls",
+            method=method,
+            budget=0.5,
+            anneal_from=1.0,
+            anneal_until=0.5,
+            limit=2,
+            trainer={"max_steps": 8},
+        )
     )
     watch = Watch(handle)
     trainer.add_callback(watch)
@@ -326,7 +403,9 @@ def test_budgets_fall_and_mix_for_methods_that_are_trained(method: str, start: P
     assert [mean for _, mean in watch.steps] == pytest.approx([16, 14, 12, 10, 8, 8, 8, 8], abs=1)
     assert all(0 < entry["loss"] < 20 for entry in trainer.state.log_history if "loss" in entry)
     mixed = (1.0, 0.4, 0.75)
-    trainer, handle = build(settings(start, tmp_path / "mixes", method=method, budget=mixed, limit=2, trainer={"max_steps": 8}))
+    trainer, handle = build(
+        settings(start, tmp_path / "mixes", method=method, budget=mixed, limit=2, trainer={"max_steps": 8})
+    )
     trainer.add_callback(watch := Watch(handle))
     with handle:
         trainer.train()
@@ -354,12 +433,16 @@ def test_a_damaged_checkpoint_is_passed_over(start: Path, uninterrupted: bytes, 
 def test_no_readable_checkpoint_is_an_error(start: Path, tmp_path: Path) -> None:
     resume.begin(settings(start, tmp_path), restart=False)
     (tmp_path / "checkpoint-2").mkdir()
-    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("")  # a kill while the first checkpoint was written: nothing is lost
+    # a kill while the first checkpoint was written: nothing is lost
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("")
     with pytest.warns(UserWarning, match="checkpoint-2 is damaged"):
         assert resume.last_whole(tmp_path) is None
     (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
     (tmp_path / "checkpoint-2" / "optimizer.pt").write_text("half")
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"none of its checkpoints can be read \(checkpoint-2\): --restart begins"):
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(ValueError, match=r"none of its checkpoints can be read \(checkpoint-2\): --restart begins"),
+    ):
         train(settings(start, tmp_path))
 
 
@@ -370,7 +453,10 @@ def test_a_finished_run_is_left_alone_and_another_one_refused(start: Path, tmp_p
     train(chosen)
     assert (tmp_path / "model.safetensors").stat().st_mtime_ns == written
     other = settings(start, tmp_path, budget=0.25, trainer={"max_steps": 2, "learning_rate": 2e-3})
-    with pytest.raises(ValueError, match=r"holds a run with other settings \(budget, trainer.learning_rate\): choose another --out, or --restart"):
+    with pytest.raises(
+        ValueError,
+        match=r"holds a run with other settings \(budget, trainer.learning_rate\): choose another --out, or --restart",
+    ):
         train(other)
     (tmp_path / "mine.txt").write_text("not from training")
     train(other, restart=True)
@@ -393,7 +479,9 @@ def test_a_training_that_is_not_ours_is_neither_deleted_nor_gone_on_from(
     if beside is not None:
         (before / "train.yaml").write_text(beside)
     held = {file: file.read_bytes() for file in before.rglob("*") if file.is_file()}
-    with pytest.raises(ValueError, match=f"theirs holds {left}, and no train.yaml of duet-vlm train: .* Choose another --out"):
+    with pytest.raises(
+        ValueError, match=f"theirs holds {left}, and no train.yaml of duet-vlm train: .* Choose another --out"
+    ):
         train(settings(start, before, budget=0.25, trainer={"max_steps": 5}), restart=restart)
     assert {file: file.read_bytes() for file in before.rglob("*") if file.is_file()} == held
 
@@ -423,7 +511,9 @@ def test_a_run_does_not_go_on_with_other_data(what: str, start: Path, tmp_path: 
 
     for unfinished in (False, True):
         change()
-        with pytest.raises(ValueError, match="conversations or images have changed since; choose another --out, or --restart"):
+        with pytest.raises(
+            ValueError, match="conversations or images have changed since; choose another --out, or --restart"
+        ):
             train(chosen)
         change(back=True)
         train(chosen)
@@ -437,23 +527,46 @@ def test_a_run_does_not_go_on_with_other_data(what: str, start: Path, tmp_path: 
 # ---- the best of a run
 
 
-@pytest.mark.parametrize(("method", "tune"), [("duet", "full"), ("quecc", "full"), ("quecc", "lora"), ("duet", "projector")])
+@pytest.mark.parametrize(
+    ("method", "tune"), [("duet", "full"), ("quecc", "full"), ("quecc", "lora"), ("duet", "projector")]
+)
 def test_the_best_model_is_loaded_whole(method: str, tune: str, start: Path, tmp_path: Path) -> None:
-    """A learning rate so high that held-out answers are lost: what is saved at the end is the best checkpoint, in every file. A projector alone
-    learns at that rate: there the best is called the worst."""
+    """A learning rate so high that held-out answers are lost: what is saved at the end is the best checkpoint, in every
+    file. A projector alone learns at that rate: there the best is called the worst."""
     better = max if tune == "projector" else min
-    often = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 4, "save_total_limit": 10, "lr_scheduler_type": "constant"}
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": better is max, "learning_rate": 0.3}
-    held_out: dict[str, Any] = {"eval_data": (str(start / "data.json"),), "eval_limit": 8, "tune": tune, "method": method}
+    often = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_steps": 1,
+        "max_steps": 4,
+        "save_total_limit": 10,
+        "lr_scheduler_type": "constant",
+    }
+    best = {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": better is max,
+        "learning_rate": 0.3,
+    }
+    held_out: dict[str, Any] = {
+        "eval_data": (str(start / "data.json"),),
+        "eval_limit": 8,
+        "tune": tune,
+        "method": method,
+    }
     out = train(settings(start, tmp_path, trainer=often | best, lora={"r": 4} if tune == "lora" else {}, **held_out))
     losses = [entry["eval_loss"] for entry in log(out) if "eval_loss" in entry]
     chosen = out / f"checkpoint-{losses.index(better(losses)) + 1}"
     assert better(losses) != losses[-1] and len(losses) == 4
     files = {file.name for file in out.glob("*.safetensors")}
-    assert (BESIDE in files) == (method == "quecc") and files - {BESIDE} == {"adapter_model.safetensors" if tune == "lora" else "model.safetensors"}
+    assert (BESIDE in files) == (method == "quecc") and files - {BESIDE} == {
+        "adapter_model.safetensors" if tune == "lora" else "model.safetensors"
+    }
     for name in files:
         ours, theirs, last = load_file(out / name), load_file(chosen / name), load_file(out / "checkpoint-4" / name)
-        assert ours.keys() == theirs.keys() and all(torch.equal(weight, theirs[key]) for key, weight in ours.items()), name
+        assert ours.keys() == theirs.keys() and all(torch.equal(weight, theirs[key]) for key, weight in ours.items()), (
+            name
+        )
         assert any(not torch.equal(weight, last[key]) for key, weight in ours.items()), name
 
 
@@ -476,7 +589,10 @@ class Watch(TrainerCallback):
 def test_annealing_falls_in_a_straight_line_and_evaluation_is_at_the_end(start: Path, tmp_path: Path) -> None:
     held_out = {"eval_data": (str(start / "data.json"),), "eval_limit": 4}
     often = {"max_steps": 8, "eval_strategy": "steps", "eval_steps": 2}
-    chosen = settings(start, tmp_path, budget=0.5, anneal_from=1.0, anneal_until=0.5, limit=2, trainer=often, **held_out)  # an image each
+    # an image each
+    chosen = settings(
+        start, tmp_path, budget=0.5, anneal_from=1.0, anneal_until=0.5, limit=2, trainer=often, **held_out
+    )
     trainer, handle = build(chosen)
     watch = Watch(handle)
     trainer.add_callback(watch)
@@ -504,8 +620,13 @@ def test_mixed_budgets_depend_on_step_and_seed_only(start: Path, tmp_path: Path)
 def test_a_batch_without_any_answer_teaches_nothing(accumulate: int, start: Path, tmp_path: Path) -> None:
     rows = json.loads((start / "data.json").read_text())
     (tmp_path / "data.json").write_text(json.dumps([rows[5], rows[0]] * 2))
-    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulate, "train_sampling_strategy": "sequential"}
-    options |= {"logging_nan_inf_filter": False, "per_device_eval_batch_size": 1}  # the Trainer logs 0 for a loss that is no number
+    options = {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": accumulate,
+        "train_sampling_strategy": "sequential",
+    }
+    # the Trainer logs 0 for a loss that is no number
+    options |= {"logging_nan_inf_filter": False, "per_device_eval_batch_size": 1}
     source = (str(tmp_path / "data.json"),)
     out = train(settings(start, tmp_path / "out", data=source, eval_data=source, images=str(start), trainer=options))
     assert 0 < log(out)[-2]["eval_loss"] < 20
@@ -524,7 +645,9 @@ def test_the_held_out_loss_is_the_mean_over_answer_tokens(method: str, start: Pa
     budget = None if method == "none" else 0.5
     for size in (1, 2, 4, 16):
         options = {"per_device_eval_batch_size": size, "max_steps": 1, "save_strategy": "no"}
-        chosen = settings(start, tmp_path / "out", eval_data=source, images=str(start), method=method, budget=budget, trainer=options)
+        chosen = settings(
+            start, tmp_path / "out", eval_data=source, images=str(start), method=method, budget=budget, trainer=options
+        )
         trainer, handle = build(chosen)
         with handle:
             losses.append(trainer.evaluate()["eval_loss"])
@@ -556,16 +679,25 @@ def test_tensorboard_gets_its_events(start: Path, tmp_path: Path, monkeypatch: p
 def test_a_broken_image_is_one_clear_line(workers: int, start: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes((start / "0.png").read_bytes()[:200])
     (tmp_path / "data.json").write_text(json.dumps([chat(("user", [IMAGE]), ("assistant", "a"), image="bad.png")]))
-    chosen = settings(start, tmp_path / "out", data=(str(tmp_path / "data.json"),), trainer={"dataloader_num_workers": workers})
-    with pytest.raises(ValueError, match=r"^\S*data.json, row 0 \(counted from 0\): \S*bad.png: the file is damaged.*\)$"):
+    chosen = settings(
+        start, tmp_path / "out", data=(str(tmp_path / "data.json"),), trainer={"dataloader_num_workers": workers}
+    )
+    with pytest.raises(
+        ValueError, match=r"^\S*data.json, row 0 \(counted from 0\): \S*bad.png: the file is damaged.*\)$"
+    ):
         train(chosen)
 
 
 def test_arguments_that_cannot_be_right(start: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="trainer: lerning_rate: unknown .did you mean 'learning_rate'.*arguments of transformers.TrainingArguments"):
+    with pytest.raises(
+        ValueError,
+        match="trainer: lerning_rate: unknown .did you mean 'learning_rate'.*arguments of transformers.TrainingArguments",
+    ):
         train(settings(start, tmp_path, trainer={"lerning_rate": 1.0}))
     for name, value in (("torch_compile", True), ("torch_compile_backend", "aot_eager")):
-        with pytest.raises(ValueError, match=f"trainer: {name}={value}: it compiles the model as a whole, .* leave it out"):
+        with pytest.raises(
+            ValueError, match=f"trainer: {name}={value}: it compiles the model as a whole, .* leave it out"
+        ):
             train(settings(start, tmp_path, trainer={name: value}))
         assert not any(key.startswith("ACCELERATE_DYNAMO") for key in os.environ)
     with pytest.raises(ValueError, match="label_smoothing_factor"):
@@ -581,7 +713,9 @@ def test_checkpointing_leaves_a_frozen_tower_out_of_the_backward_pass(start: Pat
     for checkpointing in (False, True):
         trainer = {"gradient_checkpointing": checkpointing, "max_steps": 2}
         run, handle = build(settings(start, tmp_path / str(checkpointing), tune=tune, trainer=trainer))
-        hook = handle.adapter.tower().register_forward_hook(lambda module, args, output: needs.append(output.last_hidden_state.requires_grad))
+        hook = handle.adapter.tower().register_forward_hook(
+            lambda module, args, output: needs.append(output.last_hidden_state.requires_grad)
+        )
         with handle:
             run.train()
         hook.remove()

@@ -1,4 +1,5 @@
-"""Training with what people use (Trainer, TRL, PEFT, torch.compile): each run is compared with a loop written out by hand."""
+"""Training with what people use (Trainer, TRL, PEFT, torch.compile): each run is compared with a loop written out by
+hand."""
 
 from __future__ import annotations
 
@@ -14,7 +15,18 @@ from families import build
 from stock_trainer import losses, trainer
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from training_data import RATE, SAMPLES, Curve, batches, collate, farthest, plain_loop, targets_in, tokens_wanted, weights
+from training_data import (
+    RATE,
+    SAMPLES,
+    Curve,
+    batches,
+    collate,
+    farthest,
+    plain_loop,
+    targets_in,
+    tokens_wanted,
+    weights,
+)
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
 import duet_vlm
@@ -32,7 +44,9 @@ def attach(model: nn.Module, **settings: Any) -> duet_vlm.Handle:
 
 
 @functools.lru_cache
-def reference(family: str, size: int = 2, budget: float | None = BUDGET) -> tuple[Curve, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def reference(
+    family: str, size: int = 2, budget: float | None = BUDGET
+) -> tuple[Curve, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Curve, weights before and weights after the plain loop; ``budget`` None is the untouched model."""
     model = build(family).train()
     before = weights(model)
@@ -43,7 +57,8 @@ def reference(family: str, size: int = 2, budget: float | None = BUDGET) -> tupl
 
 @TWO_FAMILIES
 def test_the_loop_saves_tokens_and_is_another_curve_than_the_full_model(family: str) -> None:
-    """What the other tests lean on: the reference really reduces, to the budget, and the untouched model learns along another curve."""
+    """What the other tests lean on: the reference really reduces, to the budget, and the untouched model learns along
+    another curve."""
     curve, before, after = reference(family)
     full, _, after_full = reference(family, budget=None)
     wanted = [tokens_wanted(family, SAMPLES[i : i + 2], BUDGET) for i in range(0, len(SAMPLES), 2)]
@@ -53,12 +68,18 @@ def test_the_loop_saves_tokens_and_is_another_curve_than_the_full_model(family: 
     assert farthest(after, after_full, before) > 0.05
 
 
-@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "checkpointing", "checkpointing, reentrant"])
+@pytest.mark.parametrize(
+    "checkpointing", [None, False, True], ids=["plain", "checkpointing", "checkpointing, reentrant"]
+)
 @TWO_FAMILIES
 def test_trainer_follows_the_loop(family: str, checkpointing: bool | None, tmp_path: Path) -> None:
     curve, before, after = reference(family)
     model = build(family)
-    options = {} if checkpointing is None else {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": checkpointing}}
+    options = (
+        {}
+        if checkpointing is None
+        else {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": checkpointing}}
+    )
     with attach(model) as handle:
         run = trainer(model, family, tmp_path, **options)
         run.train()
@@ -73,11 +94,14 @@ def grouped(items: list[Any], size: int) -> list[list[Any]]:
 
 @pytest.mark.parametrize("micro", [1, 2])
 def test_accumulated_micro_batches_equal_the_whole_batch(micro: int, tmp_path: Path) -> None:
-    """4 samples at once, or in micro-batches of which some have no image and one has no label: one loss per supervised token."""
+    """4 samples at once, or in micro-batches of which some have no image and one has no label: one loss per supervised
+    token."""
     curve, before, after = reference("llava", size=4)
     model = build("llava")
     with attach(model):
-        run = trainer(model, "llava", tmp_path, per_device_train_batch_size=micro, gradient_accumulation_steps=4 // micro)
+        run = trainer(
+            model, "llava", tmp_path, per_device_train_batch_size=micro, gradient_accumulation_steps=4 // micro
+        )
         run.train()
     assert losses(run) == pytest.approx(curve.losses, rel=1e-4)
     assert farthest(weights(model), after, before) < 1e-3
@@ -112,7 +136,9 @@ def test_a_sample_without_labels_adds_nothing(family: str) -> None:
         loss.backward()
         assert float(loss) == 0 and all(not w.grad.any() for w in model.parameters() if w.grad is not None)
         with torch.no_grad():
-            with_it, without = (model(**collate(family, samples)).loss for samples in (SAMPLES[2:5], (SAMPLES[2], SAMPLES[4])))
+            with_it, without = (
+                model(**collate(family, samples)).loss for samples in (SAMPLES[2:5], (SAMPLES[2], SAMPLES[4]))
+            )
         torch.testing.assert_close(with_it, without)
 
 
@@ -185,17 +211,23 @@ def test_evaluation(family: str, tmp_path: Path) -> None:
 
 @TWO_FAMILIES
 def test_metrics_line_up_with_labels(family: str, tmp_path: Path) -> None:
-    """compute_metrics gets full-length labels: with ``align=True`` the logits fit them, and say what the surviving rows say."""
+    """compute_metrics gets full-length labels: with ``align=True`` the logits fit them, and say what the surviving rows
+    say."""
 
     def likelihood(prediction: Any) -> dict[str, float]:
-        scores = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions  # LLaVA adds its features
+        # LLaVA adds its features
+        scores = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
         logits, labels = torch.tensor(scores)[:, :-1], torch.tensor(prediction.label_ids)[:, 1:]
         return {"nll": float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()))}
 
     model = build(family)
-    model.config.text_config.use_cache = False  # the Trainer of transformers 5.19 would gather the cache, too, and cannot
+    # the Trainer of transformers 5.19 would gather the cache, too, and cannot
+    model.config.text_config.use_cache = False
     with attach(model) as handle:
-        sums = [[plain_loop(model, handle, [[batch]], rate=0.0).losses[0] * targets_in(batch), targets_in(batch)] for batch in batches(family, 2)]
+        sums = [
+            [plain_loop(model, handle, [[batch]], rate=0.0).losses[0] * targets_in(batch), targets_in(batch)]
+            for batch in batches(family, 2)
+        ]
     expected = sum(loss for loss, _ in sums) / sum(count for _, count in sums)
     run = trainer(model, family, tmp_path, per_device_eval_batch_size=2)
     run.compute_metrics = likelihood
@@ -212,7 +244,12 @@ class Killed(Exception):
 @TWO_FAMILIES
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(family: str, tmp_path: Path) -> None:
     """Adam this time, so that the state of the optimizer matters; the first run is killed in the middle of step 3."""
-    options: dict[str, Any] = {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 2, "train_sampling_strategy": "random"}
+    options: dict[str, Any] = {
+        "optim": "adamw_torch",
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "train_sampling_strategy": "random",
+    }
     whole = build(family)
     with attach(whole):
         complete = trainer(whole, family, tmp_path / "whole", **options)
@@ -233,8 +270,8 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(family: str, tmp_pa
         with pytest.raises(Killed):
             run.train()
     last = tmp_path / "cut" / "checkpoint-2"
-    # the Trainer alone would go on from the start weights: it reads a checkpoint's names as they are, and save_pretrained writes those of
-    # the hub's files (huggingface/transformers#43701)
+    # the Trainer alone would go on from the start weights: it reads a checkpoint's names as they are, and
+    # save_pretrained writes those of the hub's files (huggingface/transformers#43701)
     model = type(model).from_pretrained(last)
     with duet_vlm.attach(model) as handle:  # as the checkpoint remembers
         assert (handle.reducer.name, handle.budget) == ("duet", BUDGET)
@@ -248,7 +285,8 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(family: str, tmp_pa
 
 
 def vision_rows() -> list[dict[str, Any]]:
-    """Prompt-completion chats with 1, 0 and 2 pictures and, so that there is something to learn, the next sample's answer."""
+    """Prompt-completion chats with 1, 0 and 2 pictures and, so that there is something to learn, the next sample's
+    answer."""
     drawn = tiny.samples("train", 5)
     rows = []
     for number, pictures in enumerate((1, 0, 2, 1)):
@@ -278,7 +316,8 @@ def sft(model: nn.Module, processor: Any, folder: Path, **changes: Any) -> Any:
 
 
 def test_sft_trainer_follows_the_loop(tmp_path: Path) -> None:
-    """TRL's fused head lines hidden rows up with labels itself, so it needs ``align=True``; the loop works on surviving rows."""
+    """TRL's fused head lines hidden rows up with labels itself, so it needs ``align=True``; the loop works on surviving
+    rows."""
     model, processor = tiny.load()
     before = weights(model)
     with duet_vlm.attach(model, "duet", budget=64, align=True) as handle:
@@ -288,14 +327,18 @@ def test_sft_trainer_follows_the_loop(tmp_path: Path) -> None:
         measured = handle.report().measured_mean
     found = weights(model)
     labels = [row[row != -100].tolist() for (batch,) in steps for row in batch["labels"]]
-    assert labels == [processor.tokenizer(row["completion"][0]["content"] + "</s>", add_special_tokens=False).input_ids for row in vision_rows()]
+    assert labels == [
+        processor.tokenizer(row["completion"][0]["content"] + "</s>", add_special_tokens=False).input_ids
+        for row in vision_rows()
+    ]
 
     model, _ = tiny.load()
     with duet_vlm.attach(model.train(), "duet", budget=64) as handle:
         curve = plain_loop(model, handle, steps)
     assert losses(run) == pytest.approx(curve.losses, rel=1e-4)
     assert farthest(found, weights(model), before) < 1e-3
-    assert measured == curve.measured[-1] and 3 * 64 / 2 - 3 <= measured <= 3 * 64 / 2  # two samples with three pictures
+    # two samples with three pictures
+    assert measured == curve.measured[-1] and 3 * 64 / 2 - 3 <= measured <= 3 * 64 / 2
     model, _ = tiny.load()
     full = plain_loop(model.train(), None, steps)
     assert all(abs(a / b - 1) > 3e-4 for a, b in zip(losses(run), full.losses, strict=True))  # the bound above is 1e-4
@@ -311,7 +354,9 @@ def lora(model: nn.Module, **changes: Any) -> Any:
     """LoRA on all decoder projections; B is not zero, so that the adapters matter from the first step."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
-    config = peft.LoraConfig(r=RANK, lora_alpha=SCALE * RANK, target_modules=PROJECTIONS, init_lora_weights=False, **changes)
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=SCALE * RANK, target_modules=PROJECTIONS, init_lora_weights=False, **changes
+    )
     return peft.get_peft_model(model, config)
 
 
@@ -390,21 +435,31 @@ def test_lora_through_the_trainer_is_saved_loaded_and_merged(order: str, tmp_pat
         curve = plain_loop(twin, handle, [[batch] for batch in batches("llava", 2)])
     assert losses(run) == pytest.approx(curve.losses, rel=1e-4)
     assert farthest(after, adapters(twin), start) < 1e-3
-    base = {name.replace("base_model.model.", "").replace(".base_layer", ""): w for name, w in model.named_parameters() if "lora" not in name}
+    base = {
+        name.replace("base_model.model.", "").replace(".base_layer", ""): w
+        for name, w in model.named_parameters()
+        if "lora" not in name
+    }
     assert all(torch.equal(base[name], w) for name, w in before.items())
 
-    assert {path.name for path in (tmp_path / "saved").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in (tmp_path / "saved").iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     loaded = peft.PeftModel.from_pretrained(build("llava"), tmp_path / "saved").eval()
     merged, by_hand = model.merge_and_unload(), merged_by_hand("llava", after)
     for other, exact in ((loaded, True), (merged, False), (by_hand, False)):
         with attach(other.eval()), torch.no_grad():
-            torch.testing.assert_close(other(**batch).logits, logits, **({"rtol": 0, "atol": 0} if exact else {"rtol": 1e-3, "atol": 1e-3}))
+            torch.testing.assert_close(
+                other(**batch).logits, logits, **({"rtol": 0, "atol": 0} if exact else {"rtol": 1e-3, "atol": 1e-3})
+            )
     with torch.no_grad():
         torch.testing.assert_close(merged(**batch).logits, by_hand(**batch).logits, rtol=1e-3, atol=1e-3)
 
 
 def test_projector_trained_in_full_beside_lora() -> None:
-    """modules_to_save copies the projector: attached afterwards the copy is reduced and trained; attached before, the copy is refused."""
+    """modules_to_save copies the projector: attached afterwards the copy is reduced and trained; attached before, the
+    copy is refused."""
     core = build("llava")
     model = lora(core, modules_to_save=["multi_modal_projector"]).train()
     batch = collate("llava", SAMPLES[:3])
@@ -412,7 +467,11 @@ def test_projector_trained_in_full_beside_lora() -> None:
         loss = model(**batch).loss
         loss.backward()
         kept = handle.report().measured_mean
-    trained = [name for name, w in model.named_parameters() if "modules_to_save" in name and w.grad is not None and w.grad.any()]
+    trained = [
+        name
+        for name, w in model.named_parameters()
+        if "modules_to_save" in name and w.grad is not None and w.grad.any()
+    ]
     assert len(trained) == 4
     plain = lora(build("llava")).train()
     with attach(plain) as handle:
@@ -424,8 +483,9 @@ def test_projector_trained_in_full_beside_lora() -> None:
 
 @pytest.mark.parametrize("family", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
 def test_frozen_bf16_base(family: str, tmp_path: Path) -> None:
-    """QLoRA's set-up without its 4-bit weights: a frozen base in bf16, adapters in float32, autocast, re-entrant checkpointing of layers
-    whose inputs are made to require gradients. The same run without checkpointing is the reference, one at another budget the control."""
+    """QLoRA's set-up without its 4-bit weights: a frozen base in bf16, adapters in float32, autocast, re-entrant
+    checkpointing of layers whose inputs are made to require gradients. The same run without checkpointing is the
+    reference, one at another budget the control."""
     results = []
     for checkpointing, budget in ((False, BUDGET), (True, BUDGET), (False, 0.2)):
         core = build(family, dtype=torch.bfloat16)
@@ -444,16 +504,22 @@ def test_frozen_bf16_base(family: str, tmp_path: Path) -> None:
             else:
                 curve = plain_loop(model, handle, [[batch] for batch in batches(family, 2)], bf16)
         results.append((curve, adapters(model)))
-        base = {name.replace("base_model.model.", "").replace(".base_layer", ""): w for name, w in model.named_parameters() if "lora" not in name}
+        base = {
+            name.replace("base_model.model.", "").replace(".base_layer", ""): w
+            for name, w in model.named_parameters()
+            if "lora" not in name
+        }
         assert all(torch.equal(base[name], w) for name, w in before.items())
     (curve, after), (checkpointed, after_checkpointed), (_, other) = results
     assert checkpointed.losses == pytest.approx(curve.losses, rel=5e-3)  # bf16 rounds differently in a recomputed layer
     assert checkpointed.measured[-1] == curve.measured[-1]
-    assert farthest(after_checkpointed, after, start) < 0.3 < farthest(other, after, start)  # bf16 kernels differ from processor to processor
+    # bf16 kernels differ from processor to processor
+    assert farthest(after_checkpointed, after, start) < 0.3 < farthest(other, after, start)
 
 
 def test_qlora_with_four_bit_weights(tmp_path: Path) -> None:
-    """NF4 weights by bitsandbytes, PEFT's own preparation; the reference is a plain model with the dequantised weights, merged by hand."""
+    """NF4 weights by bitsandbytes, PEFT's own preparation; the reference is a plain model with the dequantised weights,
+    merged by hand."""
     bitsandbytes, peft = pytest.importorskip("bitsandbytes"), pytest.importorskip("peft")
     build("llava").save_pretrained(tmp_path)
     quantized = LlavaForConditionalGeneration.from_pretrained(
@@ -474,20 +540,27 @@ def test_qlora_with_four_bit_weights(tmp_path: Path) -> None:
             layer = getattr(module, "base_layer", module)
             if isinstance(layer, bitsandbytes.nn.Linear4bit) and not name.endswith("base_layer"):
                 was = exact.get_submodule(name).weight
-                plain.get_submodule(name).weight += bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state) - was
+                plain.get_submodule(name).weight += (
+                    bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state) - was
+                )
                 count += 1
     assert count > 50
     with attach(plain.train()) as handle, torch.no_grad():
         torch.testing.assert_close(loss, plain(**batch).loss, rtol=1e-4, atol=1e-5)
         assert handle.trace == kept
-    assert all(w.grad is not None and w.grad.any() for name, w in model.named_parameters() if "lora" in name and "layers.7.self_attn.q" not in name)
+    assert all(
+        w.grad is not None and w.grad.any()
+        for name, w in model.named_parameters()
+        if "lora" in name and "layers.7.self_attn.q" not in name
+    )
 
 
 # ---- torch.compile
 
 
 def compiled_layers(family: str, backend: str, order: str) -> None:
-    """Decoder layers compiled one by one, ``layer.forward = torch.compile(layer.forward)``: hooks stay outside of the graphs."""
+    """Decoder layers compiled one by one, ``layer.forward = torch.compile(layer.forward)``: hooks stay outside of the
+    graphs."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
     steps = [[batch] for batch in batches(family, 2)]
@@ -496,7 +569,8 @@ def compiled_layers(family: str, backend: str, order: str) -> None:
     model.config.text_config.use_cache = False  # a cache knows layers by number: a graph for each, in stock models too
     handle = attach(model) if order == "attach first" else None
     for layer in model.model.language_model.layers:
-        layer.forward = torch.compile(layer.forward, backend=counter, fullgraph=True)  # a graph break or too many graphs would raise
+        # a graph break or too many graphs would raise
+        layer.forward = torch.compile(layer.forward, backend=counter, fullgraph=True)
     handle = handle or attach(model)
     found = plain_loop(model, handle, steps[:1])
     graphs = counter.frame_count
@@ -504,7 +578,8 @@ def compiled_layers(family: str, backend: str, order: str) -> None:
     assert found.losses + rest.losses == pytest.approx(curve.losses, rel=1e-4)
     assert farthest(weights(model), after, before) < 1e-3
     assert (found.measured + rest.measured) == curve.measured
-    assert 1 <= graphs <= 4 and counter.frame_count == graphs  # rows differ from layer to layer and from batch to batch: sizes are symbols
+    # rows differ from layer to layer and from batch to batch: sizes are symbols
+    assert 1 <= graphs <= 4 and counter.frame_count == graphs
     with torch.no_grad():  # where layers that rank would hand their keys on, were they not compiled
         model.eval()
         compiled = model(**steps[0][0]).logits

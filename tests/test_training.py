@@ -26,7 +26,8 @@ def labels_of(inputs: Inputs, answer: int = 3) -> Tensor:
 
 
 def survivors_loss(logits: Tensor, slots: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-    """The loss by hand: each surviving row predicts the label of the next surviving row. Returns mean and number of targets."""
+    """The loss by hand: each surviving row predicts the label of the next surviving row. Returns mean and number of
+    targets."""
     terms = []
     for row, places, wanted in zip(logits, slots.tolist(), labels, strict=True):
         for j, slot in enumerate(places[1:]):
@@ -48,13 +49,14 @@ def test_loss_is_the_loss_over_survivors(case: Case, side: str) -> None:
     with case.attach() as handle, torch.no_grad():
         output = model(**inputs, labels=labels)
         expected, targets = survivors_loss(output.logits, handle.slots, labels)
-        assert targets == int((labels[:, 1:] != -100).sum())   # as many as without a reducer
+        assert targets == int((labels[:, 1:] != -100).sum())  # as many as without a reducer
         assert targets >= 11
         torch.testing.assert_close(output.loss, expected)
         summed = model(**inputs, labels=labels, num_items_in_batch=torch.tensor(6)).loss
         torch.testing.assert_close(summed, expected * targets / 6)
     with torch.no_grad():
-        assert abs(float(model(**inputs, labels=labels).loss) - float(expected)) > 1e-4  # of 5: reduced answers are others
+        # of 5: reduced answers are others
+        assert abs(float(model(**inputs, labels=labels).loss) - float(expected)) > 1e-4
 
 
 @matrix(*TRAINED, attention=("sdpa",))
@@ -67,7 +69,9 @@ def test_gradients_equal_those_of_the_oracle(case: Case) -> None:
     for mode in ("plain", "checkpoint", "checkpoint, reentrant"):
         model = case.fresh().train()
         if mode != "plain":
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": mode.endswith("reentrant")})
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": mode.endswith("reentrant")}
+            )
         if mode.endswith("reentrant"):
             model.enable_input_require_grads()
         with case.attach(model) as handle:
@@ -82,15 +86,24 @@ def test_gradients_equal_those_of_the_oracle(case: Case) -> None:
     for sample, (walk, choice) in enumerate(zip(walks, choices, strict=True)):
         wanted = labels[sample][inputs["attention_mask"][sample].bool()]
         seen = sorted(choice.visible(7))
-        assert seen == [s - int((inputs["attention_mask"][sample] == 0).sum()) for s in slots[sample].tolist() if s >= 0]
-        terms += [cross_entropy(walk.logits[a][None], wanted[b][None]) for a, b in zip(seen, seen[1:], strict=False) if wanted[b] != -100]
+        assert seen == [
+            s - int((inputs["attention_mask"][sample] == 0).sum()) for s in slots[sample].tolist() if s >= 0
+        ]
+        terms += [
+            cross_entropy(walk.logits[a][None], wanted[b][None])
+            for a, b in zip(seen, seen[1:], strict=False)
+            if wanted[b] != -100
+        ]
     loss = torch.stack(terms).mean()
     expected = gradients(oracle, loss)
-    noise = 1e-6 * max(float(grad.norm()) for grad in expected.values())  # key biases have gradients that are zero but for rounding
+    # key biases have gradients that are zero but for rounding
+    noise = 1e-6 * max(float(grad.norm()) for grad in expected.values())
     for mode, found in results.items():
         assert set(found) == set(expected), mode
         for name, grad in found.items():
-            assert float((grad - expected[name]).norm()) <= 1e-3 * float(expected[name].norm()) + noise, f"{mode}: {name}"
+            assert float((grad - expected[name]).norm()) <= 1e-3 * float(expected[name].norm()) + noise, (
+                f"{mode}: {name}"
+            )
     for other in losses:
         torch.testing.assert_close(other, loss.detach(), **CLOSE)
     seeing = {id(weight) for weight in FAMILIES[case.family].tower(oracle).parameters()}
@@ -201,7 +214,8 @@ def test_shift_labels_are_refused(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", ["pyramiddrop", "fastv", "duet"])
 def test_captions_right_after_the_image(family: str, method: str) -> None:
-    """LLaVA pre-training prompts are an image and its caption: no text asks, so the last visual token that is left does, at every stage."""
+    """LLaVA pre-training prompts are an image and its caption: no text asks, so the last visual token that is left
+    does, at every stage."""
     row = (1, ONE[2], 51, 52, 53)
     inputs = FAMILIES[family].inputs([row])
     labels = labels_of(inputs, 4 if FAMILIES[family].mrope else 3)  # Qwen's end-of-image token comes first

@@ -1,4 +1,5 @@
-"""duet-vlm tune: exact bounds against sums by hand, a race that cannot be won by luck, a search that resumes, a file that everything takes."""
+"""duet-vlm tune: exact bounds against sums by hand, a race that cannot be won by luck, a search that resumes, a file
+that everything takes."""
 
 from __future__ import annotations
 
@@ -69,7 +70,8 @@ def test_questions_are_split_and_too_few_are_named() -> None:
     for count in (250, 400, 1000):
         found = split(count, 0.98)
         assert found.choosing + found.testing <= count and found.choosing >= FEWEST
-        assert found.losses == allowed(found.testing, 0.98) > allowed(found.testing - 1, 0.98)  # no question more than its losses need
+        # no question more than its losses need
+        assert found.losses == allowed(found.testing, 0.98) > allowed(found.testing - 1, 0.98)
     with pytest.raises(ValueError, match=r"100 questions .* 149 .* give 73 more, or --keep 0.961"):
         split(100, 0.98)
     assert split(100, 0.961).testing + FEWEST <= 100
@@ -93,9 +95,15 @@ class Made:
         out: dict[str, list[AnswerScore] | str] = {}
         for run in runs:
             self.asked += [(run.id, number) for number in numbers]
-            luck = [self.luck.setdefault(("" if self.hard else run.id, number), self.rng.random()) for number in numbers]
+            luck = [
+                self.luck.setdefault(("" if self.hard else run.id, number), self.rng.random()) for number in numbers
+            ]
             rate = self.rates[run.id]
-            out[run.id] = "too small a budget" if rate > 1 else [AnswerScore(chance < rate, rate + chance / 100) for chance in luck]
+            out[run.id] = (
+                "too small a budget"
+                if rate > 1
+                else [AnswerScore(chance < rate, rate + chance / 100) for chance in luck]
+            )
         return out
 
     def field(self) -> list[Candidate]:
@@ -122,7 +130,9 @@ def test_the_cheapest_that_holds_wins_and_every_other_has_a_reason() -> None:
 
 def test_a_rung_behind_one_that_failed_is_not_taken() -> None:
     """The order is fixed before the test: what comes after a failure counts no more, however well it does."""
-    safe, unlucky, cheap = (Candidate(ExperimentCell(name), ms=ms) for name, ms in (("safe", 3.0), ("unlucky", 2.0), ("cheap", 1.0)))
+    safe, unlucky, cheap = (
+        Candidate(ExperimentCell(name), ms=ms) for name, ms in (("safe", 3.0), ("unlucky", 2.0), ("cheap", 1.0))
+    )
     found = confirm([safe, unlucky, cheap], range(149), 0, Made({"safe": 0.0, "unlucky": 0.5, "cheap": 0.0}), 16)
     assert found is safe and "failed before it" in cheap.reason and "which allows 0 of 149" in unlucky.reason
     assert cheap.tested < 149
@@ -130,7 +140,8 @@ def test_a_rung_behind_one_that_failed_is_not_taken() -> None:
 
 @pytest.mark.parametrize("hard", [False, True], ids=["own questions", "the same hard questions"])
 def test_many_bad_candidates_do_not_make_a_good_one(hard: bool) -> None:
-    """30 settings that all lose 2.1 %: in 400 searches one is taken in no more than 5 % of them (and 3 standard errors)."""
+    """30 settings that all lose 2.1 %: in 400 searches one is taken in no more than 5 % of them (and 3 standard
+    errors)."""
     names = {f"c{i}": 0.021 for i in range(30)}
     wrong = sum(raced(Made(names, seed, hard), 0.98, 200)[0] is not None for seed in range(400))
     assert wrong / 400 <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 400)
@@ -140,22 +151,33 @@ LOST = (7, 13, 20, 3)  # numbers of questions: one settled loss, two, three, fou
 
 
 class Said:
-    """Candidates of which it is settled which question each loses while choosing, and that lose nothing in the test; ``moved`` by candidate."""
+    """Candidates of which it is settled which question each loses while choosing, and that lose nothing in the test;
+    ``moved`` by candidate."""
 
     def __init__(self, choosing: int, rows: dict[str, tuple[float, int, float]]) -> None:
         self.choosing, self.rows = choosing, rows
 
     def __call__(self, runs: Sequence[ExperimentCell], numbers: Sequence[int]) -> dict[str, list[AnswerScore] | str]:
-        return {run.id: [AnswerScore(number in LOST[: self.rows[run.id][1]], self.rows[run.id][2]) for number in numbers] for run in runs}
+        return {
+            run.id: [AnswerScore(number in LOST[: self.rows[run.id][1]], self.rows[run.id][2]) for number in numbers]
+            for run in runs
+        }
 
     def field(self) -> list[Candidate]:
         return [Candidate(ExperimentCell(name), ms=ms) for name, (ms, *_) in self.rows.items()]
 
 
 def test_what_is_within_the_goal_is_kept_first() -> None:
-    """As on 90 questions of photographs, 90 % to be kept: the cheapest that lost nothing is tested, none that lost more than the goal allows is."""
-    steps = {f"step{i}@0.5": (60.0 - i, 0, 0.01 * 1.2**i) for i in range(24)}  # a long front: ever cheaper, ever further from the full model
-    cheap = {"duet@0.11": (35.1, 0, 1.0), "scope@0.06": (33.0, 2, 1.1), "duet@0.06": (31.8, 3, 1.2), "worse@0.06": (36.5, 0, 1.5)}
+    """As on 90 questions of photographs, 90 % to be kept: the cheapest that lost nothing is tested, none that lost more
+    than the goal allows is."""
+    # a long front: ever cheaper, ever further from the full model
+    steps = {f"step{i}@0.5": (60.0 - i, 0, 0.01 * 1.2**i) for i in range(24)}
+    cheap = {
+        "duet@0.11": (35.1, 0, 1.0),
+        "scope@0.06": (33.0, 2, 1.1),
+        "duet@0.06": (31.8, 3, 1.2),
+        "worse@0.06": (36.5, 0, 1.5),
+    }
     made = Said(24, steps | cheap)
     field = made.field()
     ladder = choose(field, range(24), 0.9, made)
@@ -167,7 +189,9 @@ def test_what_is_within_the_goal_is_kept_first() -> None:
     choose(field, range(24), 0.9, few)
     reasons = {c.name: c.reason for c in field}
     assert reasons["duet@0.06"] == "31.8 ms, 3 of 24 lost: more than 90 % kept allows; others are within it"
-    assert reasons["worse@0.06"].startswith("36.5 ms, 0 of 24 lost: duet@0.11 is as good or better in both (35.1 ms, 0 lost)")
+    assert reasons["worse@0.06"].startswith(
+        "36.5 ms, 0 of 24 lost: duet@0.11 is as good or better in both (35.1 ms, 0 lost)"
+    )
     assert [name for name, reason in reasons.items() if not reason] == ["step0@0.5", "duet@0.11", "scope@0.06"]
 
 
@@ -184,16 +208,20 @@ def test_the_cheapest_that_lost_least_is_always_tested(seed: int) -> None:
 
 @pytest.mark.parametrize("keep, count", [(0.9, 90), (0.95, 200)])
 def test_a_wrong_choice_is_rare_among_settings_of_every_kind(keep: float, count: int) -> None:
-    """200 searches among 36 settings whose losses grow as budgets shrink: a choice that loses more than it may in no more than 5 % of them (and 3
-    standard errors), and in most a choice at all."""
+    """200 searches among 36 settings whose losses grow as budgets shrink: a choice that loses more than it may in no
+    more than 5 % of them (and 3 standard errors), and in most a choice at all."""
     wrong, none = 0, 0
     for seed in range(200):
         draw = random.Random(seed)
         rates = {}
         for method in range(6):
             worst, power = math.exp(draw.uniform(math.log(0.005), math.log(0.2))), draw.uniform(0.5, 1.5)
-            rates |= {f"m{method}@{budget}": min(0.9, worst * (1 / budget - 1) ** power) for budget in (0.75, 0.5, 0.33, 0.22, 0.11, 0.06)}
-        ordered = dict(sorted(rates.items(), key=lambda item: -float(item[0].split("@")[1])))  # the cheaper the further down
+            rates |= {
+                f"m{method}@{budget}": min(0.9, worst * (1 / budget - 1) ** power)
+                for budget in (0.75, 0.5, 0.33, 0.22, 0.11, 0.06)
+            }
+        # the cheaper the further down
+        ordered = dict(sorted(rates.items(), key=lambda item: -float(item[0].split("@")[1])))
         chosen, *_ = raced(Made(ordered, seed), keep, count)
         wrong += chosen is not None and rates[chosen.name] > 1 - keep
         none += chosen is None
@@ -216,7 +244,13 @@ def test_divergence() -> None:
 
 
 @pytest.mark.parametrize(
-    "values, said", [({"keep": 1.0}, "from 0.5 to below 1"), ({"keep": 0.2}, "0.2"), ({"speedup": 0.5}, "above 1"), ({"memory": 0.0}, "24GB")]
+    "values, said",
+    [
+        ({"keep": 1.0}, "from 0.5 to below 1"),
+        ({"keep": 0.2}, "0.2"),
+        ({"speedup": 0.5}, "above 1"),
+        ({"memory": 0.0}, "24GB"),
+    ],
 )
 def test_goals_that_cannot_be(values: dict[str, float], said: str) -> None:
     with pytest.raises(ValueError, match=said):
@@ -233,7 +267,12 @@ def test_candidates_are_methods_by_budgets_by_schedules() -> None:
     model, _ = tiny.load()
     runs = candidates([("duet_plus", {}), ("visionzip", {})], (0.5, 0.22), ("own", "paper"), model)
     assert len(runs) == 2 * (2 + 1)  # visionzip drops nothing inside the decoder
-    assert {run.id for run in runs if not run.settings} == {"duet_plus@0.5", "duet_plus@0.22", "visionzip@0.5", "visionzip@0.22"}
+    assert {run.id for run in runs if not run.settings} == {
+        "duet_plus@0.5",
+        "duet_plus@0.22",
+        "visionzip@0.5",
+        "visionzip@0.22",
+    }
     with pytest.raises(ValueError, match="none of visionzip takes a schedule"):
         candidates([("visionzip", {})], (0.5,), ("deep",), model)
     with pytest.raises(ValueError, match="--schedules steep: choose among own, paper, deep"):
@@ -257,15 +296,32 @@ def test_a_folder_is_a_task(tmp_path: Path) -> None:
 
 def test_a_file_is_attached_like_its_contents(tmp_path: Path) -> None:
     file = tmp_path / "duet.json"
-    file.write_text(json.dumps({"method": "duet_plus", "budget": 0.22, "settings": {"schedule": [[6, 0.5], [9, 0.0]]}, "found": {"kept": 1.0}}))
+    file.write_text(
+        json.dumps(
+            {
+                "method": "duet_plus",
+                "budget": 0.22,
+                "settings": {"schedule": [[6, 0.5], [9, 0.0]]},
+                "found": {"kept": 1.0},
+            }
+        )
+    )
     model, _ = tiny.load()
     schedule = ((6, 0.5), (9, 0.0))
     for method in (str(file), file):
         with duet_vlm.attach(model, method) as handle:
-            assert (handle.reducer.name, handle.budget, handle.reducer.settings()["schedule"]) == ("duet_plus", 0.22, schedule)
+            assert (handle.reducer.name, handle.budget, handle.reducer.settings()["schedule"]) == (
+                "duet_plus",
+                0.22,
+                schedule,
+            )
     with duet_vlm.attach(model, file, budget=0.5, text_query="last") as handle:
         assert (handle.budget, handle.reducer.settings()["text_query"]) == (0.5, "last")
-    for text, said in (("{", "is not JSON"), ("[]", "holds no reduction"), ('{"method": "duet"}', "holds no reduction")):
+    for text, said in (
+        ("{", "is not JSON"),
+        ("[]", "holds no reduction"),
+        ('{"method": "duet"}', "holds no reduction"),
+    ):
         file.write_text(text)
         with pytest.raises(ValueError, match=said):
             load_from_file(file)
@@ -293,8 +349,12 @@ def test_a_search_writes_what_to_use(tuned: tuple[Path, dict[str, Any]]) -> None
     assert {file.name for file in folder.iterdir()} == {"duet.json", "result.json", "pareto.png", "journal.jsonl"}
     chosen = next(row for row in result["candidates"] if row["id"] == result["chosen"])
     setting = json.loads((folder / "duet.json").read_text())
-    assert {key: setting[key] for key in ("method", "budget", "settings")} == {key: chosen[key] for key in ("method", "budget", "settings")}
-    assert chosen["bound"] == pytest.approx(lower_bound(chosen["testing"]["asked"] - chosen["testing"]["lost"], chosen["testing"]["asked"]))
+    assert {key: setting[key] for key in ("method", "budget", "settings")} == {
+        key: chosen[key] for key in ("method", "budget", "settings")
+    }
+    assert chosen["bound"] == pytest.approx(
+        lower_bound(chosen["testing"]["asked"] - chosen["testing"]["lost"], chosen["testing"]["asked"])
+    )
     assert chosen["bound"] >= 0.8 and all(row["reason"] for row in result["candidates"] if row is not chosen)
     assert Image.open(folder / "pareto.png").size[0] > 800
     assert f"{chosen['bound']:.2%}" in result["verdict"] and result["use"]["python"] == python_line(chosen)
@@ -304,8 +364,13 @@ def test_a_search_writes_what_to_use(tuned: tuple[Path, dict[str, Any]]) -> None
 def test_a_second_call_asks_nothing_again(tuned: tuple[Path, dict[str, Any]]) -> None:
     folder, result = tuned
     before = (folder / "journal.jsonl").read_text()
-    again = call("tune", "tiny", *SMALL, "--methods", "duet,random", "--budgets", ".33,.06", "--out", folder.parent, "--json")
-    assert json.loads(again.stdout)["candidates"] == result["candidates"] and (folder / "journal.jsonl").read_text() == before
+    again = call(
+        "tune", "tiny", *SMALL, "--methods", "duet,random", "--budgets", ".33,.06", "--out", folder.parent, "--json"
+    )
+    assert (
+        json.loads(again.stdout)["candidates"] == result["candidates"]
+        and (folder / "journal.jsonl").read_text() == before
+    )
 
 
 def test_a_killed_search_goes_on(tuned: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -313,7 +378,9 @@ def test_a_killed_search_goes_on(tuned: tuple[Path, dict[str, Any]], tmp_path: P
     lines = (folder / "journal.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny/journal.jsonl").write_text("".join(lines[: len(lines) - 2]) + '{"batch": "hal')
-    again = call("tune", "tiny", *SMALL, "--methods", "duet,random", "--budgets", ".33,.06", "--out", tmp_path, "--json")
+    again = call(
+        "tune", "tiny", *SMALL, "--methods", "duet,random", "--budgets", ".33,.06", "--out", tmp_path, "--json"
+    )
     assert json.loads(again.stdout)["candidates"] == result["candidates"]
 
 
@@ -321,7 +388,9 @@ def test_other_methods_of_the_same_name_are_timed_together(tuned: tuple[Path, di
     folder, result = tuned
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny/journal.jsonl").write_text((folder / "journal.jsonl").read_text())
-    found = json.loads(call("tune", "tiny", *SMALL, "--methods", "duet,visionzip", "-b", ".33,.06", "--out", tmp_path, "--json").stdout)
+    found = json.loads(
+        call("tune", "tiny", *SMALL, "--methods", "duet,visionzip", "-b", ".33,.06", "--out", tmp_path, "--json").stdout
+    )
     assert {row["method"] for row in found["candidates"]} == {"duet", "visionzip"}
     old, new = ({row["id"]: row["ms"] for row in each["candidates"]} for each in (result, found))
     assert new["duet@0.33"] != old["duet@0.33"] and new["visionzip@0.33"]
@@ -334,14 +403,29 @@ def test_every_verb_takes_the_file(tuned: tuple[Path, dict[str, Any]], tmp_path:
     picture = picture if picture.is_file() else sorted(picture.parent.glob("*.png"))[0]
     said = call("run", "--method", setting, "-i", picture, "-p", "what color is the star ?", "--json")
     assert json.loads(said.stdout)["report"]["budget"] == known["budget"]
-    said = call("eval", "--methods", setting, "--limit", "2", "--timing-rounds", "0", "--workers", "1", "--out", tmp_path, "--json")
+    said = call(
+        "eval",
+        "--methods",
+        setting,
+        "--limit",
+        "2",
+        "--timing-rounds",
+        "0",
+        "--workers",
+        "1",
+        "--out",
+        tmp_path,
+        "--json",
+    )
     assert [row["budget"] for row in json.loads(said.stdout)["results"][0]["runs"]] == [None, known["budget"]]
     said = call("bench", "--method", setting, "--rounds", "1", "--new", "2", "--no-predict", "--json")
     assert [row["budget"] for row in json.loads(said.stdout)["rows"]] == [None, known["budget"]]
     said = call("vllm-args", "-m", "tiny", "--method", setting)
     assert said.exit_code == 2 and "on vLLM a budget counts what enters" in said.stderr
     said = call("train", "--data", "tiny", "--limit", "4", "--method", setting, "--print-config", "--json")
-    assert {key: json.loads(said.stdout)[key] for key in ("method", "budget")} == {key: known[key] for key in ("method", "budget")}
+    assert {key: json.loads(said.stdout)[key] for key in ("method", "budget")} == {
+        key: known[key] for key in ("method", "budget")
+    }
 
 
 def test_a_file_with_settings_is_timed_with_them(tmp_path: Path) -> None:
@@ -349,14 +433,19 @@ def test_a_file_with_settings_is_timed_with_them(tmp_path: Path) -> None:
     file.write_text('{"method": "duet_plus", "budget": 0.22, "settings": {"schedule": [[6, 0.5], [9, 0.0]]}}')
     words = ("bench", "--method", file, "--rounds", "1", "--new", "2", "--no-predict", "--json")
     _, row = json.loads(call(*words).stdout)["rows"]
-    assert row["side"] == "duet_plus[schedule=((6, 0.5), (9, 0.0))] at 22%" and row["settings"] == {"schedule": [[6, 0.5], [9, 0.0]]}
+    assert row["side"] == "duet_plus[schedule=((6, 0.5), (9, 0.0))] at 22%" and row["settings"] == {
+        "schedule": [[6, 0.5], [9, 0.0]]
+    }
     assert len(row["t2v"]) == 2  # it drops where the file says
     assert [row["budget"] for row in json.loads(call(*words, "-b", ".33,.5").stdout)["rows"]] == [None, 0.33, 0.5]
 
 
 def test_help_says_what_is_searched() -> None:
     said = "".join(call("tune", "--help").stdout.split())
-    assert "Default:duet,duet_plus,scope,visionzip,pyramiddrop,fastv." in said and "Default:0.75,0.5,0.33,0.22,0.11,0.06." in said
+    assert (
+        "Default:duet,duet_plus,scope,visionzip,pyramiddrop,fastv." in said
+        and "Default:0.75,0.5,0.33,0.22,0.11,0.06." in said
+    )
 
 
 @pytest.mark.parametrize("verb", ["tune", "drop-curve", "eval"])
@@ -413,7 +502,11 @@ def test_a_model_that_answers_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     from transformers import LlavaForConditionalGeneration as Model
 
     real = Model.generate
-    monkeypatch.setattr(Model, "generate", lambda self, *a, **k: real(self, *a, **k | {"max_new_tokens": 1, "suppress_tokens": list(range(3, 400))}))
+    monkeypatch.setattr(
+        Model,
+        "generate",
+        lambda self, *a, **k: real(self, *a, **k | {"max_new_tokens": 1, "suppress_tokens": list(range(3, 400))}),
+    )
     file = jsonl(tmp_path, *([{"question": "what color is the star ?"}] * 40))
     found = call("tune", file, "--keep", "0.8", "--out", tmp_path / "out", "--json")
     assert found.exit_code == 2 and "answers nothing to any of" in found.stderr
@@ -421,12 +514,29 @@ def test_a_model_that_answers_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_other_goals(tmp_path: Path) -> None:
     """Speed and memory rule out by their own numbers; what is left is measured without a share to keep."""
-    words = ("--limit", "40", "--timing-rounds", "3", "--batch", "20", "--methods", "duet", "-b", ".5,.11", "--out", tmp_path, "--json")
+    words = (
+        "--limit",
+        "40",
+        "--timing-rounds",
+        "3",
+        "--batch",
+        "20",
+        "--methods",
+        "duet",
+        "-b",
+        ".5,.11",
+        "--out",
+        tmp_path,
+        "--json",
+    )
     found = json.loads(call("tune", "tiny", *words, "--speedup", "1.01", "--memory", "1GB").stdout)
     chosen = next(row for row in found["candidates"] if row["id"] == found["chosen"])
     assert chosen["speedup_interval"][0] >= 1.01 and chosen["testing"]["asked"] > 0 and found["goal"]["keep"] is None
-    found = json.loads(call("tune", "tiny", *words, "--speedup", "1.01", "--memory", "1MB").stdout)  # from the journal: nothing is asked anew
-    assert found["chosen"] is None and all("predicted for one prompt, 0.001 asked" in row["reason"] for row in found["candidates"])
+    # from the journal: nothing is asked anew
+    found = json.loads(call("tune", "tiny", *words, "--speedup", "1.01", "--memory", "1MB").stdout)
+    assert found["chosen"] is None and all(
+        "predicted for one prompt, 0.001 asked" in row["reason"] for row in found["candidates"]
+    )
     found = json.loads(call("tune", "tiny", *words, "--speedup", "50").stdout)
     assert found["chosen"] is None and all("50 asked" in row["reason"] for row in found["candidates"])
     assert found["verdict"].startswith("Nothing qualifies: every candidate was refused or too dear")
@@ -434,7 +544,21 @@ def test_other_goals(tmp_path: Path) -> None:
 
 def test_losses_are_shown_with_both_answers(tmp_path: Path) -> None:
     """Also of questions that times were measured with, which stand in the journal once more without answers."""
-    words = ("--limit", "24", "--timing-rounds", "3", "--batch", "12", "--methods", "random", "-b", ".06", "--out", tmp_path, "--json")
+    words = (
+        "--limit",
+        "24",
+        "--timing-rounds",
+        "3",
+        "--batch",
+        "12",
+        "--methods",
+        "random",
+        "-b",
+        ".06",
+        "--out",
+        tmp_path,
+        "--json",
+    )
     found = call("tune", "tiny", *words, "--speedup", "1.01")
     assert found.exit_code == 0, found.output
     result = json.loads(found.stdout)
@@ -452,27 +576,58 @@ def test_choices_hold_in_the_committed_measurements(file: Path) -> None:
     assert len(result["repetitions"]) == 20 and result["questions"] == 200 and result["fresh"] == 2000
     assert not str(result["environment"]["commit"]).endswith("+changes")
     assert rows and all(row["bound"] >= result["keep"] for row in rows)
-    assert sum(row["fresh"]["kept"] < result["keep"] for row in rows) <= 1 and result["hold"] == sum(row["holds"] for row in rows)
+    assert sum(row["fresh"]["kept"] < result["keep"] for row in rows) <= 1 and result["hold"] == sum(
+        row["holds"] for row in rows
+    )
 
 
 def test_words_for_what_is_near() -> None:
-    row: dict[str, Any] = {"id": "duet@0.5", "method": "duet", "budget": 0.5, "settings": {"schedule": [[6, 0.5]]}, "ms": 2.0, "kept": 0.995}
+    row: dict[str, Any] = {
+        "id": "duet@0.5",
+        "method": "duet",
+        "budget": 0.5,
+        "settings": {"schedule": [[6, 0.5]]},
+        "ms": 2.0,
+        "kept": 0.995,
+    }
     row |= {"testing": {"asked": 149, "lost": 1}, "bound": 0.97, "reason": "lost"}
     asked = {"losses": 0, "testing": 149}
-    result: dict[str, Any] = {"candidates": [row], "chosen": None, "goal": {"keep": 0.98, "words": "the goal"}, "questions": asked}
+    result: dict[str, Any] = {
+        "candidates": [row],
+        "chosen": None,
+        "goal": {"keep": 0.98, "words": "the goal"},
+        "questions": asked,
+    }
     assert verdict(result) == (
         "Nothing qualifies for the goal. Nearest is duet@0.5: it kept 99.5% of the answers so far. "
         f"More questions may show that it does: a test of {needed(0.98, 2)} allows 2 losses, this one of 149 allowed 0."
     )
     assert python_line(row) == "handle = duet_vlm.attach(model, 'duet', budget=0.5, schedule=((6, 0.5),))"
-    assert shell_line(row, "tiny") == "duet-vlm run --model tiny --method duet --budget 0.5 --set 'schedule=((6, 0.5),)' --image FILE --prompt TEXT"
+    assert (
+        shell_line(row, "tiny")
+        == "duet-vlm run --model tiny --method duet --budget 0.5 --set 'schedule=((6, 0.5),)' --image FILE --prompt TEXT"
+    )
     assert "--video FILE" in shell_line(row, "tiny-video", clips=True)
 
 
 def candidate(name: str, ms: float, kept: float, choosing: int, testing: int, **more: Any) -> dict[str, Any]:
     method, _, budget = name.partition("@")
-    row: dict[str, Any] = {"id": name, "label": method, "method": method, "budget": float(budget), "settings": {}, "ms": ms, "kept": kept}
-    row |= {"choosing": {"asked": choosing, "lost": 0}, "testing": {"asked": testing, "lost": 0}, "bound": 0.93, "reason": "left", "speedup": 1.39}
+    row: dict[str, Any] = {
+        "id": name,
+        "label": method,
+        "method": method,
+        "budget": float(budget),
+        "settings": {},
+        "ms": ms,
+        "kept": kept,
+    }
+    row |= {
+        "choosing": {"asked": choosing, "lost": 0},
+        "testing": {"asked": testing, "lost": 0},
+        "bound": 0.93,
+        "reason": "left",
+        "speedup": 1.39,
+    }
     return row | more
 
 
@@ -516,9 +671,17 @@ def test_the_verdict_gives_the_ratio_of_the_times_that_it_names() -> None:
     assert verdict(RESULT).startswith("duet@0.22: 1.51 times faster to the first token (44 ms, the full model 66.3 ms)")
 
 
-def test_the_table_fits_where_it_is_piped_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    many = [candidate(f"duet@0.{place}", 30.0 + place, 0.5, 6, 0, reason="a reason that is long enough " * 4) for place in range(10, 40)]
-    full = RESULT | {"candidates": [*many, *RESULT["candidates"]], "environment": RESULT["environment"] | {"commit": "abc"}}
+def test_the_table_fits_where_it_is_piped_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    many = [
+        candidate(f"duet@0.{place}", 30.0 + place, 0.5, 6, 0, reason="a reason that is long enough " * 4)
+        for place in range(10, 40)
+    ]
+    full = RESULT | {
+        "candidates": [*many, *RESULT["candidates"]],
+        "environment": RESULT["environment"] | {"commit": "abc"},
+    }
     for columns, width in (("72", 72), (None, 100)):
         monkeypatch.delenv("COLUMNS", raising=False)
         if columns:

@@ -1,4 +1,5 @@
-"""What methods return is checked: every method of the package passes wherever it runs, every way of being wrong has its own message."""
+"""What methods return is checked: every method of the package passes wherever it runs, every way of being wrong has its
+own message."""
 
 from __future__ import annotations
 
@@ -32,7 +33,15 @@ from duet_vlm.reducers.decoder import DecoderReducer
 from duet_vlm.reducers.encoder import EncoderReducer
 from duet_vlm.reducers.inputs import Input
 from duet_vlm.runtime import validation
-from duet_vlm.runtime.validation import MESSAGES, InvalidSelection, check_mask, check_plan, check_rows, check_selection, raise_if_invalid
+from duet_vlm.runtime.validation import (
+    MESSAGES,
+    InvalidSelection,
+    check_mask,
+    check_plan,
+    check_rows,
+    check_selection,
+    raise_if_invalid,
+)
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -61,7 +70,11 @@ def checked(reducer: Reducer, seen: list[str]) -> Reducer:
         seen.append("prune_tokens")
         if isinstance(made, Selection):
             found, code = check_rows(self, made, view)
-            assert torch.equal(found.valid, made.valid) and torch.equal(found.target_row, made.target_row) and found.weights is made.weights
+            assert (
+                torch.equal(found.valid, made.valid)
+                and torch.equal(found.target_row, made.target_row)
+                and found.weights is made.weights
+            )
         else:
             found, code = check_mask(self, made, view.valid, view.num_keep)
             assert torch.equal(found, made)
@@ -82,9 +95,16 @@ def test_every_method_passes_wherever_it_runs(family: str, method: str) -> None:
     cls, made, model = duet_vlm.get_method(method), FAMILIES[family], shared(family)
     encodes, drops = issubclass(cls, EncoderReducer), issubclass(cls, DecoderReducer)
     batches = [made.inputs(MIXED), *([made.inputs(clips_for(family))] if made.video else [])]
-    parts = ({"crops": "joint"}, {"crops": "per_crop", "newline_tokens": "keep"} if not cls.compares_frames else {}) if encodes else ({},)
+    parts = (
+        ({"crops": "joint"}, {"crops": "per_crop", "newline_tokens": "keep"} if not cls.compares_frames else {})
+        if encodes
+        else ({},)
+    )
     if family in TOO_EARLY.get(method, ()):
-        with pytest.raises(ValueError, match="no attention to rank tokens by"), duet_vlm.attach(model, method, budget=0.35):
+        with (
+            pytest.raises(ValueError, match="no attention to rank tokens by"),
+            duet_vlm.attach(model, method, budget=0.35),
+        ):
             forward(model, batches[0])
         return
     for inputs in batches:
@@ -94,7 +114,8 @@ def test_every_method_passes_wherever_it_runs(family: str, method: str) -> None:
                 with duet_vlm.attach(model, checked(cls(**fields), seen), budget=budget) as handle:
                     forward(model, inputs)
                     plans = [handle.plan(span.span.tokens) for row in handle.trace for span in row]
-                leaves = drops and any(min(plan.counts) < plan.entry for plan in plans)  # what enters may also stay: an ample budget
+                # what enters may also stay: an ample budget
+                leaves = drops and any(min(plan.counts) < plan.entry for plan in plans)
                 assert set(seen) == {*["select_tokens"] * encodes, *["prune_tokens"] * leaves}
 
 
@@ -143,7 +164,8 @@ def test_official_presets_pass_on_clips(name: str, parts: str) -> None:
 
 @dataclass(frozen=True)
 class Mine(EncoderReducer, DecoderReducer):
-    """Right in itself: the first half of the tokens stays, one more is an anchor that its neighbour joins. ``spoil`` changes an answer."""
+    """Right in itself: the first half of the tokens stays, one more is an anchor that its neighbour joins. ``spoil``
+    changes an answer."""
 
     name = "mine"
     paper = "-"
@@ -164,18 +186,24 @@ class Mine(EncoderReducer, DecoderReducer):
         first = (view.valid.cumsum(1) <= rows[:, None]) & view.valid
         index, valid = pack_right(first, max(plan.entry for plan in view.plans))
         rest, real = pack_right(view.valid & ~first, 2)
-        return self._answer("select_tokens", Selection(index, valid, rest, torch.where(real, rows[:, None] - 1, -1)), view)
+        return self._answer(
+            "select_tokens", Selection(index, valid, rest, torch.where(real, rows[:, None] - 1, -1)), view
+        )
 
     def prune_tokens(self, view: DecoderView) -> Tensor:
         return self._answer("prune_tokens", spaced_picks(view.valid, view.num_keep), view)
 
 
 def plan_with(**fields: Any) -> Callable[[SpanPlan], SpanPlan]:
-    return lambda plan: dataclasses.replace(plan, **{name: value(plan) if callable(value) else value for name, value in fields.items()})
+    return lambda plan: dataclasses.replace(
+        plan, **{name: value(plan) if callable(value) else value for name, value in fields.items()}
+    )
 
 
 def selection_with(**fields: Callable[[Selection], Any]) -> Callable[..., Selection]:
-    return lambda selection, view: dataclasses.replace(selection, **{name: value(selection) for name, value in fields.items()})
+    return lambda selection, view: dataclasses.replace(
+        selection, **{name: value(selection) for name, value in fields.items()}
+    )
 
 
 def put(x: Tensor, column: int, value: Any) -> Tensor:
@@ -200,10 +228,19 @@ PLANS: dict[str, tuple[Callable[..., Any], str]] = {
     "one count": (plan_with(counts=4), "counts must be a tuple of ints"),
     "text": (plan_with(counts="44442200"), "counts must be ints"),
     "fractions of tokens": (plan_with(counts=lambda p: tuple(c / p.tokens for c in p.counts)), "counts must be ints"),
-    "too few layers": (plan_with(counts=lambda p: p.counts[:-1]), "one number for each of the 8 decoder layers, it has 7"),
-    "too many layers": (plan_with(counts=lambda p: (*p.counts, 0)), "one number for each of the 8 decoder layers, it has 9"),
+    "too few layers": (
+        plan_with(counts=lambda p: p.counts[:-1]),
+        "one number for each of the 8 decoder layers, it has 7",
+    ),
+    "too many layers": (
+        plan_with(counts=lambda p: (*p.counts, 0)),
+        "one number for each of the 8 decoder layers, it has 9",
+    ),
     "grows": (plan_with(counts=lambda p: (*p.counts[:-1], 1)), "layer 7 cannot read 1 tokens where 0 are left"),
-    "more than enter": (plan_with(counts=lambda p: (p.entry + 1, *p.counts[1:])), r"layer 0 cannot read \d+ tokens where \d+ are left"),
+    "more than enter": (
+        plan_with(counts=lambda p: (p.entry + 1, *p.counts[1:])),
+        r"layer 0 cannot read \d+ tokens where \d+ are left",
+    ),
     "negative counts": (plan_with(counts=lambda p: (*p.counts[:-1], -1)), "cannot be negative"),
     "negative rows": (plan_with(contextual=-1), "cannot be negative"),
     "more than there are": (plan_with(dominant=lambda p: p.tokens), "more than the span's"),
@@ -213,51 +250,122 @@ PLANS: dict[str, tuple[Callable[..., Any], str]] = {
 }
 SELECTIONS: dict[str, tuple[Callable[..., Any], str]] = {
     "none": (lambda selection, view: None, "returned None: return a duet_vlm.Selection"),
-    "a mask": (lambda selection, view: view.valid, r"returned a tensor \[.*\] of torch.bool on cpu: return a duet_vlm.Selection"),
-    "lists": (selection_with(index=lambda s: s.index.tolist()), r"index = \[\[.*give a tensor \[4, K\] of torch.int64 on cpu"),
-    "int32": (selection_with(index=lambda s: s.index.int()), "index = a tensor .* of torch.int32 on cpu: give a tensor .* of torch.int64"),
-    "valid as numbers": (selection_with(valid=lambda s: s.valid.long()), "valid = a tensor .* of torch.int64 on cpu: give .* torch.bool"),
-    "one span less": (selection_with(target_row=lambda s: s.target_row[1:]), r"target_row = a tensor \[3, 2\] .* give a tensor \[4, P\]"),
-    "no spans": (selection_with(source_tokens=lambda s: s.source_tokens[0]), r"source_tokens = a tensor \[2\] .* give a tensor \[4, P\]"),
+    "a mask": (
+        lambda selection, view: view.valid,
+        r"returned a tensor \[.*\] of torch.bool on cpu: return a duet_vlm.Selection",
+    ),
+    "lists": (
+        selection_with(index=lambda s: s.index.tolist()),
+        r"index = \[\[.*give a tensor \[4, K\] of torch.int64 on cpu",
+    ),
+    "int32": (
+        selection_with(index=lambda s: s.index.int()),
+        "index = a tensor .* of torch.int32 on cpu: give a tensor .* of torch.int64",
+    ),
+    "valid as numbers": (
+        selection_with(valid=lambda s: s.valid.long()),
+        "valid = a tensor .* of torch.int64 on cpu: give .* torch.bool",
+    ),
+    "one span less": (
+        selection_with(target_row=lambda s: s.target_row[1:]),
+        r"target_row = a tensor \[3, 2\] .* give a tensor \[4, P\]",
+    ),
+    "no spans": (
+        selection_with(source_tokens=lambda s: s.source_tokens[0]),
+        r"source_tokens = a tensor \[2\] .* give a tensor \[4, P\]",
+    ),
     "another device": (selection_with(index=lambda s: s.index.to("meta")), "on meta: give a tensor .* on cpu"),
-    "valid of other width": (selection_with(valid=lambda s: s.valid[:, 1:]), r"index of shape \(4, \d+\) and valid of shape \(4, \d+\)"),
-    "into of other width": (selection_with(target_row=lambda s: s.target_row[:, 1:]), r"source_tokens of shape \(4, 2\) and target_row of shape \(4, 1\)"),
+    "valid of other width": (
+        selection_with(valid=lambda s: s.valid[:, 1:]),
+        r"index of shape \(4, \d+\) and valid of shape \(4, \d+\)",
+    ),
+    "into of other width": (
+        selection_with(target_row=lambda s: s.target_row[:, 1:]),
+        r"source_tokens of shape \(4, 2\) and target_row of shape \(4, 1\)",
+    ),
     "merge": (selection_with(merge=lambda s: "sum"), "merge='sum': choose one of 'mean', 'anchor_plus_mean'"),
-    "too few columns": (selection_with(index=lambda s: s.index[:, 1:], valid=lambda s: s.valid[:, 1:]), r"\d+ rows per span: \d+ are planned"),
-    "a row less": (selection_with(valid=lambda s: put(s.valid, 0, False)), r"another number of rows than planned \(span 3: \d+ instead of \d+\)"),
-    "past the end": (selection_with(index=lambda s: put(s.index, 0, 1000)), r"tokens that do not exist \(span 3: 1000\)"),
+    "too few columns": (
+        selection_with(index=lambda s: s.index[:, 1:], valid=lambda s: s.valid[:, 1:]),
+        r"\d+ rows per span: \d+ are planned",
+    ),
+    "a row less": (
+        selection_with(valid=lambda s: put(s.valid, 0, False)),
+        r"another number of rows than planned \(span 3: \d+ instead of \d+\)",
+    ),
+    "past the end": (
+        selection_with(index=lambda s: put(s.index, 0, 1000)),
+        r"tokens that do not exist \(span 3: 1000\)",
+    ),
     "from the end": (selection_with(index=lambda s: put(s.index, 0, -1)), r"tokens that do not exist \(span 3: -1\)"),
-    "members past the end": (selection_with(source_tokens=lambda s: put(s.source_tokens, 0, 1000)), r"tokens that do not exist \(span 3: 1000\)"),
+    "members past the end": (
+        selection_with(source_tokens=lambda s: put(s.source_tokens, 0, 1000)),
+        r"tokens that do not exist \(span 3: 1000\)",
+    ),
     "twice": (selection_with(index=lambda s: put(s.index, 0, s.index[-1, 1])), r"keeps a token twice \(span 3: 1\)"),
-    "no such row": (selection_with(target_row=lambda s: put(s.target_row, 0, s.index.shape[1])), r"a row that does not exist \(span 3: \d+\)"),
-    "a row before the first": (selection_with(target_row=lambda s: put(s.target_row, 0, -2)), r"a row that does not exist \(span 3: -2\)"),
-    "merged twice": (selection_with(source_tokens=lambda s: put(s.source_tokens, 0, s.source_tokens[-1, 1])), r"merges a token twice.*\(span 3: \d+\)"),
-    "weights as numbers": (selection_with(weights=lambda s: s.target_row), r"weights = .*int64.*give a tensor \[4, 2\] of floating point, as members"),
-    "weights of other width": (selection_with(weights=lambda s: torch.ones(4, 3)), r"weights = a tensor \[4, 3\] .* give a tensor \[4, 2\]"),
+    "no such row": (
+        selection_with(target_row=lambda s: put(s.target_row, 0, s.index.shape[1])),
+        r"a row that does not exist \(span 3: \d+\)",
+    ),
+    "a row before the first": (
+        selection_with(target_row=lambda s: put(s.target_row, 0, -2)),
+        r"a row that does not exist \(span 3: -2\)",
+    ),
+    "merged twice": (
+        selection_with(source_tokens=lambda s: put(s.source_tokens, 0, s.source_tokens[-1, 1])),
+        r"merges a token twice.*\(span 3: \d+\)",
+    ),
+    "weights as numbers": (
+        selection_with(weights=lambda s: s.target_row),
+        r"weights = .*int64.*give a tensor \[4, 2\] of floating point, as members",
+    ),
+    "weights of other width": (
+        selection_with(weights=lambda s: torch.ones(4, 3)),
+        r"weights = a tensor \[4, 3\] .* give a tensor \[4, 2\]",
+    ),
     "a weight that is none": (
         selection_with(weights=lambda s: torch.full(s.target_row.shape, float("nan"))),
         r"weights that are not finite \(span 0: \d+\)",
     ),
     "weights and twice": (
-        selection_with(weights=lambda s: torch.ones(s.target_row.shape), index=lambda s: put(s.index, 0, s.index[-1, 1])),
+        selection_with(
+            weights=lambda s: torch.ones(s.target_row.shape), index=lambda s: put(s.index, 0, s.index[-1, 1])
+        ),
         r"keeps a token twice \(span 3: 1\)",
     ),
-    "kept and merged": (selection_with(source_tokens=lambda s: put(s.source_tokens, 0, s.index[-1, 0])), r"one that it also keeps \(span 3: 0\)"),
+    "kept and merged": (
+        selection_with(source_tokens=lambda s: put(s.source_tokens, 0, s.index[-1, 0])),
+        r"one that it also keeps \(span 3: 0\)",
+    ),
 }
 MASKS: dict[str, tuple[Callable[..., Any], str]] = {
     "none": (lambda mask, view: None, r"returned None: give a tensor \[2, \d+\] of torch.bool on cpu"),
     "numbers": (lambda mask, view: mask.long(), r"returned a tensor \[2, \d+\] of torch.int64 on cpu: give a tensor"),
     "indices": (lambda mask, view: pack_right(mask, 3)[0], r"returned a tensor \[2, 3\] of torch.int64 on cpu: give"),
-    "one sample": (lambda mask, view: mask[0], r"returned a tensor \[\d+\] of torch.bool on cpu: give a tensor \[2, \d+\]"),
+    "one sample": (
+        lambda mask, view: mask[0],
+        r"returned a tensor \[\d+\] of torch.bool on cpu: give a tensor \[2, \d+\]",
+    ),
     "another device": (lambda mask, view: mask.to("meta"), "on meta: give a tensor .* on cpu"),
-    "everything": (lambda mask, view: torch.ones_like(mask), r"another number of tokens than planned \(row 0: \d+ instead of \d+\)"),
-    "nothing": (lambda mask, view: torch.zeros_like(mask), r"another number of tokens than planned \(row 0: 0 instead of \d+\)"),
-    "one more": (lambda mask, view: put(mask, int((~mask[-1]).nonzero()[0]), True), r"than planned \(row 1: \d+ instead of \d+\)"),
+    "everything": (
+        lambda mask, view: torch.ones_like(mask),
+        r"another number of tokens than planned \(row 0: \d+ instead of \d+\)",
+    ),
+    "nothing": (
+        lambda mask, view: torch.zeros_like(mask),
+        r"another number of tokens than planned \(row 0: 0 instead of \d+\)",
+    ),
+    "one more": (
+        lambda mask, view: put(mask, int((~mask[-1]).nonzero()[0]), True),
+        r"than planned \(row 1: \d+ instead of \d+\)",
+    ),
 }
 # on LLaVA all pictures have the same size; elsewhere the small ones of a batch are padded
 PADDED: dict[str, tuple[Callable[..., Any], str]] = {
     "padding": (padding_of, r"padding in it \(span \d: \d+\)"),
-    "rows that are none": (selection_with(valid=lambda s: torch.ones_like(s.valid)), "another number of rows than planned"),
+    "rows that are none": (
+        selection_with(valid=lambda s: torch.ones_like(s.valid)),
+        "another number of rows than planned",
+    ),
 }
 BATCH = (*MIXED[:2],)
 
@@ -305,7 +413,10 @@ def test_a_stage_of_a_composition_chooses_among_its_candidates(past: int) -> Non
         return dataclasses.replace(selection, index=index)
 
     model, inputs = shared("qwen2_5_vl"), FAMILIES["qwen2_5_vl"].inputs(clips_for("qwen2_5_vl"))
-    with pytest.raises(ValueError, match=r"frames\+mine\.select_tokens returned a selection of tokens that do not exist \(span \d: -1\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"frames\+mine\.select_tokens returned a selection of tokens that do not exist \(span \d: -1\)",
+    ):
         with duet_vlm.attach(model, duet_vlm.compose(Frames(keep=0.8), Mine(stage="select_tokens", spoil=beyond))):
             forward(model, inputs)
 
@@ -321,7 +432,8 @@ def test_the_method_that_is_spoiled_is_right_in_itself(family: str, parts: str) 
 
 
 def test_a_plan_needs_a_stage_that_carries_it_out() -> None:
-    """A method without V2V cannot let fewer rows in, one without T2V cannot choose who leaves later; leaving none needs no choice."""
+    """A method without V2V cannot let fewer rows in, one without T2V cannot choose who leaves later; leaving none needs
+    no choice."""
     before, inside = VisionZip(dominant=4), duet_vlm.get_method("fastv")()
     with pytest.raises(ValueError, match="fewer rows enter than the span has, but this method is no EncoderReducer"):
         check_plan(inside, SpanPlan(8, 4, 0, (4, 4)), 8, 2)
@@ -359,7 +471,10 @@ def view_of(valid: Tensor, rows: list[tuple[int, int]], device: str = "cpu") -> 
 def faults(selection: Selection, view: EncoderView) -> set[InvalidSelection]:
     """All that is wrong with the values, one token after the other."""
     found: set[InvalidSelection] = set()
-    tables = (x.tolist() for x in (selection.index, selection.valid, selection.source_tokens, selection.target_row, view.valid))
+    tables = (
+        x.tolist()
+        for x in (selection.index, selection.valid, selection.source_tokens, selection.target_row, view.valid)
+    )
     for index, valid, members, into, real, plan in zip(*tables, view.plans, strict=True):
         kept = [token for token, counts in zip(index, valid, strict=True) if counts]
         merged = []
@@ -385,14 +500,18 @@ def faults(selection: Selection, view: EncoderView) -> set[InvalidSelection]:
 
 @st.composite
 def right_ones(draw: Any) -> tuple[Selection, EncoderView]:
-    """Spans of unequal size, any rows in any order, any members, and anything at all where there is no row and no member."""
+    """Spans of unequal size, any rows in any order, any members, and anything at all where there is no row and no
+    member."""
     batch, tokens = draw(st.integers(1, 3)), draw(st.integers(1, 9))
     shown = [draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens)) for _ in range(batch)]
     orders = [draw(st.permutations([i for i in range(tokens) if row[i]])) for row in shown]
     rows = [(draw(st.integers(0, len(order))), 0) for order in orders]
     rows = [(n - (k := draw(st.integers(0, n))), k) for n, _ in rows]
     width = max(sum(pair) for pair in rows) + draw(st.integers(0, 2))
-    joining = [order[sum(pair) : sum(pair) + draw(st.integers(0, tokens))] if sum(pair) else [] for order, pair in zip(orders, rows, strict=True)]
+    joining = [
+        order[sum(pair) : sum(pair) + draw(st.integers(0, tokens))] if sum(pair) else []
+        for order, pair in zip(orders, rows, strict=True)
+    ]
     most = max(map(len, joining)) + draw(st.integers(0, 2))
     anything = st.integers(-3, tokens + 3)
     index, valid, members, into = [], [], [], []
@@ -449,7 +568,9 @@ def spoiled(draw: Any) -> tuple[Selection, EncoderView]:
         name = draw(st.sampled_from([name for name, table in tables.items() if table.numel()] or ["none"]))
         if name != "none":
             place = draw(st.integers(0, tables[name].numel() - 1))
-            tables[name].view(-1)[place] = draw(st.booleans() if name == "valid" else st.integers(-3, view.valid.shape[1] + 3))
+            tables[name].view(-1)[place] = draw(
+                st.booleans() if name == "valid" else st.integers(-3, view.valid.shape[1] + 3)
+            )
     return dataclasses.replace(selection, **tables), view
 
 
@@ -474,7 +595,11 @@ def test_until_it_is_told_a_wrong_selection_reads_nothing_out_of_bounds(pair: tu
     selection, view = pair
     found, _ = code_of(selection, view)
     tokens, rows = view.valid.shape[1], found.index.shape[1]
-    for table, lowest, end in ((found.index, 0, tokens), (found.source_tokens, 0, tokens), (found.target_row, -1, rows)):
+    for table, lowest, end in (
+        (found.index, 0, tokens),
+        (found.source_tokens, 0, tokens),
+        (found.target_row, -1, rows),
+    ):
         assert bool(((table >= lowest) & (table < end)).all())
     assert bool((found.valid.sum(1) <= view.dominant + view.contextual).all())
     if rows:
@@ -487,15 +612,21 @@ def test_masks_against_loops(data: st.DataObject) -> None:
     batch, width = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 6))
     table = st.lists(st.lists(st.booleans(), min_size=width, max_size=width), min_size=batch, max_size=batch)
     mask, valid = torch.tensor(data.draw(table)), torch.tensor(data.draw(table))
-    kept = [sum(a and b for a, b in zip(row, real, strict=True)) for row, real in zip(mask.tolist(), valid.tolist(), strict=True)]
+    kept = [
+        sum(a and b for a, b in zip(row, real, strict=True))
+        for row, real in zip(mask.tolist(), valid.tolist(), strict=True)
+    ]
     found, code = check_mask(Mine(), mask, valid, torch.tensor(kept))
     assert int(code) == 0 and found.tolist() == [
-        [a and b for a, b in zip(row, real, strict=True)] for row, real in zip(mask.tolist(), valid.tolist(), strict=True)
+        [a and b for a, b in zip(row, real, strict=True)]
+        for row, real in zip(mask.tolist(), valid.tolist(), strict=True)
     ]
     row = data.draw(st.integers(0, batch - 1))
     wanted = torch.tensor(kept)
     wanted[row] += data.draw(st.sampled_from([-1, 1]))
-    with pytest.raises(ValueError, match=rf"mine\.prune_tokens .*\(row {row}: {kept[row]} instead of {int(wanted[row])}\)"):
+    with pytest.raises(
+        ValueError, match=rf"mine\.prune_tokens .*\(row {row}: {kept[row]} instead of {int(wanted[row])}\)"
+    ):
         check_mask(Mine(), mask, valid, wanted)
 
 
@@ -524,8 +655,14 @@ def test_a_row_that_must_come_first_is_finite() -> None:
 @pytest.mark.parametrize("code", InvalidSelection)
 def test_codes_that_were_read_later_tell_as_much(code: InvalidSelection) -> None:
     raise_if_invalid(0, Mine())
-    verb = {InvalidSelection.KEPT: "prune_tokens", InvalidSelection.UNITS: "keep_patches", InvalidSelection.JOINS: "keep_patches"}.get(code, "select_tokens")
-    expected = "contain NaN or Inf" if code == InvalidSelection.INPUT else rf"^mine\.{verb} returned (a|units) .*: [^{{}}]+$"
+    verb = {
+        InvalidSelection.KEPT: "prune_tokens",
+        InvalidSelection.UNITS: "keep_patches",
+        InvalidSelection.JOINS: "keep_patches",
+    }.get(code, "select_tokens")
+    expected = (
+        "contain NaN or Inf" if code == InvalidSelection.INPUT else rf"^mine\.{verb} returned (a|units) .*: [^{{}}]+$"
+    )
     with pytest.raises(ValueError, match=expected):
         raise_if_invalid(int(code), Mine())
     assert len(set(MESSAGES.values())) == len(InvalidSelection) - 1
@@ -548,7 +685,9 @@ def test_on_other_devices_no_value_is_read_and_nothing_large_is_made() -> None:
     """Tensors without storage have no value that could be read; of the largest span no table is made but of its tokens."""
     batch, tokens, rows = 3, 700, 80
     view = view_of(torch.ones(batch, tokens, dtype=torch.bool), [(60, 20)] * batch, "meta")
-    view = dataclasses.replace(view, importance=torch.empty(batch, tokens, device="meta"), keys=torch.empty(batch, tokens, 16, device="meta"))
+    view = dataclasses.replace(
+        view, importance=torch.empty(batch, tokens, device="meta"), keys=torch.empty(batch, tokens, 16, device="meta")
+    )
     index = torch.zeros(batch, rows, dtype=torch.long, device="meta")
     members = torch.zeros(batch, 100, dtype=torch.long, device="meta")
     with Sizes() as sizes:

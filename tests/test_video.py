@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import CLIP, CLIP_AND_IMAGE, FAMILIES, IMAGE_AND_CLIPS, build, clips_for, forward, generate, pictures_of, shared
+from families import (
+    CLIP,
+    CLIP_AND_IMAGE,
+    FAMILIES,
+    IMAGE_AND_CLIPS,
+    build,
+    clips_for,
+    forward,
+    generate,
+    pictures_of,
+    shared,
+)
 from method_matrix import pairs
 from reference_forward import choices_of, step_logits, walk_batch
 
@@ -24,7 +35,12 @@ SETTINGS = {
     "prunevid": {"keep": 0.6, "windows": 0.5, "threshold": 0.2, "schedule": ((4, 0.4),), "trim_kv_cache": False},
     "metok": {"keep": 0.6, "threshold": 0.0, "schedule": ((3, 0.6), (5, 0.25)), "trim_kv_cache": False},
     "vidcom2": {"keep": 0.5},
-    "frames+duet": {"frames_keep": 0.7, "duet_dominant": 0.4, "duet_contextual": 0.2, "duet_schedule": ((3, 0.6), (5, 0.25))},
+    "frames+duet": {
+        "frames_keep": 0.7,
+        "duet_dominant": 0.4,
+        "duet_contextual": 0.2,
+        "duet_schedule": ((3, 0.6), (5, 0.25)),
+    },
     "frames+pyramiddrop": {"frames_keep": 0.7, "pyramiddrop_schedule": ((3, 0.6), (5, 0.25))},
     "uniform": {"entry": 0.6, "schedule": ((4, 0.3),)},
 }
@@ -117,7 +133,8 @@ def test_several_answers_per_prompt_equal_the_oracle(family: str) -> None:
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 @pytest.mark.parametrize("keep", [1.0, 0.4])
 def test_answers_go_on_behind_the_last_row_whoever_survives(family: str, keep: float) -> None:
-    """Time positions of a clip may run past those of the text: the stock model goes on behind the text, so do we, whichever frames are left."""
+    """Time positions of a clip may run past those of the text: the stock model goes on behind the text, so do we,
+    whichever frames are left."""
     model, inputs = shared(family), FAMILIES[family].inputs([IMAGE_AND_CLIPS])
     stock = generate(model, inputs, 4)
     with duet_vlm.attach(model, "frames", keep=keep) as handle:

@@ -33,7 +33,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "hired": {"keep": 0.4},
     "frames+duet": {"frames_keep": 0.7, "duet_dominant": 0.4, "duet_contextual": 0.2},
 }  # fmt: skip
-ROUNDED = ("llava_next_video", "video_llava")  # CLIP towers of 17 rows a frame: products of so few round by how many there are
+# CLIP towers of 17 rows a frame: products of so few round by how many there are
+ROUNDED = ("llava_next_video", "video_llava")
 LONG = [(1, 5, Picture(3, 3, 4, frames=7), 41, 42, 43)]
 
 
@@ -88,7 +89,9 @@ def test_the_tower_sees_no_more_than_a_piece(family: str) -> None:
     for count in (1, 3):
         with duet_vlm.attach(model, "evs", keep=0.5, chunk_frames=count * together):
             found[count] = pieces_of(family, model, inputs)
-    steps = int(inputs["video_grid_thw"][0, 0]) if "video_grid_thw" in inputs else inputs["pixel_values_videos"].shape[1]
+    steps = (
+        int(inputs["video_grid_thw"][0, 0]) if "video_grid_thw" in inputs else inputs["pixel_values_videos"].shape[1]
+    )
     assert sum(found[1]) == sum(found[3]) == whole and found[1] == [whole // steps] * steps
     assert len(found[3]) == -(-steps // 3) and max(found[3]) == min(3, steps) * found[1][0] and steps > 1
 
@@ -125,8 +128,8 @@ def test_on_an_accelerator_free_memory_says_how_many_frames(family: str, monkeyp
 
 
 def test_free_memory_is_what_the_device_and_torch_have_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the driver says is free, and what torch holds without using it. Of a quarter of that as many steps as fit, each of as many values as the
-    rows of a block, its attention and its MLP take, and one of every layer."""
+    """What the driver says is free, and what torch holds without using it. Of a quarter of that as many steps as fit,
+    each of as many values as the rows of a block, its attention and its MLP take, and one of every layer."""
     told = {"mem_get_info": (6_000_000, 80_000_000), "memory_reserved": 5_000_000, "memory_allocated": 3_000_000}
     for name, value in told.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
@@ -137,7 +140,8 @@ def test_free_memory_is_what_the_device_and_torch_have_left(monkeypatch: pytest.
     vision = model.config.vision_config
     values = vision.depth * vision.hidden_size + 10 * vision.hidden_size + 3 * vision.intermediate_size
     call = EncoderCall("video", [[9, 4, 4]], {})
-    there = torch.zeros(9 * 16, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2).to("meta")  # on the CPU nobody asks
+    # on the CPU nobody asks
+    there = torch.zeros(9 * 16, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2).to("meta")
     monkeypatch.setattr(compat, "free_bytes", lambda device: 8_000_000)
     assert ChunkConfig()._steps_per_chunk(adapter, reducer, call, there) == 8_000_000 // 4 // (16 * values * 4)
     assert ChunkConfig(4)._steps_per_chunk(adapter, reducer, call, there) == 2  # what is asked for goes first
@@ -150,7 +154,9 @@ def test_a_caller_of_the_encoder_gets_the_stock_output() -> None:
         stock = model.model.get_video_features(**given)
         with duet_vlm.attach(model, "evs", keep=0.5, chunk_frames=2):
             ours = model.model.get_video_features(**given)
-    assert all(map(torch.equal, ours.pooler_output, stock.pooler_output)) and torch.equal(ours.last_hidden_state, stock.last_hidden_state)
+    assert all(map(torch.equal, ours.pooler_output, stock.pooler_output)) and torch.equal(
+        ours.last_hidden_state, stock.last_hidden_state
+    )
 
 
 @pytest.mark.parametrize(
@@ -158,15 +164,29 @@ def test_a_caller_of_the_encoder_gets_the_stock_output() -> None:
     [
         ("llava", "duet", 4, TypeError, "llava takes no clips, so frames cannot go through its tower some at a time"),
         ("internvl", "duet", 4, TypeError, "internvl takes frames as images, so frames cannot go through its tower"),
-        ("qwen2_5_vl", "duet", 3, ValueError, r"chunk_frames=3: qwen2_5_vl looks at 2 frame\(s\) at once; give a multiple of that"),
+        (
+            "qwen2_5_vl",
+            "duet",
+            3,
+            ValueError,
+            r"chunk_frames=3: qwen2_5_vl looks at 2 frame\(s\) at once; give a multiple of that",
+        ),
         ("qwen2_5_vl", "duet", 0, ValueError, "chunk_frames=0: qwen2_5_vl looks at 2"),
         ("qwen2_5_vl", "duet", 2.0, TypeError, r"chunk_frames=2.0: a number of frames \(int\)"),
-        ("qwen2_5_vl", "contrast", 2, TypeError, "chunk_frames: contrast reduces in the tower, so a clip goes through it as it is"),
+        (
+            "qwen2_5_vl",
+            "contrast",
+            2,
+            TypeError,
+            "chunk_frames: contrast reduces in the tower, so a clip goes through it as it is",
+        ),
         ("qwen2_5_vl", "motion+duet", 2, TypeError, r"chunk_frames: motion\+duet reduces in the tower"),
         ("video_llava", "zoo_prune", 2, TypeError, "chunk_frames: zoo_prune calls the projector"),
     ],
 )
-def test_what_cannot_be_cut_is_named(family: str, method: str, chunk: Any, error: type[Exception], message: str) -> None:
+def test_what_cannot_be_cut_is_named(
+    family: str, method: str, chunk: Any, error: type[Exception], message: str
+) -> None:
     model = shared(family)
     plain = forward(model, FAMILIES[family].inputs([ONE])).logits
     with pytest.raises(error, match=message):
@@ -211,7 +231,8 @@ def test_frames_that_are_the_same_have_the_same_rows(family: str, method: str, c
 @pytest.mark.parametrize("family", MOVING)
 @pytest.mark.parametrize("method", ["none", "duet", "evs", "divprune"])
 def test_what_is_not_encoded_costs_nothing(family: str, method: str) -> None:
-    """Counted in the model itself: the tower, its signals and the projector run for the encoded steps alone, and the report says so."""
+    """Counted in the model itself: the tower, its signals and the projector run for the encoded steps alone, and the
+    report says so."""
     model, inputs, found = shared(family), repeating(family, [0, 0, 2, 2, 2, 5]), []
     for settings in ({}, {"still_frames": 0.0}):
         with duet_vlm.attach(model, method, **METHODS[method], **settings) as handle:
@@ -229,7 +250,8 @@ def test_a_slow_drift_is_seen() -> None:
     assert changed_steps(steps, 0.25).tolist() == [True, False, False, True, False, False, True, False, False, True]
     assert changed_steps(steps, 0.05).all() and changed_steps(steps, 9.0).tolist() == [True] + [False] * 9
     assert changed_steps(torch.zeros(3, 2, 2), 0.0).tolist() == [True, False, False]
-    assert changed_steps(torch.tensor([[[0.0]], [[float("nan")]], [[0.0]]]), 9.0).tolist() == [True, True, True]  # for the features to be refused
+    # for the features to be refused
+    assert changed_steps(torch.tensor([[[0.0]], [[float("nan")]], [[0.0]]]), 9.0).tolist() == [True, True, True]
 
 
 def test_one_patch_that_changes_is_a_change() -> None:
@@ -238,8 +260,14 @@ def test_one_patch_that_changes_is_a_change() -> None:
     frames[2, 0, 20, 35] = 1.0  # one value of 588
     steps = patches_of(frames, 14)
     assert steps.shape == (3, 6, 588) and steps[1].mean(-1).tolist() == [0, 0, 0, 0, 0, 0.5]
-    assert changed_steps(steps, 0.4).tolist() == [True, True, True] and changed_steps(steps, 0.5).tolist() == [True, False, False]
-    assert changed_steps(steps[[0, 2]], 0.01).tolist() == [True, False] and changed_steps(steps[[0, 2]], 0.001).tolist() == [True, True]
+    assert changed_steps(steps, 0.4).tolist() == [True, True, True] and changed_steps(steps, 0.5).tolist() == [
+        True,
+        False,
+        False,
+    ]
+    assert changed_steps(steps[[0, 2]], 0.01).tolist() == [True, False] and changed_steps(
+        steps[[0, 2]], 0.001
+    ).tolist() == [True, True]
 
 
 @pytest.mark.parametrize(
@@ -270,15 +298,23 @@ def most_and_rows(family: str, method: str, settings: dict[str, Any], steps: int
         given["pixel_values_videos"] = given["pixel_values_videos"][:, :1].expand(-1, steps, -1, -1, -1)
     with duet_vlm.attach(model, method, **settings, chunk_frames=2), torch.inference_mode():
         (output,) = encode(model, given).values()
-        rows = [*output.pooler_output, *(row for level in getattr(output, "deepstack_features", None) or () for row in level)]
+        rows = [
+            *output.pooler_output,
+            *(row for level in getattr(output, "deepstack_features", None) or () for row in level),
+        ]
         return memory_of(lambda: encode(model, given))[0], sum(row.nbytes for row in rows)
 
 
 @pytest.mark.every_family
-@pytest.mark.parametrize("family", [name if name == "qwen2_5_vl" else pytest.param(name, marks=pytest.mark.slow) for name in MOVING])
+@pytest.mark.parametrize(
+    "family", [name if name == "qwen2_5_vl" else pytest.param(name, marks=pytest.mark.slow) for name in MOVING]
+)
 @pytest.mark.parametrize(("method", "most"), [("none", 1.1), ("duet", 2.5), ("evs", 3.5)])
 def test_little_grows_with_the_clip(family: str, method: str, most: float) -> None:
-    """No pixels, and of rows their own bytes: once where nothing is chosen, twice where some leave (before and after); and what a method makes."""
-    settings = {"none": {}, "duet": {"dominant": 4, "contextual": 2, "schedule": ((3, 0.5),)}, "evs": {"keep": 0.3}}[method]
+    """No pixels, and of rows their own bytes: once where nothing is chosen, twice where some leave (before and after);
+    and what a method makes."""
+    settings = {"none": {}, "duet": {"dominant": 4, "contextual": 2, "schedule": ((3, 0.5),)}, "evs": {"keep": 0.3}}[
+        method
+    ]
     (before, few), (after, many) = (most_and_rows(family, method, settings, steps) for steps in (16, 64))
     assert many > 3.9 * few and after - before <= most * (many - few)

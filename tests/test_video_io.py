@@ -1,4 +1,5 @@
-"""Reading clips: which frames are taken, that they are the right ones, and what is said about files that cannot be read."""
+"""Reading clips: which frames are taken, that they are the right ones, and what is said about files that cannot be
+read."""
 
 from __future__ import annotations
 
@@ -31,7 +32,13 @@ from duet_vlm.viz.overlay import Panel, cell_box
 from duet_vlm_lab.tasks import video as tiny_video
 
 WIDE, HIGH = 64, 48
-CODECS = {"clip.mp4": "libx264", "clip.mkv": "libx264", "clip.webm": "libvpx-vp9", "clip.avi": "mpeg4", "clip.ts": "libx264"}
+CODECS = {
+    "clip.mp4": "libx264",
+    "clip.mkv": "libx264",
+    "clip.webm": "libvpx-vp9",
+    "clip.avi": "mpeg4",
+    "clip.ts": "libx264",
+}
 Picture = Callable[[int], np.ndarray]
 
 
@@ -48,7 +55,15 @@ def number_of(picture: Image.Image) -> int:
     return round(float(np.asarray(picture).mean()) / 6)
 
 
-def write(path: Path, count: int = 40, picture: Picture = grey, codec: str = "libx264", rate: int = 10, turn: int = 0, **options: str) -> Path:
+def write(
+    path: Path,
+    count: int = 40,
+    picture: Picture = grey,
+    codec: str = "libx264",
+    rate: int = 10,
+    turn: int = 0,
+    **options: str,
+) -> Path:
     """A small clip made with PyAV."""
     with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream(codec, rate=rate)
@@ -68,12 +83,19 @@ def write(path: Path, count: int = 40, picture: Picture = grey, codec: str = "li
 @given(st.integers(1, 5000), st.integers(1, 200))
 def test_frames_are_evenly_spaced(total: int, count: int) -> None:
     indices = sampled(total, count)
-    assert indices == tuple(int(Fraction(i * total, count)) for i in range(count)) if count <= total else indices == tuple(range(total))
+    assert (
+        indices == tuple(int(Fraction(i * total, count)) for i in range(count))
+        if count <= total
+        else indices == tuple(range(total))
+    )
 
 
 @pytest.mark.parametrize(("total", "count"), [(300, 8), (40, 8), (7, 7), (1000, 16), (9, 4)])
 def test_frames_are_those_that_stock_processors_take(total: int, count: int) -> None:
-    assert list(sampled(total, count)) == default_sample_indices_fn(VideoMetadata(total, fps=10.0), num_frames=count).tolist()
+    assert (
+        list(sampled(total, count))
+        == default_sample_indices_fn(VideoMetadata(total, fps=10.0), num_frames=count).tolist()
+    )
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -120,7 +142,8 @@ def test_no_more_is_decoded_than_needed(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(video, "_readable", counting)
     monkeypatch.setattr(video, "upright", lambda picture, rotation: pictures.append(1) or picture)
     decode(path, 4)
-    assert seen.count("VideoFrame") == 31 and len(pictures) == 4  # up to the last one, 30; only the chosen ones become pictures
+    # up to the last one, 30; only the chosen ones become pictures
+    assert seen.count("VideoFrame") == 31 and len(pictures) == 4
 
 
 def test_turned_clips_stand_upright(tmp_path: Path) -> None:
@@ -152,21 +175,29 @@ def test_what_is_transparent_is_put_on_white(tmp_path: Path) -> None:
         container.mux(stream.encode(av.VideoFrame.from_ndarray(drawn, format="rgba")))
         container.mux(stream.encode())
     (frame,) = decode(tmp_path / "clear.mkv").frames
-    assert frame.mode == "RGB" and frame.getpixel((2, 2)) == (255, 255, 255) and frame.getpixel((WIDE - 2, 2)) == (255, 0, 0)
+    assert (
+        frame.mode == "RGB"
+        and frame.getpixel((2, 2)) == (255, 255, 255)
+        and frame.getpixel((WIDE - 2, 2)) == (255, 0, 0)
+    )
 
 
 def test_numbers_of_16_bits_are_scaled(tmp_path: Path) -> None:
     with av.open(str(tmp_path / "deep.mkv"), "w") as container:
         stream = container.add_stream("ffv1", rate=5)
         stream.height, stream.width, stream.pix_fmt = HIGH, WIDE, "gray16le"
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((HIGH, WIDE), 257 * 90, np.uint16), format="gray16le")))
+        container.mux(
+            stream.encode(av.VideoFrame.from_ndarray(np.full((HIGH, WIDE), 257 * 90, np.uint16), format="gray16le"))
+        )
         container.mux(stream.encode())
     (frame,) = decode(tmp_path / "deep.mkv").frames
     assert abs(np.asarray(frame).astype(int) - 90).max() <= 1
 
 
 def test_addresses_are_not_opened() -> None:
-    with pytest.raises(ValueError, match=r"^--video https://x\.org/clip\.mp4: a URL is not opened.*download the file and give its path"):
+    with pytest.raises(
+        ValueError, match=r"^--video https://x\.org/clip\.mp4: a URL is not opened.*download the file and give its path"
+    ):
         length(Path("https://x.org/clip.mp4"))
 
 
@@ -185,7 +216,9 @@ def test_frames_that_change_size_are_made_equal(tmp_path: Path) -> None:
 def refused(path: Path, *words: str, **options: Any) -> None:
     with pytest.raises(ValueError) as caught:
         decode(path, **options)
-    assert str(caught.value).startswith(f"--video {path}: ") and all(word in str(caught.value) for word in words), caught.value
+    assert str(caught.value).startswith(f"--video {path}: ") and all(word in str(caught.value) for word in words), (
+        caught.value
+    )
 
 
 def test_files_that_are_no_videos(tmp_path: Path) -> None:
@@ -264,7 +297,12 @@ def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bad_numbers() -> None:
-    for options, words in (({"frames": 0}, "frames=0"), ({"frames": 2.5}, "frames=2.5"), ({"fps": 0.0}, "fps=0.0"), ({"frames": 4, "fps": 1}, "one")):
+    for options, words in (
+        ({"frames": 0}, "frames=0"),
+        ({"frames": 2.5}, "frames=2.5"),
+        ({"fps": 0.0}, "fps=0.0"),
+        ({"frames": 4, "fps": 1}, "one"),
+    ):
         with pytest.raises(ValueError, match=words):
             decode(Path("any.mp4"), **options)  # type: ignore[arg-type]
 
@@ -290,8 +328,14 @@ def test_what_the_command_line_refuses(verb: str, tmp_path: Path) -> None:
     path = write(tmp_path / "clip.mp4")
     assert "give --image, --video or both" in call(verb, "-p", "x", "-b", "64", code=2).stderr
     assert "no such file" in call(verb, "--video", tmp_path / "none.mp4", "-p", "x", "-b", "64", code=2).stderr
-    assert "--frames 4 and --fps 1.0" in call(verb, "--video", path, "-p", "x", "--frames", 4, "--fps", 1, "-b", "64", code=2).stderr
-    assert f"{path}: not an image that can be read; clips are given to --video" in call(verb, "-i", path, "-p", "x", "-b", "64", code=2).stderr
+    assert (
+        "--frames 4 and --fps 1.0"
+        in call(verb, "--video", path, "-p", "x", "--frames", 4, "--fps", 1, "-b", "64", code=2).stderr
+    )
+    assert (
+        f"{path}: not an image that can be read; clips are given to --video"
+        in call(verb, "-i", path, "-p", "x", "-b", "64", code=2).stderr
+    )
     assert "tiny (llava) takes pictures only" in call(verb, "--video", path, "-p", "x", "-b", "64", code=2).stderr
     assert "no such file" in json.loads(call(verb, "--video", "none.mp4", "-p", "x", "--json", code=2).stdout)["error"]
 
@@ -299,13 +343,17 @@ def test_what_the_command_line_refuses(verb: str, tmp_path: Path) -> None:
 def test_a_question_about_a_file_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clip of the embedded task, written as a file and read again, shows the model what the frames themselves show."""
     sample = next(s for s in tiny_video.samples("test", 40) if s.kind == "read")
-    path = write(tmp_path / "clip.mp4", count=32, picture=lambda number: np.asarray(sample.frames[number // 4]), crf="4")
+    path = write(
+        tmp_path / "clip.mp4", count=32, picture=lambda number: np.asarray(sample.frames[number // 4]), crf="4"
+    )
     shared = ["-m", "tiny-video", "--video", path, "-p", sample.question, "-b", "0.3"]
     got = json.loads(call("run", *shared, "--method", "frames+duet", "--compare", "--json").stdout)
     assert (got["answer"], got["full_answer"]) == (sample.answer, sample.answer)
     assert got["clips"] == [{"file": str(path), "frames": list(range(0, 32, 4)), "of": 32}]
     tokens = len(sample.needed)
-    assert got["report"]["method"] == "frames+duet" and 0.3 * tokens - 1 < got["report"]["measured_mean"] <= 0.3 * tokens
+    assert (
+        got["report"]["method"] == "frames+duet" and 0.3 * tokens - 1 < got["report"]["measured_mean"] <= 0.3 * tokens
+    )
     heads: list[str] = []
     monkeypatch.setattr(overlay, "Panel", lambda *given: [heads.append(given[0]), Panel(*given)][1])
     files = json.loads(call("viz", *shared, "--json", "-o", tmp_path / "out").stdout)["files"]
@@ -335,12 +383,15 @@ def test_pieces_hold_no_more_than_they_need(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_long_clip_is_answered_in_pieces(tmp_path: Path) -> None:
-    """Whatever the size of the pieces, the tokens that are held are those of evs on the whole clip, and the answer is that of the stream."""
+    """Whatever the size of the pieces, the tokens that are held are those of evs on the whole clip, and the answer is
+    that of the stream."""
     sample = next(s for s in tiny_video.samples("test", 40) if s.kind == "read")
     path = slow_clip(tmp_path / "clip.mp4", sample)
     shared = ["run", "-m", "tiny-video", "--video", path, "-p", sample.question, "--json"]
     found = [json.loads(call(*shared, "-b", 200, "--frames", 8, "--chunk-frames", size).stdout) for size in (1, 3, 8)]
-    assert {got["answer"] for got in found} == {json.loads(call(*shared, "-b", 200, "--method", "evs", "--frames", 8).stdout)["answer"]}
+    assert {got["answer"] for got in found} == {
+        json.loads(call(*shared, "-b", 200, "--method", "evs", "--frames", 8).stdout)["answer"]
+    }
     assert all((got["frames"], got["held"], got["visual_tokens"]) == (8, 200, 520) for got in found)
     text = call(*shared[:-1], "-b", 100, "--fps", 10, "--chunk-frames", 5).stdout
     assert "32 frames, 5 at a time: 100 of 2080 visual tokens held" in text
@@ -348,11 +399,30 @@ def test_a_long_clip_is_answered_in_pieces(tmp_path: Path) -> None:
 
 def test_a_terminal_sees_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "clip.mp4")
-    words = ["run", "-m", "tiny-video", "--video", path, "-p", "x", "-b", 100, "--fps", 10, "--chunk-frames", 16, "--json"]
+    words = [
+        "run",
+        "-m",
+        "tiny-video",
+        "--video",
+        path,
+        "-p",
+        "x",
+        "-b",
+        100,
+        "--fps",
+        10,
+        "--chunk-frames",
+        16,
+        "--json",
+    ]
     assert call(*words).stderr == "" and frame_numbers(path, fps=10) == 40 and frame_numbers(path) == 8
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     shown = call(*words)
-    assert "40/40" in shown.stderr and "100 visual tokens held" in shown.stderr and json.loads(shown.stdout)["frames"] == 40
+    assert (
+        "40/40" in shown.stderr
+        and "100 visual tokens held" in shown.stderr
+        and json.loads(shown.stdout)["frames"] == 40
+    )
 
 
 def slow_clip(path: Path, sample: Any) -> Path:
@@ -380,7 +450,20 @@ def test_a_clip_goes_through_the_tower_in_pieces(tmp_path: Path, cuts: list[list
     """With a method that is named: the same answer and the same report, whatever the pieces."""
     sample = tiny_video.sample("test", 0)
     path = slow_clip(tmp_path / "clip.mp4", sample)
-    shared = ["run", "-m", "tiny-video", "--video", path, "-p", sample.question, "-b", "0.3", "--method", "duet", "--json"]
+    shared = [
+        "run",
+        "-m",
+        "tiny-video",
+        "--video",
+        path,
+        "-p",
+        sample.question,
+        "-b",
+        "0.3",
+        "--method",
+        "duet",
+        "--json",
+    ]
     whole = json.loads(call(*shared).stdout)
     assert not cuts
     for size, more in ((3, []), (4, ["--compare"])):
@@ -396,8 +479,11 @@ def test_frames_that_stand_still_are_not_encoded(tmp_path: Path, cuts: list[list
     shared = ["run", "-m", "tiny-video", "--video", path, "-p", sample.question, "-b", "0.3", "--frames", 16, "--json"]
     whole, still = (json.loads(call(*shared, *more).stdout)["report"] for more in ([], ["--still-frames", 0.05]))
     (shown,) = cuts
-    assert sum(shown) == len({frame.tobytes() for frame in sample.frames}) <= 8  # each is taken twice, once before it was compressed
-    assert still["observed"]["vision_flops"] < 0.6 * whole["observed"]["vision_flops"] and still["full"] == whole["full"]
+    # each is taken twice, once before it was compressed
+    assert sum(shown) == len({frame.tobytes() for frame in sample.frames}) <= 8
+    assert (
+        still["observed"]["vision_flops"] < 0.6 * whole["observed"]["vision_flops"] and still["full"] == whole["full"]
+    )
 
 
 def test_batches_of_clips_from_a_file(tmp_path: Path, cuts: list[list[int]]) -> None:
@@ -412,7 +498,22 @@ def test_batches_of_clips_from_a_file(tmp_path: Path, cuts: list[list[int]]) -> 
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     said = []
     for name, more in (("whole", []), ("pieces", ["--chunk-frames", 4])):
-        call("generate", "-m", "tiny-video", "--data", data, "-o", tmp_path / name, "-b", "0.5", "--batch", 1, "--max-new-tokens", 4, *more)
+        call(
+            "generate",
+            "-m",
+            "tiny-video",
+            "--data",
+            data,
+            "-o",
+            tmp_path / name,
+            "-b",
+            "0.5",
+            "--batch",
+            1,
+            "--max-new-tokens",
+            4,
+            *more,
+        )
         said.append((tmp_path / name).read_text())
         assert cuts == ([[4] * 2, [4] * 2, [4] * 4] if more else [])
     first, second = (json.loads(line)["answer"] for line in said[0].splitlines()[:2])
@@ -423,21 +524,48 @@ def test_batches_of_clips_from_a_file(tmp_path: Path, cuts: list[list[int]]) -> 
     for name, more in (("whole", []), ("pieces", ["--chunk-frames", 4])):
         cuts.clear()
         (made,) = json.loads(call(*words, "--name", name, "-o", tmp_path / "out", *more).stdout)["results"]
-        assert made["experiment"].get("chunk_frames") == (4 if more else None) and len(cuts) == (3 if more else 0)  # not the full model
+        # not the full model
+        assert made["experiment"].get("chunk_frames") == (4 if more else None) and len(cuts) == (3 if more else 0)
         runs.append(made["runs"])
     assert runs[0] == runs[1]
     data.write_text(json.dumps(lines[0] | {"frames": 0}))
-    assert "line 1: frames 0: how many are taken of each video" in call("generate", "--data", data, "-b", "0.5", "-o", tmp_path / "x", code=2).stderr
+    assert (
+        "line 1: frames 0: how many are taken of each video"
+        in call("generate", "--data", data, "-b", "0.5", "-o", tmp_path / "x", code=2).stderr
+    )
     data.write_text(json.dumps(lines[0] | {"video": "gone.mp4"}))
     assert "its video" in call("generate", "--data", data, "-b", "0.5", "-o", tmp_path / "x", code=2).stderr
     data.write_text(json.dumps(lines[0]))
-    assert "--data shows clips, and --model tiny takes pictures only" in call("generate", "--data", data, "-b", "0.5", "-o", tmp_path / "x", code=2).stderr
+    assert (
+        "--data shows clips, and --model tiny takes pictures only"
+        in call("generate", "--data", data, "-b", "0.5", "-o", tmp_path / "x", code=2).stderr
+    )
 
 
 def test_a_benchmark_of_clips_in_pieces(tmp_path: Path, cuts: list[list[int]]) -> None:
-    words = ["bench", "-m", "tiny-video", "--frames", 6, "--method", "duet", "-b", "0.5", "--rounds", 1, "--new", 2, "--no-predict", "--json"]
+    words = [
+        "bench",
+        "-m",
+        "tiny-video",
+        "--frames",
+        6,
+        "--method",
+        "duet",
+        "-b",
+        "0.5",
+        "--rounds",
+        1,
+        "--new",
+        2,
+        "--no-predict",
+        "--json",
+    ]
     made = json.loads(call(*words, "--chunk-frames", 2, "--still-frames", 0).stdout)
-    assert made["plan"]["chunk_frames"] == 2 and made["plan"]["still_frames"] == 0.0 and {tuple(steps) for steps in cuts} == {(2, 2, 2)}
+    assert (
+        made["plan"]["chunk_frames"] == 2
+        and made["plan"]["still_frames"] == 0.0
+        and {tuple(steps) for steps in cuts} == {(2, 2, 2)}
+    )
     assert [row["side"] for row in made["rows"]] == ["full", "duet at 50%"]
 
 
@@ -447,16 +575,46 @@ def test_pieces_of_what_is_no_clip(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(picture)
     shared = ["run", "-m", "tiny-video", "--video", path, "-p", "x", "-b", 64, "--method"]
     for words, text in (
-        (["run", "-i", picture, "-p", "x", "--chunk-frames", 4], "--chunk-frames 4: no clip is shown; give --video, or leave it out"),
+        (
+            ["run", "-i", picture, "-p", "x", "--chunk-frames", 4],
+            "--chunk-frames 4: no clip is shown; give --video, or leave it out",
+        ),
         (["run", "-i", picture, "-p", "x", "--still-frames", 0], "--still-frames 0.0: no clip is shown; give --video"),
-        (["bench", "--chunk-frames", 4, "--still-frames", 0.1], "--chunk-frames 4 and --still-frames 0.1: no clip is shown; give --frames"),
-        (["eval", "--chunk-frames", 4, "-o", tmp_path / "o"], "no clip is shown; take tasks with clips in place of --tasks tiny"),
+        (
+            ["bench", "--chunk-frames", 4, "--still-frames", 0.1],
+            "--chunk-frames 4 and --still-frames 0.1: no clip is shown; give --frames",
+        ),
+        (
+            ["eval", "--chunk-frames", 4, "-o", tmp_path / "o"],
+            "no clip is shown; take tasks with clips in place of --tasks tiny",
+        ),
         (["eval", "--experiment", path, "--still-frames", 0], "says what is asked: leave out --still-frames"),
-        (["generate", "--data", tmp_path, "-p", "x", "-b", 64, "-o", tmp_path / "o", "--chunk-frames", 4], 'give --data with "video" in its lines'),
-        (["run", "--video", path, "-p", "x", "--method", "duet", "-b", 64, "--chunk-frames", 4], "llava takes no clips, so frames"),
+        (
+            ["generate", "--data", tmp_path, "-p", "x", "-b", 64, "-o", tmp_path / "o", "--chunk-frames", 4],
+            'give --data with "video" in its lines',
+        ),
+        (
+            ["run", "--video", path, "-p", "x", "--method", "duet", "-b", 64, "--chunk-frames", 4],
+            "llava takes no clips, so frames",
+        ),
         ([*shared, "zoo_prune", "--chunk-frames", 4], "calls the projector"),
         ([*shared, "duet", "--still-frames", "nan"], "Invalid value for '--still-frames'"),
-        (["eval", "--task", "tiny-video", "--methods", "rlt", "-b", "0.5", "--chunk-frames", 4, "-o", tmp_path / "o"], "rlt reduces in the tower"),
+        (
+            [
+                "eval",
+                "--task",
+                "tiny-video",
+                "--methods",
+                "rlt",
+                "-b",
+                "0.5",
+                "--chunk-frames",
+                4,
+                "-o",
+                tmp_path / "o",
+            ],
+            "rlt reduces in the tower",
+        ),
     ):
         assert text in call(*words, code=2).stderr
 
@@ -473,13 +631,18 @@ def test_what_pieces_cannot_be_combined_with(tmp_path: Path) -> None:
         (["-b", 64, "--video", path], "0 images and 2 clips; give one --video"),
     ):
         assert words in call(*shared, *more, code=2).stderr
-    assert "llava takes no clips" in call(*["tiny" if x == "tiny-video" else x for x in shared], "-b", 64, code=2).stderr
+    assert (
+        "llava takes no clips" in call(*["tiny" if x == "tiny-video" else x for x in shared], "-b", 64, code=2).stderr
+    )
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed")
 def test_stock_video_processors_name_what_they_need(tmp_path: Path) -> None:
     build("qwen2_vl").save_pretrained(tmp_path)
-    parts = {f"{kind}_processor": {f"{kind}_processor_type": f"Qwen2VL{kind.title()}Processor"} for kind in ("image", "video")}
+    parts = {
+        f"{kind}_processor": {f"{kind}_processor_type": f"Qwen2VL{kind.title()}Processor"}
+        for kind in ("image", "video")
+    }
     (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "Qwen2VLProcessor", **parts}))
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny_video.path() / file, tmp_path)
@@ -490,11 +653,14 @@ def test_stock_video_processors_name_what_they_need(tmp_path: Path) -> None:
 
 def test_the_film_of_a_clip() -> None:
     """Two frames of a CLS row and 2 x 2 patches: the CLS rows are counted first, patch p of frame f is cell 4 f + p."""
-    trace = duet_vlm.SpanTrace(duet_vlm.Span(0, 0, 10), {6: (1, 9)}, (duet_vlm.StageTrace(0, (0, 3, 6), (2, 4, 5, 7, 8)),))
+    trace = duet_vlm.SpanTrace(
+        duet_vlm.Span(0, 0, 10), {6: (1, 9)}, (duet_vlm.StageTrace(0, (0, 3, 6), (2, 4, 5, 7, 8)),)
+    )
     drawn = on_film(trace, 2)
     assert (drawn.span.grid, drawn.merged, drawn.stages[0].kept) == ((4, 2), {6: (2, 9)}, (0, 4, 6))
     assert drawn.stages[0].dropped == (1, 3, 5, 7, 8)
     boxes = [cell_box(drawn, token, 10) for token in (0, 1, 2, 6, 9)]
     assert boxes == [None, None, (0, 0, 10, 10), (0, 20, 10, 30), (10, 30, 20, 40)]
-    strip = film([Image.new("RGB", (4, 2), (n, 0, 0)) for n in range(4)], 2)  # two steps of two frames each: the first frame of each
+    # two steps of two frames each: the first frame of each
+    strip = film([Image.new("RGB", (4, 2), (n, 0, 0)) for n in range(4)], 2)
     assert strip.size == (4, 4) and [strip.getpixel((0, y))[0] for y in range(4)] == [0, 0, 2, 2]  # type: ignore[index]

@@ -26,7 +26,9 @@ def test_every_frame_keeps_its_share_and_its_cls_row(method: str) -> None:
     assert len(kept) == 2 * 5 and {0, ROWS} <= set(kept)
     assert [sum(row // ROWS == frame for row in kept) for frame in (0, 1)] == [5, 5]
     members = [(centre, row) for centre, rows in span.merged.items() for row in rows]
-    assert members and all(centre // ROWS == row // ROWS for centre, row in members) and not {0, ROWS} & set(span.merged)
+    assert (
+        members and all(centre // ROWS == row // ROWS for centre, row in members) and not {0, ROWS} & set(span.merged)
+    )
 
 
 def test_frames_together_keep_every_cls_row() -> None:
@@ -38,7 +40,9 @@ def test_frames_together_keep_every_cls_row() -> None:
 
 def test_only_survivors_of_a_clip_are_projected() -> None:
     model, rows = shared("video_llava"), []
-    hook = model.model.multi_modal_projector.linear_1.register_forward_pre_hook(lambda module, args: rows.append(tuple(args[0].shape[:-1])))
+    hook = model.model.multi_modal_projector.linear_1.register_forward_pre_hook(
+        lambda module, args: rows.append(tuple(args[0].shape[:-1]))
+    )
     with duet_vlm.attach(model, "duet", dominant=3, contextual=2):
         forward(model, FAMILIES["video_llava"].inputs([CLIP, CLIP]))
     hook.remove()
@@ -61,7 +65,13 @@ def test_a_cls_row_cannot_be_added() -> None:
 def frames_of_real_size() -> tuple[nn.Module, dict[str, Any]]:
     """32 layers and 8 frames of 257 rows, as LanguageBind/Video-LLaVA-7B-hf, everything else as small as can be."""
     torch.manual_seed(0)
-    text = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 32, "num_attention_heads": 1, "num_key_value_heads": 1}
+    text = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+    }
     config = VideoLlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1, image_size=224, patch_size=14
@@ -70,7 +80,10 @@ def frames_of_real_size() -> tuple[nn.Module, dict[str, Any]]:
         image_token_index=98, video_token_index=99,
     )  # fmt: skip
     ids = torch.tensor([[1, *[99] * 8 * 257, 5, 6, 7]])
-    return VideoLlavaForConditionalGeneration(config).eval(), {"input_ids": ids, "pixel_values_videos": noise(0, 1, 8, 3, 224, 224)}
+    return VideoLlavaForConditionalGeneration(config).eval(), {
+        "input_ids": ids,
+        "pixel_values_videos": noise(0, 1, 8, 3, 224, 224),
+    }
 
 
 @pytest.mark.parametrize("settings", [PAPER, "duet-video-llava-960"], ids=str)

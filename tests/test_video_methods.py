@@ -45,8 +45,15 @@ def alone_in_batch(view: EncoderView, row: int, tokens: int) -> EncoderView:
 
 @EACH
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.data(), st.lists(st.tuples(st.integers(1, 6), st.integers(1, 8)), min_size=1, max_size=3), st.integers(0, 10**6), st.floats(0.2, 0.9))
-def test_counts_are_exact_and_clips_of_a_batch_are_independent(method: str, data: st.DataObject, clips: list[Clip], seed: int, still: float) -> None:
+@given(
+    st.data(),
+    st.lists(st.tuples(st.integers(1, 6), st.integers(1, 8)), min_size=1, max_size=3),
+    st.integers(0, 10**6),
+    st.floats(0.2, 0.9),
+)
+def test_counts_are_exact_and_clips_of_a_batch_are_independent(
+    method: str, data: st.DataObject, clips: list[Clip], seed: int, still: float
+) -> None:
     reducer = video_method(method, keep=None)
     counts = [data.draw(st.integers(1, steps * size)) for steps, size in clips]
     view = video_view(reducer, clips, counts, seed, still=still)
@@ -58,7 +65,12 @@ def test_counts_are_exact_and_clips_of_a_batch_are_independent(method: str, data
         if method in MERGING:
             members = [token for _, made_of in rows for token, _ in made_of]
             assert len(members) == len(set(members))  # in one row at most
-            assert all(sum(w for _, w in made_of) == pytest.approx(1, abs=1e-5 * len(made_of)) for _, made_of in rows if made_of)  # each is rounded
+            # each is rounded
+            assert all(
+                sum(w for _, w in made_of) == pytest.approx(1, abs=1e-5 * len(made_of))
+                for _, made_of in rows
+                if made_of
+            )
         if count == steps * size:
             assert torch.equal(merged_rows(view.features, together)[row, :count], view.features[row, :count])
 
@@ -70,18 +82,31 @@ def test_nothing_leaves_without_being_merged(method: str) -> None:
     selection = reducer.select_tokens(view)
     for row, tokens in ((0, 48), (1, 16)):
         rows = rows_of_selection(selection, row)
-        assert {token for _, members in rows for token, _ in members} | {token for token, _ in rows} == set(range(tokens))
+        assert {token for _, members in rows for token, _ in members} | {token for token, _ in rows} == set(
+            range(tokens)
+        )
 
 
 @pytest.mark.parametrize("method", ["holitom", "prunevid"])
 def test_what_stands_still_is_averaged_over_time(method: str) -> None:
-    """Three frames, place 0 the same in all, the others unlike: its row is the mean of the three, with a third of the weight each."""
+    """Three frames, place 0 the same in all, the others unlike: its row is the mean of the three, with a third of the
+    weight each."""
     generator = torch.Generator().manual_seed(3)
     features = torch.randn(1, 3, 4, 6, generator=generator)
     features[:, :, 0] = features[:, :1, 0] + 0.01 * torch.randn(1, 3, 6, generator=generator)
     reducer = video_method(method, keep=None, **({"windows": 0.3} if method == "prunevid" else {}), threshold=0.9)
     view = video_view(reducer, [(3, 4)], [10])
-    view = EncoderView(view.valid, view.dominant, view.contextual, view.plans, view.importance, None, features.flatten(1, 2), view.parts, "video")
+    view = EncoderView(
+        view.valid,
+        view.dominant,
+        view.contextual,
+        view.plans,
+        view.importance,
+        None,
+        features.flatten(1, 2),
+        view.parts,
+        "video",
+    )
     assert rows_of_selection(reducer.select_tokens(view), 0)[0] == (0, [(0, 0.33333), (4, 0.33333), (8, 0.33333)])
 
 
@@ -91,7 +116,9 @@ def test_no_more_is_averaged_than_the_budget_asks_for(method: str) -> None:
     reducer = video_method(method, keep=None)
     rows = torch.randn(1, 1, 8, 6, generator=torch.Generator().manual_seed(0)).expand(-1, 10, -1, -1).flatten(1, 2)
     view = video_view(reducer, [(10, 8)], [40])
-    view = EncoderView(view.valid, view.dominant, view.contextual, view.plans, view.importance, None, rows, view.parts, "video")
+    view = EncoderView(
+        view.valid, view.dominant, view.contextual, view.plans, view.importance, None, rows, view.parts, "video"
+    )
     assert int(reducer.select_tokens(view).valid.sum()) == 40
 
 
@@ -113,14 +140,20 @@ def test_images_are_clips_of_one_frame(method: str) -> None:
     reducer = video_method(method, keep=None)
     crops, picture = (video_view(reducer, [clip], [5], stream="image") for clip in ((3, 4), (1, 12)))
     shown = {"importance": crops.importance, "features": crops.features, "question": crops.question}
-    picture = EncoderView(picture.valid, picture.dominant, picture.contextual, picture.plans, parts=picture.parts, **shown)
-    assert rows_of_selection(reducer.select_tokens(crops), 0) == rows_of_selection(reducer.select_tokens(picture), 0) and len(rows_of_selection(reducer.select_tokens(crops), 0)) == 5
+    picture = EncoderView(
+        picture.valid, picture.dominant, picture.contextual, picture.plans, parts=picture.parts, **shown
+    )
+    assert (
+        rows_of_selection(reducer.select_tokens(crops), 0) == rows_of_selection(reducer.select_tokens(picture), 0)
+        and len(rows_of_selection(reducer.select_tokens(crops), 0)) == 5
+    )
 
 
 @EACH
 @pytest.mark.parametrize("family", MOVING)
 def test_reports_and_padded_batches(family: str, method: str) -> None:
-    """Clips of different lengths, images among them, in one padded batch: measured tokens and FLOPs are those predicted."""
+    """Clips of different lengths, images among them, in one padded batch: measured tokens and FLOPs are those
+    predicted."""
     family_made, model = FAMILIES[family], shared(family)
     for batch in ([CLIP_AND_IMAGE], clips_for(family, CLIPS)):
         with duet_vlm.attach(model, method, budget=0.4, **VIDEO_METHODS[method]) as handle:
@@ -147,7 +180,9 @@ def test_places_are_not_known_behind_frames(method: str) -> None:
 def test_a_budget_lets_more_in_and_drops_where_the_paper_does(method: str) -> None:
     if method == "metok":
         counts = duet_vlm.get_method(method)().plan(3136, 32, 0.2).counts
-        assert [counts[layer] for layer in (7, 8, 16, 24)] == [math.floor(counts[0] * share + 1e-9) for share in (1, 0.5, 0.25, 0.125)]
+        assert [counts[layer] for layer in (7, 8, 16, 24)] == [
+            math.floor(counts[0] * share + 1e-9) for share in (1, 0.5, 0.25, 0.125)
+        ]
         assert 626.2 < sum(counts) / 32 <= 627.2
         return
     layer, share = {"holitom": (18, 0.5), "prunevid": (9, 0.4)}[method]  # 11 of 32 is 9 of 28
@@ -155,8 +190,11 @@ def test_a_budget_lets_more_in_and_drops_where_the_paper_does(method: str) -> No
     assert set(counts[:layer]) == {counts[0]} and set(counts[layer:]) == {math.floor(share * counts[0] + 1e-9)}
     assert 312.6 < sum(counts) / 28 <= 313.6
     assert duet_vlm.get_method(method)(schedule=((3, 0.2),)).plan(1000, 8, 0.25).counts[2:4] == (500, 100)
-    assert duet_vlm.get_method(method)(keep=0.5).plan(1000, 8, None).counts == (500,) * 8  # its own settings: nothing inside unless asked for
-    with pytest.raises(ValueError, match=rf"{method}: schedule drops before layer 0, but what it decides by is made by earlier layers"):
+    # its own settings: nothing inside unless asked for
+    assert duet_vlm.get_method(method)(keep=0.5).plan(1000, 8, None).counts == (500,) * 8
+    with pytest.raises(
+        ValueError, match=rf"{method}: schedule drops before layer 0, but what it decides by is made by earlier layers"
+    ):
         duet_vlm.get_method(method)(schedule=((0, 0.5),))
     with pytest.raises(ValueError, match=rf"{method}: with a budget give fractions in schedule="):
         duet_vlm.get_method(method)(schedule=((4, 7),)).plan(100, 8, 0.5)
@@ -175,9 +213,15 @@ class Noting(VideoReducer, duet_vlm.DecoderReducer):
 
     def reduced(self, view: EncoderView, clips: VideoTokens, count: Tensor) -> VideoRows:
         kept = top(-torch.arange(view.valid.shape[1]).expand(view.valid.shape) % 2 * 1.0, view.valid, count)
-        order = -clips.rows(torch.arange(clips.index.shape[1] * clips.index.shape[2]).view(clips.index.shape[1:]).expand(clips.index.shape))
+        order = -clips.rows(
+            torch.arange(clips.index.shape[1] * clips.index.shape[2])
+            .view(clips.index.shape[1:])
+            .expand(clips.index.shape)
+        )
         alone = VideoRows.alone(kept)
-        return alone._replace(notes=100 * clips.step + clips.place + 1, order=order if self.positions == "compact" else None)
+        return alone._replace(
+            notes=100 * clips.step + clips.place + 1, order=order if self.positions == "compact" else None
+        )
 
     def prune_tokens(self, view: DecoderView) -> Tensor:
         SEEN.append(view)
@@ -190,7 +234,8 @@ SEEN: list[DecoderView] = []
 @pytest.mark.parametrize("share", ["joint", "per_image"])
 @pytest.mark.parametrize("family", MOVING)
 def test_notes_come_back_inside_the_decoder(family: str, share: str) -> None:
-    """Whatever is in a batch: clips of several lengths, images (clips of one step), padding, spans ranked together or by themselves."""
+    """Whatever is in a batch: clips of several lengths, images (clips of one step), padding, spans ranked together or
+    by themselves."""
     with duet_vlm.attach(shared(family), Noting(multi_image=share)) as handle:
         for side in ("left", "right"):
             SEEN.clear()
@@ -207,7 +252,11 @@ def test_notes_come_back_inside_the_decoder(family: str, share: str) -> None:
                     assert step * ((clip - 1 - place) // step if step else clip) + place <= clip
                 assert int(view.tags[b, t]) > 0
             for number, span in enumerate(trace):  # in the order of the clip, as steps and places are
-                here = [float(view.tags[b, t]) for b, t in view.valid.nonzero().tolist() if int(view.span_index[b, t]) == number]
+                here = [
+                    float(view.tags[b, t])
+                    for b, t in view.valid.nonzero().tolist()
+                    if int(view.span_index[b, t]) == number
+                ]
                 assert here == sorted(here) and len(set(here)) == len(here) == len(span.stages[0].kept)
 
 
@@ -227,14 +276,24 @@ def test_notes_must_fit() -> None:
         def select_tokens(self, view: EncoderView) -> Selection:
             return replace(super().select_tokens(view), tags=torch.zeros(3))
 
-    with duet_vlm.attach(shared("llava"), Wrong()), pytest.raises(ValueError, match=r"select_tokens returned notes = a tensor \[3\] of torch.float32"):
+    with (
+        duet_vlm.attach(shared("llava"), Wrong()),
+        pytest.raises(ValueError, match=r"select_tokens returned notes = a tensor \[3\] of torch.float32"),
+    ):
         forward(shared("llava"), FAMILIES["llava"].inputs([ONE]))
 
 
 @pytest.mark.parametrize(
     "method",
     [
-        "frames+vidcom2", "evs+fastvid", "vidcom2+pyramiddrop", "holitom+duet", "dycoke+prunevid", "visionzip+holitom", "metok+duet", "evs+metok",
+        "frames+vidcom2",
+        "evs+fastvid",
+        "vidcom2+pyramiddrop",
+        "holitom+duet",
+        "dycoke+prunevid",
+        "visionzip+holitom",
+        "metok+duet",
+        "evs+metok",
         "evs+fastvid+pyramiddrop",
     ],
 )
@@ -269,7 +328,11 @@ def test_compositions_meet_one_budget(method: str) -> None:
         ("prunevid", {"rows": "score"}, "rows='score': choose one of"),
         ("vidcom2", {"channels": 0.0}, "channels=0.0: the share of channels"),
         ("vidcom2", {"temperature": 0.0}, "temperature=0.0: of a softmax"),
-        ("dycoke", {"crops": "per_crop"}, "dycoke compares the frames of a clip, and crops='per_crop' would separate them"),
+        (
+            "dycoke",
+            {"crops": "per_crop"},
+            "dycoke compares the frames of a clip, and crops='per_crop' would separate them",
+        ),
         ("evs", {"crops": "per_crop"}, "evs compares the frames of a clip"),
         ("vidcom2", {"keep": -3}, "keep=-3: a token count"),
     ],

@@ -1,7 +1,8 @@
-"""Clips from files through the stock video processors into reduced models, end to end. ``make test-video``: they need torchvision.
+"""Clips from files through the stock video processors into reduced models, end to end. ``make test-video``: they need
+torchvision.
 
-Processors are built from their classes, with a tokenizer that knows single bytes and the special words; models are the tiny ones of the
-other tests with the vocabulary of that tokenizer. Nothing is downloaded.
+Processors are built from their classes, with a tokenizer that knows single bytes and the special words; models are the
+tiny ones of the other tests with the vocabulary of that tokenizer. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def template(image: str, video: str) -> str:
 
 LLAVA = template("<image>", "<video>")
 QWEN = template("<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>")
-QWEN3 = template("<|vision_start|><|image_pad|><|vision_end|>", "<|video_pad|>")  # writes time stamps and brackets for every step by itself
+# writes time stamps and brackets for every step by itself
+QWEN3 = template("<|vision_start|><|image_pad|><|vision_end|>", "<|video_pad|>")
 GLM = template("<|begin_of_image|><|image|><|end_of_image|>", "<|begin_of_video|><|video|><|end_of_video|>")
 SQUARE = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
 EXACT = {"size": {"height": 56, "width": 56}}
@@ -71,7 +73,13 @@ def llava_next_video(t: Any) -> Processor:
     image = transformers.LlavaNextImageProcessor(**SQUARE, **PINPOINTS)
     video = transformers.LlavaNextVideoVideoProcessor(**SQUARE)
     return transformers.LlavaNextVideoProcessor(
-        video, image, t, chat_template=LLAVA, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1
+        video,
+        image,
+        t,
+        chat_template=LLAVA,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
     )
 
 
@@ -79,33 +87,52 @@ def llava_onevision(t: Any) -> Processor:
     image = transformers.LlavaOnevisionImageProcessor(**EXACT, **PINPOINTS)
     video = transformers.LlavaOnevisionVideoProcessor(**EXACT)
     return transformers.LlavaOnevisionProcessor(
-        image, t, video, num_image_tokens=16, vision_feature_select_strategy="full", chat_template=LLAVA, vision_aspect_ratio="anyres_max_1"
+        image,
+        t,
+        video,
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        chat_template=LLAVA,
+        vision_aspect_ratio="anyres_max_1",
     )
 
 
 def qwen2_vl(t: Any) -> Processor:
-    image, video = transformers.Qwen2VLImageProcessor(patch_size=4, **PIXELS), transformers.Qwen2VLVideoProcessor(patch_size=4, **PIXELS)
+    image, video = (
+        transformers.Qwen2VLImageProcessor(patch_size=4, **PIXELS),
+        transformers.Qwen2VLVideoProcessor(patch_size=4, **PIXELS),
+    )
     return transformers.Qwen2VLProcessor(image, t, video, chat_template=QWEN)
 
 
 def qwen2_5_vl(t: Any) -> Processor:
-    image, video = transformers.Qwen2VLImageProcessor(patch_size=4, **PIXELS), transformers.Qwen2VLVideoProcessor(patch_size=4, **PIXELS)
+    image, video = (
+        transformers.Qwen2VLImageProcessor(patch_size=4, **PIXELS),
+        transformers.Qwen2VLVideoProcessor(patch_size=4, **PIXELS),
+    )
     return transformers.Qwen2_5_VLProcessor(image, t, video, chat_template=QWEN)
 
 
 def qwen3_vl(t: Any) -> Processor:
-    image, video = transformers.Qwen2VLImageProcessor(patch_size=4, **PIXELS), transformers.Qwen3VLVideoProcessor(patch_size=4, **PIXELS)
+    image, video = (
+        transformers.Qwen2VLImageProcessor(patch_size=4, **PIXELS),
+        transformers.Qwen3VLVideoProcessor(patch_size=4, **PIXELS),
+    )
     return transformers.Qwen3VLProcessor(image, t, video, chat_template=QWEN3)
 
 
 def glm4v(t: Any) -> Processor:
-    image, video = transformers.Glm4vImageProcessor(patch_size=4, **PIXELS), transformers.Glm4vVideoProcessor(patch_size=4, **PIXELS)
+    image, video = (
+        transformers.Glm4vImageProcessor(patch_size=4, **PIXELS),
+        transformers.Glm4vVideoProcessor(patch_size=4, **PIXELS),
+    )
     return transformers.Glm4vProcessor(image, t, video, chat_template=GLM)
 
 
 @dataclass(frozen=True)
 class Stock:
-    """A family's stock processor, its placeholders, and the tokens of a clip, counted from the sizes of its pixels by the family's own rule."""
+    """A family's stock processor, its placeholders, and the tokens of a clip, counted from the sizes of its pixels by
+    the family's own rule."""
 
     processor: Callable[[Any], Processor]
     image: str
@@ -120,7 +147,8 @@ def in_grid(inputs: Any) -> int:
 
 
 def in_frames(extra: int, pooled: int, end: int) -> Callable[[Any], int]:
-    """LLaVA: 14 x 14 pixels per patch, ``pooled`` patches per token on each side, ``extra`` rows per frame, ``end`` rows per clip."""
+    """LLaVA: 14 x 14 pixels per patch, ``pooled`` patches per token on each side, ``extra`` rows per frame, ``end``
+    rows per clip."""
 
     def count(inputs: Any) -> int:
         _, frames, _, height, width = inputs["pixel_values_videos"].shape
@@ -139,7 +167,10 @@ STOCK = {
     "qwen3_5": Stock(qwen3_vl, "<|image_pad|>", "<|video_pad|>", in_grid),
     "glm4v": Stock(glm4v, "<|image|>", "<|image|>", in_grid, mixes=False),
 }
-EACH = pytest.mark.parametrize("family", [pytest.param(name, marks=() if name in FAMILIES else pytest.mark.skip("no adapter yet")) for name in STOCK])
+EACH = pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=() if name in FAMILIES else pytest.mark.skip("no adapter yet")) for name in STOCK],
+)
 
 
 def loaded(family: str) -> LoadedModel:
@@ -150,7 +181,11 @@ def loaded(family: str) -> LoadedModel:
     text.vocab_size = len(words)
     known = {"image": stock.image, "video": "<|video|>" if stock.video == stock.image else stock.video}
     marks = {"vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>"}
-    marks |= {f"{kind}_{end}": f"<|{begin}_of_{kind}|>" for kind in ("image", "video") for end, begin in (("start", "begin"), ("end", "end"))}
+    marks |= {
+        f"{kind}_{end}": f"<|{begin}_of_{kind}|>"
+        for kind in ("image", "video")
+        for end, begin in (("start", "begin"), ("end", "end"))
+    }
     for name, word in (known | marks).items():
         for key in (f"{name}_token_id", f"{name}_token_index"):
             if hasattr(config, key):
@@ -192,7 +227,8 @@ def test_a_clip_is_reduced_from_the_file_to_the_answer(family: str, clip: Any) -
     ids = inputs["input_ids"][0].tolist()
     assert ids.count(it.processor.tokenizer.convert_tokens_to_ids(STOCK[family].video)) == tokens
     levels = brightness(inputs)
-    assert levels == sorted(levels) and len(set(levels)) == len(levels) in (FRAMES, FRAMES // 2)  # every frame, in its order
+    # every frame, in its order
+    assert levels == sorted(levels) and len(set(levels)) == len(levels) in (FRAMES, FRAMES // 2)
     jumps = np.diff(levels)
     assert int(jumps.argmax()) == len(levels) // 2 - 1  # the bar is there from the second half on
     full = it.model.generate(**inputs, max_new_tokens=3, do_sample=False)
@@ -224,5 +260,7 @@ def test_a_picture_and_a_clip_in_one_prompt(family: str, clip: Any) -> None:
 def test_frames_of_a_processor_are_left_alone(family: str, clip: Any) -> None:
     """The frames were chosen already: the processor takes all of them, whatever it would sample by itself."""
     inputs = loaded(family).inputs([], "x", [clip])
-    steps = int(inputs["video_grid_thw"][0, 0]) if "video_grid_thw" in inputs else inputs["pixel_values_videos"].shape[1]
+    steps = (
+        int(inputs["video_grid_thw"][0, 0]) if "video_grid_thw" in inputs else inputs["pixel_values_videos"].shape[1]
+    )
     assert steps == (FRAMES // 2 if "video_grid_thw" in inputs else FRAMES)

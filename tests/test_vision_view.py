@@ -1,4 +1,5 @@
-"""What a method before the decoder may ask for, on every family: several layers, heads, queries, the grid, the question, the projector."""
+"""What a method before the decoder may ask for, on every family: several layers, heads, queries, the grid, the
+question, the projector."""
 
 from __future__ import annotations
 
@@ -8,7 +9,21 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from families import FAMILIES, MIXED, ONE, TEXT, THREE, TWO, any_res_layout, build, clips_for, forward, generate, pictures_of, shared
+from families import (
+    FAMILIES,
+    MIXED,
+    ONE,
+    TEXT,
+    THREE,
+    TWO,
+    any_res_layout,
+    build,
+    clips_for,
+    forward,
+    generate,
+    pictures_of,
+    shared,
+)
 from torch import Tensor
 
 import duet_vlm
@@ -46,7 +61,9 @@ class Probe(EncoderReducer):
     def select_tokens(self, view: EncoderView) -> Selection:
         seen.append(view)
         first = -torch.arange(view.valid.shape[1], device=view.valid.device).expand(view.valid.shape).float()
-        return Selection.keep_only(*pack_right(top(first, view.valid, view.dominant), max(plan.dominant for plan in view.plans)))
+        return Selection.keep_only(
+            *pack_right(top(first, view.valid, view.dominant), max(plan.dominant for plan in view.plans))
+        )
 
 
 @dataclass(frozen=True)
@@ -54,7 +71,12 @@ class Raw(Probe):
     """The same, in front of the projector where there is a point-wise one."""
 
     name = "raw"
-    requires: ClassVar[frozenset[Input]] = VISION_LAYER_INPUTS | {Input.GRID, Input.QUESTION, Input.PROJECTOR, Input.FEATURES}
+    requires: ClassVar[frozenset[Input]] = VISION_LAYER_INPUTS | {
+        Input.GRID,
+        Input.QUESTION,
+        Input.PROJECTOR,
+        Input.FEATURES,
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +105,10 @@ def test_several_layers_are_those_that_single_ones_give(family: str) -> None:
         alone = [views(family, Probe(signal_layer=layer, second=layer, crops="joint"), rows) for layer in (None, 0)]
         for number, view in enumerate(both):
             for layer, one in zip(view.layers, (alone[0][number].layers[0], alone[1][number].layers[0]), strict=True):
-                assert all(torch.equal(a, b) for a, b in zip(layer.tensors(), one.tensors(), strict=True)) and len(layer.tensors()) == 5
+                assert (
+                    all(torch.equal(a, b) for a, b in zip(layer.tensors(), one.tensors(), strict=True))
+                    and len(layer.tensors()) == 5
+                )
             assert view.importance is view.layers[0].importance and view.keys is view.layers[0].keys
             assert not torch.equal(view.layers[0].keys, view.layers[1].keys)
 
@@ -96,14 +121,18 @@ def test_heads_add_up_to_the_importance(family: str) -> None:
                 content = view.valid & (view.coords >= 0).all(-1)
                 mean, total = (reduced(layer.heads, -1)[content] for reduced in (torch.mean, torch.sum))
                 found = layer.importance[content]
-                assert torch.allclose(mean, found, rtol=1e-4, atol=1e-6) or torch.allclose(total, found, rtol=1e-4, atol=1e-6)
+                assert torch.allclose(mean, found, rtol=1e-4, atol=1e-6) or torch.allclose(
+                    total, found, rtol=1e-4, atol=1e-6
+                )
 
 
 def with_queries_as_keys(family: str) -> Any:
     """A model whose vision queries are its keys."""
     model = build(family)
     with torch.no_grad():
-        for tower in [module for name, module in model.model.named_modules() if name.endswith(("tower", "visual", "vision_model"))]:
+        for tower in [
+            module for name, module in model.model.named_modules() if name.endswith(("tower", "visual", "vision_model"))
+        ]:
             weights = dict(tower.named_parameters())
             for name, weight in weights.items():
                 if "k_proj" in name or "k_norm" in name:
@@ -116,7 +145,8 @@ def with_queries_as_keys(family: str) -> Any:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_queries_take_the_way_of_the_keys(family: str) -> None:
-    """Where both are the same numbers in the tower they are so behind it: crops packed, cells averaged, windows put back in order."""
+    """Where both are the same numbers in the tower they are so behind it: crops packed, cells averaged, windows put
+    back in order."""
     model = with_queries_as_keys(family)
     for rows in rows_of(family):
         for view in views(family, Probe(crops="joint"), rows, model):
@@ -166,7 +196,8 @@ def test_the_grid_says_where_each_token_stands(family: str) -> None:
             shows = (view.coords >= 0).all(-1)
             assert torch.equal(shows, (view.coords >= 0).any(-1)) and not (shows & (view.parts < 0)).any()
             assert (view.coords[shows] < view.grid_size[:, None].expand_as(view.coords)[shows]).all()
-            for span in range(len(view.valid)):  # nobody stands where another does, but in pictures that were resized behind the tower
+            # nobody stands where another does, but in pictures that were resized behind the tower
+            for span in range(len(view.valid)):
                 where = torch.cat([view.parts[span, :, None], view.coords[span]], 1)[shows[span]]
                 assert len(where.unique(dim=0)) == len(where) and len(where) > 1
     pictures = pictures_of(MIXED)
@@ -200,7 +231,11 @@ def test_every_span_gets_the_question_of_its_sample(family: str, side: str) -> N
     inputs = made.inputs(rows, side)
     visual = {adapter_for(model).modalities[0].token_id}
     expected = [asked(model, made.expand(row), visual) for row in rows for item in row if not isinstance(item, int)]
-    calls = [lambda: forward(model, inputs), lambda: generate(model, inputs, 2), lambda: generate(model, inputs, 2, num_beams=2)]
+    calls = [
+        lambda: forward(model, inputs),
+        lambda: generate(model, inputs, 2),
+        lambda: generate(model, inputs, 2, num_beams=2),
+    ]
     for call in calls:
         seen.clear()
         with duet_vlm.attach(model, Probe(protect_predicting_tokens=False)):
@@ -219,7 +254,9 @@ def test_the_question_of_a_labelled_prompt_ends_where_its_answer_begins() -> Non
     with duet_vlm.attach(model, Probe()):
         forward(model, inputs, labels=labels)
     (view,) = seen
-    assert torch.equal(view.question.embeddings[view.question.valid], model.get_input_embeddings()(torch.tensor(ONE[3:-2])))
+    assert torch.equal(
+        view.question.embeddings[view.question.valid], model.get_input_embeddings()(torch.tensor(ONE[3:-2]))
+    )
 
 
 def test_a_prompt_of_embeddings_is_a_question_too() -> None:
@@ -234,9 +271,15 @@ def test_a_prompt_of_embeddings_is_a_question_too() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_encoder_that_is_called_by_itself_has_no_question(family: str) -> None:
     model, inputs = shared(family), FAMILIES[family].inputs([ONE])
-    brought = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")}
+    brought = {
+        name: value
+        for name, value in inputs.items()
+        if name not in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+    }
     with duet_vlm.attach(model, Probe()) as handle:
-        with pytest.raises(ValueError, match="probe chooses by the question, and an encoder that is called by itself has none"):
+        with pytest.raises(
+            ValueError, match="probe chooses by the question, and an encoder that is called by itself has none"
+        ):
             encode(model, brought)
         with handle.paused():
             encode(model, brought)
@@ -321,7 +364,9 @@ def test_names_that_nobody_knows_are_refused() -> None:
     class Wrong(Probe):
         requires: ClassVar[Any] = frozenset({"depth"})
 
-    with pytest.raises(ValueError, match="Wrong.requires names 'depth': choose from Input.FEATURES, Input.GRID, Input.HEAD_IMPORTANCE"):
+    with pytest.raises(
+        ValueError, match="Wrong.requires names 'depth': choose from Input.FEATURES, Input.GRID, Input.HEAD_IMPORTANCE"
+    ):
         Wrong()
 
 
@@ -333,7 +378,9 @@ def test_a_reduced_tower_has_no_rows_to_read() -> None:
         requires: ClassVar[frozenset[Input]] = VISION_LAYER_INPUTS | {Input.PROJECTED_FEATURES}
 
     try:
-        with pytest.raises(TypeError, match="reads rows inside the vision tower, of which a reduced tower has some only"):
+        with pytest.raises(
+            TypeError, match="reads rows inside the vision tower, of which a reduced tower has some only"
+        ):
             duet_vlm.attach(shared("llava"), "contrast+probe_of_states", budget=0.3)
     finally:
         registry._methods.pop("probe_of_states", None)

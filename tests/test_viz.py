@@ -85,8 +85,13 @@ def test_groups_of_one_colour_have_numbers_of_their_own() -> None:
 
 
 def test_patches_merged_inside_the_decoder() -> None:
-    """At layer 4 token 0 is merged into 2, and 3 into 1, which is the anchor of group 1 since the entry; at layer 6 group 1 goes into 2."""
-    stages = (StageTrace(0, (0, 1, 2, 3), (5,)), StageTrace(4, (1, 2), (), {1: (3,), 2: (0,)}), StageTrace(6, (2,), (), {2: (1,)}))
+    """At layer 4 token 0 is merged into 2, and 3 into 1, which is the anchor of group 1 since the entry; at layer 6
+    group 1 goes into 2."""
+    stages = (
+        StageTrace(0, (0, 1, 2, 3), (5,)),
+        StageTrace(4, (1, 2), (), {1: (3,), 2: (0,)}),
+        StageTrace(6, (2,), (), {2: (1,)}),
+    )
     span = Span(0, 0, 6, (2, 3))
     sheet = draw(Image.new("RGB", (90, 60), GREY), SpanTrace(span, {1: (4,)}, stages), size=3 * CELL)
     image, entry, four, six = panels(sheet, 4, 3 * CELL, 2 * CELL)
@@ -102,7 +107,10 @@ def test_patches_merged_inside_the_decoder() -> None:
     assert [centre(four, t) for t in (0, 3, 4, 5)] == [tinted(1), tinted(0), DARK, DARK]
     assert [outline(four, t) for t in (1, 2)] == [group(0), group(1)] and outline(entry, 2) == GREY
     assert [centre(six, t) for t in (0, 1, 3)] == [DARK, tinted(1), DARK] and outline(six, 2) == group(1)
-    numbers = [panel[2 : CELL // 2, column * CELL + 3 : column * CELL + CELL // 2] for panel, column in ((entry, 1), (four, 1), (four, 2), (six, 2))]
+    numbers = [
+        panel[2 : CELL // 2, column * CELL + 3 : column * CELL + CELL // 2]
+        for panel, column in ((entry, 1), (four, 1), (four, 2), (six, 2))
+    ]
     white = [number.min(-1) > 200 for number in numbers]
     assert white[0].any() and (white[0] == white[1]).all()  # a group keeps its number
     assert (white[2] == white[3]).all() and (white[1] != white[2]).any()
@@ -110,8 +118,8 @@ def test_patches_merged_inside_the_decoder() -> None:
 
 @pytest.mark.parametrize("method", ["apet", "holitom", "sparsevlm", "tokencarve"])
 def test_every_group_of_a_method_that_merges_in_the_decoder(method: str) -> None:
-    """On a grey picture, merged patches have the colour of their group at the stage that merged them, and whoever holds others is outlined there
-    and as long as it lives."""
+    """On a grey picture, merged patches have the colour of their group at the stage that merged them, and whoever holds
+    others is outlined there and as long as it lives."""
     from duet_vlm import attach
     from duet_vlm.evaluation import tiny
 
@@ -146,12 +154,15 @@ def test_every_group_of_a_method_that_merges_in_the_decoder(method: str) -> None
 def test_the_legend_says_where_groups_began() -> None:
     stages = (StageTrace(0, (0, 1, 2, 3), ()), StageTrace(4, (1, 2), (), {1: (3,), 2: (0,)}), StageTrace(6, (1,), (2,)))
     span = Span(0, 0, 6, (2, 3))
-    assert origins(SpanTrace(span, {1: (4, 5)}, stages)).endswith("begins: 1 at the entry to the decoder, 2 in front of layer 4")
+    assert origins(SpanTrace(span, {1: (4, 5)}, stages)).endswith(
+        "begins: 1 at the entry to the decoder, 2 in front of layer 4"
+    )
     assert origins(SpanTrace(span, {0: (4,), 1: (5,)}, stages[:1])).endswith("begins: 1-2 at the entry to the decoder")
     nothing = SpanTrace(span, {}, (StageTrace(0, (0, 1), (2, 3, 4, 5)),))
     assert origins(nothing) == ""
     one = SpanTrace(span, {0: (2, 3), 1: (4, 5)}, (StageTrace(0, (0, 1), ()),))
-    assert draw(Image.new("RGB", (3, 2)), one).height > draw(Image.new("RGB", (3, 2)), nothing).height  # the line has a place
+    # the line has a place
+    assert draw(Image.new("RGB", (3, 2)), one).height > draw(Image.new("RGB", (3, 2)), nothing).height
 
 
 def test_scores_are_shown_below_by_rank() -> None:
@@ -222,7 +233,9 @@ def test_letters_that_no_font_has_are_named() -> None:
 
 def test_long_lines_are_broken() -> None:
     lines = font.fitted("one two " + 80 * "w" + " three", 17, 200)
-    assert "".join(lines).replace(" ", "") == "onetwo" + 80 * "w" + "three" and all(font.width(line, 17) <= 200 for line in lines)
+    assert "".join(lines).replace(" ", "") == "onetwo" + 80 * "w" + "three" and all(
+        font.width(line, 17) <= 200 for line in lines
+    )
 
 
 def test_stacked_pictures() -> None:

@@ -25,14 +25,22 @@ def none_left() -> bool:
 def test_every_task_is_done_once_by_whoever_is_free() -> None:
     done = list(shared_out(range(20), ["a", "b", "c"], clerk, KEPT))
     assert sorted(task for task, _ in done) == list(range(20)) and all(reply[0] == task * task for task, reply in done)
-    assert 1 <= len({reply[1] for _, reply in done}) <= 3 and os.getpid() not in {reply[1] for _, reply in done} and none_left()
+    assert (
+        1 <= len({reply[1] for _, reply in done}) <= 3
+        and os.getpid() not in {reply[1] for _, reply in done}
+        and none_left()
+    )
     assert list(shared_out([], [None], clerk, KEPT)) == []
 
 
 @pytest.mark.parametrize(
     ("task", "place", "says"),
     [
-        (("kill",), "cuda:1", r"worker 1 of 1 on cuda:1 \(process \d+\) was killed by SIGKILL, as .* where memory runs out; start again"),
+        (
+            ("kill",),
+            "cuda:1",
+            r"worker 1 of 1 on cuda:1 \(process \d+\) was killed by SIGKILL, as .* where memory runs out; start again",
+        ),
         (1, "is killed at once", r"worker 1 of 1 on is killed at once \(process \d+\) was killed by SIGKILL"),
         (("exit",), None, r"worker 1 of 1 \(process \d+\) ended by itself with exit code 3; start again"),
     ],

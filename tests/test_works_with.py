@@ -1,7 +1,9 @@
-"""Other people's tools around an attached model, the real ones: bitsandbytes, torchao, PEFT, pipelines, offloading, compressed caches.
+"""Other people's tools around an attached model, the real ones: bitsandbytes, torchao, PEFT, pipelines, offloading,
+compressed caches.
 
-References are plain models: weights dequantised or merged beforehand, the stock decoder on the same cache. Servers: test_serve.py; training:
-test_trainers.py; what accelerate puts around models of every family: test_wrappers.py; static caches: test_static.py.
+References are plain models: weights dequantised or merged beforehand, the stock decoder on the same cache. Servers:
+test_serve.py; training: test_trainers.py; what accelerate puts around models of every family: test_wrappers.py; static
+caches: test_static.py.
 """
 
 from __future__ import annotations
@@ -42,7 +44,14 @@ def encoded(*numbers: int) -> Any:
 def answered(model: Any, inputs: Any, method: str, **fields: Any) -> tuple[Tensor, Any]:
     """Logits of a few greedy steps, and what was kept on the way."""
     with duet_vlm.attach(model, method, budget=BUDGET, **fields) as handle, torch.no_grad():
-        output = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True)
+        output = model.generate(
+            **inputs,
+            max_new_tokens=3,
+            min_new_tokens=3,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
         assert handle.report().measured_mean <= BUDGET * 256 + 1
         return torch.stack(output.logits), handle.trace
 
@@ -82,8 +91,8 @@ BITS = {
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("method", METHODS)
 def test_bitsandbytes(method: str, bits: int, inputs: Any) -> None:
-    """NF4 and LLM.int8 on the CPU. The reference has the same products behind layers that say nothing of themselves, and both are near the
-    model in float32: nothing but the quantised kernels is between them."""
+    """NF4 and LLM.int8 on the CPU. The reference has the same products behind layers that say nothing of themselves,
+    and both are near the model in float32: nothing but the quantised kernels is between them."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     settings: Any = {"quantization_config": BitsAndBytesConfig(**BITS[bits]), "dtype": torch.float32}
     model = LlavaForConditionalGeneration.from_pretrained(tiny.path(), **settings)
@@ -102,12 +111,15 @@ def test_bitsandbytes(method: str, bits: int, inputs: Any) -> None:
 @pytest.mark.parametrize("loaded", [False, True], ids=["quantize_", "from_pretrained"])
 @pytest.mark.parametrize("method", METHODS)
 def test_eight_bits_of_torchao(method: str, loaded: bool, inputs: Any) -> None:
-    """Int8 weights, quantised in place and while loading. The reference is a plain model with the dequantised weights; its head, which shares
-    its weights with the embeddings, gets some of its own, because torchao leaves the embeddings as they are."""
+    """Int8 weights, quantised in place and while loading. The reference is a plain model with the dequantised weights;
+    its head, which shares its weights with the embeddings, gets some of its own, because torchao leaves the embeddings
+    as they are."""
     quantization = pytest.importorskip("torchao.quantization", reason="make test-torchao runs it")
     eight = quantization.Int8WeightOnlyConfig()
     if loaded:
-        model = LlavaForConditionalGeneration.from_pretrained(tiny.path(), quantization_config=TorchAoConfig(eight), dtype=torch.float32)
+        model = LlavaForConditionalGeneration.from_pretrained(
+            tiny.path(), quantization_config=TorchAoConfig(eight), dtype=torch.float32
+        )
     else:
         model, _ = tiny.load()
         quantization.quantize_(model, eight)
@@ -143,7 +155,12 @@ def test_adapters_of_peft(method: str, inputs: Any) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_weights_on_disk(method: str, inputs: Any, tmp_path: Path) -> None:
     """``from_pretrained(device_map=...)`` with the decoder on disk: the same bits."""
-    places = {"model.vision_tower": "cpu", "model.multi_modal_projector": "cpu", "model.language_model": "disk", "lm_head": "disk"}
+    places = {
+        "model.vision_tower": "cpu",
+        "model.multi_modal_projector": "cpu",
+        "model.language_model": "disk",
+        "lm_head": "disk",
+    }
     options: dict[str, Any] = {"device_map": places, "offload_folder": str(tmp_path), "dtype": torch.float32}
     model = LlavaForConditionalGeneration.from_pretrained(tiny.path(), **options)
     assert any(weight.is_meta for weight in model.parameters())
@@ -158,9 +175,14 @@ def test_the_pipeline_of_transformers() -> None:
     model, processor = tiny.load()
     asked = tiny.samples("test", 3)
     ask = pipeline("image-text-to-text", model=model, processor=processor)
-    chats = [[{"role": "user", "content": [{"type": "image", "image": s.image}, {"type": "text", "text": s.question}]}] for s in asked]
+    chats = [
+        [{"role": "user", "content": [{"type": "image", "image": s.image}, {"type": "text", "text": s.question}]}]
+        for s in asked
+    ]
     with duet_vlm.attach(model, "duet", budget=BUDGET) as handle:
-        said = [one[0]["generated_text"] for one in ask(text=chats, max_new_tokens=4, return_full_text=False, batch_size=1)]
+        said = [
+            one[0]["generated_text"] for one in ask(text=chats, max_new_tokens=4, return_full_text=False, batch_size=1)
+        ]
         tokens = handle.report().measured_mean
         for sample, answer in zip(asked, said, strict=True):
             given = processor(images=sample.image, text=tiny.prompt(sample.question), return_tensors="pt")
@@ -173,7 +195,8 @@ def test_the_pipeline_of_transformers() -> None:
 @pytest.mark.parametrize("masked", [True, False], ids=["mask", "no mask"])
 @pytest.mark.parametrize("method", ("duet", "visionzip", "fastv"))
 def test_a_cache_that_others_compress(method: str, masked: bool, inputs: Any) -> None:
-    """Behind a prompt without padding: steps equal those of the stock decoder on the same keys, at the positions that the prompt has."""
+    """Behind a prompt without padding: steps equal those of the stock decoder on the same keys, at the positions that
+    the prompt has."""
     model, _ = tiny.load()
     with duet_vlm.attach(model, method, budget=BUDGET), torch.no_grad():
         with pressed(model, 0.5):
@@ -186,7 +209,11 @@ def test_a_cache_that_others_compress(method: str, masked: bool, inputs: Any) ->
         mask, found = inputs["attention_mask"], []
         for _ in range(3):
             mask = torch.cat([mask, mask.new_ones(1, 1)], 1)
-            found.append(model(input_ids=token, attention_mask=mask if masked else None, past_key_values=cache, use_cache=True).logits)
+            found.append(
+                model(
+                    input_ids=token, attention_mask=mask if masked else None, past_key_values=cache, use_cache=True
+                ).logits
+            )
             token = found[-1].argmax(-1)
     with duet_vlm.attach(model, method, budget=BUDGET) as handle, torch.no_grad():
         whole = model(**inputs, use_cache=True).past_key_values
@@ -207,7 +234,11 @@ def test_a_compressed_cache_of_a_padded_batch_is_refused(method: str) -> None:
     model, _ = tiny.load()
     batch = encoded(0, 1, 2, 3)
     assert not batch["attention_mask"].all()
-    with duet_vlm.attach(model, method, budget=BUDGET), pressed(model, 0.5), pytest.raises(ValueError, match="compressed by others.*without padding"):
+    with (
+        duet_vlm.attach(model, method, budget=BUDGET),
+        pressed(model, 0.5),
+        pytest.raises(ValueError, match="compressed by others.*without padding"),
+    ):
         model.generate(**batch, max_new_tokens=3)
 
 

@@ -55,7 +55,9 @@ def test_an_attached_model_saves_the_same_bytes(case: Case, tmp_path: Path) -> N
     plain = digest(tmp_path / "plain")
     assert {"config.json", "model.safetensors"} <= set(plain)
     assert digest(tmp_path / "attached") == plain
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items()) and len(state) == len(model.state_dict())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items()) and len(state) == len(
+        model.state_dict()
+    )
 
 
 def test_official_presets_save_the_same_bytes(tmp_path: Path) -> None:
@@ -79,8 +81,8 @@ def test_state_dicts_can_be_pickled_while_attached() -> None:
 def test_offloaded_and_dispatched_models(case: Case, how: str, when: str) -> None:
     """accelerate's hooks move weights in and out around every module; ours run beside them, whichever came first.
 
-    Where offloading takes away weights that the stock model reads outside of the module that owns them, it fails without us, too: what is
-    left to try is the family's word.
+    Where offloading takes away weights that the stock model reads outside of the module that owns them, it fails
+    without us, too: what is left to try is the family's word.
     """
     inputs = FAMILIES[case.family].inputs(MIXED)
     runs: dict[str, Any] = {"generate": functools.partial(generate, new=3), "call": forward}
@@ -144,7 +146,12 @@ class Packed(nn.Module):
 
 
 def pack(model: nn.Module) -> int:
-    linears = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children() if type(child) is nn.Linear]
+    linears = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.Linear
+    ]
     for parent, name, child in linears:
         setattr(parent, name, Packed(child))
     return len(linears)

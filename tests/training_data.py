@@ -44,7 +44,9 @@ def collate(family: str, samples: Sequence[Sample], side: str = "right") -> Inpu
     ids, mask = batch["input_ids"], batch["attention_mask"]
     from_end = mask.flip(1).cumsum(1).flip(1) * mask
     answer = torch.tensor([sample.answer for sample in samples])[:, None]
-    return batch | {"labels": ids.masked_fill((from_end > answer) | (from_end == 0) | (ids == IMAGE) | (ids == PAD), -100)}
+    return batch | {
+        "labels": ids.masked_fill((from_end > answer) | (from_end == 0) | (ids == IMAGE) | (ids == PAD), -100)
+    }
 
 
 def batches(family: str, size: int) -> list[Inputs]:
@@ -67,7 +69,8 @@ def loss_by_hand(logits: Tensor, slots: Tensor, labels: Tensor) -> Tensor:
 
 
 def slots_of(handle: duet_vlm.Handle | None, batch: Inputs) -> Tensor:
-    """Which prompt slot each row of the logits is: the handle knows where tokens went, otherwise every slot has its row."""
+    """Which prompt slot each row of the logits is: the handle knows where tokens went, otherwise every slot has its
+    row."""
     if handle is not None and "pixel_values" in batch:
         return handle.slots
     mask = batch["attention_mask"]
@@ -76,7 +79,8 @@ def slots_of(handle: duet_vlm.Handle | None, batch: Inputs) -> Tensor:
 
 @dataclass
 class Curve:
-    """Loss of every step; for every micro-batch with images the visual tokens per layer that were measured, mean over its samples."""
+    """Loss of every step; for every micro-batch with images the visual tokens per layer that were measured, mean over
+    its samples."""
 
     losses: list[float]
     measured: list[float]

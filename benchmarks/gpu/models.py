@@ -1,4 +1,5 @@
-"""The models of the GPU benchmarks at their real shapes, and the same families at a shape that a CPU runs in seconds. Random weights."""
+"""The models of the GPU benchmarks at their real shapes, and the same families at a shape that a CPU runs in seconds.
+Random weights."""
 
 from __future__ import annotations
 
@@ -6,7 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig, MistralConfig, PreTrainedConfig, Qwen2_5_VLConfig
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2_5_VLConfig,
+)
 
 VICUNA_7B = {
     "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
@@ -21,8 +30,22 @@ TINY = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 200,
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336, "patch_size": 14}
-CLIP_TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
+CLIP_L = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+CLIP_TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 56,
+    "patch_size": 14,
+}
 LONG = {"max_position_embeddings": 32768}
 
 
@@ -48,11 +71,24 @@ def llava_next(tiny: bool) -> PreTrainedConfig:
 def qwen(tiny: bool) -> PreTrainedConfig:
     """Qwen2.5-VL-7B: images of any size, clips."""
     text = TINY if tiny else QWEN_7B
-    pairs = text["hidden_size"] // text["num_attention_heads"] // 2  # rotary pairs per head: 64 at the real shape, in 16 + 24 + 24
+    # rotary pairs per head: 64 at the real shape, in 16 + 24 + 24
+    pairs = text["hidden_size"] // text["num_attention_heads"] // 2
     sections = [pairs - 2 * (3 * pairs // 8), 3 * pairs // 8, 3 * pairs // 8]
-    vision: dict[str, Any] = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "fullatt_block_indexes": [7, 15, 23, 31]}
+    vision: dict[str, Any] = {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+    }
     if tiny:
-        vision = {"depth": 4, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "fullatt_block_indexes": [1, 3]}
+        vision = {
+            "depth": 4,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "fullatt_block_indexes": [1, 3],
+        }
     last = text["vocab_size"] - 1 if tiny else 151655
     vision |= {"out_hidden_size": text["hidden_size"], "patch_size": 14, "window_size": 112}
     return Qwen2_5_VLConfig(
@@ -68,4 +104,8 @@ def five_crops(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.randn(1, 5, 3, side, side), "image_sizes": torch.tensor([[2 * side, 2 * side]])}
 
 
-CONFIGS: dict[str, Callable[[bool], PreTrainedConfig]] = {"llava-1.5-7b": llava, "llava-next-7b": llava_next, "qwen2.5-vl-7b": qwen}
+CONFIGS: dict[str, Callable[[bool], PreTrainedConfig]] = {
+    "llava-1.5-7b": llava,
+    "llava-next-7b": llava_next,
+    "qwen2.5-vl-7b": qwen,
+}

@@ -1,6 +1,8 @@
-"""Prefill, decode, end to end and memory on one GPU, reduced and not, at the shapes of 7B models; random weights, no network, under 8 minutes.
+"""Prefill, decode, end to end and memory on one GPU, reduced and not, at the shapes of 7B models; random weights, no
+network, under 8 minutes.
 
-``python benchmarks/gpu/run.py`` writes benchmarks/results/gpu.json; ``--device cpu --shape tiny`` shows in seconds that it works.
+``python benchmarks/gpu/run.py`` writes benchmarks/results/gpu.json; ``--device cpu --shape tiny`` shows in seconds that
+it works.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ ANCHORS = [  # published by others on other hardware and software: a scale to re
 
 @dataclass(frozen=True)
 class Case:
-    """One model with one kind of picture. ``ends``: generate() is timed, too; ``fits``: the largest batch is looked for."""
+    """One model with one kind of picture. ``ends``: generate() is timed, too; ``fits``: the largest batch is looked
+    for."""
 
     model: str
     tokens: int | None = None
@@ -62,7 +65,8 @@ CASES = (  # by model, so that each is built once
     Case("qwen2.5-vl-7b", tokens=1296, batches=(8,)),
     Case("qwen2.5-vl-7b", tokens=2500),
     Case("qwen2.5-vl-7b", tokens=4000),
-    *(Case("qwen2.5-vl-7b", tokens=128 * frames, frames=frames) for frames in (8, 16, 32, 64)),  # 256 tokens per two frames
+    # 256 tokens per two frames
+    *(Case("qwen2.5-vl-7b", tokens=128 * frames, frames=frames) for frames in (8, 16, 32, 64)),
 )
 
 
@@ -81,9 +85,15 @@ def main(words: list[str] | None = None) -> None:
         parser.error("no CUDA device here; --device cpu --shape tiny shows that the scripts work")
     end = time.monotonic() + 60 * given.minutes
     found = [case for case in CASES if not given.names or case.model in given.names]
-    rows = [row for name in dict.fromkeys(case.model for case in found) for row in _model(name, [c for c in found if c.model == name], given, end)]
+    rows = [
+        row
+        for name in dict.fromkeys(case.model for case in found)
+        for row in _model(name, [c for c in found if c.model == name], given, end)
+    ]
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps({"benchmark": "gpu", "shape": given.shape, "anchors": ANCHORS, "cases": rows}, indent=1) + "\n")
+    given.out.write_text(
+        json.dumps({"benchmark": "gpu", "shape": given.shape, "anchors": ANCHORS, "cases": rows}, indent=1) + "\n"
+    )
     show(rows)
     print(f"written to {given.out}", file=sys.stderr)
 
@@ -123,9 +133,18 @@ def _case(model: nn.Module, case: Case, tiny: bool, device: str) -> dict[str, An
         (*sides_of(["duet"], BUDGETS), BenchSide("visionzip", 0.111), BenchSide("uniform", 0.111)), case.batches[:1] if tiny else case.batches, (60,), tokens,
         case.frames // 2, 4 if tiny else 128, 1 if tiny else 5, 0 if tiny else 2, steps=2 if tiny else 8, generate_rounds=1 * case.ends,
     )  # fmt: skip
-    found = result(str(case), model, plan, None if tiny else sheet_of(device), lambda line: print(f"{case}: {line}", file=sys.stderr), picture)
+    found = result(
+        str(case),
+        model,
+        plan,
+        None if tiny else sheet_of(device),
+        lambda line: print(f"{case}: {line}", file=sys.stderr),
+        picture,
+    )
     if case.fits:
-        found["largest_batch"] = {str(side): largest_batch(model, side, plan, picture, 2 if tiny else 512) for side in plan.sides[:4]}
+        found["largest_batch"] = {
+            str(side): largest_batch(model, side, plan, picture, 2 if tiny else 512) for side in plan.sides[:4]
+        }
     return found
 
 
@@ -148,7 +167,9 @@ def largest_batch(model: nn.Module, side: BenchSide, plan: BenchPlan, picture: A
 
 
 def show(cases: list[dict[str, Any]]) -> None:
-    print(f"{'case':<34}{'batch':>6}  {'side':<22}{'tokens':>8}{'prefill':>10}{'to first':>10}{'end to end':>11}{'KV':>7}{'MiB':>9}")
+    print(
+        f"{'case':<34}{'batch':>6}  {'side':<22}{'tokens':>8}{'prefill':>10}{'to first':>10}{'end to end':>11}{'KV':>7}{'MiB':>9}"
+    )
     for case in cases:
         if "rows" not in case:
             print(f"{case['case']:<34}{case['status']}")
@@ -168,7 +189,9 @@ def show(cases: list[dict[str, Any]]) -> None:
             print(f"  largest batch: {', '.join(f'{side}: {n}' for side, n in case['largest_batch'].items())}")
     print("published by others, on other hardware and software (not a comparison):")
     for anchor in ANCHORS:
-        print("  " + ", ".join(f"{key} {value}{'x' if isinstance(value, float) else ''}" for key, value in anchor.items()))
+        print(
+            "  " + ", ".join(f"{key} {value}{'x' if isinstance(value, float) else ''}" for key, value in anchor.items())
+        )
 
 
 if __name__ == "__main__":

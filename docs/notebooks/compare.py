@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Compare methods
 #
-# The same questions to the full model and to several methods at one budget. `duet-vlm eval` does this with intervals, tests and
-# plots; here it is by hand, to see what happens.
+# The same questions to the full model and to several methods at one budget. `duet-vlm eval` does this with intervals,
+# tests and plots; here it is by hand, to see what happens.
 
 # %%
 import duet_vlm

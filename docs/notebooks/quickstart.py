@@ -21,8 +21,8 @@ def answer():
 print(question, "expected:", expected)
 
 # %% [markdown]
-# The full model, and the same model with DUET-VLM attached. A budget is the mean number of visual tokens per decoder layer,
-# as a count or a fraction.
+# The full model, and the same model with DUET-VLM attached. A budget is the mean number of visual tokens per decoder
+# layer, as a count or a fraction.
 
 # %%
 full = answer()

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Train with reduction
 #
-# Attach, then train as always: labels are gathered for the rows that are left, gradients flow through kept and merged rows. A
-# few steps on drawn pictures, to see the parts; `duet-vlm train --recipe tiny` is the whole run.
+# Attach, then train as always: labels are gathered for the rows that are left, gradients flow through kept and merged
+# rows. A few steps on drawn pictures, to see the parts; `duet-vlm train --recipe tiny` is the whole run.
 
 # %%
 import tempfile

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Video
 #
-# A second embedded model reads clips of eight frames, 520 visual tokens. Its questions need several frames: where something
-# moves, what came first.
+# A second embedded model reads clips of eight frames, 520 visual tokens. Its questions need several frames: where
+# something moves, what came first.
 
 # %%
 import duet_vlm

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Write your own method
 #
-# A method is one frozen dataclass. It is given scores and says which tokens stay; masks, positions, caches, labels and reports
-# follow by themselves. This one drops once, in the middle of the decoder: the tokens that the question attends to most stay,
-# and every fourth place of the picture is kept whatever its score.
+# A method is one frozen dataclass. It is given scores and says which tokens stay; masks, positions, caches, labels and
+# reports follow by themselves. This one drops once, in the middle of the decoder: the tokens that the question attends
+# to most stay, and every fourth place of the picture is kept whatever its score.
 
 # %%
 from dataclasses import dataclass

@@ -56,7 +56,8 @@ def deviations(name: str) -> str:
 
 
 def _from_root(link: str) -> str:
-    return link if ":" in link or link.startswith("#") else f"../../{link}"  # links are those of docs/catalogue/NAME.md in the repository
+    # links are those of docs/catalogue/NAME.md in the repository
+    return link if ":" in link or link.startswith("#") else f"../../{link}"
 
 
 def wins(name: str, measured: list[Cell]) -> str:
@@ -64,20 +65,40 @@ def wins(name: str, measured: list[Cell]) -> str:
     found: dict[str, list[float]] = {}
     for one in measured:
         if one.method == name and one.kept is not None and one.budget is not None:
-            rivals = [c.kept for c in measured if (c.task, c.budget, c.alone) == (one.task, one.budget, True) and c.kept is not None]
+            rivals = [
+                c.kept
+                for c in measured
+                if (c.task, c.budget, c.alone) == (one.task, one.budget, True) and c.kept is not None
+            ]
             if one.alone and one.kept == max(rivals) and len(rivals) > 1:
                 found.setdefault(one.task, []).append(one.budget)
-    tasks = [f"`{task}` at {', '.join(f'{budget:.0%}' for budget in sorted(set(budgets), reverse=True))}" for task, budgets in found.items()]
-    return f"No other method measured at the same budget kept more on {'; on '.join(tasks)} of the tokens." if tasks else ""
+    tasks = [
+        f"`{task}` at {', '.join(f'{budget:.0%}' for budget in sorted(set(budgets), reverse=True))}"
+        for task, budgets in found.items()
+    ]
+    return (
+        f"No other method measured at the same budget kept more on {'; on '.join(tasks)} of the tokens."
+        if tasks
+        else ""
+    )
 
 
 def numbers(name: str, measured: list[Cell]) -> str:
     """The rows of the result files in which the method stands, alone or in a composition."""
     mine = [one for one in measured if name in one.method.split("+")]
     if not mine:
-        return "Not measured on an embedded task yet: `duet-vlm eval --methods " + name + " --limit 200` does it on this machine.\n"
-    lines = [[f"`{one.task}`", cell(one.label), one.share, one.accuracy_text, one.kept_text, one.tokens_text] for one in mine]
-    told = [wins(name, measured), "Embedded toy tasks: they tell methods apart and do not predict a large model ([what they are](../comparison.md))."]
+        return (
+            "Not measured on an embedded task yet: `duet-vlm eval --methods "
+            + name
+            + " --limit 200` does it on this machine.\n"
+        )
+    lines = [
+        [f"`{one.task}`", cell(one.label), one.share, one.accuracy_text, one.kept_text, one.tokens_text] for one in mine
+    ]
+    told = [
+        wins(name, measured),
+        "Embedded toy tasks: they tell methods apart and do not predict a large model ([what they are](../comparison.md)).",
+    ]
     head = ["task", "setting", "budget", "accuracy (95 %)", "kept of the full model's", "mean tokens"]
     return "\n\n".join([*filter(None, told), sortable(table(head, lines))])
 
@@ -85,8 +106,8 @@ def numbers(name: str, measured: list[Cell]) -> str:
 def page(row: dict[str, Any], measured: list[Cell], picture: str | None) -> str:
     """The page of one method; ``row`` as ``duet-vlm methods --json`` has it, ``picture`` a file beside the page.
 
-    First what a reader came for: a look at it, how to try it, the settings. Then the idea, the cost, numbers, families that refuse it, and
-    what differs.
+    First what a reader came for: a look at it, how to try it, the settings. Then the idea, the cost, numbers, families
+    that refuse it, and what differs.
     """
     name, cls = row["name"], duet_vlm.get_method(row["name"])
     told = [f"# `{name}`", row["summary"][:1].upper() + row["summary"][1:] + "."]
@@ -105,10 +126,16 @@ def page(row: dict[str, Any], measured: list[Cell], picture: str | None) -> str:
     }
     told += ["## Idea", *idea(cls), "\n".join(f"- **{name}:** {fact}" for name, fact in facts.items())]
     if cost := paragraphs(cls, ("Cost",)):
-        told += ["## Cost", *(text.removeprefix("Cost: ")[:1].upper() + text.removeprefix("Cost: ")[1:] for text in cost)]
+        told += [
+            "## Cost",
+            *(text.removeprefix("Cost: ")[:1].upper() + text.removeprefix("Cost: ")[1:] for text in cost),
+        ]
     told += ["## Numbers", numbers(name, measured)]
     told += ["## Families that cannot run it", refusals(row)]
-    if differing := [*paragraphs(cls, ("Differences", "From the paper", "What the paper leaves", "Chosen here")), deviations(name)]:
+    if differing := [
+        *paragraphs(cls, ("Differences", "From the paper", "What the paper leaves", "Chosen here")),
+        deviations(name),
+    ]:
         if any(differing):
             told += ["## Beside the authors' code", *filter(None, differing)]
     return "\n\n".join(told) + "\n"
@@ -120,20 +147,40 @@ def refusals(row: dict[str, Any]) -> str:
     for case in row["families_without"]:
         what = f"preset `{case['preset']}`" if case["preset"] else "the method"
         lines.append([what, ", ".join(f"`{family}`" for family in case["families"]), cell(case["why"])])
-    return table(["what", "families", "why"], lines) if lines else "None that is known without a model: see [families](../families.md)."
+    return (
+        table(["what", "families", "why"], lines)
+        if lines
+        else "None that is known without a model: see [families](../families.md)."
+    )
 
 
 def pictures(folder: Path) -> dict[str, Path]:
-    """name -> the demo picture as the method reduces it in the embedded model (WebP); methods that cannot be drawn there are left out."""
+    """name -> the demo picture as the method reduces it in the embedded model (WebP); methods that cannot be drawn
+    there are left out."""
     folder.mkdir(parents=True, exist_ok=True)
     found, runner = {}, CliRunner()
     for row in rows("methods"):
         for budget in BUDGETS:
-            asked = ["viz", "-i", str(ROOT / PICTURE), "-p", QUESTION, "--method", row["name"], "-b", budget, "--json", "-o", str(folder)]
+            asked = [
+                "viz",
+                "-i",
+                str(ROOT / PICTURE),
+                "-p",
+                QUESTION,
+                "--method",
+                row["name"],
+                "-b",
+                budget,
+                "--json",
+                "-o",
+                str(folder),
+            ]
             done = runner.invoke(app, asked)
             if done.exit_code == 0:
                 found[row["name"]] = folder / f"{row['name']}.webp"
-                Image.open(json.loads(done.stdout.strip().splitlines()[-1])["files"][0]).save(found[row["name"]], quality=85)
+                Image.open(json.loads(done.stdout.strip().splitlines()[-1])["files"][0]).save(
+                    found[row["name"]], quality=85
+                )
                 break
     return found
 
@@ -161,7 +208,10 @@ def grouped() -> dict[str, list[dict[str, Any]]]:
 def navigation() -> list[Any]:
     """The catalogue in the navigation: its index, then the methods below their headings."""
     named = {head: [row["name"] for row in found] for head, found in grouped().items()}
-    return [f"{FOLDER}/index.md", *({head: [{name: f"{FOLDER}/{name}.md"} for name in names]} for head, names in named.items())]
+    return [
+        f"{FOLDER}/index.md",
+        *({head: [{name: f"{FOLDER}/{name}.md"} for name in names]} for head, names in named.items()),
+    ]
 
 
 def kept(name: str, task: str, budget: float, measured: list[Cell]) -> str:
@@ -200,5 +250,8 @@ def index(measured: list[Cell]) -> str:
 def pages(drawn: set[str]) -> dict[str, str]:
     """Address on the site -> text, for every method; ``drawn`` are those with a picture beside their page."""
     measured = cells()
-    found = {f"{FOLDER}/{row['name']}.md": page(row, measured, f"{row['name']}.webp" if row["name"] in drawn else None) for row in rows("methods")}
+    found = {
+        f"{FOLDER}/{row['name']}.md": page(row, measured, f"{row['name']}.webp" if row["name"] in drawn else None)
+        for row in rows("methods")
+    }
     return found | {f"{FOLDER}/index.md": index(measured)}

@@ -28,7 +28,9 @@ def plain(text: str) -> str:
 
 def paragraphs(cls: type, first: tuple[str, ...]) -> list[str]:
     """The paragraphs of a docstring that begin with one of these words, each on one line."""
-    return [plain(" ".join(text.split())) for text in (inspect.getdoc(cls) or "").split("\n\n") if text.startswith(first)]
+    return [
+        plain(" ".join(text.split())) for text in (inspect.getdoc(cls) or "").split("\n\n") if text.startswith(first)
+    ]
 
 
 def idea(cls: type) -> list[str]:
@@ -44,7 +46,12 @@ def idea(cls: type) -> list[str]:
 
 def described(cls: type) -> dict[str, tuple[str, str]]:
     """name -> (type, text) of the section of parameters or attributes of one docstring (numpydoc)."""
-    lines, found, names, inside = (inspect.getdoc(cls) or "").splitlines(), dict[str, tuple[str, str]](), list[str](), False
+    lines, found, names, inside = (
+        (inspect.getdoc(cls) or "").splitlines(),
+        dict[str, tuple[str, str]](),
+        list[str](),
+        False,
+    )
     for line, below in zip(lines, [*lines[1:], ""], strict=True):
         if re.fullmatch(r"-{3,}", below):
             inside, names = line.startswith(("Parameters", "Attributes")), []
@@ -59,7 +66,8 @@ def described(cls: type) -> dict[str, tuple[str, str]]:
 
 
 def settings(cls: type) -> list[Setting]:
-    """Every field of a method, its own first; what a base class says of a field counts where the class itself says nothing."""
+    """Every field of a method, its own first; what a base class says of a field counts where the class itself says
+    nothing."""
     told: dict[str, tuple[str, str]] = {}
     for base in reversed(cls.__mro__):
         if "__doc__" in vars(base) and vars(base)["__doc__"]:
@@ -67,6 +75,11 @@ def settings(cls: type) -> list[Setting]:
     own = [field for field in dataclasses.fields(cls) if field.name in described(cls)]
     rest = [field for field in dataclasses.fields(cls) if field not in own]
     return [
-        Setting(field.name, told.get(field.name, (str(field.type), ""))[0], repr(field.default), plain(told.get(field.name, ("", ""))[1]))
+        Setting(
+            field.name,
+            told.get(field.name, (str(field.type), ""))[0],
+            repr(field.default),
+            plain(told.get(field.name, ("", ""))[1]),
+        )
         for field in (*own, *rest)
     ]

@@ -30,7 +30,11 @@ CARDS: dict[str, tuple[str, dict[str, str]]] = {  # I want to ... -> in a senten
     ),
     "ask about clips": (
         "Frames that repeat need no tokens of their own, and the tower can read less, too.",
-        {"Video": "video.md", "clips from files": "video.md#clips-from-files", "in the tower": "reduce-in-the-tower.md"},
+        {
+            "Video": "video.md",
+            "clips from files": "video.md#clips-from-files",
+            "in the tower": "reduce-in-the-tower.md",
+        },
     ),
     "train with fewer tokens": (
         "Stock trainers, adapters, and modules that learn to compress.",

@@ -1,4 +1,5 @@
-"""What mkdocs asks of us: pages that are made from the code and the results, and links of the repository as the site has them."""
+"""What mkdocs asks of us: pages that are made from the code and the results, and links of the repository as the site
+has them."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ DIAGRAMS = Path(sys.prefix) / "package/dist/mermaid.min.js"
 
 
 def on_config(config: Any) -> Any:
-    """The catalogue's pages take the place of its name in the navigation, group by group; diagrams are fences of their own kind."""
+    """The catalogue's pages take the place of its name in the navigation, group by group; diagrams are fences of their
+    own kind."""
     fence = {"name": "mermaid", "class": "diagram", "format": fence_code_format}
     config.mdx_configs["pymdownx.superfences"] = {"custom_fences": [fence]}
     config.nav = [_filled(entry, catalogue.navigation()) for entry in config.nav]

@@ -20,4 +20,6 @@ def page(source: str) -> str:
 
 def pages() -> dict[str, str]:
     """Address on the site -> text."""
-    return {f"notebooks/{path.stem.replace('_', '-')}.md": page(path.read_text()) for path in sorted(FOLDER.glob("*.py"))}
+    return {
+        f"notebooks/{path.stem.replace('_', '-')}.md": page(path.read_text()) for path in sorted(FOLDER.glob("*.py"))
+    }

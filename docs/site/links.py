@@ -34,7 +34,8 @@ def source_of(uri: str) -> str:
 
 
 def target(path: str) -> str:
-    """Where on the site a file of the repository is: a page, a picture beside the pages, or a file that is carried along."""
+    """Where on the site a file of the repository is: a page, a picture beside the pages, or a file that is carried
+    along."""
     if path in BROUGHT:
         return BROUGHT[path]
     return path.removeprefix("docs/") if path.startswith("docs/") else f"{FILES}/{path}"
@@ -43,8 +44,8 @@ def target(path: str) -> str:
 def rewrite(text: str, uri: str) -> tuple[str, set[str]]:
     """The page with its links as the site has them, and the files of the repository that it needs beside it.
 
-    A link to a folder becomes its words: a site has no listing of folders. Links within the site's own generated pages, and links that lead nowhere,
-    stay as they are (mkdocs then names the latter).
+    A link to a folder becomes its words: a site has no listing of folders. Links within the site's own generated pages,
+    and links that lead nowhere, stay as they are (mkdocs then names the latter).
     """
     source, carried = source_of(uri), set[str]()
 

@@ -43,14 +43,18 @@ class Cell:
     def accuracy_text(self) -> str:
         if self.accuracy is None:
             return self.status
-        return f"{self.accuracy:.3f}" + ("" if self.interval is None else f" ({self.interval[0]:.3f}-{self.interval[1]:.3f})")
+        return f"{self.accuracy:.3f}" + (
+            "" if self.interval is None else f" ({self.interval[0]:.3f}-{self.interval[1]:.3f})"
+        )
 
     @property
     def kept_text(self) -> str:
         if self.kept is None:
             return "-"
         low, high = self.kept_interval or (None, None)
-        return f"{100 * self.kept:.1f}" + ("" if low is None or high is None else f" ({100 * low:.1f}-{100 * high:.1f})")
+        return f"{100 * self.kept:.1f}" + (
+            "" if low is None or high is None else f" ({100 * low:.1f}-{100 * high:.1f})"
+        )
 
     @property
     def tokens_text(self) -> str:
@@ -107,13 +111,36 @@ def _order(one: Cell) -> tuple[bool, bool, float]:
 
 def page() -> str:
     """All of them in one table that sorts and filters in the browser."""
-    head = ["task", "method and setting", "budget", "accuracy (95 %)", "kept, % (95 %)", "mean tokens", "FLOPs", "KV cache", "file"]
+    head = [
+        "task",
+        "method and setting",
+        "budget",
+        "accuracy (95 %)",
+        "kept, % (95 %)",
+        "mean tokens",
+        "FLOPs",
+        "KV cache",
+        "file",
+    ]
     lines = []
     for one in sorted(cells(), key=_order):
         shares = ["-" if value is None else f"{value:.0%}" for value in (one.flops, one.kv)]
-        said = one.label if one.label == one.method or one.method in ("none", "oracle") else f"{one.label} [{one.method}]"
+        said = (
+            one.label if one.label == one.method or one.method in ("none", "oracle") else f"{one.label} [{one.method}]"
+        )
         name = f"[{Path(one.file).stem}](../{one.file})"
-        lines.append([one.task, said.replace("|", "\\|"), one.share, one.accuracy_text, one.kept_text, one.tokens_text, *shares, name])
+        lines.append(
+            [
+                one.task,
+                said.replace("|", "\\|"),
+                one.share,
+                one.accuracy_text,
+                one.kept_text,
+                one.tokens_text,
+                *shares,
+                name,
+            ]
+        )
     text = [
         "---\nhide: [toc]\n---",
         "# All results",

@@ -32,7 +32,13 @@ GROUPS = {  # heading -> public names, each where it is defined
 def command_line() -> str:
     """Every verb with what ``--help`` prints."""
     verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    told = ["# Command line", "What `duet-vlm VERB --help` prints. Options are the same wherever two verbs share them.", "```text", said([]), "```"]
+    told = [
+        "# Command line",
+        "What `duet-vlm VERB --help` prints. Options are the same wherever two verbs share them.",
+        "```text",
+        said([]),
+        "```",
+    ]
     for verb in verbs:
         told += [f"## `{verb}`", "```text", said([verb]), "```"]
     return "\n\n".join(told).replace("```text\n\n", "```text\n").replace("\n\n```\n", "\n```\n") + "\n"

@@ -1,7 +1,9 @@
-"""Is a trained ``tiny-chain`` fit to compare methods on? ``python lab/studies/chain_acceptance.py [out/tiny-chain/weights]``.
+"""Is a trained ``tiny-chain`` fit to compare methods on? ``python lab/studies/chain_acceptance.py
+[out/tiny-chain/weights]``.
 
-Asks fresh questions of the full model, of the model without any visual token from layer r on (for every r), of the oracle, and of a random
-choice with DUET's counts; writes lab/comparison/tiny-chain/acceptance.json and says which conditions hold. Goes on after a kill.
+Asks fresh questions of the full model, of the model without any visual token from layer r on (for every r), of the
+oracle, and of a random choice with DUET's counts; writes lab/comparison/tiny-chain/acceptance.json and says which
+conditions hold. Goes on after a kill.
 """
 
 from __future__ import annotations
@@ -53,13 +55,19 @@ def judge(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         f"kept by the oracle at {BUDGET:.0%}": (runs[ORACLE]["accuracy"] / full if full else 0.0, 0.97),
         f"lost by a random choice at {BUDGET:.0%}": (full - runs[RANDOM]["accuracy"], 0.25),
     }
-    return {name: {"found": round(found, 4), "at_least": wanted, "holds": found >= wanted} for name, (found, wanted) in least.items()}
+    return {
+        name: {"found": round(found, 4), "at_least": wanted, "holds": found >= wanted}
+        for name, (found, wanted) in least.items()
+    }
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
     """Conditions, accuracy by run and kind, and how many needed tokens each choice lets into the decoder."""
     runs = {row["label"]: row for row in result["runs"]}
-    table = {label: {"all": row["accuracy"], **{kind: row["kinds"][kind]["accuracy"] for kind in KINDS}} for label, row in runs.items()}
+    table = {
+        label: {"all": row["accuracy"], **{kind: row["kinds"][kind]["accuracy"] for kind in KINDS}}
+        for label, row in runs.items()
+    }
     recall = {label: runs[label]["recall"]["entry"] for label in (DUET, RANDOM)}
     return {
         "conditions": judge(runs),
@@ -71,7 +79,9 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", nargs="?", default="tiny-chain", help="the embedded model, or the folder of one that you trained")
+    parser.add_argument(
+        "model", nargs="?", default="tiny-chain", help="the embedded model, or the folder of one that you trained"
+    )
     parser.add_argument("--limit", type=int, default=2000, help="questions")
     parser.add_argument("--seed", type=int, default=100, help="stream of questions; one that nothing was tuned on")
     parser.add_argument("--workers", type=int, default=2, help="processes that answer")
@@ -83,7 +93,9 @@ def main() -> None:
     (options.out / "acceptance.json").write_text(json.dumps(found, indent=1) + "\n")
     shutil.rmtree(journals)
     for name, condition in found["conditions"].items():
-        print(f"{'holds' if condition['holds'] else 'FAILS'}  {name}: {condition['found']:.3f}, at least {condition['at_least']}")
+        print(
+            f"{'holds' if condition['holds'] else 'FAILS'}  {name}: {condition['found']:.3f}, at least {condition['at_least']}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Trained compressors beside methods that choose tokens: all trained alike from one start, at equal tokens, then asked the same questions.
+"""Trained compressors beside methods that choose tokens: all trained alike from one start, at equal tokens, then asked
+the same questions.
 
-``python lab/studies/compressors.py [--methods pool,quecc] [--tokens 64,16] [--seeds 0,1] [--conversations 1600]``: one model after the other, on one
-core; trained models land in out/compressors, rows in lab/studies/results/compressors.json. A row that is there is not made again, so a run that was
-stopped goes on, and a training that was stopped goes on from its checkpoint. Methods whose module begins at random are trained twice: as they are,
-and after ``IMITATE`` steps in which the module learns to make means. ``--tokens 102 --methods adsc,duet,duet_plus`` (40 %) is for ``adsc``, which has
-a floor of 64 and is trained with falling budgets.
+``python lab/studies/compressors.py [--methods pool,quecc] [--tokens 64,16] [--seeds 0,1] [--conversations 1600]``: one
+model after the other, on one core; trained models land in out/compressors, rows in
+lab/studies/results/compressors.json. A row that is there is not made again, so a run that was stopped goes on, and a
+training that was stopped goes on from its checkpoint. Methods whose module begins at random are trained twice: as they
+are, and after ``IMITATE`` steps in which the module learns to make means. ``--tokens 102 --methods
+adsc,duet,duet_plus`` (40 %) is for ``adsc``, which has a floor of 64 and is trained with falling budgets.
 """
 
 from __future__ import annotations
@@ -40,15 +42,20 @@ def chosen(method: str, tokens: int) -> dict[str, Any]:
     return {"kernel": round(SIDE / tokens**0.5)} if method == "quecc" else {}
 
 
-def trained(method: str, tokens: int | None, seed: int, conversations: int, imitate: int, start: str, out: Path) -> tuple[float | None, float]:
-    """Train into ``out``: seconds of this process (None where it went on from a checkpoint), and the last loss that was logged."""
+def trained(
+    method: str, tokens: int | None, seed: int, conversations: int, imitate: int, start: str, out: Path
+) -> tuple[float | None, float]:
+    """Train into ``out``: seconds of this process (None where it went on from a checkpoint), and the last loss that was
+    logged."""
     from duet_vlm.train import resume
     from duet_vlm.train.run import train
     from duet_vlm.train.settings import TrainSettings
 
     own = chosen(method, tokens) if tokens else {}
     rest = {"settings": own, "imitate": imitate, "out": str(out), "trainer": TRAINER | {"seed": seed}}
-    budget: dict[str, Any] = {"budget": tokens / SIDE**2, "anneal_from": 1.0} if tokens and method in FALLS else {"budget": tokens}
+    budget: dict[str, Any] = (
+        {"budget": tokens / SIDE**2, "anneal_from": 1.0} if tokens and method in FALLS else {"budget": tokens}
+    )
     begun, fresh = time.process_time(), not resume.checkpoints(out)
     train(TrainSettings(model=start, data=SOURCES, limit=conversations, method=method, **budget, **rest))
     return round(time.process_time() - begun, 1) if fresh else None, resume.state(out)["loss"]
@@ -64,7 +71,11 @@ def asked(folder: Path, method: str, tokens: int | None) -> dict[str, Any]:
 
     loaded = load(str(folder))
     weights = folder / BESIDE
-    run = ExperimentCell(method, tokens, (chosen(method, tokens) if tokens else {}) | ({"weights": str(weights)} if weights.exists() else {}))
+    run = ExperimentCell(
+        method,
+        tokens,
+        (chosen(method, tokens) if tokens else {}) | ({"weights": str(weights)} if weights.exists() else {}),
+    )
     found: dict[str, Any] = {"accuracy": {}, "tokens": 0.0, "gflops": 0.0, "full_gflops": 0.0}
     total = 0
     for name in SOURCES:
@@ -98,13 +109,23 @@ def write(file: Path, made: list[dict[str, Any]], **more: Any) -> None:
 
 def one(method: str, tokens: int, seed: int, conversations: int, imitate: int, here: dict[str, Any]) -> None:
     """Make a row that is not there yet."""
-    key = {"method": method, "tokens_asked": tokens, "seed": seed, "conversations": conversations * len(SOURCES), "imitate": imitate}
+    key = {
+        "method": method,
+        "tokens_asked": tokens,
+        "seed": seed,
+        "conversations": conversations * len(SOURCES),
+        "imitate": imitate,
+    }
     if any(key.items() <= ({"imitate": 0} | row).items() for row in rows(FILE)):
         return
     folder = OUT / f"{method}-{tokens}-{seed}-{conversations}-{imitate}"
     seconds, loss = trained(method, tokens, seed, conversations, imitate, START, folder)
     row = key | {"train_cpu_seconds": seconds, "loss": loss} | asked(folder, method, tokens) | {"environment": here}
-    write(FILE, [*rows(FILE), row], what="methods trained alike from one start at equal tokens, and asked the same questions")
+    write(
+        FILE,
+        [*rows(FILE), row],
+        what="methods trained alike from one start at equal tokens, and asked the same questions",
+    )
     print(key, row["accuracy"], seconds, flush=True)
 
 

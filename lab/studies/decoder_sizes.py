@@ -1,9 +1,11 @@
-"""A larger decoder with fewer rows or a smaller one with more, at equal operations: what QueCC's paper asks, on two embedded decoders.
+"""A larger decoder with fewer rows or a smaller one with more, at equal operations: what QueCC's paper asks, on two
+embedded decoders.
 
-``python lab/studies/decoder_sizes.py [--seed 0]``: the start of the compressors' comparison with all of its layers and with the first half of
-them, both trained further in full (the half has to learn to answer from there), then with ``quecc`` at few rows; results/decoder_sizes.json.
-For each number of rows in front of the whole decoder the half gets as many as cost a question the same, tower, module and the pass over the
-question counted. A row that is there is not made again.
+``python lab/studies/decoder_sizes.py [--seed 0]``: the start of the compressors' comparison with all of its layers and
+with the first half of them, both trained further in full (the half has to learn to answer from there), then with
+``quecc`` at few rows; results/decoder_sizes.json. For each number of rows in front of the whole decoder the half gets
+as many as cost a question the same, tower, module and the pass over the question counted. A row that is there is not
+made again.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ def gflops(folder: Path, tokens: int) -> float:
 
     loaded, question = load(str(folder)), task(SOURCES[0]).ask(0, 0)
     text = loaded.processor.apply_chat_template(
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]}], add_generation_prompt=True
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]}],
+        add_generation_prompt=True,
     )
     inputs = loaded.processor(images=question.images, text=text, return_tensors="pt")
     with torch.no_grad(), duet_vlm.attach(loaded.model, METHOD, budget=tokens, **chosen(METHOD, tokens)) as handle:
@@ -83,7 +86,13 @@ def main() -> None:
     def row(depth: int, start: Path, out: Path, tokens: int | None, conversations: int, imitate: int) -> None:
         method = METHOD if tokens else "none"
         seconds, loss = trained(method, tokens, seed, conversations, imitate, str(start), out)
-        said: dict[str, Any] = {"layers": depth, "tokens_asked": tokens, "seed": seed, "train_cpu_seconds": seconds, "loss": loss}
+        said: dict[str, Any] = {
+            "layers": depth,
+            "tokens_asked": tokens,
+            "seed": seed,
+            "train_cpu_seconds": seconds,
+            "loss": loss,
+        }
         said |= asked(out, method, tokens) | {"environment": here}
         write(FILE, [*others(depth, tokens), said], what="a larger decoder with fewer rows, a smaller one with more")
         print(depth, tokens, said["accuracy"], said["gflops"], seconds, flush=True)

@@ -1,7 +1,9 @@
-"""Does a schedule that was read off the drop curve hold on fresh questions? ``python lab/studies/drop_curve.py [--tasks tiny-crowded,tiny-video]``.
+"""Does a schedule that was read off the drop curve hold on fresh questions? ``python lab/studies/drop_curve.py [--tasks
+tiny-crowded,tiny-video]``.
 
-For each task: the curve and the contest of schedules on questions of one seed (``duet-vlm drop-curve``), then what won, budget by budget,
-beside both fixed schedules on questions of another. Results land in lab/comparison/TASK; goes on after a kill.
+For each task: the curve and the contest of schedules on questions of one seed (``duet-vlm drop-curve``), then what won,
+budget by budget, beside both fixed schedules on questions of another. Results land in lab/comparison/TASK; goes on
+after a kill.
 """
 
 from __future__ import annotations
@@ -22,19 +24,37 @@ BUDGETS = (0.11, 0.07, 0.05)
 
 def verb(*words: object) -> str:
     """What a ``duet-vlm`` command prints."""
-    return subprocess.run([Path(sys.executable).parent / "duet-vlm", *map(str, words)], check=True, stdout=subprocess.PIPE, text=True).stdout
+    return subprocess.run(
+        [Path(sys.executable).parent / "duet-vlm", *map(str, words)], check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
 
 
 def fresh(task: str, found: dict) -> dict:
     """The experiment that judges: the winner at each budget beside the fixed schedules of the contest."""
     contest = found["contest"]
-    fixed = [{**cell, "budgets": list(BUDGETS)} for cell in contest["experiment"]["cells"] if cell["label"] in ("paper", "deep")]
+    fixed = [
+        {**cell, "budgets": list(BUDGETS)}
+        for cell in contest["experiment"]["cells"]
+        if cell["label"] in ("paper", "deep")
+    ]
     cells = [  # "tau" is at its default: it gives the row a name of its own where a fixed schedule has won
-        {"method": best["method"], "budgets": [best["budget"]], "settings": {"schedule": best["schedule"], "tau": 0.6}, "label": "proposed"}
+        {
+            "method": best["method"],
+            "budgets": [best["budget"]],
+            "settings": {"schedule": best["schedule"], "tau": 0.6},
+            "label": "proposed",
+        }
         for best in found["best"].values()
     ]
     model = contest["experiment"]["model"]
-    return {"task": task, "model": model, "cells": [*cells, *fixed], "seeds": [FRESH], "limit": FRESH_QUESTIONS, "against": "proposed"}
+    return {
+        "task": task,
+        "model": model,
+        "cells": [*cells, *fixed],
+        "seeds": [FRESH],
+        "limit": FRESH_QUESTIONS,
+        "against": "proposed",
+    }
 
 
 def main() -> None:

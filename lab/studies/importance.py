@@ -1,9 +1,10 @@
 """What ranks tokens in front of the decoder: ``python lab/studies/importance.py``, results/importance.json.
 
-Two questions about the embedded models, whose tower has a CLS row that learned from labels of what a picture shows. What is that row worth?
-And do answers suffer when few rows of a tower without one rank its tokens? For both the tower is read as if it had none: importance is the
-attention that a patch receives from the other patches, from all 256 of them, or from 64, 32 or 13 that are spread over the picture (13 of
-256 is what 256 are of a page of 5,184). Answers are paired with those where all rows ask.
+Two questions about the embedded models, whose tower has a CLS row that learned from labels of what a picture shows.
+What is that row worth? And do answers suffer when few rows of a tower without one rank its tokens? For both the tower
+is read as if it had none: importance is the attention that a patch receives from the other patches, from all 256 of
+them, or from 64, 32 or 13 that are spread over the picture (13 of 256 is what 256 are of a page of 5,184). Answers are
+paired with those where all rows ask.
 """
 
 from __future__ import annotations
@@ -41,7 +42,12 @@ def received(self: Llava, recorded: RecordedQK) -> tuple[Tensor, Tensor]:
 def cells(method: str) -> list[dict[str, Any]]:
     """``method`` with all rows asking, with fewer, with the CLS row alone."""
     return [
-        {"method": method, "budgets": list(BUDGETS), "settings": {"signal_queries": queries}, "label": f"{method}, {who}"}
+        {
+            "method": method,
+            "budgets": list(BUDGETS),
+            "settings": {"signal_queries": queries},
+            "label": f"{method}, {who}",
+        }
         for queries, who in ((None, "all rows"), *((n, f"{n} rows") for n in QUERIES), (CLS, "CLS row"))
     ]
 
@@ -62,11 +68,21 @@ def main() -> None:
                 found = run_experiment(job, "importance", Path(folder) / "journals", device="cpu", timing_rounds=0)
             facts = ("label", "budget", "accuracy", "interval", "kept", "against")
             rows += [{"task": task} | {key: row[key] for key in facts} for row in found["runs"][1:]]
-    out = {"benchmark": "importance", "environment": environment(), "questions": args.limit, "seed": args.seed, "results": rows}
+    out = {
+        "benchmark": "importance",
+        "environment": environment(),
+        "questions": args.limit,
+        "seed": args.seed,
+        "results": rows,
+    }
     (Path(__file__).parent / "results" / "importance.json").write_text(json.dumps(out, indent=1) + "\n")
     for row in rows:
         more = row["against"]
-        told = "" if more is None else f"  {100 * more['difference']:+.1f} ({100 * more['interval'][0]:+.1f} to {100 * more['interval'][1]:+.1f})"
+        told = (
+            ""
+            if more is None
+            else f"  {100 * more['difference']:+.1f} ({100 * more['interval'][0]:+.1f} to {100 * more['interval'][1]:+.1f})"
+        )
         print(f"{row['task']:<14} {row['label']:<22} {row['budget']:.0%}  {row['accuracy']:.3f}{told}")
 
 

@@ -1,8 +1,10 @@
-"""Knobs of other methods, turned as ours were: several values on validation questions, the best one asked fresh questions beside the default.
+"""Knobs of other methods, turned as ours were: several values on validation questions, the best one asked fresh
+questions beside the default.
 
-``python lab/studies/knobs.py [--limit 240]``: single thread, under an hour. A setting is chosen by its mean accuracy over both tasks and all
-``BUDGETS``; the default stays where no other is better. Methods that are not named here have no knob that acts on a whole picture at a budget (their
-schedules are compared in lab/comparison/), or share it with one that is. The result file has every value that was tried.
+``python lab/studies/knobs.py [--limit 240]``: single thread, under an hour. A setting is chosen by its mean accuracy
+over both tasks and all ``BUDGETS``; the default stays where no other is better. Methods that are not named here have no
+knob that acts on a whole picture at a budget (their schedules are compared in lab/comparison/), or share it with one
+that is. The result file has every value that was tried.
 """
 
 from __future__ import annotations
@@ -73,7 +75,8 @@ def asked(cells: dict[str, list[Settings]], task: str, seeds: tuple[int, ...], l
 
 
 def best(rows: list[dict[str, Any]], method: str) -> Settings:
-    """The setting of the largest mean accuracy; the default's wins ties, and a value that cannot be run somewhere is out."""
+    """The setting of the largest mean accuracy; the default's wins ties, and a value that cannot be run somewhere is
+    out."""
     tried: list[Settings] = [{}, *KNOBS[method]]
 
     def mean(settings: Settings) -> float:
@@ -86,7 +89,11 @@ def best(rows: list[dict[str, Any]], method: str) -> Settings:
 
 def budgets_run(rows: list[dict[str, Any]], method: str) -> set[tuple[str, float]]:
     """(task, budget) that the default could be run at."""
-    return {(row["task"], row["budget"]) for row in rows if (row["method"], row["setting"], row["status"]) == (method, DEFAULT, "ok")}
+    return {
+        (row["task"], row["budget"])
+        for row in rows
+        if (row["method"], row["setting"], row["status"]) == (method, DEFAULT, "ok")
+    }
 
 
 def main() -> None:
@@ -101,8 +108,19 @@ def main() -> None:
     chosen = {method: best(tried, method) for method in KNOBS}
     turned = {method: [{}, settings] for method, settings in chosen.items() if settings}
     fresh = [row for task in TASKS for row in asked(turned, task, FRESH, args.fresh)]
-    out = {"benchmark": "knobs", "questions": args.limit, "seeds": TRIED, "fresh_questions": args.fresh * len(FRESH), "fresh_seeds": FRESH}
-    out |= {"chosen": {method: named(settings) for method, settings in chosen.items()}, "environment": here, "tried": tried, "results": fresh}
+    out = {
+        "benchmark": "knobs",
+        "questions": args.limit,
+        "seeds": TRIED,
+        "fresh_questions": args.fresh * len(FRESH),
+        "fresh_seeds": FRESH,
+    }
+    out |= {
+        "chosen": {method: named(settings) for method, settings in chosen.items()},
+        "environment": here,
+        "tried": tried,
+        "results": fresh,
+    }
     FILE.write_text(json.dumps(out, indent=1) + "\n")
     for row in fresh:
         print(row["task"], row["method"], row["setting"], row["budget"], row.get("accuracy"), row.get("difference"))

@@ -1,4 +1,5 @@
-"""How many patches the questions of ``tiny-chain`` need, by kind: ``python lab/studies/needed.py`` writes lab/comparison/tiny-chain/needed.json.
+"""How many patches the questions of ``tiny-chain`` need, by kind: ``python lab/studies/needed.py`` writes
+lab/comparison/tiny-chain/needed.json.
 
 Drawn questions alone, no model.
 """
@@ -24,8 +25,12 @@ def main() -> None:
         if len(found.get(item.kind, [0] * EACH)) < EACH:
             found[item.kind].append(int(item.needed.sum()))
         index += 1
-    patches = {kind: {"mean": float(np.mean(counts)), "p90": float(np.quantile(counts, 0.9))} for kind, counts in found.items()}
-    FILE.write_text(json.dumps({"split": "test", "seed": SEED, "questions_of_a_kind": EACH, "patches": patches}, indent=1) + "\n")
+    patches = {
+        kind: {"mean": float(np.mean(counts)), "p90": float(np.quantile(counts, 0.9))} for kind, counts in found.items()
+    }
+    FILE.write_text(
+        json.dumps({"split": "test", "seed": SEED, "questions_of_a_kind": EACH, "patches": patches}, indent=1) + "\n"
+    )
     print(patches)
 
 

@@ -1,6 +1,8 @@
-"""What ``tiny-page`` reads in the overview of a page alone, and in its crops alone: ``python lab/studies/page_overview.py [weights]``.
+"""What ``tiny-page`` reads in the overview of a page alone, and in its crops alone: ``python
+lab/studies/page_overview.py [weights]``.
 
-The other rows leave in front of the decoder, by the reference that keeps what it is told to keep; writes lab/comparison/tiny-page/overview.json.
+The other rows leave in front of the decoder, by the reference that keeps what it is told to keep; writes
+lab/comparison/tiny-page/overview.json.
 """
 
 from __future__ import annotations
@@ -35,14 +37,19 @@ def shares(questions: list[TaskQuestion], said: Callable[[list[TaskQuestion]], t
         for question, text in zip(some, said(some), strict=True):
             hits[question.kind].append(right(question, text))
     every = [hit for mine in hits.values() for hit in mine]
-    return {"all": round(float(np.mean(every)), 4), **{kind: round(float(np.mean(mine)), 4) for kind, mine in hits.items()}}
+    return {
+        "all": round(float(np.mean(every)), 4),
+        **{kind: round(float(np.mean(mine)), 4) for kind, mine in hits.items()},
+    }
 
 
 def measure(loaded: LoadedModel, questions: list[TaskQuestion], tokens: int) -> dict[str, dict[str, float]]:
     """Accuracy with all rows, with those of the overview, and with those of the crops."""
     overview = np.arange(ROWS) < OVERVIEW
     sides = {FULL: (ExperimentCell(BASELINE), None)}
-    sides |= {name: (ExperimentCell(ORACLE, int(rows.sum())), rows) for name, rows in ((ALONE, overview), (CROPS, ~overview))}
+    sides |= {
+        name: (ExperimentCell(ORACLE, int(rows.sum())), rows) for name, rows in ((ALONE, overview), (CROPS, ~overview))
+    }
 
     def asked(run: ExperimentCell, rows: np.ndarray | None) -> Callable[[list[TaskQuestion]], tuple[str, ...]]:
         def said(some: list[TaskQuestion]) -> tuple[str, ...]:
@@ -57,14 +64,25 @@ def measure(loaded: LoadedModel, questions: list[TaskQuestion], tokens: int) -> 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", nargs="?", default="tiny-page", help="the embedded model, or the folder of one that you trained")
+    parser.add_argument(
+        "model", nargs="?", default="tiny-page", help="the embedded model, or the folder of one that you trained"
+    )
     parser.add_argument("--limit", type=int, default=350, help="questions, the kinds in turn")
     parser.add_argument("--seed", type=int, default=100, help="stream of questions; one that nothing was tuned on")
     parser.add_argument("--out", type=Path, default=HOME, help="folder for overview.json")
     options = parser.parse_args()
     pages = task("tiny-page")
-    found = measure(load(options.model, "cpu"), [pages.ask(options.seed, index) for index in range(options.limit)], pages.max_new_tokens)
-    made = {"accuracy": found, "questions": options.limit, "seed": options.seed, "environment": environment("cpu", str(torch.float32), 1)}
+    found = measure(
+        load(options.model, "cpu"),
+        [pages.ask(options.seed, index) for index in range(options.limit)],
+        pages.max_new_tokens,
+    )
+    made = {
+        "accuracy": found,
+        "questions": options.limit,
+        "seed": options.seed,
+        "environment": environment("cpu", str(torch.float32), 1),
+    }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "overview.json").write_text(json.dumps(made, indent=1) + "\n")
     for name, row in found.items():

@@ -1,8 +1,10 @@
-"""What an attached model takes for clips whose frames go through the tower some at a time: ``python lab/studies/pieces.py``.
+"""What an attached model takes for clips whose frames go through the tower some at a time: ``python
+lab/studies/pieces.py``.
 
-Clips of 16, 64 and 256 frames of noise, read by ``tiny-video`` and by a random Qwen2.5-VL of embedded size, in one piece and in pieces of 8 frames.
-The most bytes that tensors take beyond weights and inputs, counted in the allocator: while the encoder runs and the method chooses, and up to the
-first logits. Results land in lab/studies/results/pieces.json.
+Clips of 16, 64 and 256 frames of noise, read by ``tiny-video`` and by a random Qwen2.5-VL of embedded size, in one
+piece and in pieces of 8 frames. The most bytes that tensors take beyond weights and inputs, counted in the allocator:
+while the encoder runs and the method chooses, and up to the first logits. Results land in
+lab/studies/results/pieces.json.
 """
 
 from __future__ import annotations
@@ -42,10 +44,21 @@ def measured(model: Any, frames: int, methods: list[str]) -> list[dict[str, Any]
             with duet_vlm.attach(model, method, budget=BUDGET, chunk_frames=chunk), torch.inference_mode():
                 most = {
                     "encoding": memory_of(lambda: encode(model, prompt.picture))[0],
-                    "first logits": memory_of(lambda: model(**prompt.text, **prompt.picture, logits_to_keep=1, use_cache=True))[0],
+                    "first logits": memory_of(
+                        lambda: model(**prompt.text, **prompt.picture, logits_to_keep=1, use_cache=True)
+                    )[0],
                 }
             size = prompt.tokens * adapter.text_model.config.hidden_size * 4  # float32
-            rows.append({"frames": frames, "tokens": prompt.tokens, "method": method, "chunk_frames": chunk, "rows": size, **most})
+            rows.append(
+                {
+                    "frames": frames,
+                    "tokens": prompt.tokens,
+                    "method": method,
+                    "chunk_frames": chunk,
+                    "rows": size,
+                    **most,
+                }
+            )
             print(rows[-1], flush=True)
     return rows
 
@@ -60,7 +73,12 @@ def main() -> None:
     torch.set_num_threads(1)
     models = {"tiny-video": load("tiny-video", "cpu").model, "qwen2_5_vl": build(QWEN)}
     methods, frames = args.methods.split(","), list(map(int, args.frames.split(",")))
-    rows = [{"model": name, **row} for name, model in models.items() for count in frames for row in measured(model, count, methods)]
+    rows = [
+        {"model": name, **row}
+        for name, model in models.items()
+        for count in frames
+        for row in measured(model, count, methods)
+    ]
     settings = {"chunk_frames": SIZE, "budget": BUDGET, "shape": QWEN.__dict__}
     args.out.mkdir(parents=True, exist_ok=True)
     made = {"environment": environment(), "settings": settings, "results": rows}

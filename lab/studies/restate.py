@@ -1,4 +1,5 @@
-"""Make the statistics of committed result files anew from the answers that they hold: after a change of how intervals are made.
+"""Make the statistics of committed result files anew from the answers that they hold: after a change of how intervals
+are made.
 
 ``python lab/studies/restate.py``; then ``make tables`` and ``make pictures``. Nothing is asked again.
 """

@@ -1,8 +1,8 @@
 """Peak memory of a question about a long clip, in pieces and in one: ``python lab/studies/stream.py``.
 
-Clips of 60, 600 and 3,600 frames (an hour at one frame per second) are written with PyAV and asked about with ``tiny-video``, each in a process of
-its own: the most resident memory from when the clip comes, less what was held before (Linux). In one piece clips of up to 600 frames. Results land
-in lab/studies/results/stream.json.
+Clips of 60, 600 and 3,600 frames (an hour at one frame per second) are written with PyAV and asked about with
+``tiny-video``, each in a process of its own: the most resident memory from when the clip comes, less what was held
+before (Linux). In one piece clips of up to 600 frames. Results land in lab/studies/results/stream.json.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def write(path: Path, frames: int) -> None:
         stream.height, stream.width = pictures[0].shape[:2]
         stream.pix_fmt = "yuv420p"
         for number in range(frames):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pictures[number // 4 % len(pictures)], format="rgb24")))
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(pictures[number // 4 % len(pictures)], format="rgb24"))
+            )
         container.mux(stream.encode())
 
 
@@ -79,7 +81,11 @@ def ask(path: Path, way: str) -> dict[str, float]:
             with duet_vlm.attach(loaded.model, "evs", budget=BUDGET) as handle:
                 timed_answer(loaded, inputs, 4, False)
                 tokens = handle.trace[0][0].span.tokens
-    return {"tokens": tokens, "peak_mib": round(memory("VmHWM") - before, 1), "seconds": round(time.perf_counter() - start, 2)}
+    return {
+        "tokens": tokens,
+        "peak_mib": round(memory("VmHWM") - before, 1),
+        "seconds": round(time.perf_counter() - start, 2),
+    }
 
 
 def main() -> None:
@@ -99,7 +105,9 @@ def main() -> None:
             write(path, frames)
             for way in ("pieces", "whole") if frames <= WHOLE else ("pieces",):
                 words = [sys.executable, __file__, "--ask", str(path), way]
-                found = json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+                found = json.loads(
+                    subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+                )
                 rows.append({"frames": frames, "way": way, **found})
                 print(rows[-1], flush=True)
     settings = {"chunk_frames": SIZE, "budget": BUDGET, "model": "tiny-video", "fps": 1}

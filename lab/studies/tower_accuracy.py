@@ -1,8 +1,9 @@
 """What reduction in the tower costs in answers: ``python lab/studies/tower_accuracy.py``, results/tower_accuracy.json.
 
-Every share of the patches in front of the same method at 11 %, paired with that method behind the whole tower; with and without mass, and the
-floors; of clips, what moves, too. 56 % as the default was chosen on other questions (seed 500), as was what else is in the table (508, 509).
-``--context``: 2,000 of them with rows for what leaves, whose number was chosen on others (531, tower_rows.json); results/tower_context.json.
+Every share of the patches in front of the same method at 11 %, paired with that method behind the whole tower; with and
+without mass, and the floors; of clips, what moves, too. 56 % as the default was chosen on other questions (seed 500),
+as was what else is in the table (508, 509). ``--context``: 2,000 of them with rows for what leaves, whose number was
+chosen on others (531, tower_rows.json); results/tower_context.json.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from duet_vlm.evaluation.run import run_experiment
 BUDGET, WHOLE = 0.11, "whole tower"
 TASKS = {"tiny": "tiny", "tiny-crowded": "tiny", "tiny-video": "tiny-video"}
 SHARES = (0.56, 0.53, 0.5, 0.42, 0.4)
-CONTEXT = {"contrast": ((0.51, 6), (0.46, 6), (0.4, 6), (0.36, 6)), "motion": ((0.45, 2), (0.34, 2))}  # patches, rows for the others
+# patches, rows for the others
+CONTEXT = {"contrast": ((0.51, 6), (0.46, 6), (0.4, 6), (0.36, 6)), "motion": ((0.45, 2), (0.34, 2))}
 MOVING = (0.5, 0.44, 0.36)  # of clips, whose small frames' towers cost less attention and more of all else
 
 
 def cells(method: str, task: str, context: bool) -> list[dict[str, Any]]:
-    """``method`` behind the whole tower, and behind what other methods leave of it, with rows for what leaves or without."""
+    """``method`` behind the whole tower, and behind what other methods leave of it, with rows for what leaves or
+    without."""
 
     def behind(tower: str, keep: float, **settings: Any) -> dict[str, Any]:
         label = f"{tower}, {keep:.0%}" + ", no mass" * ("proportional_attention" in settings)
@@ -62,12 +65,16 @@ def main() -> None:
     rows = []
     for task in args.tasks:
         for method in ("duet_plus",) if args.context else ("duet_plus", "duet"):
-            job = Experiment(task, tuple(cells(method, task, args.context)), TASKS[task], (args.seed,), limit, against=WHOLE)
+            job = Experiment(
+                task, tuple(cells(method, task, args.context)), TASKS[task], (args.seed,), limit, against=WHOLE
+            )
             with tempfile.TemporaryDirectory() as folder:
                 result = run_experiment(job, "tower", Path(folder) / "journals", workers=1, timing_rounds=0)
             full = result["runs"][0]["accuracy"]
             for row in result["runs"][1:]:
-                rows.append({"task": task, "method": method, "tower": row["label"], "accuracy": row["accuracy"], "full": full})
+                rows.append(
+                    {"task": task, "method": method, "tower": row["label"], "accuracy": row["accuracy"], "full": full}
+                )
                 if row.get("against"):
                     rows[-1] |= {"difference": row["against"]["difference"], "interval": row["against"]["interval"]}
     out = {"benchmark": name, "questions": limit, "seed": args.seed, "environment": environment(), "results": rows}

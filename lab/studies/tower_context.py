@@ -1,7 +1,9 @@
-"""Frozen context for CLIP towers, as ``tower_tries.py`` tries it: what left is seen by those that stay, and never changes.
+"""Frozen context for CLIP towers, as ``tower_tries.py`` tries it: what left is seen by those that stay, and never
+changes.
 
-Each cell of the grid becomes one row, the mean of its patches that left as they stood in front of the first block, position included, and
-weighs as many rows as it stands for. Every block makes keys and values of the same rows; they ask nothing and have no MLP.
+Each cell of the grid becomes one row, the mean of its patches that left as they stood in front of the first block,
+position included, and weighs as many rows as it stands for. Every block makes keys and values of the same rows; they
+ask nothing and have no MLP.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ class Context:
 
     def __init__(self, tower: nn.Module) -> None:
         self.before: Tensor | None = None  # [P, 1 + N, D], the rows in front of the blocks
-        self.frozen: tuple[Tensor, Tensor] | None = None  # rows [P, c, D] and their weights [P, c], the log of how many each stands for
+        # rows [P, c, D] and their weights [P, c], the log of how many each stands for
+        self.frozen: tuple[Tensor, Tensor] | None = None
         self.blocks = {block.self_attn: block for block in tower.encoder.layers}
         tower.pre_layrnorm.register_forward_hook(self._begin)
         AttentionInterface.register(NAME, self._attend)
@@ -44,14 +47,22 @@ class Context:
         rows = member @ self.before[:, 1:] / count.clamp(min=1)[..., None]
         self.frozen = rows, count.log().clamp(min=torch.finfo(torch.float32).min)
 
-    def _attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> tuple[Tensor, None]:
+    def _attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+    ) -> tuple[Tensor, None]:
         if self.frozen is None:
             return sdpa_attention_forward(module, query, key, value, mask, **options)
         rows, weight = self.frozen
         normed = self.blocks[module].layer_norm1(rows)
-        keys, values = (linear(normed).unflatten(2, (module.num_heads, -1)).transpose(1, 2) for linear in (module.k_proj, module.v_proj))
-        bias = nn.functional.pad(weight, (key.shape[2], 0))[:, None, None]  # in place of ``mask``: mass is not handed on
-        return sdpa_attention_forward(module, query, torch.cat([key, keys], 2), torch.cat([value, values], 2), bias, **options)
+        keys, values = (
+            linear(normed).unflatten(2, (module.num_heads, -1)).transpose(1, 2)
+            for linear in (module.k_proj, module.v_proj)
+        )
+        # in place of ``mask``: mass is not handed on
+        bias = nn.functional.pad(weight, (key.shape[2], 0))[:, None, None]
+        return sdpa_attention_forward(
+            module, query, torch.cat([key, keys], 2), torch.cat([value, values], 2), bias, **options
+        )
 
 
 def context_flops(shape: VisionDims, patches: int, frozen: int) -> int:

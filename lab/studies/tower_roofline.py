@@ -1,5 +1,5 @@
-"""What reduction in the tower does to the time to the first token of a large model, predicted from shapes: ``python lab/studies/tower_roofline.py``,
-results/tower_roofline.json. Nothing is measured."""
+"""What reduction in the tower does to the time to the first token of a large model, predicted from shapes: ``python
+lab/studies/tower_roofline.py``, results/tower_roofline.json. Nothing is measured."""
 
 from __future__ import annotations
 
@@ -18,14 +18,20 @@ from duet_vlm.profiling.roofline import Workload, predict
 from duet_vlm.profiling.selection_cost import tower_choice_flops
 
 BUDGET, SHARES, BATCH = 0.11, (0.56, 0.5, 0.44), 8
-INPUTS = {"image, 324 tokens": Input(1, 324), "image, 1,296 tokens": Input(1, 1296), "page, 4,096 tokens": Input(1, 4096)}
+INPUTS = {
+    "image, 324 tokens": Input(1, 324),
+    "image, 1,296 tokens": Input(1, 1296),
+    "page, 4,096 tokens": Input(1, 4096),
+}
 
 
 def reduced(model: Any, what: Input, share: float) -> Workload:
     """Duet at 11 % behind a tower that keeps ``share`` of the patches."""
     work, left = request(model, what, BUDGET), ((((0, int(share * what.each)),),) * what.steps,)
     sample = dataclasses.replace(work.sample, planned_left=left, in_tower_counts=left, projects_survivors_only=True)
-    mass = tower_choice_flops(duet_vlm.get_method("contrast+duet")(contrast_keep=share), sample.in_tower(), model.vision, HEAD)
+    mass = tower_choice_flops(
+        duet_vlm.get_method("contrast+duet")(contrast_keep=share), sample.in_tower(), model.vision, HEAD
+    )
     return dataclasses.replace(work, sample=sample, selection=work.selection + mass)
 
 
@@ -39,10 +45,20 @@ def main() -> None:
             full = predict(model, sides["full model"], SHEETS["h100"], "bf16", BATCH).first_token
             for label, work in sides.items():
                 found = predict(model, work, SHEETS["h100"], "bf16", BATCH)
-                stages = {"tower": found.vision.seconds, "choice": found.selection.seconds, "prefill": found.prefill.seconds}
+                stages = {
+                    "tower": found.vision.seconds,
+                    "choice": found.selection.seconds,
+                    "prefill": found.prefill.seconds,
+                }
                 rows.append({"model": size, "input": name, "side": label, **stages, "first_token": found.first_token})
                 rows[-1]["speed_up"] = full / found.first_token
-    out = {"benchmark": "tower_roofline", "device": "h100", "batch": BATCH, "environment": environment(), "results": rows}
+    out = {
+        "benchmark": "tower_roofline",
+        "device": "h100",
+        "batch": BATCH,
+        "environment": environment(),
+        "results": rows,
+    }
     (Path(__file__).parent / "results" / "tower_roofline.json").write_text(json.dumps(out, indent=1) + "\n")
 
 

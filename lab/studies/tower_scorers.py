@@ -1,4 +1,5 @@
-"""Small networks that say which patches matter, from patch embeddings: what ``tower_tries.py`` tries. Learned from the training split."""
+"""Small networks that say which patches matter, from patch embeddings: what ``tower_tries.py`` tries. Learned from the
+training split."""
 
 from __future__ import annotations
 
@@ -28,23 +29,36 @@ class Scorer(nn.Module):
 
     def __init__(self, width: int = 24) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(128, width, 1), nn.GELU(), nn.Conv2d(width, width, 3, padding=1), nn.GELU(), nn.Conv2d(width, 1, 1))
+        self.layers = nn.Sequential(
+            nn.Conv2d(128, width, 1),
+            nn.GELU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(width, 1, 1),
+        )
 
     def forward(self, embedded: Tensor) -> Tensor:
         return self.layers(embedded - embedded.mean((2, 3), keepdim=True))[:, 0]
 
 
 class AskedScorer(nn.Module):
-    """The same, with channels scaled and shifted by the mean of the question's word embeddings: texts [P] of the pictures."""
+    """The same, with channels scaled and shifted by the mean of the question's word embeddings: texts [P] of the
+    pictures."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
         self.words = nn.EmbeddingBag(len(VIDEO_TOKEN), 32)
-        self.first, self.around, self.last = nn.Conv2d(128, width, 1), nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, 1, 1)
+        self.first, self.around, self.last = (
+            nn.Conv2d(128, width, 1),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.Conv2d(width, 1, 1),
+        )
         self.turn = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 4 * width))
 
     def forward(self, embedded: Tensor, texts: Sequence[str]) -> Tensor:
-        numbers = [torch.tensor([VIDEO_TOKEN[word] for word in split_words(text) if word in VIDEO_TOKEN]) for text in texts]
+        numbers = [
+            torch.tensor([VIDEO_TOKEN[word] for word in split_words(text) if word in VIDEO_TOKEN]) for text in texts
+        ]
         ends = torch.tensor([0, *(len(n) for n in numbers[:-1])]).cumsum(0)
         scale, shift, scale2, shift2 = self.turn(self.words(torch.cat(numbers), ends))[..., None, None].chunk(4, 1)
         hidden = self.first(embedded - embedded.mean((2, 3), keepdim=True))
@@ -97,7 +111,12 @@ def scorer(embed: nn.Module) -> Scorer:
     for first in range(0, PICTURES, BATCH):
         some = drawn[first : first + BATCH]
         with torch.no_grad():
-            data.append((embed(to_pixels([render(s) for s in some])), torch.from_numpy(np.stack([shown(s) for s in some])).view(-1, GRID, GRID)))
+            data.append(
+                (
+                    embed(to_pixels([render(s) for s in some])),
+                    torch.from_numpy(np.stack([shown(s) for s in some])).view(-1, GRID, GRID),
+                )
+            )
 
     def loss_of(number: int) -> Tensor:
         embedded, cover = data[number]
@@ -107,7 +126,8 @@ def scorer(embed: nn.Module) -> Scorer:
 
 
 def asked_pictures(first: int, count: int, split: str = "train") -> tuple[Tensor, list[str], Tensor]:
-    """Pixels [P, 3, H, W], the texts of ``ASKED`` questions to each, and the patches that each answer needs [P * ASKED, h, w]."""
+    """Pixels [P, 3, H, W], the texts of ``ASKED`` questions to each, and the patches that each answer needs [P * ASKED,
+    h, w]."""
     pixels, texts, needed = [], [], []
     for i in range(first, first + count):
         drawn = scene(split, SEED, i, crowded=i % 2 == 1)
@@ -125,7 +145,13 @@ def asked_clips(first: int, count: int, split: str = "train") -> tuple[Tensor, l
         drawn = clips.clip(split, SEED, i)
         pixels.append(clips.render(drawn))
         asked = clips_questions.questions(drawn, clips_questions.KINDS, drawn.generator(2))
-        maps = np.stack([a.needed.reshape(clips.FRAMES, clips.ROWS)[:, 1:].reshape(clips.FRAMES, clips.GRID, clips.GRID) for a in asked], 1)
+        maps = np.stack(
+            [
+                a.needed.reshape(clips.FRAMES, clips.ROWS)[:, 1:].reshape(clips.FRAMES, clips.GRID, clips.GRID)
+                for a in asked
+            ],
+            1,
+        )
         needed.append(maps.reshape(-1, clips.GRID, clips.GRID))  # frame by frame, its questions
         texts += [a.text for _ in range(clips.FRAMES) for a in asked]
     frames = torch.from_numpy(np.concatenate(pixels)).permute(0, 3, 1, 2).float()

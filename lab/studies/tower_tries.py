@@ -1,9 +1,11 @@
-"""Other rules for what goes through the tower, tried beside those that ship: ``python lab/studies/tower_tries.py``, results/tower_tries.json.
+"""Other rules for what goes through the tower, tried beside those that ship: ``python lab/studies/tower_tries.py``,
+results/tower_tries.json.
 
-In front of ``duet_plus`` at 11 %, against it behind the whole tower, on questions that no other table uses. What a try computes beside the
-tower (keys and values of pooled rows, rows that go through the blocks unread, a scorer) is paid with patches, so that all of a level cost the
-same. What did not help is kept here and nowhere else. How many rows for what leaves, asked of more questions, results/tower_rows.json:
-``--limit 2000 --seed 531 --only "^(contrast|motion)(, context of .*)?$" --out lab/studies/results/tower_rows.json``.
+In front of ``duet_plus`` at 11 %, against it behind the whole tower, on questions that no other table uses. What a try
+computes beside the tower (keys and values of pooled rows, rows that go through the blocks unread, a scorer) is paid
+with patches, so that all of a level cost the same. What did not help is kept here and nowhere else. How many rows for
+what leaves, asked of more questions, results/tower_rows.json: ``--limit 2000 --seed 531 --only "^(contrast|motion)(,
+context of .*)?$" --out lab/studies/results/tower_rows.json``.
 """
 
 from __future__ import annotations
@@ -52,8 +54,8 @@ class Here:
 @register("tower_try")
 @dataclass(frozen=True)
 class Try(TowerReducer):
-    """The score of ``base``, plus ``weight`` times another one, each over its spread in the picture; what leaves may be frozen by cells of
-    ``frozen`` x ``frozen`` patches."""
+    """The score of ``base``, plus ``weight`` times another one, each over its spread in the picture; what leaves may be
+    frozen by cells of ``frozen`` x ``frozen`` patches."""
 
     paper = "-"
     summary = "a rule that is tried"
@@ -97,7 +99,10 @@ def motion(view: TowerView) -> Tensor:
     assert view.pixels is not None
     starts = [number for number, before in enumerate(view.previous_picture) if before < 0]
     clips = zip(starts, [*starts[1:], len(view.previous_picture)], strict=True)
-    change = [(clip - clip.median(0).values).abs().mean(-1) for clip in (view.pixels[first:end, :, 0].float() for first, end in clips)]
+    change = [
+        (clip - clip.median(0).values).abs().mean(-1)
+        for clip in (view.pixels[first:end, :, 0].float() for first, end in clips)
+    ]
     still = contrast(view) / contrast(view).amax(1, keepdim=True)
     return 0.05 * still + torch.cat([one / one.amax() for one in change])
 
@@ -144,7 +149,9 @@ def asked(view: TowerView) -> Tensor:
     """What the questions of the batch need."""
     frames = len(view.grids) // len(Here.texts)
     texts = [text for text in Here.texts for _ in range(frames)]
-    return asked_scorer(Here.embed, frames > 1)(embedding_of(colours(view), Here.embed, view.grids[0]), texts).flatten(1)
+    return asked_scorer(Here.embed, frames > 1)(embedding_of(colours(view), Here.embed, view.grids[0]), texts).flatten(
+        1
+    )
 
 
 BASES = {"contrast": contrast, "motion": motion}
@@ -157,7 +164,8 @@ NETS = {"learned": Scorer, "asked": AskedScorer}
 
 @dataclass(frozen=True)
 class Cell:
-    """A tower method with its settings, and what its table calls it; ``both``: measured at either level, not at the lower one only."""
+    """A tower method with its settings, and what its table calls it; ``both``: measured at either level, not at the
+    lower one only."""
 
     label: str
     method: str = "tower_try"
@@ -183,7 +191,10 @@ def tries(task_name: str) -> list[Cell]:
             Cell("motion, mass", "motion", {"proportional_attention": True}),
             tried("motion, frozen context, cells of 2 x 2", **moving, frozen=2, both=True),
             tried("motion, frozen context, cells of 4 x 4", **moving, frozen=4),
-            *(Cell(f"motion, context of {rows}", "motion", {"pooled_context_tokens": rows}, both=True) for rows in (1, 2, 4, 6, 8)),
+            *(
+                Cell(f"motion, context of {rows}", "motion", {"pooled_context_tokens": rows}, both=True)
+                for rows in (1, 2, 4, 6, 8)
+            ),
             Cell("contrast, context of 4", "contrast", {"pooled_context_tokens": 4}),
             tried("motion + question", **moving, rule="asked", weight=1.0, both=True),
             tried("motion + question, context of 4", **moving, rule="asked", weight=1.0, context=4, both=True),
@@ -200,13 +211,17 @@ def tries(task_name: str) -> list[Cell]:
         tried("contrast, frozen context, cells of 2 x 2", frozen=2, proportional_attention=False, both=True),
         tried("contrast, frozen context, cells of 2 x 2, ranked by mass", frozen=2),
         tried("contrast, frozen context, cells of 4 x 4", frozen=4, proportional_attention=False),
-        *(Cell(f"contrast, context of {rows}", "contrast", {"pooled_context_tokens": rows}, both=True) for rows in (1, 2, 4, 6, 8, 12, 16)),
+        *(
+            Cell(f"contrast, context of {rows}", "contrast", {"pooled_context_tokens": rows}, both=True)
+            for rows in (1, 2, 4, 6, 8, 12, 16)
+        ),
         tried("contrast + question", rule="asked", weight=1.0, both=True),
         tried("contrast + question, context of 4", rule="asked", weight=1.0, context=4, both=True),
     ]
 
 
-LEVELS = {"tiny": (128, 107), "tiny-crowded": (128, 107), "tiny-video": (28, 23)}  # patches of a picture or frame, where nothing is computed beside
+# patches of a picture or frame, where nothing is computed beside
+LEVELS = {"tiny": (128, 107), "tiny-crowded": (128, 107), "tiny-video": (28, 23)}
 
 
 def cost(cell: Cell, patches: int, loaded: LoadedModel, tokens: int) -> float:
@@ -230,12 +245,18 @@ def prepared(model: str) -> tuple[LoadedModel, Any, Context]:
 
 
 class Parts:
-    """Right answers of finished batches, kept in a file until all are there: the same command, or one with other tries, goes on from it."""
+    """Right answers of finished batches, kept in a file until all are there: the same command, or one with other tries,
+    goes on from it."""
 
     def __init__(self, path: Path, facts: dict[str, Any]) -> None:
         self.path, self.facts = path, facts
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        self.found = {(one["task"], one["batch"], key): hits for one in lines if one["facts"] == facts for key, hits in one["right"].items()}
+        self.found = {
+            (one["task"], one["batch"], key): hits
+            for one in lines
+            if one["facts"] == facts
+            for key, hits in one["right"].items()
+        }
 
     def add(self, task_name: str, batch: int, hits: dict[str, list[bool]]) -> None:
         self.found |= {(task_name, batch, key): right_ones for key, right_ones in hits.items()}
@@ -256,23 +277,42 @@ def measured(name: str, limit: int, seed: int, only: str, parts: Parts) -> list[
             most = cost(Cell("contrast"), level, loaded, tokens)
             patches = max(n for n in range(1, level + 1) if cost(cell, n, loaded, tokens) <= most)
             settings = {"keep": FRAMES * (patches + 1) if clips else patches, **cell.settings}
-            run = ExperimentCell(f"{cell.method}+{METHOD}", BUDGET, {f"{cell.method}_{key}": value for key, value in settings.items()}, cell.label)
+            run = ExperimentCell(
+                f"{cell.method}+{METHOD}",
+                BUDGET,
+                {f"{cell.method}_{key}": value for key, value in settings.items()},
+                cell.label,
+            )
             runs[run.id] = run
-            rows[run.id] = {"task": name, "tower": cell.label, "level": level, "patches": patches, "flops": cost(cell, patches, loaded, tokens)}
+            rows[run.id] = {
+                "task": name,
+                "tower": cell.label,
+                "level": level,
+                "patches": patches,
+                "flops": cost(cell, patches, loaded, tokens),
+            }
     hits: dict[str, list[bool]] = {}
     for first in range(0, limit, BATCH):
         questions = [asked_of.ask(seed, index) for index in range(first, min(first + BATCH, limit))]
         Here.texts = [q.text for q in questions]
         lacking = [run for run in runs.values() if (name, first, run.id) not in parts.found]
         said = answer(loaded, lacking, questions, asked_of.max_new_tokens) if lacking else {}
-        parts.add(name, first, {key: [right(q, a) for q, a in zip(questions, o.answers, strict=True)] for key, o in said.items()})
+        parts.add(
+            name,
+            first,
+            {key: [right(q, a) for q, a in zip(questions, o.answers, strict=True)] for key, o in said.items()},
+        )
         for run in runs.values():
             hits.setdefault(run.id, []).extend(parts.found[name, first, run.id])
     whole, usual = np.array(hits[runs[WHOLE].id]), {}
     for key, row in rows.items():
         own = np.array(hits[key])
         beside = usual.setdefault(row["level"], own)
-        row |= {"accuracy": float(own.mean()), "full": float(whole.mean()), "difference": float(own.mean() - whole.mean())}
+        row |= {
+            "accuracy": float(own.mean()),
+            "full": float(whole.mean()),
+            "difference": float(own.mean() - whole.mean()),
+        }
         row["interval"] = statistics.difference_interval(own, whole)
         row |= {"gain": float(own.mean() - beside.mean()), "gain_interval": statistics.difference_interval(own, beside)}
     return list(rows.values())

@@ -1,7 +1,9 @@
-"""Accuracy of models trained with and without reduction from one start: train every config for every seed, then ask them all the same.
+"""Accuracy of models trained with and without reduction from one start: train every config for every seed, then ask
+them all the same.
 
-``python lab/studies/training_accuracy.py [--configs full,duet-11] [--seeds 0,1,2] [--evaluate]``: trained models land in out/training,
-answers in lab/comparison/training/TASK/results. What is finished is skipped, so several processes can share the work.
+``python lab/studies/training_accuracy.py [--configs full,duet-11] [--seeds 0,1,2] [--evaluate]``: trained models land
+in out/training, answers in lab/comparison/training/TASK/results. What is finished is skipped, so several processes can
+share the work.
 """
 
 from __future__ import annotations
@@ -17,7 +19,13 @@ HOME, OUT = ROOT / "lab" / "comparison" / "training", ROOT / "out" / "training"
 CONFIGS = ("full", "duet-11", "duet-07", "duet-33", "mixed", "annealed", "duet-05", "duet-11-longer", "duet_plus-11", "duet_plus-mixed",
            "tower-50", "tower-40")  # fmt: skip
 PLUS = "0.11,0.07,0.05"
-BUDGETS = {"duet-33": "0.33,0.11", "annealed": "0.33,0.11,0.07", "duet_plus-11": PLUS, "duet_plus-mixed": "0.33," + PLUS}  # the others: all of them
+# the others: all of them
+BUDGETS = {
+    "duet-33": "0.33,0.11",
+    "annealed": "0.33,0.11,0.07",
+    "duet_plus-11": PLUS,
+    "duet_plus-mixed": "0.33," + PLUS,
+}
 IN_TOWER = "duet_plus,contrast+duet_plus[contrast_keep=0.5],contrast+duet_plus[contrast_keep=0.4]"
 ASKED_IN_TOWER = ("full", "duet_plus-11", "tower-50", "tower-40")
 EVERY = "0.33,0.22,0.11,0.07,0.05"
@@ -34,7 +42,8 @@ def train(config: str, seed: int) -> None:
 
 
 def evaluate(config: str, seed: int, workers: str) -> None:
-    """The trained model's answers, in full and at the budgets; the model trained in full also answers with duet_plus, and some behind less tower."""
+    """The trained model's answers, in full and at the budgets; the model trained in full also answers with duet_plus,
+    and some behind less tower."""
     own = "duet_plus" if config.startswith("duet_plus") else "duet"
     jobs = [] if config.startswith("tower") else [(f"{config}-{seed}", own, BUDGETS.get(config, EVERY))]
     if config == "full":
@@ -43,8 +52,26 @@ def evaluate(config: str, seed: int, workers: str) -> None:
         jobs.append((f"{config}-in-tower-{seed}", IN_TOWER, "0.11"))
     for task, limit in TASKS.items():
         for name, method, budgets in jobs:
-            command = [str(Path(sys.executable).parent / "duet-vlm"), "eval", "--model", f"out/training/{config}-{seed}", "--methods", method]
-            command += ["--budgets", budgets, "--tasks", task, "--seeds", "0,1,2", "--limit", str(limit), "--timing-rounds", "0"]
+            command = [
+                str(Path(sys.executable).parent / "duet-vlm"),
+                "eval",
+                "--model",
+                f"out/training/{config}-{seed}",
+                "--methods",
+                method,
+            ]
+            command += [
+                "--budgets",
+                budgets,
+                "--tasks",
+                task,
+                "--seeds",
+                "0,1,2",
+                "--limit",
+                str(limit),
+                "--timing-rounds",
+                "0",
+            ]
             command += ["--workers", workers, "--against", method.split(",")[0], "--name", name, "--out", str(HOME)]
             subprocess.run(command, check=True)
 

@@ -1,8 +1,10 @@
-"""How often the choice of ``duet-vlm tune`` holds: many searches on 200 questions each, every choice asked 2,000 fresh ones.
+"""How often the choice of ``duet-vlm tune`` holds: many searches on 200 questions each, every choice asked 2,000 fresh
+ones.
 
-``nice -n 19 python lab/studies/tune.py`` writes ``results/tune-tiny-chain-98.json`` (``--task`` and ``--keep`` make others); the same command goes on
-after a kill. Every search has questions of its own (a stream per repetition); the fresh questions are one more stream, that no search has seen. The
-times by which candidates are called cheap are measured once, in the first search.
+``nice -n 19 python lab/studies/tune.py`` writes ``results/tune-tiny-chain-98.json`` (``--task`` and ``--keep`` make
+others); the same command goes on after a kill. Every search has questions of its own (a stream per repetition); the
+fresh questions are one more stream, that no search has seen. The times by which candidates are called cheap are
+measured once, in the first search.
 """
 
 from __future__ import annotations
@@ -46,7 +48,13 @@ def main() -> None:
 
     def asker(name: str, seed: int) -> AnswerSource:
         subject = {"task": asked.task, "keep": asked.keep, "seed": seed, "batch": BATCH, "source code": code.files}
-        return AnswerSource(loaded, questions, seed, BATCH, Journal(asked.journals / f"{asked.task}-{asked.keep:g}-{name}.jsonl", subject))
+        return AnswerSource(
+            loaded,
+            questions,
+            seed,
+            BATCH,
+            Journal(asked.journals / f"{asked.task}-{asked.keep:g}-{name}.jsonl", subject),
+        )
 
     fresh = asker("fresh", FRESH_SEED)
     said = fresh.full(asked.fresh)
@@ -83,7 +91,9 @@ def main() -> None:
         "chosen": len(chosen), "hold": sum(row["holds"] for row in chosen), "environment": environment("cpu", "float32", 1, code.until(source())),
     }  # fmt: skip
     out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{len(rows)} searches: {len(chosen)} chose, {result['hold']} of these hold on {len(usable)} fresh questions; written: {out}")
+    print(
+        f"{len(rows)} searches: {len(chosen)} chose, {result['hold']} of these hold on {len(usable)} fresh questions; written: {out}"
+    )
 
 
 if __name__ == "__main__":

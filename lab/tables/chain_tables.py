@@ -25,7 +25,10 @@ def accepted() -> dict[str, Any]:
 def acceptance() -> str:
     """The conditions."""
     found = accepted()["conditions"]
-    rows = [[name, f"{row['found']:.3f}", f"{row['at_least']}", "yes" if row["holds"] else "**no**"] for name, row in found.items()]
+    rows = [
+        [name, f"{row['found']:.3f}", f"{row['at_least']}", "yes" if row["holds"] else "**no**"]
+        for name, row in found.items()
+    ]
     return table(["", "found", "at least", "holds"], rows)
 
 
@@ -41,8 +44,15 @@ def learned() -> str:
     log = json.loads((chain.path() / "training_log.json").read_text())["curve"]
     lines = [log[round(i * (len(log) - 1) / (LINES - 1))] for i in range(LINES)]
     kinds = [kind for kind in KINDS if f"val_{kind}" in log[-1]]
-    rows = [[f"{line['step']:,}", f"{line['answers']:,}", *(f"{line[f'val_{kind}']:.2f}" for kind in kinds)] for line in lines]
+    rows = [
+        [f"{line['step']:,}", f"{line['answers']:,}", *(f"{line[f'val_{kind}']:.2f}" for kind in kinds)]
+        for line in lines
+    ]
     return table(["step", "answers", *kinds], rows)
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"chain_acceptance": acceptance, "chain_kinds": by_kind, "chain_learned": learned}
+BLOCKS: dict[str, Callable[[], str]] = {
+    "chain_acceptance": acceptance,
+    "chain_kinds": by_kind,
+    "chain_learned": learned,
+}

@@ -25,7 +25,9 @@ def done(task: str, name: str) -> list[Row]:
     """The feasible rows of a result, in the order of the experiment's cells."""
     result = load(COMPARISON / task / "results" / f"{name}.json")
     places = columns.places(result)
-    return sorted((row for row in result["runs"] if row["status"] == "ok"), key=lambda row: places.get(row["label"], -1))
+    return sorted(
+        (row for row in result["runs"] if row["status"] == "ok"), key=lambda row: places.get(row["label"], -1)
+    )
 
 
 def by_budget(title: str, runs: list[Row], cell: Callable[[Row], str]) -> str:
@@ -34,14 +36,20 @@ def by_budget(title: str, runs: list[Row], cell: Callable[[Row], str]) -> str:
     cells: dict[str, dict[float, str]] = {}
     for row in runs:
         cells.setdefault(row["label"], {})[row["beside"]] = cell(row)
-    return table([title, *(f"{b:.0%}" for b in budgets)], [[label, *(own.get(b, "-") for b in budgets)] for label, own in cells.items()])
+    return table(
+        [title, *(f"{b:.0%}" for b in budgets)],
+        [[label, *(own.get(b, "-") for b in budgets)] for label, own in cells.items()],
+    )
 
 
 def kinds(task: str, name: str, budget: float) -> str:
     """Accuracy per kind of question at one budget, the full model first."""
     runs = [row for row in done(task, name) if row["beside"] in (None, budget)]
     names = list(runs[0]["kinds"])
-    lines = [[row["label"], *(f"{row['kinds'][kind]['accuracy']:.3f}" for kind in names), f"{row['accuracy']:.3f}"] for row in runs]
+    lines = [
+        [row["label"], *(f"{row['kinds'][kind]['accuracy']:.3f}" for kind in names), f"{row['accuracy']:.3f}"]
+        for row in runs
+    ]
     return table(["accuracy", *names, "all"], lines)
 
 
@@ -53,7 +61,17 @@ def recall(task: str, name: str, budget: float) -> str:
             found = row["recall"]
             shares = [found["entry"], found["entry_or_merged"], found["middle"], row["of_oracle"]]
             lines.append([row["label"], f"{row['solved']['entry']}", *map(columns.percent, shares)])
-    return table(["", "tokens entering", "needed: enter, %", "enter or merged, %", "alive at half depth, %", "accuracy / oracle's, %"], lines)
+    return table(
+        [
+            "",
+            "tokens entering",
+            "needed: enter, %",
+            "enter or merged, %",
+            "alive at half depth, %",
+            "accuracy / oracle's, %",
+        ],
+        lines,
+    )
 
 
 def ablation(group: str, task: str = "tiny-crowded") -> str:
@@ -65,16 +83,30 @@ def ablation(group: str, task: str = "tiny-crowded") -> str:
     out = []
     for beside, other, row in sorted(lines, key=lambda line: (-line[0], line[1])):
         solved = row["solved"]
-        shown = [f"{solved['dominant']} + {solved['contextual']}", columns.tokens(row["tokens"]["measured"]), columns.share(row["accuracy"])]
-        out.append([f"{beside:.0%}", row["label"].partition(": ")[2] if other else "default", *shown, _more(row).removeprefix(", ") or "-"])
-    return table(["budget", group, "dominant + contextual", "measured tokens", "accuracy", "points against the default"], out)
+        shown = [
+            f"{solved['dominant']} + {solved['contextual']}",
+            columns.tokens(row["tokens"]["measured"]),
+            columns.share(row["accuracy"]),
+        ]
+        out.append(
+            [
+                f"{beside:.0%}",
+                row["label"].partition(": ")[2] if other else "default",
+                *shown,
+                _more(row).removeprefix(", ") or "-",
+            ]
+        )
+    return table(
+        ["budget", group, "dominant + contextual", "measured tokens", "accuracy", "points against the default"], out
+    )
 
 
 FRONTS = ("cdpruner", "scope", "divprune", "vispruner", "visionzip")
 
 
 def fronts_of(task: str) -> dict[str, tuple[str | None, ...]]:
-    """What chooses before the decoder: the runs that keep one count, follow DUET's schedule, and have ``duet_plus``'s drops."""
+    """What chooses before the decoder: the runs that keep one count, follow DUET's schedule, and have ``duet_plus``'s
+    drops."""
     duets = "((3, 0.5), (4, 0.0))" if task == "tiny-chain" else "((6, 0.5), (9, 0.0))"  # by depth
     return {
         "duet_plus": (None, f"duet_plus[schedule={duets}]", "duet_plus"),
@@ -86,11 +118,15 @@ def fronts_of(task: str) -> dict[str, tuple[str | None, ...]]:
 def right(task: str, name: str) -> dict[str, np.ndarray]:
     """Per run which questions were answered right."""
     found = unpack(load(COMPARISON / task / "results" / f"{name}.json"))
-    return {key: np.array([accepted(a, gold) for a, gold in zip(said, found["gold"], strict=True)]) for key, said in found["answers"].items()}
+    return {
+        key: np.array([accepted(a, gold) for a, gold in zip(said, found["gold"], strict=True)])
+        for key, said in found["answers"].items()
+    }
 
 
 def fronts(task: str, name: str) -> str:
-    """Who chooses, under which schedule: percent kept, and with the drops of ``duet_plus`` the points more or fewer than itself."""
+    """Who chooses, under which schedule: percent kept, and with the drops of ``duet_plus`` the points more or fewer
+    than itself."""
     hits, kept = right(task, name), {row["id"]: row["kept"] for row in done(task, name)}
     lines = []
     for budget in (0.11, 0.07, 0.05):
@@ -103,7 +139,14 @@ def fronts(task: str, name: str) -> str:
             wins, losses, p_value = sign_test(own, best)
             more = f"{columns.points(own.mean() - best.mean())} ({low} to {high}); {wins} : {losses}, p {columns.chance(p_value)}"
             lines.append([f"{budget:.0%}", front, *cells, "-" if front == "duet_plus" else more])
-    head = ["budget", "chosen by", "one count", "DUET's schedule", "duet_plus's drops", "at its last entry: points against duet_plus; wins : losses"]
+    head = [
+        "budget",
+        "chosen by",
+        "one count",
+        "DUET's schedule",
+        "duet_plus's drops",
+        "at its last entry: points against duet_plus; wins : losses",
+    ]
     return table(head, lines)
 
 
@@ -111,11 +154,16 @@ SPENT = {"tiny-chain": (0.33, 0.11, 0.05), "tiny-crowded": (0.33, 0.11, 0.05), "
 
 
 def which() -> str:
-    """Percent kept by every method as it comes, on the three tasks; ordered by what is kept of chains at 11 %, those that cannot last."""
+    """Percent kept by every method as it comes, on the three tasks; ordered by what is kept of chains at 11 %, those
+    that cannot last."""
     kept: dict[str, dict[tuple[str, float], Row]] = {}
     for task in SPENT:
         for row in load(COMPARISON / task / "results" / "methods.json")["runs"]:
-            if row["method"] in duet_vlm.list_methods() and row["beside"] in SPENT[task] and row["id"] == ExperimentCell(row["method"], row["beside"]).id:
+            if (
+                row["method"] in duet_vlm.list_methods()
+                and row["beside"] in SPENT[task]
+                and row["id"] == ExperimentCell(row["method"], row["beside"]).id
+            ):
                 kept.setdefault(row["method"], {})[task, row["beside"]] = row
 
     def cell(row: Row | None) -> str:
@@ -149,7 +197,9 @@ def unguided(task: str) -> str:
 def against(task: str, name: str) -> str:
     """Accuracy, and points more or less than the reference, by budget."""
     runs = [row for row in done(task, name) if row["beside"]]
-    return by_budget("accuracy, and points against the default", runs, lambda row: columns.share(row["accuracy"]) + _more(row))
+    return by_budget(
+        "accuracy, and points against the default", runs, lambda row: columns.share(row["accuracy"]) + _more(row)
+    )
 
 
 def _more(row: Row) -> str:
@@ -164,9 +214,16 @@ def schedules_unguided() -> str:
     out = []
     for row in done("tiny-crowded", "unguided"):
         if row["label"].startswith("duet,") or (row["label"] == "duet" and row["beside"] in (0.11, 0.05)):
-            shown = [columns.tokens(row["tokens"]["measured"]), columns.share(row["accuracy"]), _more(row).removeprefix(", ") or "-"]
+            shown = [
+                columns.tokens(row["tokens"]["measured"]),
+                columns.share(row["accuracy"]),
+                _more(row).removeprefix(", ") or "-",
+            ]
             out.append((-row["beside"], row["label"] != "duet", [f"{row['beside']:.0%}", row["label"], *shown]))
-    return table(["budget", "", "measured tokens", "accuracy", "points against duet"], [line for *_, line in sorted(out, key=lambda x: x[:2])])
+    return table(
+        ["budget", "", "measured tokens", "accuracy", "points against duet"],
+        [line for *_, line in sorted(out, key=lambda x: x[:2])],
+    )
 
 
 def random_seeds() -> str:
@@ -175,7 +232,9 @@ def random_seeds() -> str:
     budgets = list(dict.fromkeys(row["beside"] for row in rows))
     labels = sorted({row["label"] for row in rows})
     cells = {(row["label"], row["beside"]): str(columns.ACCURACY.cell(row)) for row in rows}
-    return table(["accuracy", *(f"{b:.0%}" for b in budgets)], [[label, *(cells[label, b] for b in budgets)] for label in labels])
+    return table(
+        ["accuracy", *(f"{b:.0%}" for b in budgets)], [[label, *(cells[label, b] for b in budgets)] for label in labels]
+    )
 
 
 def proposed() -> str:
@@ -185,11 +244,26 @@ def proposed() -> str:
         rows = [row for row in done(task, "drop-curve-fresh") if row["beside"]]
         own = {row["beside"]: row for row in rows if row["label"] == "proposed"}
         for budget, row in sorted(own.items(), reverse=True):
-            fixed = [other for label in ("paper", "deep") for other in rows if (other["label"], other["beside"]) == (label, budget)]
+            fixed = [
+                other
+                for label in ("paper", "deep")
+                for other in rows
+                if (other["label"], other["beside"]) == (label, budget)
+            ]
             schedule = ", ".join(f"{keep:.0%} from {layer}" for layer, keep in row["settings"]["schedule"]) or "none"
             others = [columns.share(other["accuracy"]) + _more(other) for other in fixed]
             lines.append([f"`{task}`", f"{budget:.0%}", schedule, columns.share(row["accuracy"]), *others])
-    return table(["task", "budget", "proposed: kept of what enters", "accuracy", "paper's, points against it", "deep, points against it"], lines)
+    return table(
+        [
+            "task",
+            "budget",
+            "proposed: kept of what enters",
+            "accuracy",
+            "paper's, points against it",
+            "deep, points against it",
+        ],
+        lines,
+    )
 
 
 def curve(file: str) -> str:
@@ -198,15 +272,24 @@ def curve(file: str) -> str:
     assert found is not None
     head = ["no visual token from layer", *(str(point.layer) for point in found.points), "full model"]
     lines = [["all", *(columns.share(point.accuracy) for point in found.points), columns.share(found.full)]]
-    lines += [[kind, *(f"{point.kinds[kind]:.2f}" for point in found.points), f"{full:.2f}"] for kind, full in found.kinds.items()]
+    lines += [
+        [kind, *(f"{point.kinds[kind]:.2f}" for point in found.points), f"{full:.2f}"]
+        for kind, full in found.kinds.items()
+    ]
     return table(head, lines)
 
 
 def knobs() -> str:
     """Other methods' knobs: what was tried, what was chosen, and on fresh questions the default and what was chosen."""
     found = json.loads((STUDIES / "knobs.json").read_text())
-    fresh = {(row["task"], row["method"], row["setting"], row["budget"]): row for row in found["results"] if row["status"] == "ok"}
-    pairs = sorted({(task, budget) for task, _, _, budget in fresh}, key=lambda pair: (pair[0] != "tiny-chain", -pair[1]))
+    fresh = {
+        (row["task"], row["method"], row["setting"], row["budget"]): row
+        for row in found["results"]
+        if row["status"] == "ok"
+    }
+    pairs = sorted(
+        {(task, budget) for task, _, _, budget in fresh}, key=lambda pair: (pair[0] != "tiny-chain", -pair[1])
+    )
 
     def shown(method: str, setting: str, pair: tuple[str, float]) -> str:
         row = fresh.get((pair[0], method, setting, pair[1]))
@@ -215,12 +298,16 @@ def knobs() -> str:
 
     lines = [["`duet_plus`", "", *(shown("duet_plus", "default", pair) for pair in pairs)]]
     for method, chosen in found["chosen"].items():
-        others = dict.fromkeys(row["setting"] for row in found["tried"] if row["method"] == method and row["setting"] != "default")
+        others = dict.fromkeys(
+            row["setting"] for row in found["tried"] if row["method"] == method and row["setting"] != "default"
+        )
         tried = ", ".join(f"**{name}**" if name == chosen else name for name in others)
         turned = ["default", chosen] if chosen != "default" else []
         cells = [" → ".join(shown(method, each, pair) for each in turned).replace("- → -", "-") for pair in pairs]
         lines.append([f"`{method}`", tried, *cells])
-    return table(["method", "values tried beside the default", *(f"`{task}`, {budget:.0%}" for task, budget in pairs)], lines)
+    return table(
+        ["method", "values tried beside the default", *(f"`{task}`, {budget:.0%}" for task, budget in pairs)], lines
+    )
 
 
 CHAIN_GROUPS = ("queries", "positions", "stages", "schedule")

@@ -1,7 +1,8 @@
 """Numbers within sentences, from committed result files, the registry and the arithmetic of a budget.
 
-A page has them between markers that a reader does not see: ``<!-- n kept tiny-chain scope+duet@0.11 -->90.5<!-- /n -->``. The first word names
-the number, the others are its arguments: a task under lab/comparison/ and runs by their id. A range has whole numbers, a single value one decimal.
+A page has them between markers that a reader does not see: ``<!-- n kept tiny-chain scope+duet@0.11 -->90.5<!-- /n
+-->``. The first word names the number, the others are its arguments: a task under lab/comparison/ and runs by their id.
+A range has whole numbers, a single value one decimal.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def _file(name: str) -> dict[str, Any]:
 
 
 def _run(task: str, run: str, name: str = "methods") -> dict[str, Any]:
-    rows = {row["id"].replace(" ", ""): row for row in _result(task, name)["runs"] if row["status"] == "ok"}  # words of a marker have no spaces
+    # words of a marker have no spaces
+    rows = {row["id"].replace(" ", ""): row for row in _result(task, name)["runs"] if row["status"] == "ok"}
     if run not in rows:
         raise NumberError(f"no run {run!r} in lab/comparison/{task}/results/{name}.json{did_you_mean(run, rows)}")
     return rows[run]
@@ -52,7 +54,11 @@ def _run(task: str, run: str, name: str = "methods") -> dict[str, Any]:
 
 def _row(file: str, **is_: Any) -> dict[str, Any]:
     found = _file(file)
-    rows = [row for row in found.get("results", found.get("rows", ())) if all(row.get(key) == value for key, value in is_.items())]
+    rows = [
+        row
+        for row in found.get("results", found.get("rows", ()))
+        if all(row.get(key) == value for key, value in is_.items())
+    ]
     if len(rows) != 1:
         raise NumberError(f"{len(rows)} rows of benchmarks/results/{file}.json have {is_}")
     return rows[0]
@@ -81,11 +87,15 @@ def whole(task: str, run: str) -> str:
 
 def gap(task: str, *runs: str) -> str:
     """Points of what is kept between the runs of each pair, the first less the second; the smallest and the largest."""
-    return _range(100 * (_run(task, more)["kept"] - _run(task, less)["kept"]) for more, less in zip(runs[::2], runs[1::2], strict=True))
+    return _range(
+        100 * (_run(task, more)["kept"] - _run(task, less)["kept"])
+        for more, less in zip(runs[::2], runs[1::2], strict=True)
+    )
 
 
 def lead(run: str) -> str:
-    """Points of accuracy of a run beyond ``duet_plus`` on questions that chose nothing: interval, questions that either alone answers right, p."""
+    """Points of accuracy of a run beyond ``duet_plus`` on questions that chose nothing: interval, questions that either
+    alone answers right, p."""
     against = _run("tiny-chain", run, "fresh")["against"]
     more, interval = columns.points(against["difference"]), columns.span(against["interval"], columns.points)
     told = columns.chance(against["p_value"])
@@ -106,7 +116,12 @@ def _beside(task: str, budget: str | float) -> list[dict[str, Any]]:
 
 def _asked_beside(task: str) -> list[dict[str, Any]]:
     """Rows of methods at all budgets that stand beside ``duet_plus``."""
-    return [row for budget in {row["beside"] for row in _result(task)["runs"]} - {None} for row in _beside(task, budget) if row["against"]]
+    return [
+        row
+        for budget in {row["beside"] for row in _result(task)["runs"]} - {None}
+        for row in _beside(task, budget)
+        if row["against"]
+    ]
 
 
 def place(task: str, run: str) -> str:
@@ -129,8 +144,11 @@ def most_above(*tasks: str) -> str:
 
 
 def changed(task: str, *starts: str) -> str:
-    """Points that other settings of ``duet_plus`` cost on validation questions, by how their runs begin: the smallest and the largest loss."""
-    losses = [-100 * row["against"]["difference"] for row in _result(task, "settings")["runs"] if row["id"].startswith(starts)]
+    """Points that other settings of ``duet_plus`` cost on validation questions, by how their runs begin: the smallest
+    and the largest loss."""
+    losses = [
+        -100 * row["against"]["difference"] for row in _result(task, "settings")["runs"] if row["id"].startswith(starts)
+    ]
     if not losses:
         raise NumberError(f"no settings {', '.join(starts)} in lab/comparison/{task}/results/settings.json")
     return f"{min(losses):.1f} to {max(losses):.1f}"
@@ -143,7 +161,8 @@ def settings(task: str, run: str) -> str:
 
 
 def flops(task: str, *runs: str) -> str:
-    """Share of the full model's FLOPs, what a method spends on its choice included; of several the lowest and the highest."""
+    """Share of the full model's FLOPs, what a method spends on its choice included; of several the lowest and the
+    highest."""
     found = [f"{_run(task, run)['flops_share']:.2f}" for run in runs]
     return found[0] if len(found) == 1 else f"{min(found)} to {max(found)}"
 
@@ -172,7 +191,8 @@ def tokens(percent: str, of: str) -> str:
 
 
 def first_tokens() -> dict[str, float]:
-    """Speed-ups to the first token of ``duet`` at 11 % at the shape of the benchmarks: three measurements, and what FLOPs allow."""
+    """Speed-ups to the first token of ``duet`` at 11 % at the shape of the benchmarks: three measurements, and what
+    FLOPs allow."""
     tower = _row("tower", name="llava, duet at 11%: pixels to first token")
     return {
         "bench": _row("bench", side="duet at 11%", text=65)["speed_up"]["to first token"]["median"],
@@ -200,7 +220,9 @@ def towers_met() -> str:
 
 def step_beyond() -> str:
     """Percent that a decode step takes beyond what the roofline predicts."""
-    return _range(100 * (1 / row["ratio"] - 1) for row in _file("roofline")["results"] if row["name"].startswith("decode step"))
+    return _range(
+        100 * (1 / row["ratio"] - 1) for row in _file("roofline")["results"] if row["name"].startswith("decode step")
+    )
 
 
 def overhead(what: str) -> str:
@@ -236,7 +258,9 @@ def regained(config: str, run: str) -> str:
     ours, free = (training_tables.hits(name, run, common) for name in (config, "full-in-tower"))
     if ours is None or free is None:
         raise NumberError(f"no run {run!r} of {config} under lab/comparison/training")
-    interval = columns.span(resampled((ours.mean(0), free.mean(0)), lambda a, b, axis: a.mean(axis) - b.mean(axis)), columns.points)
+    interval = columns.span(
+        resampled((ours.mean(0), free.mean(0)), lambda a, b, axis: a.mean(axis) - b.mean(axis)), columns.points
+    )
     return f"{100 * (ours.mean() - free.mean()):.1f} points (95 %: {interval})"
 
 
@@ -267,7 +291,8 @@ def filled(text: str) -> str:
 
 
 def faults(text: str) -> list[str]:
-    """Markers that name no number, are not closed on their line, or begin one (Markdown takes such a line for a block of HTML)."""
+    """Markers that name no number, are not closed on their line, or begin one (Markdown takes such a line for a block
+    of HTML)."""
     found = []
     for number, line in enumerate(text.splitlines(), 1):
         marks = list(MARK.finditer(line))

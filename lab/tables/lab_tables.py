@@ -1,4 +1,5 @@
-"""Tables made from the results of the lab: those of the comparison and of the studies. ``tables.py`` writes them into the pages."""
+"""Tables made from the results of the lab: those of the comparison and of the studies. ``tables.py`` writes them into
+the pages."""
 
 from __future__ import annotations
 
@@ -31,12 +32,17 @@ def importance() -> str:
     for row in json.loads((STUDIES / "importance.json").read_text())["results"]:
         method, who = row["label"].split(", ")
         more = row["against"]
-        told = "" if more is None else f", {columns.points(more['difference'])} ({columns.span(more['interval'], columns.points)})"
+        told = (
+            ""
+            if more is None
+            else f", {columns.points(more['difference'])} ({columns.span(more['interval'], columns.points)})"
+        )
         found.setdefault((row["task"], method, f"{row['budget']:.0%}"), {})[who] = columns.share(row["accuracy"]) + told
     asks = list(next(iter(found.values())))
     lines = [[f"`{task}`", method, budget, *cells.values()] for (task, method, budget), cells in found.items()]
     head = ["task", "method", "budget", *asks]
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
+
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "kept_tiny": lambda: comparison("tiny", markdown.matrix),

@@ -22,7 +22,9 @@ def shown() -> str:
     """Accuracy by kind with all rows, with the overview alone and with the crops alone."""
     found = json.loads((HOME / "overview.json").read_text())
     guess = {"best guess": {"all": sum(CHANCE.values()) / len(CHANCE), **CHANCE}}
-    rows = [[name, *(f"{row[kind]:.2f}" for kind in ("all", *KINDS))] for name, row in (guess | found["accuracy"]).items()]
+    rows = [
+        [name, *(f"{row[kind]:.2f}" for kind in ("all", *KINDS))] for name, row in (guess | found["accuracy"]).items()
+    ]
     told = f"{found['questions']} questions of seed {found['seed']}, by the code of commit {found['environment']['commit']}."
     return table(["accuracy", "all", *KINDS], rows) + "\n\n" + told
 
@@ -31,7 +33,10 @@ def learned() -> str:
     """Validation accuracy on whole pages, as training went on."""
     lines = [line for line in json.loads((page.path() / "training_log.json").read_text())["curve"] if "val_all" in line]
     columns = ("all", *KINDS, *SHOWN_LESSONS)
-    return table(["step", *columns], [[f"{line['step']:,}", *(f"{line[f'val_{kind}']:.2f}" for kind in columns)] for line in lines])
+    return table(
+        ["step", *columns],
+        [[f"{line['step']:,}", *(f"{line[f'val_{kind}']:.2f}" for kind in columns)] for line in lines],
+    )
 
 
 BLOCKS: dict[str, Callable[[], str]] = {

@@ -25,9 +25,19 @@ WIDTH = 118  # of a line of text
 BEST = "duet_plus"
 TOY = "tiny-chain"
 # The rows of README's accuracy table.
-SHOWN = (BEST, "duet", "divprune, DUET's schedule", "scope, DUET's schedule", "scope", "cdpruner", "random, DUET's counts")
-METHOD, BUDGETS = "duet", ("33%", "11%")  # the columns of its speed table; one method and the last budget are its headline
-PUBLISHED = re.compile(r"^\| `duet-64` \| ([\d.]+) \|", re.M)  # the authors' figure, on the page that says where it is from
+SHOWN = (
+    BEST,
+    "duet",
+    "divprune, DUET's schedule",
+    "scope, DUET's schedule",
+    "scope",
+    "cdpruner",
+    "random, DUET's counts",
+)
+# the columns of its speed table; one method and the last budget are its headline
+METHOD, BUDGETS = "duet", ("33%", "11%")
+# the authors' figure, on the page that says where it is from
+PUBLISHED = re.compile(r"^\| `duet-64` \| ([\d.]+) \|", re.M)
 
 WORDS = {  # in this order
     "tower with CLS, last layer unread": "with a CLS token (LLaVA), its unused last layer skipped",
@@ -101,7 +111,9 @@ def headline() -> str:
     budget = BUDGETS[-1]
     full, small, share = rows["full"], rows[budget], float(budget.rstrip("%")) / 100
     whole, (low, *_, high) = small["speed_up"]["end to end"]["median"], _first_token()
-    (kept,) = (row for row in comparison_tables.done(TOY, "methods") if row["beside"] == share and row["label"] == METHOD)
+    (kept,) = (
+        row for row in comparison_tables.done(TOY, "methods") if row["beside"] == share and row["label"] == METHOD
+    )
     published = PUBLISHED.search((ROOT / "docs" / "reproduce-duet.md").read_text())
     assert published is not None
     gained = _filled(
@@ -121,7 +133,10 @@ def _first_token() -> list[float]:
     """Every measurement that there is of the headline's first token, on one shape, from the least on."""
     _, rows = _bench()
     budget = BUDGETS[-1]
-    names = {"prefill": f"tower and decoder, {METHOD} at {budget}", "tower": f"llava, {METHOD} at {budget}: pixels to first token"}
+    names = {
+        "prefill": f"tower and decoder, {METHOD} at {budget}",
+        "tower": f"llava, {METHOD} at {budget}: pixels to first token",
+    }
     others = [next(row["median"] for row in _rows(file) if row["name"] == name) for file, name in names.items()]
     return sorted([rows[budget]["speed_up"]["to first token"]["median"], *others])
 
@@ -140,7 +155,10 @@ def names() -> str:
 def kept_short() -> str:
     """A few methods at every budget on the harder pictures; docs/comparison.md has all of them."""
     result = load(COMPARISON / TOY / "results" / "methods.json")
-    runs = sorted((row for row in comparison_tables.done(TOY, "methods") if row["label"] in SHOWN), key=lambda row: SHOWN.index(row["label"]))
+    runs = sorted(
+        (row for row in comparison_tables.done(TOY, "methods") if row["label"] in SHOWN),
+        key=lambda row: SHOWN.index(row["label"]),
+    )
     title = "toy benchmark: % of the full model's accuracy kept at"
     full, size = columns.ACCURACY.cell(result["runs"][0]), result["model"]["parameters"] / 1e6
     note = _filled(
@@ -160,7 +178,9 @@ def gains() -> str:
         faster = [_speed_up(**row["speed_up"][stage]) for row in rows.values()]
         return [taken[0], *(f"{seconds}: {ratio}" for seconds, ratio in zip(taken[1:], faster[1:], strict=True))]
 
-    memory = [f"peak {row['peak_bytes'] / 2**20:.0f} MiB, KV cache {row['kv_bytes'] / 2**20:.0f} MiB" for row in rows.values()]
+    memory = [
+        f"peak {row['peak_bytes'] / 2**20:.0f} MiB, KV cache {row['kv_bytes'] / 2**20:.0f} MiB" for row in rows.values()
+    ]
     name = f"llava, {METHOD} at {BUDGETS[-1]}, 50% of the patches: pixels to first token"
     tower = next(row for row in _rows("tower") if row["name"] == name)
     half = _speed_up(tower["median"], *tower["interval"])
@@ -172,7 +192,8 @@ def gains() -> str:
     ]
     shape, rounds = json.loads((ROOT / "benchmarks" / Path(found["model"]).name).read_text()), full["pairs"]
     decoder, vision = shape["text_config"], shape["vision_config"]
-    spread = "95 % intervals" if rounds >= 6 else f"the lowest and the highest of {rounds} rounds"  # fewer cannot carry an interval of 95 %
+    # fewer cannot carry an interval of 95 %
+    spread = "95 % intervals" if rounds >= 6 else f"the lowest and the highest of {rounds} rounds"
     note = _filled(
         f"**Not yet measured on a GPU.** {made['threads']} CPU threads, {made['dtype']}, {made['attention']}, batch of {full['batch']}. "
         f"Random weights: decoder of {decoder['num_hidden_layers']} layers x {decoder['hidden_size']}, tower of "
@@ -189,7 +210,10 @@ def gains() -> str:
 
 
 def tower() -> str:
-    return markdown.table(["vision tower, attached / plain", "ratio (95 % interval)"], [[_words(row["name"]), _ratio(row)] for row in _rows("v2v")])
+    return markdown.table(
+        ["vision tower, attached / plain", "ratio (95 % interval)"],
+        [[_words(row["name"]), _ratio(row)] for row in _rows("v2v")],
+    )
 
 
 def selection() -> str:
@@ -199,11 +223,16 @@ def selection() -> str:
 
 def stage() -> str:
     rows = [[_words(row["name"]), _ratio(row), _ratio(row["arithmetic"])] for row in _rows("t2v")]
-    return markdown.table(["T2V stage / dense layer of equal length", "ratio (95 % interval)", "its arithmetic alone"], rows)
+    return markdown.table(
+        ["T2V stage / dense layer of equal length", "ratio (95 % interval)", "its arithmetic alone"], rows
+    )
 
 
 def step() -> str:
-    return markdown.table(["decode step, attached / plain", "ratio (95 % interval)"], [[_words(row["name"]), _ratio(row)] for row in _rows("decode")])
+    return markdown.table(
+        ["decode step, attached / plain", "ratio (95 % interval)"],
+        [[_words(row["name"]), _ratio(row)] for row in _rows("decode")],
+    )
 
 
 def prefill() -> str:
@@ -216,7 +245,10 @@ def prefill() -> str:
         dense = row.get("same_rows")
         bare = _speed_up(dense["median"], *dense["interval"]) if dense else "-"
         rows.append([name, _speed_up(row["median"], *row["interval"]), bare, f"{row['predicted']:.2f}x"])
-    return markdown.table(["prefill speed-up, plain / attached", "measured (95 % interval)", "dense layers of equal length", "by FLOPs"], rows)
+    return markdown.table(
+        ["prefill speed-up, plain / attached", "measured (95 % interval)", "dense layers of equal length", "by FLOPs"],
+        rows,
+    )
 
 
 BLOCKS: dict[str, Callable[[], str]] = {

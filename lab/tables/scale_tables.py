@@ -27,9 +27,23 @@ def roofline() -> str:
     rows = []
     for row in _read("roofline")["results"]:
         speed = row.get("speed_up")
-        cells = ["-", "-", "-"] if speed is None else [f"{speed[key]:.2f}x" for key in ("predicted", "by_flops", "measured")]
-        rows.append([row["name"], f"{row['predicted_ms']:.0f}", f"{row['measured_ms']:.0f}", f"{row['ratio']:.2f}", *cells])
-    head = ["what", "predicted ms", "measured ms", "predicted / measured", "speed-up predicted", "by FLOPs alone", "measured"]
+        cells = (
+            ["-", "-", "-"]
+            if speed is None
+            else [f"{speed[key]:.2f}x" for key in ("predicted", "by_flops", "measured")]
+        )
+        rows.append(
+            [row["name"], f"{row['predicted_ms']:.0f}", f"{row['measured_ms']:.0f}", f"{row['ratio']:.2f}", *cells]
+        )
+    head = [
+        "what",
+        "predicted ms",
+        "measured ms",
+        "predicted / measured",
+        "speed-up predicted",
+        "by FLOPs alone",
+        "measured",
+    ]
     return _table(head, rows)
 
 
@@ -52,8 +66,31 @@ def models() -> str:
         shares = [f"{row[key]:.0%}" for key in ("vision_share", "prefill_share", "decode_share")]
         speed = [f"{row['speed_up'][share]:.2f}x" for share in SHARES]
         devices = "{} / {}".format(*row["devices"])
-        rows.append([row["model"], row["input"], f"{row['tokens']:,}", _seconds(row["seconds"]), *shares, *speed, f"{row['ceiling']:.2f}x", devices])
-    head = ["model", "input", "visual tokens", "full", "vision", "prefill", "decode", "at 33 %", "at 22 %", "at 11 %", "ceiling"]
+        rows.append(
+            [
+                row["model"],
+                row["input"],
+                f"{row['tokens']:,}",
+                _seconds(row["seconds"]),
+                *shares,
+                *speed,
+                f"{row['ceiling']:.2f}x",
+                devices,
+            ]
+        )
+    head = [
+        "model",
+        "input",
+        "visual tokens",
+        "full",
+        "vision",
+        "prefill",
+        "decode",
+        "at 33 %",
+        "at 22 %",
+        "at 11 %",
+        "ceiling",
+    ]
     return _table([*head, "H200s per model, full / 11 %"], rows)
 
 
@@ -63,8 +100,28 @@ def batches() -> str:
         for row in _cases(device="h200", model="7B", input=name):
             shares = [f"{row[key]:.0%}" for key in ("vision_share", "prefill_share", "decode_share")]
             first, whole = row["first_token_speed_up"]["11%"], row["speed_up"]["11%"]
-            rows.append([name, str(row["batch"]), *shares, row["bound"]["decode"], f"{first:.2f}x", f"{whole:.2f}x", f"{row['ceiling']:.2f}x"])
-    head = ["input", "batch", "vision", "prefill", "decode", "decode bound by", "first token at 11 %", "whole request at 11 %", "ceiling"]
+            rows.append(
+                [
+                    name,
+                    str(row["batch"]),
+                    *shares,
+                    row["bound"]["decode"],
+                    f"{first:.2f}x",
+                    f"{whole:.2f}x",
+                    f"{row['ceiling']:.2f}x",
+                ]
+            )
+    head = [
+        "input",
+        "batch",
+        "vision",
+        "prefill",
+        "decode",
+        "decode bound by",
+        "first token at 11 %",
+        "whole request at 11 %",
+        "ceiling",
+    ]
     return _table(head, rows)
 
 
@@ -73,7 +130,17 @@ def devices() -> str:
     for name in ("image, 1,296 tokens", "hour of video"):
         for row in _cases(model="7B", input=name, batch=1 if name == "hour of video" else 32):
             largest, needed = ("{} -> {}".format(*row[key]) for key in ("largest_batch", "for_100_per_second"))
-            rows.append([name, str(row["batch"]), f"`{row['device']}`", _seconds(row["seconds"]), f"{row['speed_up']['11%']:.2f}x", largest, needed])
+            rows.append(
+                [
+                    name,
+                    str(row["batch"]),
+                    f"`{row['device']}`",
+                    _seconds(row["seconds"]),
+                    f"{row['speed_up']['11%']:.2f}x",
+                    largest,
+                    needed,
+                ]
+            )
     return _table(["input", "batch", "device", "full", "at 11 %", "largest batch", "devices for 100 requests/s"], rows)
 
 
@@ -85,7 +152,9 @@ def fleet() -> str:
             full, reduced = row["requests_per_device"]
             pairs = [(n * full, n * reduced) for n in (row["devices"][0], 64)] + [row["by_1000_devices"]]
             rows.append([size, name, str(row["devices"][0]), *(f"{_rate(a)} -> {_rate(b)}" for a, b in pairs)])
-    return _table(["model", "input", "H200s per full model", "requests/s of one copy's devices", "of 64", "of 1,000"], rows)
+    return _table(
+        ["model", "input", "H200s per full model", "requests/s of one copy's devices", "of 64", "of 1,000"], rows
+    )
 
 
 def _rate(value: float) -> str:

@@ -1,8 +1,10 @@
-"""Regenerate every table and the numbers within sentences of README.md, docs/ and benchmarks/, and the lists that the command line prints, from
-committed result files, the registry and the adapters: ``make tables``. ``lab/studies/lab_tables.py`` makes those of the lab.
+"""Regenerate every table and the numbers within sentences of README.md, docs/ and benchmarks/, and the lists that the
+command line prints, from committed result files, the registry and the adapters: ``make tables``.
+``lab/studies/lab_tables.py`` makes those of the lab.
 
-``--check`` writes nothing and exits with 1 if a page differs from what the files say. A table without rows, or with a column that no row fills, is
-an error both ways: page and generator then agree about nothing. So is a number that nothing makes (``inline_numbers``).
+``--check`` writes nothing and exits with 1 if a page differs from what the files say. A table without rows, or with a
+column that no row fills, is an error both ways: page and generator then agree about nothing. So is a number that
+nothing makes (``inline_numbers``).
 """
 
 from __future__ import annotations
@@ -52,17 +54,36 @@ def speed() -> str:
                 rows.append([entry["name"], entry["status"], entry["reason"]])
                 continue
             low, high = entry["interval"]
-            aim = [] if entry["target"] is None else [f"target {entry['target']:.3g}: {'met' if entry['met'] else '**missed**'}"]
+            aim = (
+                []
+                if entry["target"] is None
+                else [f"target {entry['target']:.3g}: {'met' if entry['met'] else '**missed**'}"]
+            )
             bound = [f"{entry['predicted']:.3f} by FLOPs"] if "predicted" in entry else []
             bare = [f"{entry['same_rows']['median']:.3f} for as many bare rows"] if "same_rows" in entry else []
             alone = [f"{entry['arithmetic']['median']:.3f} for its arithmetic alone"] if "arithmetic" in entry else []
-            rows.append([entry["name"], f"{entry['median']:.3f} ({low:.3f}-{high:.3f})", "; ".join(aim + bound + bare + alone) or "-"])
+            rows.append(
+                [
+                    entry["name"],
+                    f"{entry['median']:.3f} ({low:.3f}-{high:.3f})",
+                    "; ".join(aim + bound + bare + alone) or "-",
+                ]
+            )
     return table(["what", "ratio", "held against"], rows)
 
 
 def train_step() -> str:
     """One table per shape: the plain step, then each reduced one with its ratio, what FLOPs promise, and the stages."""
-    head = ["step", "ms", "of plain (95 % interval)", "by FLOPs", "vision ms", "decoder ms", "backward ms", "optimiser ms"]
+    head = [
+        "step",
+        "ms",
+        "of plain (95 % interval)",
+        "by FLOPs",
+        "vision ms",
+        "decoder ms",
+        "backward ms",
+        "optimiser ms",
+    ]
     head += ["activations MiB", "peak memory MiB"]
     shapes: dict[str, dict[str, list[str]]] = {}
     for entry in result("train_step")["results"]:
@@ -84,7 +105,9 @@ def train_flops() -> str:
         "projector (stage 1)": TrainedParts(decoder=False),
         "projector and decoder (stage 2)": TrainedParts(),
         "the same, gradient checkpointing": TrainedParts(checkpointing=True),
-        "the same as transformers switches it on (a gradient runs through the frozen tower)": TrainedParts(checkpointing=True, input_gradients=True),
+        "the same as transformers switches it on (a gradient runs through the frozen tower)": TrainedParts(
+            checkpointing=True, input_gradients=True
+        ),
         "projector and adapters of rank 128": TrainedParts(decoder=False, lora=128),
     }
     plans = [SpanPlan(576, 576, 0, (576,) * decoder.layers)]
@@ -92,7 +115,13 @@ def train_flops() -> str:
     rows = []
     for name, trained in recipes.items():
         full, *reduced = (
-            step_flops(decoder, vision, [TrainingExample(65, (plan,), 48 * (plan.entry < 576), plan.merges)], trained, unread_layers=1).total
+            step_flops(
+                decoder,
+                vision,
+                [TrainingExample(65, (plan,), 48 * (plan.entry < 576), plan.merges)],
+                trained,
+                unread_layers=1,
+            ).total
             for plan in plans
         )
         rows.append([name, f"{full / 1e12:.1f}", *(f"{flops / full:.1%}" for flops in reduced)])
@@ -134,7 +163,9 @@ def overhead() -> str:
             continue
         held = f"{prefill['target']:.0%}: {'met' if prefill['met'] else '**missed**'}"
         wide = cell(units.get("of one layer, 4096 wide"))
-        lines.append([f"`{method}`", f"{prefill['budget']:.0%}", f"{prefill['predicted']:.1%}", cell(prefill), held, wide])
+        lines.append(
+            [f"`{method}`", f"{prefill['budget']:.0%}", f"{prefill['predicted']:.1%}", cell(prefill), held, wide]
+        )
     head = ["method", "budget", "by FLOPs", "measured, of the prefill", "target", "of one layer, 4096 wide"]
     told = "\n\nLeft out: " + "; ".join(out) + "." if out else ""
     return table(head, lines) + told
@@ -152,11 +183,20 @@ def serving() -> str:
             ratios = sorted(ours[key] / theirs[key] for ours, theirs in pairs)
             if row["side"] != "stock":
                 cells[place] += f": {row[f'{key}_to_stock']:.2f}x ({ratios[0]:.2f}-{ratios[-1]:.2f})"
-        lines.append([str(row["concurrency"]), row["side"], *cells, f"{row['prompt_rows']:.0f}", f"{row['kv_usage']:.1%}"])
+        lines.append(
+            [str(row["concurrency"]), row["side"], *cells, f"{row['prompt_rows']:.0f}", f"{row['kv_usage']:.1%}"]
+        )
     text, made = found["shape"]["text"], found["environment"]
     told = f"Random LLaVA, decoder of {text['num_hidden_layers']} layers x {text['hidden_size']}, {found['shape']['new_tokens']} new tokens; "
     told += f"vLLM {made['vllm']}, {made['device']}; {len(found['results'][0]['rounds'])} rounds in turns, brackets hold the lowest and the highest."
-    head = ["at once", "side", "requests per second", "time to first token", "rows of a prompt", "KV cache in use, at most"]
+    head = [
+        "at once",
+        "side",
+        "requests per second",
+        "time to first token",
+        "rows of a prompt",
+        "KV cache in use, at most",
+    ]
     return table(head, lines) + "\n\n" + told
 
 
@@ -175,7 +215,9 @@ def static() -> str:
 def methods() -> str:
     rows = []
     for name, cls in readme_tables.own_methods().items():
-        where = [word for word, base in (("before", EncoderReducer), ("inside", DecoderReducer)) if issubclass(cls, base)]
+        where = [
+            word for word, base in (("before", EncoderReducer), ("inside", DecoderReducer)) if issubclass(cls, base)
+        ]
         where = ["tower"] if issubclass(cls, TowerReducer) else where
         asks = Input.SCORES in cls().requires
         asks = asks or Input.QUESTION in cls().requires
@@ -185,7 +227,13 @@ def methods() -> str:
 
 def supported() -> str:
     rows = support()
-    return table(list(rows[0]), [[cell(value) if key not in ("family", "example") else f"`{value}`" for key, value in row.items()] for row in rows])
+    return table(
+        list(rows[0]),
+        [
+            [cell(value) if key not in ("family", "example") else f"`{value}`" for key, value in row.items()]
+            for row in rows
+        ],
+    )
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
@@ -226,13 +274,24 @@ def filled(page: str) -> str:
 
 
 def faults(text: str) -> list[str]:
-    """Faults of the tables in a block: no rows, rows that do not fit their head, columns in which no row has a value; a block without any text."""
+    """Faults of the tables in a block: no rows, rows that do not fit their head, columns in which no row has a value; a
+    block without any text."""
     found = [] if text.strip() else ["nothing in it"]
     for lines in re.findall(r"(?:^\|.*(?:\n|\Z))+", text, flags=re.M):
-        head, dashes, *rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines.strip().split("\n")]
+        head, dashes, *rows = [
+            [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines.strip().split("\n")
+        ]
         found += [f"{' | '.join(head)}: no rows"] if not rows else []
-        found += [f"{' | '.join(row)}: {len(row)} cells under a head of {len(head)}" for row in (dashes, *rows) if len(row) != len(head)]
-        found += [f"column {head[i]!r}: no value" for i in range(len(head)) if rows and not any(row[i : i + 1] not in ([""], ["-"]) for row in rows)]
+        found += [
+            f"{' | '.join(row)}: {len(row)} cells under a head of {len(head)}"
+            for row in (dashes, *rows)
+            if len(row) != len(head)
+        ]
+        found += [
+            f"column {head[i]!r}: no value"
+            for i in range(len(head))
+            if rows and not any(row[i : i + 1] not in ([""], ["-"]) for row in rows)
+        ]
     return found
 
 

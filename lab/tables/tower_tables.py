@@ -1,5 +1,5 @@
-"""The tables of docs/reduce-in-the-tower.md, from results/tower.json, tower_accuracy.json, tower_context.json, tower_roofline.json, tower_tries.json
-and tower_rows.json.
+"""The tables of docs/reduce-in-the-tower.md, from results/tower.json, tower_accuracy.json, tower_context.json,
+tower_roofline.json, tower_tries.json and tower_rows.json.
 """
 
 from __future__ import annotations
@@ -33,9 +33,18 @@ def speed() -> str:
         low, high = row["interval"]
         choice = row["name"].endswith("whole tower")
         style = "{:.2%}" if choice else "{:.2f}x"
-        target = "-" if row["target"] is None else f"{'at most' if choice else 'at least'} {style.format(row['target'])}"
+        target = (
+            "-" if row["target"] is None else f"{'at most' if choice else 'at least'} {style.format(row['target'])}"
+        )
         promised = "-" if "predicted" not in row else f"{row['predicted']:.2f}x"
-        lines.append([row["name"], f"{style.format(row['median'])} ({style.format(low)} to {style.format(high)})", promised, target])
+        lines.append(
+            [
+                row["name"],
+                f"{style.format(row['median'])} ({style.format(low)} to {style.format(high)})",
+                promised,
+                target,
+            ]
+        )
     return table(["what", "median (95 % interval)", "by FLOPs", "target"], lines)
 
 
@@ -64,7 +73,8 @@ def tower_of(model: str) -> VisionDims:
 
 @functools.cache
 def flops_of(label: str, model: str, tokens: int) -> str:
-    """What the tower of an embedded model needs for a picture or a frame of ``tokens``, of what it needs for the whole one."""
+    """What the tower of an embedded model needs for a picture or a frame of ``tokens``, of what it needs for the whole
+    one."""
     shape, share, rows = tower_of(model), re.search(r"(\d+)%", label), re.search(r"context of (\d+)", label)
     stages = () if share is None else ((0, tokens * int(share[1]) // 100 + (int(rows[1]) if rows else 0)),)
     return f"{vision_flops(shape, tokens, None, stages) / vision_flops(shape, tokens):.1%}"
@@ -81,7 +91,9 @@ def answers(file: str) -> str:
         pictures = flops_of(tower, "tiny", VISUAL_TOKENS) if "tiny" in cells else "-"
         clips = flops_of(tower, "tiny-video", FRAME) if "tiny-video" in cells else "-"
         lines.append([tower, pictures, clips, f"`{method}`", *(cells.get(task, "-") for task in tasks)])
-    return table(["through the tower", "its FLOPs, pictures", "clips", "then, at 11 %", *(f"`{task}`" for task in tasks)], lines)
+    return table(
+        ["through the tower", "its FLOPs, pictures", "clips", "then, at 11 %", *(f"`{task}`" for task in tasks)], lines
+    )
 
 
 def tries(file: str, *tasks: str) -> str:
@@ -89,9 +101,14 @@ def tries(file: str, *tasks: str) -> str:
     found: dict[tuple[int, str], dict[str, Any]] = {}
     for row in results(file):
         if row["task"] in tasks:
-            cells = found.setdefault((row["level"], row["tower"]), {"flops": f"{row['flops']:.1%}", "patches": str(row["patches"])})
+            cells = found.setdefault(
+                (row["level"], row["tower"]), {"flops": f"{row['flops']:.1%}", "patches": str(row["patches"])}
+            )
             cells[row["task"]] = told(row)
-    lines = [[tower, cells["patches"], cells["flops"], *(cells.get(task, "-") for task in tasks)] for (_, tower), cells in found.items()]
+    lines = [
+        [tower, cells["patches"], cells["flops"], *(cells.get(task, "-") for task in tasks)]
+        for (_, tower), cells in found.items()
+    ]
     return table(["tried", "patches that stay", "tower's FLOPs", *(f"`{task}`" for task in tasks)], lines)
 
 

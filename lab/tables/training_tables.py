@@ -1,7 +1,8 @@
 """The tables of docs/train-with-reduction.md, from the answers under lab/comparison/training.
 
-Models of one config differ by the seed of their training. A question counts with the share of these models that answer it right; intervals
-are bootstraps over questions, so they hold for these models and new questions, and the spread over seeds is shown beside.
+Models of one config differ by the seed of their training. A question counts with the share of these models that answer
+it right; intervals are bootstraps over questions, so they hold for these models and new questions, and the spread over
+seeds is shown beside.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ IN_TOWER = {  # the same, asked with the whole tower and with a share of the pat
 
 def seeds(config: str) -> list[int]:
     """Seeds for which every task was answered."""
-    return [seed for seed in range(9) if all((HOME / task / "results" / f"{config}-{seed}.json").exists() for task in TASKS)]
+    return [
+        seed for seed in range(9) if all((HOME / task / "results" / f"{config}-{seed}.json").exists() for task in TASKS)
+    ]
 
 
 @functools.cache
@@ -73,8 +76,11 @@ def budgets(method: str) -> list[str]:
     return ["none", *(f"{method}@{budget:g}" for budget in BUDGETS)]
 
 
-def _cells(runs: list[str], config: str, free: str, cell: Callable[[np.ndarray, np.ndarray], str], against: str | None) -> list[str]:
-    """One line: number of models, then every run beside the same models' seeds of ``free`` (its run ``against``, or the same run)."""
+def _cells(
+    runs: list[str], config: str, free: str, cell: Callable[[np.ndarray, np.ndarray], str], against: str | None
+) -> list[str]:
+    """One line: number of models, then every run beside the same models' seeds of ``free`` (its run ``against``, or the
+    same run)."""
     common = [seed for seed in seeds(config) if seed in seeds(free)]
     line = [str(len(common))]
     for run in runs:
@@ -94,11 +100,19 @@ def measured(lines: list[list[str]]) -> str:
 
 def kept(method: str) -> str:
     """Accuracy of every model at every budget, as a share of the model trained and run in full."""
-    return measured([[name, *_cells(budgets(method), config, "full", _kept, "none")] for config, name in TRAINED[method].items() if seeds(config)])
+    return measured(
+        [
+            [name, *_cells(budgets(method), config, "full", _kept, "none")]
+            for config, name in TRAINED[method].items()
+            if seeds(config)
+        ]
+    )
 
 
 def _kept(ours: np.ndarray, full: np.ndarray) -> str:
-    low, high = resampled((ours.mean(0), full.mean(0)), lambda a, b, axis: a.mean(axis) / np.maximum(b.mean(axis), 1e-12))
+    low, high = resampled(
+        (ours.mean(0), full.mean(0)), lambda a, b, axis: a.mean(axis) / np.maximum(b.mean(axis), 1e-12)
+    )
     return f"{100 * ours.mean() / full.mean():.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
@@ -115,10 +129,18 @@ def _gain(ours: np.ndarray, free: np.ndarray) -> str:
 
 
 def in_tower() -> str:
-    """Accuracy of every model behind the whole tower and behind a share of its patches, as a share of the model trained and run in full."""
+    """Accuracy of every model behind the whole tower and behind a share of its patches, as a share of the model trained
+    and run in full."""
     runs = ["none", "duet_plus@0.11", *(f"contrast+duet_plus[contrast_keep={share}]@0.11" for share in (0.5, 0.4))]
     head = ["trained", "models", "run in full", "at 11 %", "and 50 % of the patches", "and 40 % of the patches"]
-    return table(head, [[name, *_cells(runs, config, "full-in-tower", _kept, "none")] for config, name in IN_TOWER.items() if seeds(config)])
+    return table(
+        head,
+        [
+            [name, *_cells(runs, config, "full-in-tower", _kept, "none")]
+            for config, name in IN_TOWER.items()
+            if seeds(config)
+        ],
+    )
 
 
 def by_seed() -> str:
@@ -129,7 +151,9 @@ def by_seed() -> str:
             for seed in seeds(config):
                 found = right(config, seed)
                 cells = [found.get(run) for run in budgets(method)]
-                lines.append([method, name, str(seed), *("-" if cell is None else f"{cell.mean():.3f}" for cell in cells)])
+                lines.append(
+                    [method, name, str(seed), *("-" if cell is None else f"{cell.mean():.3f}" for cell in cells)]
+                )
     return table(["method", "trained", "seed", "run in full", *(f"at {b:.0%}" for b in BUDGETS)], lines)
 
 

@@ -12,7 +12,16 @@ from duet_vlm.evaluation.report.markdown import table
 
 
 def held() -> str:
-    head = ["task", "at least kept", "searches", "choose", "choices that hold", "kept on fresh questions", "chosen", "commit"]
+    head = [
+        "task",
+        "at least kept",
+        "searches",
+        "choose",
+        "choices that hold",
+        "kept on fresh questions",
+        "chosen",
+        "commit",
+    ]
     return table(head, [_line(json.loads(file.read_text())) for file in sorted(STUDIES.glob("tune-*.json"))])
 
 
@@ -21,7 +30,13 @@ def _line(found: dict[str, Any]) -> list[str]:
     kept = [row["fresh"]["kept"] for row in rows]
     often = {name: sum(row["chosen"] == name for row in rows) for name in sorted({row["chosen"] for row in rows})}
     named = ", ".join(f"{count} x `{name}`" for name, count in sorted(often.items(), key=lambda item: -item[1]))
-    cells = [f"`{found['task']}`", f"{found['keep']:.0%}", str(len(found["repetitions"])), str(len(rows)), f"{found['hold']} of {len(rows)}"]
+    cells = [
+        f"`{found['task']}`",
+        f"{found['keep']:.0%}",
+        str(len(found["repetitions"])),
+        str(len(rows)),
+        f"{found['hold']} of {len(rows)}",
+    ]
     return [*cells, f"{min(kept):.1%} to {max(kept):.1%}" if kept else "-", named, found["environment"]["commit"]]
 
 

@@ -26,9 +26,19 @@ def kept(name: str) -> str:
     """Every row of a result: measured tokens, accuracy, what it is of the full model's, difference to the reference."""
     result = load(RESULTS / f"{name}.json")
     reference = result["experiment"]["against"]
-    head = ["", "tokens per clip", "fewer tokens", "accuracy (95 % interval)", "% of the full model's", f"points against `{reference}`"]
+    head = [
+        "",
+        "tokens per clip",
+        "fewer tokens",
+        "accuracy (95 % interval)",
+        "% of the full model's",
+        f"points against `{reference}`",
+    ]
     places = columns.places(result)
-    lines = [_line(row) for row in sorted(result["runs"], key=lambda row: (-(row["beside"] or 1), places.get(row["label"], -1)))]
+    lines = [
+        _line(row)
+        for row in sorted(result["runs"], key=lambda row: (-(row["beside"] or 1), places.get(row["label"], -1)))
+    ]
     asked = result["questions"]
     seeds = ", ".join(map(str, result["experiment"]["seeds"]))
     note = f"{asked['count']:,} questions of task {result['task']} on test clips, {asked['per_seed']} for each of the seeds {seeds}, by the code of"
@@ -44,7 +54,14 @@ def _line(row: dict[str, Any]) -> list[str]:
     low, high = row["interval"]
     accuracy = f"{row['accuracy']:.3f} ({low:.3f}-{high:.3f})"
     more = comparison_tables._more(row).removeprefix(", ") or "-"
-    return [row["label"], columns.tokens(tokens["measured"]), f"{-less:.0%}" if less else "0%", accuracy, columns.percent(row["kept"]), more]
+    return [
+        row["label"],
+        columns.tokens(tokens["measured"]),
+        f"{-less:.0%}" if less else "0%",
+        accuracy,
+        columns.percent(row["kept"]),
+        more,
+    ]
 
 
 def kinds() -> str:
@@ -62,7 +79,9 @@ def long_full() -> str:
     """Accuracy of the full model on long clips, by kind and number of frames."""
     recorded = unpack(load(COMPARISON / "tiny-long" / "results" / "methods.json"))
     hits: dict[tuple[str, int], list[bool]] = {}
-    for asked, kind, gold, said in zip(*(recorded[key] for key in ("questions", "kinds", "gold")), recorded["answers"]["none"], strict=True):
+    for asked, kind, gold, said in zip(
+        *(recorded[key] for key in ("questions", "kinds", "gold")), recorded["answers"]["none"], strict=True
+    ):
         frames = LENGTHS[int(asked.split("/")[1]) // TURN % len(LENGTHS)]
         for key in ((kind, frames), (kind, 0), ("all", frames), ("all", 0)):
             hits.setdefault(key, []).append(said in gold)
@@ -80,14 +99,19 @@ def stream() -> str:
     found = {(row["frames"], row["way"]): row for row in json.loads(STREAM.read_text())["results"]}
     lines = []
     for frames in sorted({frames for frames, _ in found}):
-        held = [f"{found[frames, way]['peak_mib']:.0f} MiB" if (frames, way) in found else "-" for way in ("pieces", "whole")]
+        held = [
+            f"{found[frames, way]['peak_mib']:.0f} MiB" if (frames, way) in found else "-"
+            for way in ("pieces", "whole")
+        ]
         lines.append([f"{frames:,}", f"{found[frames, 'pieces']['tokens']:,}", *held])
     return table(["frames", "visual tokens", "in pieces of 16", "in one piece"], lines)
 
 
 def pieces() -> str:
     """The most MiB that clips take whose frames go through the tower some at a time, and all at once."""
-    found = {(r["model"], r["method"], r["frames"], r["chunk_frames"]): r for r in json.loads(PIECES.read_text())["results"]}
+    found = {
+        (r["model"], r["method"], r["frames"], r["chunk_frames"]): r for r in json.loads(PIECES.read_text())["results"]
+    }
     lines = []
     for model, method in dict.fromkeys(key[:2] for key in found):
         for frames in dict.fromkeys(key[2] for key in found):

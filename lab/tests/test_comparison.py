@@ -1,4 +1,5 @@
-"""The committed comparisons are what this code gives: questions asked again, every budget solved again, and who measured them."""
+"""The committed comparisons are what this code gives: questions asked again, every budget solved again, and who
+measured them."""
 
 from __future__ import annotations
 
@@ -62,21 +63,33 @@ def runs_of(result: dict[str, Any]) -> dict[str, ExperimentCell]:
 def asked_again(result: dict[str, Any]) -> dict[str, int]:
     """Per run how many of the first questions are answered differently from the record."""
     experiment, recorded = from_json(result["experiment"], result["name"]), unpack(result)
-    assert (experiment.batch, task(experiment.task).count(experiment.limit)) >= (COUNT, COUNT)  # padded with the neighbours that they had
+    # padded with the neighbours that they had
+    assert (experiment.batch, task(experiment.task).count(experiment.limit)) >= (COUNT, COUNT)
     questions = first_questions(experiment.task, experiment.seeds[0])
     assert [q.id for q in questions] == recorded["questions"][:COUNT]
     assert [list(q.answers) for q in questions] == recorded["gold"][:COUNT]
     runs = runs_of(result)
-    chosen = [run for key in dict.fromkeys((*ASKED, *reversed(runs))) if (run := runs.get(key)) and key in recorded["answers"]][:2]
+    chosen = [
+        run for key in dict.fromkeys((*ASKED, *reversed(runs))) if (run := runs.get(key)) and key in recorded["answers"]
+    ][:2]
     assert len(chosen) == 2
     found = answer(model_of(experiment.model), chosen, questions, task(experiment.task).max_new_tokens)
-    return {key: sum(a != b for a, b in zip(one.answers, recorded["answers"][key], strict=False)) for key, one in found.items()}
+    return {
+        key: sum(a != b for a, b in zip(one.answers, recorded["answers"][key], strict=False))
+        for key, one in found.items()
+    }
 
 
 def allowed(result: dict[str, Any]) -> int:
-    """None on the same processor and libraries; elsewhere sums are rounded differently, and an answer in forty may tip over."""
+    """None on the same processor and libraries; elsewhere sums are rounded differently, and an answer in forty may tip
+    over."""
     made = result["environment"]
-    here = {"cpu": cpu_name(), "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()}
+    here = {
+        "cpu": cpu_name(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+    }
     return 0 if made["device"] == "cpu" and all(made[key] == value for key, value in here.items()) else 1
 
 
@@ -91,7 +104,9 @@ def test_another_method_would_be_noticed() -> None:
     """What the test above holds can fail: the answers of a neighbouring budget are others."""
     result = load(ROOT / "lab/comparison/tiny-crowded/results/methods.json")
     recorded = unpack(result)["answers"]
-    assert sum(a != b for a, b in zip(recorded["duet_plus@0.05"][:COUNT], recorded["duet@0.05"][:COUNT], strict=True)) > 3
+    assert (
+        sum(a != b for a, b in zip(recorded["duet_plus@0.05"][:COUNT], recorded["duet@0.05"][:COUNT], strict=True)) > 3
+    )
 
 
 def measured(row: dict[str, Any]) -> float:
@@ -105,7 +120,8 @@ def test_budgets_are_solved_as_they_were(file: Path) -> None:
     result = load(file)
     loaded, runs = model_of(result["experiment"]["model"]), runs_of(result)
     assert [row["id"] for row in result["runs"]] == list(runs)
-    one = result["runs"][0]["solved"]  # None where clips have several lengths: no single solution to tell, but one for each
+    # None where clips have several lengths: no single solution to tell, but one for each
+    one = result["runs"][0]["solved"]
     sizes = [one["tokens"]] if one else [length * ROWS for length in LENGTHS]
     for row in result["runs"]:
         run = runs[row["id"]]
@@ -117,7 +133,11 @@ def test_budgets_are_solved_as_they_were(file: Path) -> None:
             continue
         if one:
             (plan,), solved = plans, row["solved"]
-            assert (plan.counts, plan.dominant, plan.contextual) == (tuple(solved["counts"]), solved["dominant"], solved["contextual"]), row["id"]
+            assert (plan.counts, plan.dominant, plan.contextual) == (
+                tuple(solved["counts"]),
+                solved["dominant"],
+                solved["contextual"],
+            ), row["id"]
         left = sum(plan.mean for plan in plans) / sum(sizes)  # the stream shows as many clips of each length
         assert row["method"] == BASELINE or measured(row) == pytest.approx(left), row["id"]
 
@@ -125,7 +145,10 @@ def test_budgets_are_solved_as_they_were(file: Path) -> None:
 @every
 def test_results_are_those_of_their_experiment_and_of_committed_code(file: Path) -> None:
     result = load(file)
-    assert result["experiment"] == from_json(json.loads((file.parents[1] / "experiments" / file.name).read_text()), file.name).to_json()
+    assert (
+        result["experiment"]
+        == from_json(json.loads((file.parents[1] / "experiments" / file.name).read_text()), file.name).to_json()
+    )
     assert result["environment"]["commit"] and not unclean(result["environment"]["commit"])
 
 
@@ -140,10 +163,15 @@ def test_rows_say_what_the_recorded_answers_say(file: Path) -> None:
     assert set(right) == set(rows) and len(gold) == result["questions"]["count"]
     full = sum(right[BASELINE])
     for key, row in rows.items():
-        assert row["accuracy"] == pytest.approx(sum(right[key]) / len(gold)) and row["kept"] == pytest.approx(sum(right[key]) / full), key
+        assert row["accuracy"] == pytest.approx(sum(right[key]) / len(gold)) and row["kept"] == pytest.approx(
+            sum(right[key]) / full
+        ), key
         for kind, told in row["kinds"].items():
             own = [hit for hit, name in zip(right[key], recorded["kinds"], strict=True) if name == kind]
             assert (len(own), pytest.approx(sum(own) / len(own))) == (told["n"], told["accuracy"]), (key, kind)
         if row["against"]:
             pairs = list(zip(right[key], right[row["against"]["run"]], strict=True))
-            assert (pairs.count((True, False)), pairs.count((False, True))) == (row["against"]["wins"], row["against"]["losses"]), key
+            assert (pairs.count((True, False)), pairs.count((False, True))) == (
+                row["against"]["wins"],
+                row["against"]["losses"],
+            ), key

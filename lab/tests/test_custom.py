@@ -1,4 +1,5 @@
-"""Building blocks by name: equal to the methods that they are taken from, right in every combination, refused where they cannot be."""
+"""Building blocks by name: equal to the methods that they are taken from, right in every combination, refused where
+they cannot be."""
 
 from __future__ import annotations
 
@@ -31,7 +32,14 @@ from duet_vlm_lab.methods.custom import Custom
 PICTURES = [(6, 6), (4, 5), (3, 3), (2, 3), (1, 1)]
 EVERY = list(itertools.product(SCORERS, SELECTORS, MERGERS))
 
-DUET_PLUS = {"selector": "determinantal", "merger": "close", "schedule": "tapered", "scale": "largest", "alpha": 0.5, "ridge": 0.05}
+DUET_PLUS = {
+    "selector": "determinantal",
+    "merger": "close",
+    "schedule": "tapered",
+    "scale": "largest",
+    "alpha": 0.5,
+    "ridge": 0.05,
+}
 
 # a method with settings, and the blocks that are the same
 SAME: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
@@ -56,7 +64,9 @@ SAME: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 @pytest.mark.parametrize("budget", [0.08, 0.2, 0.5, 7])
 @pytest.mark.parametrize("family", FIRST)
 @pytest.mark.parametrize(("method", "settings", "blocks"), SAME, ids=lambda x: x if isinstance(x, str) else "")
-def test_blocks_are_the_method(family: str, method: str, settings: dict[str, Any], blocks: dict[str, Any], budget: float) -> None:
+def test_blocks_are_the_method(
+    family: str, method: str, settings: dict[str, Any], blocks: dict[str, Any], budget: float
+) -> None:
     """The same plans, the same survivors and members, the same logits to the last bit."""
     model, inputs, found = shared(family), FAMILIES[family].inputs((ONE, THREE, TEXT, TWO)), []
     for name, given in ((method, settings), ("custom", blocks)):
@@ -85,7 +95,9 @@ def view_of(reducer: Custom, budget: float, seed: int = 0, width: int = 12) -> E
     valid = torch.arange(most) < torch.tensor(sizes)[:, None]
 
     def some(*more: int) -> Tensor:
-        return torch.randn(batch, most, *more, generator=draw).masked_fill(~valid.view(batch, most, *(1 for _ in more)), 9.0)
+        return torch.randn(batch, most, *more, generator=draw).masked_fill(
+            ~valid.view(batch, most, *(1 for _ in more)), 9.0
+        )
 
     importance, features, keys = some().abs(), some(width), some(width)
     wide = torch.tensor([columns for _, columns in PICTURES])[:, None]
@@ -105,14 +117,25 @@ def alone(view: EncoderView, row: int) -> EncoderView:
     """One picture of a view, without padding."""
     tokens = view.plans[row].tokens
     cut = view.select_rows(lambda x: x[row : row + 1, :tokens], lambda x: x[row : row + 1])
-    return dataclasses.replace(cut, dominant=view.dominant[row : row + 1], contextual=view.contextual[row : row + 1], plans=view.plans[row : row + 1])
+    return dataclasses.replace(
+        cut,
+        dominant=view.dominant[row : row + 1],
+        contextual=view.contextual[row : row + 1],
+        plans=view.plans[row : row + 1],
+    )
 
 
 def made_of(selection: Selection, row: int) -> dict[int, dict[int, float]]:
     """Where each row stands -> what joins it, with which weight."""
     made: dict[int, dict[int, float]] = {}
-    weights = torch.ones_like(selection.source_tokens, dtype=torch.float32) if selection.weights is None else selection.weights
-    for number, (token, real) in enumerate(zip(selection.index[row].tolist(), selection.valid[row].tolist(), strict=True)):
+    weights = (
+        torch.ones_like(selection.source_tokens, dtype=torch.float32)
+        if selection.weights is None
+        else selection.weights
+    )
+    for number, (token, real) in enumerate(
+        zip(selection.index[row].tolist(), selection.valid[row].tolist(), strict=True)
+    ):
         if real:
             here = selection.target_row[row] == number
             pairs = zip(selection.source_tokens[row, here].tolist(), weights[row, here].tolist(), strict=True)
@@ -123,9 +146,12 @@ def made_of(selection: Selection, row: int) -> dict[int, dict[int, float]]:
 @pytest.mark.parametrize("selector", SELECTORS)
 @pytest.mark.parametrize("scorer", SCORERS)
 def test_every_combination_chooses_as_planned(scorer: str, selector: str) -> None:
-    """Exactly as many rows as planned, nothing twice, nothing of padding (what the flow checks); a picture alone chooses the same."""
+    """Exactly as many rows as planned, nothing twice, nothing of padding (what the flow checks); a picture alone
+    chooses the same."""
     for turn, merger in enumerate(MERGERS):
-        reducer = Custom(scorer=scorer, selector=selector, merger=merger, compare=("features", "keys")[turn % 2], window=2)
+        reducer = Custom(
+            scorer=scorer, selector=selector, merger=merger, compare=("features", "keys")[turn % 2], window=2
+        )
         view = view_of(reducer, 7, seed=turn)
         selection, code = check_selection(reducer, reducer.select_tokens(view), view, view.plans)
         assert int(code) == 0 and [plan.entry for plan in view.plans] == [7, 7, 7, 6, 1]
@@ -144,7 +170,8 @@ PAIRED = tuple(family for family in FIRST if family != "llava_gqa")  # which has
 @pytest.mark.parametrize(("selector", "merger"), list(itertools.product(SELECTORS, MERGERS)))
 @pytest.mark.parametrize("family", PAIRED)
 def test_every_pair_in_a_model(family: str, selector: str, merger: str) -> None:
-    """Budgets exact, predictions measured, a row of a batch as alone, nothing left behind; scorers, schedules and what is compared take turns."""
+    """Budgets exact, predictions measured, a row of a batch as alone, nothing left behind; scorers, schedules and what
+    is compared take turns."""
     check_in_a_model(family, selector, merger)
 
 
@@ -156,11 +183,21 @@ def test_some_on_every_family(family: str, selector: str) -> None:
 
 def check_in_a_model(family: str, selector: str, merger: str) -> None:
     first, second = list(SELECTORS).index(selector), list(MERGERS).index(merger)
-    scorer, schedule = list(SCORERS)[(first + second) % len(SCORERS)], ("none", *SCHEDULES)[(first + 2 * second) % (1 + len(SCHEDULES))]
+    scorer, schedule = (
+        list(SCORERS)[(first + second) % len(SCORERS)],
+        ("none", *SCHEDULES)[(first + 2 * second) % (1 + len(SCHEDULES))],
+    )
     compare = ("features", "projected", "keys")[(first + second) % 3]
     rows, model = (ONE, TEXT, TWO), shared(family)
     inputs = FAMILIES[family].inputs(rows)
-    settings = {"scorer": scorer, "selector": selector, "merger": merger, "schedule": schedule, "compare": compare, "window": 2}
+    settings = {
+        "scorer": scorer,
+        "selector": selector,
+        "merger": merger,
+        "schedule": schedule,
+        "compare": compare,
+        "window": 2,
+    }
     before = plain(family)
     with duet_vlm.attach(model, "custom", budget=0.3, **settings) as handle:
         together = forward(model, inputs, use_cache=True)
@@ -249,9 +286,15 @@ def test_windows_share_by_hand(side: int) -> None:
             windows.setdefault(at, []).append(token)
         exact = {at: plan.entry * len(tokens) / plan.tokens for at, tokens in windows.items()}
         quota = {at: math.floor(share + 1e-9) for at, share in exact.items()}
-        for at in sorted(windows, key=lambda at: (-round(exact[at] - quota[at], 9), at))[: plan.entry - sum(quota.values())]:
+        for at in sorted(windows, key=lambda at: (-round(exact[at] - quota[at], 9), at))[
+            : plan.entry - sum(quota.values())
+        ]:
             quota[at] += 1
-        kept = [token for at, tokens in windows.items() for token in sorted(tokens, key=lambda i: (-importance[i], i))[: quota[at]]]
+        kept = [
+            token
+            for at, tokens in windows.items()
+            for token in sorted(tokens, key=lambda i: (-importance[i], i))[: quota[at]]
+        ]
         assert sorted(made_of(reducer.select_tokens(view), row)) == sorted(kept)
 
 
@@ -314,7 +357,10 @@ def test_density_peaks_by_hand() -> None:
         kept = reference_ops.best(importance, [True] * plan.tokens, plan.dominant)
         rest = [token for token in range(plan.tokens) if token not in kept]
         centres, joins = dpc([features[token] for token in rest], plan.contextual, CLOSEST)
-        groups = {rest[centre]: {rest[i] for i, join in enumerate(joins) if join == centre} - {rest[centre]} for centre in centres}
+        groups = {
+            rest[centre]: {rest[i] for i, join in enumerate(joins) if join == centre} - {rest[centre]}
+            for centre in centres
+        }
         assert {token: set(members) for token, members in found.items()} == {token: set() for token in kept} | groups
 
 
@@ -361,19 +407,31 @@ def layer_by_layer(entry: int, drops: Any) -> tuple[int, ...]:
         ({"scorer": "contrast", "selector": "windows"}, {"grid"}, False, True),
     ],
 )
-def test_only_what_is_looked_at_is_made(settings: dict[str, Any], needs: set[str], projected: bool, features: bool) -> None:
+def test_only_what_is_looked_at_is_made(
+    settings: dict[str, Any], needs: set[str], projected: bool, features: bool
+) -> None:
     method = Custom(**settings)
     found = {need.value for need in method.requires - FEATURE_INPUTS - {Input.SCORES}}
-    assert (found, Input.PROJECTED_FEATURES in method.requires, bool(method.requires & FEATURE_INPUTS)) == (needs, projected, features)
+    assert (found, Input.PROJECTED_FEATURES in method.requires, bool(method.requires & FEATURE_INPUTS)) == (
+        needs,
+        projected,
+        features,
+    )
 
 
-@pytest.mark.parametrize("name", ["contrast+custom", "frames+custom", "custom+pyramiddrop", "divprune+custom", "contrast+frames+custom"])
+@pytest.mark.parametrize(
+    "name", ["contrast+custom", "frames+custom", "custom+pyramiddrop", "divprune+custom", "contrast+frames+custom"]
+)
 def test_in_compositions(name: str) -> None:
     """Like any method before, or inside, the decoder; a composition needs what its blocks need."""
     alike: dict[str, Any] = {"custom_selector": "max_min", "custom_compare": "projected"}
     settings = {"custom_schedule": "duet"} if name == "divprune+custom" else alike
     reducer = duet_vlm.get_method(name)(**settings)
-    assert isinstance(reducer, duet_vlm.EncoderReducer) and Input.PROJECTED_FEATURES in reducer.requires and not reducer.requires & VISION_LAYER_INPUTS
+    assert (
+        isinstance(reducer, duet_vlm.EncoderReducer)
+        and Input.PROJECTED_FEATURES in reducer.requires
+        and not reducer.requires & VISION_LAYER_INPUTS
+    )
     model, inputs = shared("llava"), FAMILIES["llava"].inputs((ONE, TWO))
     plain = forward(model, inputs).logits
     with duet_vlm.attach(model, name, budget=0.4, **settings) as handle:
@@ -419,7 +477,10 @@ def test_budgets_and_settings() -> None:
         Custom(schedule=((3, 5),)).plan(100, 8, 0.5)
     with pytest.raises(duet_vlm.BudgetError, match="at least one token enters"):
         Custom(schedule="pyramid").plan(10, 8, 0.01)
-    assert Custom(keep=0).plan(100, 8, None).entry == 0 and Custom(keep=1, merger="local").plan(100, 8, None).contextual == 0
+    assert (
+        Custom(keep=0).plan(100, 8, None).entry == 0
+        and Custom(keep=1, merger="local").plan(100, 8, None).contextual == 0
+    )
     assert Custom(schedule="none") == Custom() and Custom(schedule=[[3, 0.5]]) == Custom(schedule=((3, 0.5),))  # type: ignore[arg-type]
 
 
@@ -428,7 +489,9 @@ def test_budgets_and_settings() -> None:
 def test_few_rows_and_crops_by_themselves(merger: str, keep: float) -> None:
     """No row or one, and crops that are reduced each by itself, of which some keep none."""
     model, inputs = shared("llava_next"), FAMILIES["llava_next"].inputs((ONE, THREE))
-    with duet_vlm.attach(model, "custom", keep=keep, merger=merger, selector="nms", crops="per_crop" if keep == 0.3 else "joint") as handle:
+    with duet_vlm.attach(
+        model, "custom", keep=keep, merger=merger, selector="nms", crops="per_crop" if keep == 0.3 else "joint"
+    ) as handle:
         forward(model, inputs)
         report = handle.report()
         assert report.predicted == report.observed and report.nominal == report.measured

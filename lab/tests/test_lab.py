@@ -30,7 +30,11 @@ def test_crowded_samples():
     items = crowded.samples("test", 14)
     assert [i.kind for i in items] == [*KINDS, *KINDS]
     again = crowded.sample("test", 9)
-    assert (again.question, again.answer, again.image.tobytes()) == (items[9].question, items[9].answer, items[9].image.tobytes())
+    assert (again.question, again.answer, again.image.tobytes()) == (
+        items[9].question,
+        items[9].answer,
+        items[9].image.tobytes(),
+    )
     assert again.image.tobytes() != tiny.sample("test", 9).image.tobytes()
     assert all(i.needed.shape == (256,) and (i.needed.any() or i.answer in ("no", "0")) for i in items)
 
@@ -40,6 +44,8 @@ def test_conversations_of_other_tasks() -> None:
     assert held_out.images[0].tobytes() == crowded.sample("validation", 0).image.tobytes()
     pair = next(i for i in range(40) if len(tasks.chain.sample("train", i).images) == 2)
     told = conversations(["tiny-chain"], limit=pair + 1)[pair]
-    assert [part["type"] for part in told.messages[0]["content"]] == ["image", "image", "text"] and len(told.images) == 2
+    assert [part["type"] for part in told.messages[0]["content"]] == ["image", "image", "text"] and len(
+        told.images
+    ) == 2
     with pytest.raises(ValueError, match="tiny-video shows clips, and conversations hold images only"):
         conversations(["tiny-video"], limit=1)

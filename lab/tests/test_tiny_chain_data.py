@@ -57,11 +57,15 @@ def asked_of(kind: str, n: int = 400, split: str = "validation", seed: int = 3) 
 
 def by_cell(scene) -> dict:
     """(row, column) -> (shape, colour, thing), from pixels alone."""
-    return {(int(t.center[1]) // ROOM, int(t.center[0]) // ROOM): (SHAPES[t.shape], COLOR_NAMES[t.color], t) for t in scene.things}
+    return {
+        (int(t.center[1]) // ROOM, int(t.center[0]) // ROOM): (SHAPES[t.shape], COLOR_NAMES[t.color], t)
+        for t in scene.things
+    }
 
 
 def follow(text: str, scene, skip: int | None = None) -> str | None:
-    """Read a chain with regular expressions and walk it on the cells; ``skip``: leave out this hop. None where that leads nowhere."""
+    """Read a chain with regular expressions and walk it on the cells; ``skip``: leave out this hop. None where that
+    leads nowhere."""
     start, moves, read = re.fullmatch(r"(\w+), (.*): what (\w+)\?", text).groups()
     cells = by_cell(scene)
     (at,) = [cell for cell, (shape, _, _) in cells.items() if shape == start.lower()]
@@ -99,7 +103,8 @@ def test_chains_lead_where_they_say(kind):
 
 @pytest.mark.parametrize("kind", CHAINS)
 def test_no_hop_can_be_skipped(kind):
-    """Answerers that see the picture perfectly but leave out one hop, read the thing named or any other, or follow the moves from anywhere."""
+    """Answerers that see the picture perfectly but leave out one hop, read the thing named or any other, or follow the
+    moves from anywhere."""
     asked, rng = asked_of(kind), np.random.default_rng(0)
     assert len(asked) > 370
 
@@ -116,7 +121,10 @@ def test_no_hop_can_be_skipped(kind):
     assert share([one_of([reading(found, q.read) for found in by_cell(s).values()]) for s, q in asked]) < 0.15
     steps = [{move: neighbours(s, move) for move in MOVES} for s, _ in asked]
     ends = [[walk(step, i, q.moves) for i in range(16)] for step, (_, q) in zip(steps, asked, strict=True)]
-    anywhere = [one_of([readable(s, path[-1], q.read) for path in paths if path]) for paths, (s, q) in zip(ends, asked, strict=True)]
+    anywhere = [
+        one_of([readable(s, path[-1], q.read) for path in paths if path])
+        for paths, (s, q) in zip(ends, asked, strict=True)
+    ]
     assert abs(share(anywhere) - CHANCE[kind]) < 0.05  # the best guess that looks at no name
 
 
@@ -141,7 +149,12 @@ def test_things_keep_to_their_cells_and_never_touch():
         for (row, column), t in zip(scene.cells, scene.things, strict=True):
             boxes = [(t.x, t.y, t.size, t.size)] + ([(t.tag.x, t.tag.y, t.tag.width, t.tag.height)] if t.tag else [])
             for x, y, width, height in boxes:
-                assert ROOM * column <= x and x + width <= ROOM * column + BOX and ROOM * row <= y and y + height <= ROOM * row + BOX
+                assert (
+                    ROOM * column <= x
+                    and x + width <= ROOM * column + BOX
+                    and ROOM * row <= y
+                    and y + height <= ROOM * row + BOX
+                )
             assert 0 <= row < SIDE and 0 <= column < SIDE
 
 
@@ -167,16 +180,24 @@ def test_pair_questions_need_both_pictures():
             assert all(part.any() == bool(seen) for part, seen in zip(np.split(q.needed, 2), found, strict=True))
             answers[kind].append(q.answer)
     for kind, said in answers.items():
-        assert len(said) > 100 and max(said.count(a) for a in set(said)) / len(said) < CHANCE[kind] + 0.16, (kind, len(said))
+        assert len(said) > 100 and max(said.count(a) for a in set(said)) / len(said) < CHANCE[kind] + 0.16, (
+            kind,
+            len(said),
+        )
     assert np.mean(alone["pair_count"]) < 0.35
 
 
 def test_samples_take_turns_and_are_reproducible():
     items = chain.samples("test", len(KINDS))
     assert tuple(i.kind for i in items) == KINDS
-    assert all(len(i.images) == (2 if i.kind in PAIRS else 1) and i.needed.shape == (256 * len(i.images),) for i in items)
+    assert all(
+        len(i.images) == (2 if i.kind in PAIRS else 1) and i.needed.shape == (256 * len(i.images),) for i in items
+    )
     again = chain.sample("test", 9)
-    assert (again.question, [x.tobytes() for x in again.images]) == (items[9].question, [x.tobytes() for x in items[9].images])
+    assert (again.question, [x.tobytes() for x in again.images]) == (
+        items[9].question,
+        [x.tobytes() for x in items[9].images],
+    )
     assert chain.sample("test", 9, seed=1).images[0].tobytes() != again.images[0].tobytes()
     assert all(word in CHAIN_TOKEN for i in items for word in [*split_words(i.question), i.answer])
     asked = task("tiny-chain").ask(0, 9)
@@ -189,8 +210,14 @@ def test_samples_take_turns_and_are_reproducible():
         (lambda: chain.sample("tests", 0), "unknown split 'tests'"),
         (lambda: chain.sample("test", -1), "index must be 0 or more"),
         (lambda: chain.samples("test", -2), "n must be 0 or more"),
-        (lambda: question(grid_scene("test", 0, 0), "riddle", np.random.default_rng(0)), "unknown question kind 'riddle'"),
-        (lambda: pair_question((grid_scene("test", 0, 0),) * 2, "hop1", np.random.default_rng(0)), "unknown question kind 'hop1'"),
+        (
+            lambda: question(grid_scene("test", 0, 0), "riddle", np.random.default_rng(0)),
+            "unknown question kind 'riddle'",
+        ),
+        (
+            lambda: pair_question((grid_scene("test", 0, 0),) * 2, "hop1", np.random.default_rng(0)),
+            "unknown question kind 'hop1'",
+        ),
     ],
 )
 def test_mistakes_are_explained(call, words):

@@ -17,7 +17,7 @@ from duet_vlm_lab.tasks import chain
 
 
 def place(name: str) -> tuple[int, int]:
-    """"b3" -> (row 2, column 1)."""
+    """ "b3" -> (row 2, column 1)."""
     return int(name[1]) - 1, "abcd".index(name[0])
 
 
@@ -26,7 +26,9 @@ def answered(text: str, scene) -> str:
     cells = by_cell(scene)
     if asked := re.fullmatch(r"Is (\w\d) (.*) (\w\d)\?", text):
         (r1, c1), (r2, c2) = place(asked[1]), place(asked[3])
-        return "yes" if {"left of": c1 < c2, "right of": c1 > c2, "above": r1 < r2, "below": r1 > r2}[asked[2]] else "no"
+        return (
+            "yes" if {"left of": c1 < c2, "right of": c1 > c2, "above": r1 < r2, "below": r1 > r2}[asked[2]] else "no"
+        )
     start, moves, read = re.fullmatch(r"(\w+)((?:, [\w ]+)*): (?:what )?(\w+ ?\w*)\?", text).groups()
     named = [cell for cell, (shape, _, _) in cells.items() if shape == start.lower()]
     (at,) = named or [place(start.lower())]
@@ -58,11 +60,18 @@ def test_lessons_have_right_answers_in_known_words(kind: str, side: int) -> None
 
 
 def test_yes_and_no_are_as_frequent() -> None:
-    said = [questions(scene, ["order"], scene.generator(2))[0].answer for scene in (grid_scene("train", 6, i) for i in range(300))]
+    said = [
+        questions(scene, ["order"], scene.generator(2))[0].answer
+        for scene in (grid_scene("train", 6, i) for i in range(300))
+    ]
     assert 0.42 < np.mean([answer == "yes" for answer in said]) < 0.58
 
 
 def test_the_task_asks_no_lesson() -> None:
     asked = [chain.sample("test", i, 9) for i in range(2 * len(KINDS))]
     assert {item.kind for item in asked} == set(KINDS) and not set(KINDS) & set(LESSONS)
-    assert not any(re.search(r"\b[a-d][1-4]\b|what cell|what color", item.question.lower()) for item in asked if item.kind.startswith("hop"))
+    assert not any(
+        re.search(r"\b[a-d][1-4]\b|what cell|what color", item.question.lower())
+        for item in asked
+        if item.kind.startswith("hop")
+    )

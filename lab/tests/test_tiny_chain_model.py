@@ -25,7 +25,9 @@ def loaded():
 def test_weights_are_small_and_complete() -> None:
     files = {file.name: file.stat().st_size for file in chain.path().iterdir()}
     assert sum(files.values()) < 15e6
-    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "training_log.json"} <= set(files)
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "training_log.json"} <= set(
+        files
+    )
 
 
 def test_its_tower_is_that_of_the_tiny_model(loaded) -> None:
@@ -43,7 +45,9 @@ def test_it_answers_fresh_questions(loaded) -> None:
 def test_without_pictures_in_the_decoder_it_guesses(loaded) -> None:
     """Questions cannot be answered from their words."""
     questions = [task("tiny-chain").ask(78, index) for index in range(4 * len(KINDS))]
-    full, blind = answer(loaded, [ExperimentCell("none"), ExperimentCell("duet", settings={"schedule": ((1, 0.0),)})], questions, 4).values()
+    full, blind = answer(
+        loaded, [ExperimentCell("none"), ExperimentCell("duet", settings={"schedule": ((1, 0.0),)})], questions, 4
+    ).values()
     hits = [sum(right(q, said) for q, said in zip(questions, one.answers, strict=True)) for one in (full, blind)]
     assert hits[1] < 0.55 * hits[0]
 
@@ -52,7 +56,10 @@ def test_two_pictures_in_one_prompt_are_reduced_each(loaded) -> None:
     question = task("tiny-chain").ask(77, KINDS.index("pair_count"))
     with duet_vlm.attach(loaded.model, "duet_plus", budget=0.11) as handle, torch.no_grad():
         loaded.model.generate(**loaded.inputs(question.images, question.text), max_new_tokens=2)
-        assert [span.span.tokens for span in handle.trace[0]] == [256, 256] and handle.report().measured_mean < 2 * 0.12 * 256
+        assert [span.span.tokens for span in handle.trace[0]] == [
+            256,
+            256,
+        ] and handle.report().measured_mean < 2 * 0.12 * 256
 
 
 def test_lessons_are_no_part_of_the_task() -> None:

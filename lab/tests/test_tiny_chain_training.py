@@ -1,4 +1,5 @@
-"""The recipe of ``tiny-chain``: packing equals one question at a time, exact resume, and nothing but answers to learn from."""
+"""The recipe of ``tiny-chain``: packing equals one question at a time, exact resume, and nothing but answers to learn
+from."""
 
 import importlib.util
 from pathlib import Path
@@ -26,10 +27,21 @@ pytestmark = pytest.mark.train
 
 def shrink(patch: pytest.MonkeyPatch) -> None:
     """Two pictures a step, a step for each part of the curriculum, and pairs in every second step with whole pictures."""
-    for name, value in {"ANSWERS": 16, "PAIRS_SHOWN": 2, "PAIR_QUESTIONS": 3, "PAIR_EVERY": 2, "FIT_STEPS": 2, "FIT_PICTURES": 2, "CHUNK": 1}.items():
+    for name, value in {
+        "ANSWERS": 16,
+        "PAIRS_SHOWN": 2,
+        "PAIR_QUESTIONS": 3,
+        "PAIR_EVERY": 2,
+        "FIT_STEPS": 2,
+        "FIT_PICTURES": 2,
+        "CHUNK": 1,
+    }.items():
         patch.setattr(f"duet_vlm_lab.recipe.chain.{name}", value)
     patch.setattr(ChainStage, "validate", lambda self: {"all": 0.0})
-    parts = (CurriculumPart(min(p.until, i + 1) if i + 1 < len(PARTS) else p.until, p.side, 2, p.keep, p.kinds) for i, p in enumerate(PARTS))
+    parts = (
+        CurriculumPart(min(p.until, i + 1) if i + 1 < len(PARTS) else p.until, p.side, 2, p.keep, p.kinds)
+        for i, p in enumerate(PARTS)
+    )
     patch.setattr("duet_vlm_lab.recipe.chain.PARTS", tuple(parts))
 
 
@@ -59,9 +71,15 @@ def test_packed_questions_equal_single_ones_through_the_stock_layers():
         together = decode(decoder, visual, packed)[0, packed.answer_rows[0]]
         for row, q in zip(together, asked, strict=True):
             words = [CHAIN_TOKEN[w] for w in (*split_words(q.text), "ASSISTANT:")]
-            start, text = (decoder.embed_tokens(torch.tensor([ids])) for ids in ([CHAIN_TOKEN["<s>"], CHAIN_TOKEN["USER:"]], words))
-            places = torch.cat([torch.arange(PREFIX), torch.from_numpy(patches[0]) + PREFIX, torch.arange(len(words)) + PREFIX + 256])
-            alone = decoder(inputs_embeds=torch.cat([start, visual, text], 1), position_ids=places[None]).last_hidden_state[0, -1]
+            start, text = (
+                decoder.embed_tokens(torch.tensor([ids])) for ids in ([CHAIN_TOKEN["<s>"], CHAIN_TOKEN["USER:"]], words)
+            )
+            places = torch.cat(
+                [torch.arange(PREFIX), torch.from_numpy(patches[0]) + PREFIX, torch.arange(len(words)) + PREFIX + 256]
+            )
+            alone = decoder(
+                inputs_embeds=torch.cat([start, visual, text], 1), position_ids=places[None]
+            ).last_hidden_state[0, -1]
             torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-4)
 
 
@@ -76,7 +94,8 @@ def test_resume_gives_the_same_weights(tmp_path, small):
 
 
 def test_every_layer_starts_alike():
-    """No layer is stronger than another at the start, and in each queries equal keys: attention begins as content matching, everywhere."""
+    """No layer is stronger than another at the start, and in each queries equal keys: attention begins as content
+    matching, everywhere."""
     decoder = build_decoder(3)
     for part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj"):
         norms = torch.stack([layer.get_submodule(part).weight.detach().norm() for layer in decoder.layers])
@@ -105,9 +124,15 @@ def test_answers_are_counted_as_they_are_asked(small):
 def test_lessons_get_longer_and_most_of_what_is_read_are_whole_pictures():
     assert [part_at(step) for step in (0, PARTS[0].until, STEPS)] == [PARTS[0], PARTS[1], PARTS[-1]]
     assert PARTS[-1].keep == (256,) and PARTS[-1].side == 4
-    rows = {whole: sum(p.pictures * np.mean(p.keep) for p in map(part_at, range(STEPS)) if (p.keep == (256,)) == whole) for whole in (True, False)}
+    rows = {
+        whole: sum(p.pictures * np.mean(p.keep) for p in map(part_at, range(STEPS)) if (p.keep == (256,)) == whole)
+        for whole in (True, False)
+    }
     assert rows[True] > 2 * rows[False]  # visual tokens
-    first = [next(i for i, part in enumerate(PARTS) if kind in part.kinds) for kind in ("attribute", "hop1", "any2", "any3", "hop3")]
+    first = [
+        next(i for i, part in enumerate(PARTS) if kind in part.kinds)
+        for kind in ("attribute", "hop1", "any2", "any3", "hop3")
+    ]
     assert first == sorted(set(first))
     kinds = draw_kinds({"hop1": 3.0, "count": 1.0}, 24, np.random.default_rng(0))
     assert len(kinds) == 24 and 16 <= kinds.count("hop1") <= 20
@@ -115,9 +140,13 @@ def test_lessons_get_longer_and_most_of_what_is_read_are_whole_pictures():
 
 def test_one_command_trains_and_exports_a_model_that_answers(trained):
     loaded = load(str(trained))
-    assert (trained / "model.safetensors").stat().st_size < 15e6 and "curve" in (trained / "training_log.json").read_text()
+    assert (trained / "model.safetensors").stat().st_size < 15e6 and "curve" in (
+        trained / "training_log.json"
+    ).read_text()
     questions = [task("tiny-chain").ask(0, KINDS.index(kind)) for kind in ("read_word", "hop2", *PAIRS)]
-    found = answer(loaded, [ExperimentCell("none"), ExperimentCell("oracle", 0.22), ExperimentCell("random", 0.22)], questions, 1)
+    found = answer(
+        loaded, [ExperimentCell("none"), ExperimentCell("oracle", 0.22), ExperimentCell("random", 0.22)], questions, 1
+    )
     assert [len(outcome.answers) for outcome in found.values()] == [4] * 3
     oracle, chance = found["oracle@0.22"].recalls, found["random@0.22"].recalls
     assert oracle[0] == oracle[1] > 2 * chance[1] > 0
@@ -127,14 +156,19 @@ def test_one_command_trains_and_exports_a_model_that_answers(trained):
 def test_the_stock_model_reads_prompts_as_training_packs_them(kind, trained):
     loaded, item = load(str(trained)), chain.sample("validation", KINDS.index(kind))
     model = loaded.model.model
-    inputs = loaded.processor(images=list(item.images), text=chain.prompt(item.question, len(item.images)), return_tensors="pt")
+    inputs = loaded.processor(
+        images=list(item.images), text=chain.prompt(item.question, len(item.images)), return_tensors="pt"
+    )
     assert loaded.inputs(item.images, item.question)["input_ids"].equal(inputs["input_ids"])
     with torch.no_grad():
         stock = loaded.model(**inputs).logits[0, -1]
         seen = model.get_image_features(inputs["pixel_values"])
         visual = torch.cat(list(getattr(seen, "pooler_output", seen)))[None]
         packed = pack([[item_of(item)]], np.arange(visual.shape[1])[None], visual.shape[1])
-        ours = decode(model.language_model, visual, packed)[0, packed.answer_rows[0, 0]] @ model.language_model.embed_tokens.weight.T
+        ours = (
+            decode(model.language_model, visual, packed)[0, packed.answer_rows[0, 0]]
+            @ model.language_model.embed_tokens.weight.T
+        )
     torch.testing.assert_close(ours, stock, rtol=1e-3, atol=1e-3)
 
 
@@ -158,7 +192,9 @@ def item_of(item):
 
 
 def load_acceptance():
-    spec = importlib.util.spec_from_file_location("chain_acceptance", Path(__file__).parents[1] / "studies/chain_acceptance.py")
+    spec = importlib.util.spec_from_file_location(
+        "chain_acceptance", Path(__file__).parents[1] / "studies/chain_acceptance.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -174,6 +210,10 @@ def test_acceptance_asks_for_a_picture_that_is_needed_late():
     assert len(runs) == 1 + LAYERS - 1 + 3  # the full model, a run for each layer but the first, the references
     judged = acceptance.judge(runs)
     assert [c["holds"] for c in judged.values()] == [True, True, False, False, False, True, False]
-    late = {"none from layer 3": row(0.8, hop2=0.79, count=0.5), "none from layer 4": row(0.85, hop3=0.7), acceptance.RANDOM: row(0.6)}
+    late = {
+        "none from layer 3": row(0.8, hop2=0.79, count=0.5),
+        "none from layer 4": row(0.85, hop3=0.7),
+        acceptance.RANDOM: row(0.6),
+    }
     assert all(c["holds"] for c in acceptance.judge(runs | late).values())
     assert not all(c["holds"] for c in acceptance.judge(runs | late | {"full model": row(0.9, hop3=0.7)}).values())

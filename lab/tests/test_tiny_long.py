@@ -49,7 +49,9 @@ def test_kinds_take_turns_and_lengths_after_every_forty():
     found = [long.sample("validation", i) for i in (0, 1, 4, 5, 39, 40, 80, 120)]
     assert [item.kind for item in found] == [KINDS[i] for i in (0, 1, 4, 0, 4, 0, 0, 0)]
     assert [len(item.frames) for item in found] == [64] * 5 + [128, 256, 64]
-    assert all(item.needed.shape == (len(item.frames) * ROWS,) and item.frames[0].size == (SIDE, SIDE) for item in found)
+    assert all(
+        item.needed.shape == (len(item.frames) * ROWS,) and item.frames[0].size == (SIDE, SIDE) for item in found
+    )
 
 
 def drawn(frames: int, n: int, seed: int = 5) -> list[LongClip]:
@@ -63,9 +65,14 @@ def test_one_thing_shows_at_a_time_and_none_in_two_scenes(frames):
         assert shown[0].start >= 0 and shown[-1].stop <= frames
         assert all(a.stop < b.start for a, b in zip(shown, shown[1:], strict=False))  # background between any two
         assert all(span.start // (frames // SCENES) == (span.stop - 1) // (frames // SCENES) for span in shown)
-        assert all(len(span) == BRIEF for span, event in zip(shown, clip.events, strict=True) if event.actor.role != "guest")
+        assert all(
+            len(span) == BRIEF for span, event in zip(shown, clip.events, strict=True) if event.actor.role != "guest"
+        )
         names = [name(event) for event in clip.events if event.actor.role != "flash"]
-        assert len(set(names)) == len(names) and len({name(clip.events[i]) for i in clip.played("flash")} - set(names)) == 1
+        assert (
+            len(set(names)) == len(names)
+            and len({name(clip.events[i]) for i in clip.played("flash")} - set(names)) == 1
+        )
 
 
 @pytest.mark.parametrize("frames", [60, 66, 0])
@@ -102,11 +109,16 @@ def test_answers_follow_from_the_description(kind, frames):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_needed_is_the_middle_of_what_is_asked_about(kind):
-    """Without the events that the needed rows show, the answer is another one or there is none; events of other rows do not matter."""
+    """Without the events that the needed rows show, the answer is another one or there is none; events of other rows do
+    not matter."""
     for clip in drawn(128, 60):
         asked = question(clip, kind, clip.generator(2))
         needed = [i for i, event in enumerate(clip.events) if asked.needed[center(event, event.first)]]
-        assert asked.needed.sum() == len(needed) == (int(asked.answer) if kind == "count" else 2 if kind in ("beside", "order") else 1)
+        assert (
+            asked.needed.sum()
+            == len(needed)
+            == (int(asked.answer) if kind == "count" else 2 if kind in ("beside", "order") else 1)
+        )
         if needed:
             alone = dataclasses.replace(clip, events=tuple(clip.events[i] for i in needed))
             assert answer_from_description(asked.text, alone) == asked.answer
@@ -128,7 +140,8 @@ def test_rows_that_are_needed_show_something():
             frame, patch = divmod(center(event, event.first), ROWS)
             assert frame == event.first and differs[frame, patch - 1] > 10
         shown = {frame for event in clip.events for frame in range(event.first, event.first + event.frames)}
-        assert max(differs[frame].max() for frame in set(range(64)) - shown) < 8  # the noise is another one after an event
+        # the noise is another one after an event
+        assert max(differs[frame].max() for frame in set(range(64)) - shown) < 8
 
 
 def test_unknown_kinds_and_indices_are_refused():
@@ -145,7 +158,9 @@ def test_unknown_kinds_and_indices_are_refused():
 
 def test_words_come_after_those_of_the_video_model():
     tokenizer = build_video_processor(SIDE, LONG_WORDS).tokenizer
-    assert {word: tokenizer.convert_tokens_to_ids(word) for word in LONG_TOKEN} == LONG_TOKEN and len(tokenizer) == len(LONG_TOKEN)
+    assert {word: tokenizer.convert_tokens_to_ids(word) for word in LONG_TOKEN} == LONG_TOKEN and len(tokenizer) == len(
+        LONG_TOKEN
+    )
     assert list(LONG_TOKEN)[: len(VIDEO_TOKEN)] == list(VIDEO_TOKEN)
     words = tokenizer.convert_ids_to_tokens(tokenizer(long.prompt("In what SCENE does the star appear?"))["input_ids"])
     assert words == ["<s>", "USER:", VIDEO, "in", "what", "scene", "does", "the", "star", "appear", "?", "ASSISTANT:"]
@@ -195,8 +210,14 @@ def test_a_step_trains_projector_decoder_and_read_out():
     assert np.array_equal(first["rows"], stage.batch(3)["rows"])
     out = stage(**first)
     out["loss"].backward()
-    learning = {".".join(key.split(".")[:2]) for key, p in stage.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    assert learning == {"core.language_model", "core.multi_modal_projector", "memory.0", "memory.1"} and torch.isfinite(out["loss"])
+    learning = {
+        ".".join(key.split(".")[:2])
+        for key, p in stage.named_parameters()
+        if p.grad is not None and p.grad.abs().sum() > 0
+    }
+    assert learning == {"core.language_model", "core.multi_modal_projector", "memory.0", "memory.1"} and torch.isfinite(
+        out["loss"]
+    )
     grouped = {id(p) for opt in stage.optimizers() for group in opt.param_groups for p in group["params"]}
     assert grouped == {id(p) for p in stage.parameters() if p.requires_grad}
 
@@ -208,7 +229,9 @@ def test_rows_know_what_showed_before_them():
     names = {token: word for word, token in LONG_TOKEN.items()}
     for i, event in enumerate(clip.events):
         rows = slice(event.first * ROWS, (event.first + event.frames) * ROWS)
-        assert (number[rows] == i + 1).all() and {names[t] for t in told[rows]} == {name(clip.events[i - 1]) if i else "<pad>"}
+        assert (number[rows] == i + 1).all() and {names[t] for t in told[rows]} == {
+            name(clip.events[i - 1]) if i else "<pad>"
+        }
     assert (told[number == 0] == -100).all() and (number > 0).sum() == ROWS * sum(event.frames for event in clip.events)
 
 
@@ -223,7 +246,9 @@ def test_looking_back_is_measured_on_the_attention_of_the_stock_layers():
         visual = stage.core.multi_modal_projector(stage.seen(clip, rows[0]))[None]
         start = decoder.embed_tokens(torch.tensor([[LONG_TOKEN["<s>"], LONG_TOKEN["USER:"]]]))
         places = made["packed"].positions[:, : 2 + rows.shape[1]]
-        weights = decoder(inputs_embeds=torch.cat([start, visual], 1), position_ids=places, output_attentions=True).attentions
+        weights = decoder(
+            inputs_embeds=torch.cat([start, visual], 1), position_ids=places, output_attentions=True
+        ).attentions
     event, layers = [0, None, *made["numbered"][0].tolist()], []
     for layer in BACK_LAYERS:
         missed = []
@@ -256,7 +281,12 @@ def loaded():
 
 def said(loaded, items) -> list[str]:
     model, processor = loaded
-    inputs = processor(videos=[item.frames for item in items], text=[long.prompt(item.question) for item in items], padding=True, padding_side="left")
+    inputs = processor(
+        videos=[item.frames for item in items],
+        text=[long.prompt(item.question) for item in items],
+        padding=True,
+        padding_side="left",
+    )
     with torch.no_grad():
         out = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in processor.batch_decode(out, skip_special_tokens=True)]
@@ -266,7 +296,9 @@ def test_weights_are_small_and_read_the_longest_clip(loaded):
     assert sum(f.stat().st_size for f in long.path().iterdir()) < 10e6
     assert loaded[0].config.text_config.max_position_embeddings == POSITIONS > LENGTHS[-1] * ROWS + 40
     theirs = tiny.load()[0].model.vision_tower.encoder.state_dict()
-    assert all(torch.equal(value, theirs[key]) for key, value in loaded[0].model.video_tower.encoder.state_dict().items())
+    assert all(
+        torch.equal(value, theirs[key]) for key, value in loaded[0].model.video_tower.encoder.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("first", [0, 2 * TURN])
@@ -285,12 +317,18 @@ def test_model_and_task_are_found_by_name(loaded):
     found = load_by_name("tiny-long")
     theirs = loaded[0].state_dict()
     assert all(torch.equal(value, theirs[key]) for key, value in found.model.state_dict().items())
-    assert isinstance(found.processor, TinyVideoProcessor) and found.frames == 64 and load_by_name("tiny-video").frames == 8
+    assert (
+        isinstance(found.processor, TinyVideoProcessor)
+        and found.frames == 64
+        and load_by_name("tiny-video").frames == 8
+    )
     asked = task("tiny-long")
     assert asked.clips and usual_model("tiny-long") == "tiny-long" and usual_model("tiny-crowded") == "tiny"
     item = long.sample("test", 41, seed=3)
     one = asked.ask(3, 41)
-    assert (one.id, one.text, one.answers, one.kind) == ("3/41", item.question, (item.answer,), item.kind) and len(one.videos[0]) == 128
+    assert (one.id, one.text, one.answers, one.kind) == ("3/41", item.question, (item.answer,), item.kind) and len(
+        one.videos[0]
+    ) == 128
 
 
 def test_one_command_trains_and_exports_a_model_that_answers(tmp_path):

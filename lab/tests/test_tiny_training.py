@@ -10,7 +10,15 @@ from duet_vlm.evaluation.tiny.labels import body_patches, tag_patches
 from duet_vlm.evaluation.tiny.network import DECODER_LAYERS, build_model
 from duet_vlm.evaluation.tiny.render import render
 from duet_vlm.evaluation.tiny.text import prompt
-from duet_vlm_lab.recipe.decoder import DecoderStage, LabelFeatures, all_patches, build_decoder, labels_of, lessons, shorten
+from duet_vlm_lab.recipe.decoder import (
+    DecoderStage,
+    LabelFeatures,
+    all_patches,
+    build_decoder,
+    labels_of,
+    lessons,
+    shorten,
+)
 from duet_vlm_lab.recipe.finish import FinishStage, forget, looks
 from duet_vlm_lab.recipe.join import JoinStage, ProjectorStage
 from duet_vlm_lab.recipe.optim import Muon, orthogonal, rate
@@ -41,7 +49,11 @@ class Line(Stage):
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         groups = [{"params": [self.inner.bias], "lr": 0.02}, {"params": [self.outer.bias], "lr": 0.01}]
-        return [torch.optim.AdamW(groups, betas=(0.9, 0.98)), Muon([self.inner.weight], 0.05), Muon([self.outer.weight], 0.01, weight_decay=0.0)]
+        return [
+            torch.optim.AdamW(groups, betas=(0.9, 0.98)),
+            Muon([self.inner.weight], 0.05),
+            Muon([self.outer.weight], 0.01, weight_decay=0.0),
+        ]
 
     def rate(self, step: int) -> float:
         return (0.1, 0.5, 1.0, 0.8, 0.6, 0.4, 0.2, 0.0)[step]
@@ -73,7 +85,10 @@ def test_a_stage_equals_a_loop_by_hand(tmp_path, bf16):
     assert max(norms) > 1  # clipping did something
     assert equal(stage.state_dict(), twin.state_dict()) and equal(weights(tmp_path), twin.state_dict())
     norm = twin.inner.weight.norm().item()
-    assert [line["val_norm"] for line in curve(tmp_path)] == [pytest.approx(Line().inner.weight.norm().item()), pytest.approx(norm)]
+    assert [line["val_norm"] for line in curve(tmp_path)] == [
+        pytest.approx(Line().inner.weight.norm().item()),
+        pytest.approx(norm),
+    ]
 
 
 def test_a_killed_stage_goes_on_from_its_last_whole_checkpoint(tmp_path, monkeypatch):
@@ -89,7 +104,10 @@ def test_a_killed_stage_goes_on_from_its_last_whole_checkpoint(tmp_path, monkeyp
     again = Line()
     fit(again, tmp_path / "killed")
     assert equal(again.state_dict(), whole.state_dict())
-    lines = [[{k: v for k, v in line.items() if k != "seconds"} for line in curve(tmp_path / run)] for run in ("whole", "killed")]
+    lines = [
+        [{k: v for k, v in line.items() if k != "seconds"} for line in curve(tmp_path / run)]
+        for run in ("whole", "killed")
+    ]
     assert lines[0] == lines[1] and [line["step"] for line in lines[0] if "largest" in line] == [1, 2, 3, 4, 5, 6, 7]
     done = Line(dies=7)  # nothing is drawn any more
     fit(done, tmp_path / "killed")
@@ -123,7 +141,8 @@ def apart(tmp_path_factory):
 
 
 def resumed_is_whole(build, folder, stop):
-    """A stage that was stopped and went on ends where it would have ended, and it has moved; its weights before and after."""
+    """A stage that was stopped and went on ends where it would have ended, and it has moved; its weights before and
+    after."""
     whole = build()
     start = {key: value.clone() for key, value in whole.state_dict().items()}
     fit(whole, folder / "whole")
@@ -158,7 +177,18 @@ def test_projector_uses_a_batch_for_four_steps_at_one_rate(small, apart):
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_unguided_finish_leaves_the_tower_alone_and_is_exported(whole, tmp_path, small):
-    flags = ["--finish-unguided", "--out", str(tmp_path), "--finish-steps", "2", "--seed", "2", "--threads", "1", "--fp32"]
+    flags = [
+        "--finish-unguided",
+        "--out",
+        str(tmp_path),
+        "--finish-steps",
+        "2",
+        "--seed",
+        "2",
+        "--threads",
+        "1",
+        "--fp32",
+    ]
     main([*flags, "--whole"] if whole else flags)
     before = tiny.load()[0].model.state_dict()
     after = {name.removeprefix("core."): value for name, value in weights(tmp_path / "finish").items()}
@@ -176,7 +206,8 @@ def test_unguided_finish_forgets_supervised_attention():
     before, after = tiny.load()[0].model, tiny.load()[0].model
     forget(after.language_model, 0)
     redrawn = {name for name, p in after.named_parameters() if not torch.equal(p, before.get_parameter(name))}
-    layers = (2, 3, 4, 5, 6, 9)  # the losses of joint training: naming words 2-3, answers 3-4, counting 3-4, shared 5, 6, 9
+    # the losses of joint training: naming words 2-3, answers 3-4, counting 3-4, shared 5, 6, 9
+    layers = (2, 3, 4, 5, 6, 9)
     assert redrawn == {f"language_model.layers.{i}.self_attn.{m}_proj.weight" for i in layers for m in "qk"}
 
 
@@ -185,7 +216,9 @@ def test_a_batch_without_counting_questions_has_no_counting_loss():
     watch, features = AttentionWatch(decoder), LabelFeatures()
     items = lessons("validation", 0, 0, 1, 3, ("attribute",))
     packed = pack(items, all_patches(1), rng)
-    decode(decoder, features(labels_of(items, packed, 0.0, rng), packed.patches), packed, DECODER_LAYERS, DECODER_LAYERS)
+    decode(
+        decoder, features(labels_of(items, packed, 0.0, rng), packed.patches), packed, DECODER_LAYERS, DECODER_LAYERS
+    )
     assert count_loss(watch, packed) == 0
 
 
@@ -218,7 +251,13 @@ def test_packed_questions_equal_single_ones():
     @torch.no_grad()
     def logits(one: Lesson) -> torch.Tensor:
         packed = pack([one], all_patches(1), rng)
-        last, _ = decode(decoder, features(labels_of([one], packed, 0.0, rng), packed.patches), packed, DECODER_LAYERS, DECODER_LAYERS)
+        last, _ = decode(
+            decoder,
+            features(labels_of([one], packed, 0.0, rng), packed.patches),
+            packed,
+            DECODER_LAYERS,
+            DECODER_LAYERS,
+        )
         return answer_logits(decoder, last, packed.answer_rows)[0]
 
     together = logits(item)
@@ -250,7 +289,10 @@ def test_tower_starts_by_looking_at_neighbours():
     layer = tower.encoder.layers[0]
     hidden = torch.cat([torch.zeros(1, 128), tower.embeddings.position_embedding.weight[1:].detach()])
     with torch.no_grad():
-        query, key = layer.self_attn.q_proj(hidden)[1:].view(256, 4, 32), layer.self_attn.k_proj(hidden)[1:].view(256, 4, 32)
+        query, key = (
+            layer.self_attn.q_proj(hidden)[1:].view(256, 4, 32),
+            layer.self_attn.k_proj(hidden)[1:].view(256, 4, 32),
+        )
         best = torch.einsum("qhd,khd->hqk", query, key).argmax(-1)
     inner = [r * 16 + c for r in range(2, 14) for c in range(2, 14)]
     for head, (dr, dc) in enumerate(NEIGHBOURS[0]):

@@ -45,15 +45,25 @@ def said(loaded, items: list[Sample]) -> list[str]:
 
 def test_every_word_has_its_number():
     tokenizer = build_video_processor().tokenizer
-    assert {word: tokenizer.convert_tokens_to_ids(word) for word in VIDEO_TOKEN} == VIDEO_TOKEN and len(tokenizer) == len(VIDEO_TOKEN)
-    words = tokenizer.convert_ids_to_tokens(tokenizer(video.prompt("Does the STAR appear before the moon?"))["input_ids"])
+    assert {word: tokenizer.convert_tokens_to_ids(word) for word in VIDEO_TOKEN} == VIDEO_TOKEN and len(
+        tokenizer
+    ) == len(VIDEO_TOKEN)
+    words = tokenizer.convert_ids_to_tokens(
+        tokenizer(video.prompt("Does the STAR appear before the moon?"))["input_ids"]
+    )
     assert words == ["<s>", "USER:", VIDEO, "does", "the", "star", "appear", "before", "the", "moon", "?", "ASSISTANT:"]
 
 
 def test_a_clip_may_be_given_in_several_ways():
     processor, item = build_video_processor(), video.sample("test", 0)
     text = video.prompt(item.question)
-    ways = [item.frames, [item.frames], [np.asarray(f) for f in item.frames], np.stack(item.frames), np.stack(item.frames)[None]]
+    ways = [
+        item.frames,
+        [item.frames],
+        [np.asarray(f) for f in item.frames],
+        np.stack(item.frames),
+        np.stack(item.frames)[None],
+    ]
     made = [processor(text=text, videos=way) for way in ways]
     assert made[0]["pixel_values_videos"].shape == (1, 8, 3, 112, 112)
     assert (made[0]["input_ids"] == VIDEO_TOKEN[VIDEO]).sum() == CLIP_ROWS == 520
@@ -64,7 +74,10 @@ def test_a_clip_may_be_given_in_several_ways():
 def test_frames_of_other_sizes_become_112():
     frames = [Image.new("RGB", (320, 240), (frame, 0, 0)) for frame in range(4)]
     made = build_video_processor()(text=video.prompt("What is the first word?"), videos=frames)
-    assert made["pixel_values_videos"].shape == (1, 4, 3, 112, 112) and (made["input_ids"] == VIDEO_TOKEN[VIDEO]).sum() == 4 * ROWS
+    assert (
+        made["pixel_values_videos"].shape == (1, 4, 3, 112, 112)
+        and (made["input_ids"] == VIDEO_TOKEN[VIDEO]).sum() == 4 * ROWS
+    )
 
 
 def test_processor_is_saved_and_read_back(tmp_path):
@@ -73,7 +86,9 @@ def test_processor_is_saved_and_read_back(tmp_path):
     again = TinyVideoProcessor.from_pretrained(tmp_path)
     content = [{"type": "video"}, {"type": "text", "text": item.question}]
     for one in (processor, again):
-        assert one.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True) == video.prompt(item.question)
+        assert one.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        ) == video.prompt(item.question)
     a, b = (one(text=video.prompt(item.question), videos=item.frames) for one in (processor, again))
     assert a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
 
@@ -119,7 +134,9 @@ def test_packed_questions_equal_single_ones():
     packed = pack_clips(items, all_rows(1), np.random.default_rng(0))
     processor = build_video_processor()
     with torch.no_grad():
-        last, _ = decode(model.model.language_model, visual_rows(model.model, items), packed, DECODER_LAYERS, DECODER_LAYERS)
+        last, _ = decode(
+            model.model.language_model, visual_rows(model.model, items), packed, DECODER_LAYERS, DECODER_LAYERS
+        )
         together = answer_logits(model.model.language_model, last, packed.answer_rows)[0]
         for n in (0, 3, len(items[0].questions) - 1):
             frames = video.sample("train", 0).frames  # the same clip
@@ -137,7 +154,12 @@ def test_shortened_clips_keep_the_middle_of_everything():
 def test_late_mask_hides_only_visual_rows_from_text():
     packed = pack_clips(lessons("train", 0, 0, 2), all_rows(2), np.random.default_rng(0), late=True)
     hidden = packed.mask != packed.late_mask
-    assert hidden.any() and not hidden[:, :, : 2 + CLIP_ROWS].any() and not hidden[..., 2 + CLIP_ROWS :].any() and not hidden[..., :2].any()
+    assert (
+        hidden.any()
+        and not hidden[:, :, : 2 + CLIP_ROWS].any()
+        and not hidden[..., 2 + CLIP_ROWS :].any()
+        and not hidden[..., :2].any()
+    )
 
 
 def test_a_step_trains_projector_decoder_and_probes_only():
@@ -146,7 +168,9 @@ def test_a_step_trains_projector_decoder_and_probes_only():
     assert first["packed"].patches.equal(stage.batch(3)["packed"].patches) and len(first["items"]) == BATCH
     out = stage(**first)
     out["loss"].backward()
-    learning = {name.split(".")[1] for name, p in stage.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    learning = {
+        name.split(".")[1] for name, p in stage.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0
+    }
     assert learning == {"language_model", "multi_modal_projector", "time", "gaps"} and torch.isfinite(out["loss"])
     grouped = {id(p) for opt in stage.optimizers() for group in opt.param_groups for p in group["params"]}
     assert grouped == {id(p) for p in stage.parameters() if p.requires_grad}
@@ -158,9 +182,14 @@ def test_a_step_trains_projector_decoder_and_probes_only():
 def test_weights_are_small_and_complete():
     files = {f.name: f.stat().st_size for f in video.path().iterdir()}
     assert sum(files.values()) < 15e6
-    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "processor_config.json", "training_log.json"} <= set(
-        files
-    )
+    assert {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "processor_config.json",
+        "training_log.json",
+    } <= set(files)
 
 
 def test_auto_class_loads_without_network(monkeypatch):
@@ -168,16 +197,22 @@ def test_auto_class_loads_without_network(monkeypatch):
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model = AutoModelForImageTextToText.from_pretrained(video.path())
-    assert type(model).__name__ == "VideoLlavaForConditionalGeneration" and model.config.video_token_id == VIDEO_TOKEN[VIDEO]
+    assert (
+        type(model).__name__ == "VideoLlavaForConditionalGeneration"
+        and model.config.video_token_id == VIDEO_TOKEN[VIDEO]
+    )
 
 
 def test_tower_is_the_picture_tower(loaded):
     theirs = tiny.load()[0].model.vision_tower.encoder.state_dict()
-    assert all(torch.equal(value, theirs[name]) for name, value in loaded[0].model.video_tower.encoder.state_dict().items())
+    assert all(
+        torch.equal(value, theirs[name]) for name, value in loaded[0].model.video_tower.encoder.state_dict().items()
+    )
 
 
 def test_shipped_model_answers(loaded):
-    """Every kind clearly above what guessing gives, and above what a reader reaches who does not know the order of the frames."""
+    """Every kind clearly above what guessing gives, and above what a reader reaches who does not know the order of the
+    frames."""
     items = video.samples("test", 40, seed=9)
     right = {kind: [] for kind in KINDS}
     for item, text in zip(items, said(loaded, items), strict=True):
@@ -192,7 +227,10 @@ def test_backwards_it_answers_the_opposite(loaded):
     items = [item for item in video.samples("test", 20, seed=8) if item.kind == "motion"]
     turned = [replace(item, frames=item.frames[::-1]) for item in items]
     opposite = {"left": "right", "right": "left", "up": "down", "down": "up"}
-    assert sum(opposite[item.answer] == text for item, text in zip(items, said(loaded, turned), strict=True)) >= len(items) - 1
+    assert (
+        sum(opposite[item.answer] == text for item, text in zip(items, said(loaded, turned), strict=True))
+        >= len(items) - 1
+    )
 
 
 def test_batch_equals_single(loaded):
@@ -249,5 +287,7 @@ def test_whole_frames_explain_what_they_need(loaded, settings, words):
 def test_questions_know_what_they_need(loaded):
     """The oracle keeps every needed row at a budget where chance keeps few of them."""
     questions = [task("tiny-video").ask(0, i) for i in range(10)]
-    oracle, chance = ran(loaded, questions, ExperimentCell("oracle", 0.07, {"crops": "joint"}), ExperimentCell("random", 0.07)).values()
+    oracle, chance = ran(
+        loaded, questions, ExperimentCell("oracle", 0.07, {"crops": "joint"}), ExperimentCell("random", 0.07)
+    ).values()
     assert oracle.recalls[1] == oracle.recalls[0] and chance.recalls[1] < 0.3 * chance.recalls[0]

@@ -31,8 +31,16 @@ def test_twenty_clips_are_pinned():
 
 def test_same_index_same_sample():
     a, b = video.sample("validation", 5, seed=3), video.samples("validation", 6, seed=3)[5]
-    assert (a.question, a.answer, [f.tobytes() for f in a.frames]) == (b.question, b.answer, [f.tobytes() for f in b.frames])
-    assert all(frame.size == (112, 112) and frame.mode == "RGB" for frame in a.frames) and len(a.frames) == 8 and a.needed.shape == (520,)
+    assert (a.question, a.answer, [f.tobytes() for f in a.frames]) == (
+        b.question,
+        b.answer,
+        [f.tobytes() for f in b.frames],
+    )
+    assert (
+        all(frame.size == (112, 112) and frame.mode == "RGB" for frame in a.frames)
+        and len(a.frames) == 8
+        and a.needed.shape == (520,)
+    )
 
 
 def test_streams_are_disjoint():
@@ -41,10 +49,13 @@ def test_streams_are_disjoint():
 
 
 def answer_from_description(text: str, shown: Clip) -> str:
-    """Read a question with regular expressions and answer it from what every frame shows: nothing shared with the generator."""
+    """Read a question with regular expressions and answer it from what every frame shows: nothing shared with the
+    generator."""
     things = [[(SHAPES[a.value], COLOR_NAMES[a.colors[f]], a.places[f]) for a in shown.actors if a.role != "word" and a.colors[f] != HIDDEN]
               for f in range(FRAMES)]  # fmt: skip
-    words = [[WORDS[a.value] for a in shown.actors if a.role == "word" and a.colors[f] != HIDDEN] for f in range(FRAMES)]
+    words = [
+        [WORDS[a.value] for a in shown.actors if a.role == "word" and a.colors[f] != HIDDEN] for f in range(FRAMES)
+    ]
 
     def seen(name: str) -> list:  # (frame, colour, place) of the thing, in order
         return [(f, color, place) for f in range(FRAMES) for shape, color, place in things[f] if shape == name]
@@ -99,21 +110,30 @@ def test_no_frame_answers_how_many_appear():
     for i in range(100):
         drawn = clip("test", 7, i)
         flashes = [a for a in drawn.actors if a.role == "flash"]
-        assert [len(a.frames) for a in flashes] == [1] * len(flashes) and len({a.frames[0] for a in flashes}) == len(flashes)
+        assert [len(a.frames) for a in flashes] == [1] * len(flashes) and len({a.frames[0] for a in flashes}) == len(
+            flashes
+        )
         text = f"How many {PLURALS[flashes[0].value]} appear?"
         for frame in range(FRAMES):
             elsewhere = [a for a in flashes if a.frames != [frame]]
             if elsewhere:
                 other = [a for a in drawn.actors if a is not elsewhere[0]]
             else:
-                other = [*drawn.actors, dataclasses.replace(flashes[0], colors=flashes[0].colors[-1:] + flashes[0].colors[:-1])]
+                other = [
+                    *drawn.actors,
+                    dataclasses.replace(flashes[0], colors=flashes[0].colors[-1:] + flashes[0].colors[:-1]),
+                ]
             twin = dataclasses.replace(drawn, actors=tuple(other))
             assert scenery(twin, frame) == scenery(drawn, frame)
             assert answer_from_description(text, twin) != answer_from_description(text, drawn)
 
 
 def scenery(drawn: Clip, frame: int) -> set:
-    return {(a.role == "word", a.value, a.colors[frame], a.places[frame], a.variant) for a in drawn.actors if a.colors[frame] != HIDDEN}
+    return {
+        (a.role == "word", a.value, a.colors[frame], a.places[frame], a.variant)
+        for a in drawn.actors
+        if a.colors[frame] != HIDDEN
+    }
 
 
 def test_words_and_flashes_are_brief():

@@ -1,5 +1,5 @@
-"""The predicted FLOPs of a training step against what torch counts, on every family and for everything that can be trained; the benchmark's
-own prediction and its count of memory."""
+"""The predicted FLOPs of a training step against what torch counts, on every family and for everything that can be
+trained; the benchmark's own prediction and its count of memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ from shapes import TINY
 from shapes import build as build_shape
 
 ANSWER = 4
-ROWS = ((1, 5, Picture(1, 4, 6), *range(20, 34)), (1, 6, Picture(2, 4, 6), *range(40, 54)))  # sides that fill the tower's windows
+# sides that fill the tower's windows
+ROWS = ((1, 5, Picture(1, 4, 6), *range(20, 34)), (1, 6, Picture(2, 4, 6), *range(40, 54)))
 PROJECTIONS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 
 STAGE_1 = TrainedParts(decoder=False)
@@ -48,23 +49,31 @@ EVERY = {
     "frozen tower, checkpointing": TrainedParts(checkpointing=True),
     "frozen tower, checkpointing, input gradients": TrainedParts(checkpointing=True, input_gradients=True),
     "projector only, checkpointing": TrainedParts(decoder=False, checkpointing=True),
-    "adapters, checkpointing, input gradients": TrainedParts(decoder=False, projector=False, lora=4, checkpointing=True, input_gradients=True),
+    "adapters, checkpointing, input gradients": TrainedParts(
+        decoder=False, projector=False, lora=4, checkpointing=True, input_gradients=True
+    ),
 }
 CASES = [(what, method) for what in EVERY for method in (None, "duet")]
-# choosing and merging are left out of the prediction (test_flops counts them): only methods whose choice is next to nothing in models this small
+# choosing and merging are left out of the prediction (test_flops counts them): only methods whose choice is next to
+# nothing in models this small
 DEAR = {"fastvid", "hired", "prunevid", "quecc", "resampler", "vqtoken", "vscan", "zoo_prune"}
 
 
 def _by_attention(name: str) -> bool:
     cls = duet_vlm.get_method(name)
-    return cls().requires & DECODER_INPUTS <= {duet_vlm.Input.SCORES, duet_vlm.Input.TOKENS} and getattr(cls, "text_query", "") != "raters" and name not in DEAR
+    return (
+        cls().requires & DECODER_INPUTS <= {duet_vlm.Input.SCORES, duet_vlm.Input.TOKENS}
+        and getattr(cls, "text_query", "") != "raters"
+        and name not in DEAR
+    )
 
 
 CASES += [("frozen tower", name) for name in REDUCING if name != "duet" and _by_attention(name)]
 
 
 def freeze(adapter: Adapter, trained: TrainedParts) -> nn.Module:
-    """The model to run, with what is trained left open; eager attention, because the counter does not know the CPU's fused one."""
+    """The model to run, with what is trained left open; eager attention, because the counter does not know the CPU's
+    fused one."""
     model, base = adapter.model.train(), adapter.base
     tower = getattr(base, "vision_tower", None) or base.visual
     projector = getattr(base, "multi_modal_projector", None) or base.visual.merger
@@ -139,11 +148,13 @@ def test_predicted_flops_are_the_counted_ones(family: str, method: tuple[str, st
     ("what", "tower"),
     [
         *((what, {"contrast_keep": 0.5}) for what in ("frozen tower", "full", "full, checkpointing")),
-        *((what, {"key_norm_keep": 0.5, "key_norm_after": 1}) for what in ("frozen tower", "full")),  # no checkpointing: refused
+        # no checkpointing: refused
+        *((what, {"key_norm_keep": 0.5, "key_norm_after": 1}) for what in ("frozen tower", "full")),
     ],
 )
 def test_patches_that_left_the_tower_cost_nothing_behind_it(family: str, what: str, tower: dict[str, Any]) -> None:
-    """Without handing on mass, whose table of likenesses is much beside towers this small. Windows lose unevenly; the prediction is of the mean."""
+    """Without handing on mass, whose table of likenesses is much beside towers this small. Windows lose unevenly; the
+    prediction is of the mean."""
     name, trained, near = next(iter(tower)).removesuffix("_keep"), EVERY[what], 0.05 if FAMILIES[family].mrope else 0.01
     adapter = adapter_for(build(family, "eager"))
     run = freeze(adapter, trained)
@@ -160,8 +171,11 @@ def test_patches_that_left_the_tower_cost_nothing_behind_it(family: str, what: s
 @pytest.mark.parametrize("method", [None, "duet", "visionzip"])
 def test_the_vision_stage_is_the_encoder_call(family: str, method: str | None) -> None:
     adapter, inputs = adapter_for(build(family, "eager")), FAMILIES[family].inputs(ROWS)
-    with ExitStack() as stack, FlopCounterMode(display=False) as counter:  # with gradients, as in training: the whole tower runs
-        handle = None if method is None else stack.enter_context(duet_vlm.attach(adapter.model, method, **REDUCING[method]))
+    # with gradients, as in training: the whole tower runs
+    with ExitStack() as stack, FlopCounterMode(display=False) as counter:
+        handle = (
+            None if method is None else stack.enter_context(duet_vlm.attach(adapter.model, method, **REDUCING[method]))
+        )
         encode(adapter.model, {k: v for k, v in inputs.items() if k in ("pixel_values", "image_grid_thw")})
     assert predicted(family, adapter, handle, STAGE_2).vision == pytest.approx(counter.get_total_flops(), rel=0.01)
 
@@ -201,11 +215,13 @@ def test_the_benchmark_predicts_its_own_steps(steps: dict[train_step.Side, train
         with FlopCounterMode(display=False) as counter:
             step()
         assert step.flops.total == pytest.approx(counter.get_total_flops(), rel=0.01), side
-    assert len({step.flops.total for side, step in steps.items() if side.method != "duet_plus"}) == 6  # which drops as duet does at 11 %
+    # which drops as duet does at 11 %
+    assert len({step.flops.total for side, step in steps.items() if side.method != "duet_plus"}) == 6
 
 
 def test_a_step_of_the_benchmark_is_a_step_of_training(steps: dict[train_step.Side, train_step.Step]) -> None:
-    """Its two calls give the loss of one call as a trainer makes it, stages add up, and the weights that are trained move."""
+    """Its two calls give the loss of one call as a trainer makes it, stages add up, and the weights that are trained
+    move."""
     for side, step in steps.items():
         model, batch = step.model, step.batch
         with torch.no_grad():
@@ -221,24 +237,34 @@ def test_a_step_of_the_benchmark_is_a_step_of_training(steps: dict[train_step.Si
 
 
 def test_the_shape_has_the_proportions_of_a_7b_model() -> None:
-    """Tower and projector in the forward pass, head in the decoder, and what is promised at 11 %: as in LLaVA-1.5-7B, hand-counted below."""
+    """Tower and projector in the forward pass, head in the decoder, and what is promised at 11 %: as in LLaVA-1.5-7B,
+    hand-counted below."""
     model = build_shape(train_step.DOMINATED)
     adapter = adapter_for(model)
     shares = []
     for decoder, vision in ((adapter.decoder_dims(), adapter.vision_dims()), LLAVA_7B):
-        plans = SpanPlan(576, 576, 0, (576,) * decoder.layers), duet_vlm.get_method("duet")().plan(576, decoder.layers, 0.11)
-        full, reduced = (step_flops(decoder, vision, [TrainingExample(65, (plan,))], STAGE_2, unread_layers=1) for plan in plans)
+        plans = (
+            SpanPlan(576, 576, 0, (576,) * decoder.layers),
+            duet_vlm.get_method("duet")().plan(576, decoder.layers, 0.11),
+        )
+        full, reduced = (
+            step_flops(decoder, vision, [TrainingExample(65, (plan,))], STAGE_2, unread_layers=1) for plan in plans
+        )
         head = 2 * 641 * decoder.hidden * decoder.vocab
         shares.append((full.vision / (full.vision + full.decoder), head / full.decoder, reduced.total / full.total))
     assert shares[0] == pytest.approx(shares[1], rel=0.2)
-    assert full.vision == pytest.approx(0.38e12 + 0.024e12, rel=0.02)  # 24 x 577 rows x (12.6 M weights x 2 + 4 x 577 x 1024); projector
-    assert full.decoder == pytest.approx(2 * 641 * 6.61e9 + 32 * 4 * 641**2 * 4096, rel=0.02)  # 6.61 G weights without embeddings
+    # 24 x 577 rows x (12.6 M weights x 2 + 4 x 577 x 1024); projector
+    assert full.vision == pytest.approx(0.38e12 + 0.024e12, rel=0.02)
+    # 6.61 G weights without embeddings
+    assert full.decoder == pytest.approx(2 * 641 * 6.61e9 + 32 * 4 * 641**2 * 4096, rel=0.02)
 
 
 def test_pictures_are_supervised_on_their_answers() -> None:
     batch = train_step.pictures(4)
     model, processor = duet_vlm.evaluation.tiny.load()
-    for item, ids, labels in zip(duet_vlm.evaluation.tiny.samples("train", 4), batch.text["input_ids"], batch.text["labels"], strict=True):
+    for item, ids, labels in zip(
+        duet_vlm.evaluation.tiny.samples("train", 4), batch.text["input_ids"], batch.text["labels"], strict=True
+    ):
         assert processor.tokenizer.decode(labels[labels != -100]).split() == [*item.answer.split(), "</s>"]
         asked = len(processor.tokenizer(item.question, add_special_tokens=False).input_ids)
         assert int((ids == model.config.image_token_id).sum()) == batch.tokens == 256
@@ -264,10 +290,14 @@ def test_peak_memory_counts_what_lives_at_once() -> None:
 
 
 def test_activations_are_what_autograd_saves(steps: dict[train_step.Side, train_step.Step]) -> None:
-    """What the allocator holds after the plain forward pass is what the graph says it saved (and the logits, which the loss keeps)."""
+    """What the allocator holds after the plain forward pass is what the graph says it saved (and the logits, which the
+    loss keeps)."""
     step = steps[train_step.Side()]
     step()
-    known = {t.untyped_storage().data_ptr() for t in [*step.model.parameters(), *step.model.buffers(), *step.batch.text.values()]}
+    known = {
+        t.untyped_storage().data_ptr()
+        for t in [*step.model.parameters(), *step.model.buffers(), *step.batch.text.values()]
+    }
     saved = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

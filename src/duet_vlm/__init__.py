@@ -1,6 +1,7 @@
 """duet-vlm: vision-language models made faster by spending fewer visual tokens, on stock transformers.
 
-Importing this loads nothing: each name below is loaded when it is first used, so that the command line can list and help without torch.
+Importing this loads nothing: each name below is loaded when it is first used, so that the command line can list and
+help without torch.
 """
 
 import importlib
@@ -32,7 +33,8 @@ try:
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+source"
 
-_HOMES = {  # where each public name is found; the block above says the same to type checkers, and a test that both agree
+# where each public name is found; the block above says the same to type checkers, and a test that both agree
+_HOMES = {
     "BudgetError": "planning.budget",
     "DecoderReducer": "reducers.decoder",
     "DecoderView": "reducers.decoder",

@@ -1,6 +1,8 @@
-"""Run by test_distributed.py under ``accelerate launch``: every scenario trains a tiny model on all ranks; rank 0 writes what came out.
+"""Run by test_distributed.py under ``accelerate launch``: every scenario trains a tiny model on all ranks; rank 0
+writes what came out.
 
-``ranks.py FOLDER``: FOLDER/scenarios.json is a list of Scenario fields; for each FOLDER/NAME.pt gets losses and full weights.
+``ranks.py FOLDER``: FOLDER/scenarios.json is a list of Scenario fields; for each FOLDER/NAME.pt gets losses and full
+weights.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ import duet_vlm
 
 @dataclass
 class Result:
-    """What rank 0 reports: loss of every step over all ranks, tokens per layer it measured last, weights afterwards, and an evaluation."""
+    """What rank 0 reports: loss of every step over all ranks, tokens per layer it measured last, weights afterwards,
+    and an evaluation."""
 
     losses: list[float]
     measured: float
@@ -46,7 +49,8 @@ def train(scenario: Scenario, accelerator: Accelerator) -> Result:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"], config["gradient_clipping"] = 1, 0.0
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # share out the small weights of small models, too
+        # share out the small weights of small models, too
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         unset_hf_deepspeed_config()  # the model is made whole, from its own seeds, and shared out by prepare
     model = build(scenario.family)
     freeze(model, scenario.tower)
@@ -57,7 +61,9 @@ def train(scenario: Scenario, accelerator: Accelerator) -> Result:
     core, handle = model, None
     if scenario.attach == "before":
         handle = reducer(model)
-    model, optimizer = accelerator.prepare(model, torch.optim.SGD([w for w in model.parameters() if w.requires_grad], RATE))
+    model, optimizer = accelerator.prepare(
+        model, torch.optim.SGD([w for w in model.parameters() if w.requires_grad], RATE)
+    )
     if handle is None:
         handle = reducer(model)
     model.train()
@@ -65,27 +71,38 @@ def train(scenario: Scenario, accelerator: Accelerator) -> Result:
     for step in STEPS:
         batch = collate(scenario.family, step[accelerator.process_index])
         targets = accelerator.reduce(torch.tensor(float(targets_in(batch))))
-        # gradients are averaged over ranks; no cache: layers that the plugin recomputes would write to it twice, in stock models too
+        # gradients are averaged over ranks; no cache: layers that the plugin recomputes would write to it twice, in
+        # stock models too
         loss = model(**batch, use_cache=False, num_items_in_batch=targets / accelerator.num_processes).loss
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(accelerator.reduce(loss.detach(), "mean").item())
-    measured = handle.report().measured_mean if accelerator.is_main_process else 0.0  # the first rank's last batch has an image
+    # the first rank's last batch has an image
+    measured = handle.report().measured_mean if accelerator.is_main_process else 0.0
     model.eval()
     with torch.no_grad():
         batch = collate(scenario.family, STEPS[1][accelerator.process_index])
         targets = accelerator.reduce(torch.tensor(float(targets_in(batch))))
         evaluated = accelerator.reduce(model(**batch, num_items_in_batch=targets).loss).item()
-    weights = {name.replace("_checkpoint_wrapped_module.", ""): w for name, w in (accelerator.get_state_dict(model) or {}).items()}
+    weights = {
+        name.replace("_checkpoint_wrapped_module.", ""): w
+        for name, w in (accelerator.get_state_dict(model) or {}).items()
+    }
     handle.detach()
-    assert not any(hook for module in core.modules() for hook in module._forward_pre_hooks.values() if "duet" in type(hook).__module__)
+    assert not any(
+        hook
+        for module in core.modules()
+        for hook in module._forward_pre_hooks.values()
+        if "duet" in type(hook).__module__
+    )
     accelerator.free_memory()
     return Result(losses, measured, weights, evaluated)
 
 
 def without_gpus() -> None:
-    """accelerate 1.15 has DDP for CPUs but shards only where it finds GPUs: the one function that looks for them is replaced."""
+    """accelerate 1.15 has DDP for CPUs but shards only where it finds GPUs: the one function that looks for them is
+    replaced."""
     torch.set_num_threads(1)
     if "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED")):
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
@@ -107,7 +124,10 @@ def main(folder: Path) -> None:
         print(f"rank {accelerator.process_index} of {accelerator.num_processes} starts {scenario.name}", flush=True)
         result = train(scenario, accelerator)
         if accelerator.is_main_process:
-            torch.save(vars(result) | {"kind": str(accelerator.distributed_type), "ranks": accelerator.num_processes}, folder / f"{scenario.name}.pt")
+            torch.save(
+                vars(result) | {"kind": str(accelerator.distributed_type), "ranks": accelerator.num_processes},
+                folder / f"{scenario.name}.pt",
+            )
     accelerator.end_training()
 
 

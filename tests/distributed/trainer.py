@@ -1,6 +1,8 @@
-"""Run by test_distributed.py under ``accelerate launch``: the stock Trainer on all ranks, uninterrupted, and stopped and resumed.
+"""Run by test_distributed.py under ``accelerate launch``: the stock Trainer on all ranks, uninterrupted, and stopped
+and resumed.
 
-``trainer.py FOLDER CHECKPOINTING``: writes FOLDER/whole and FOLDER/resumed (models as the Trainer saves them) and their loss curves.
+``trainer.py FOLDER CHECKPOINTING``: writes FOLDER/whole and FOLDER/resumed (models as the Trainer saves them) and their
+loss curves.
 """
 
 from __future__ import annotations
@@ -24,10 +26,13 @@ import duet_vlm
 def run(folder: Path, steps: int, checkpointing: str, resume: bool = False) -> list[float]:
     """One run of the Trainer with one sample per rank, saved at its end; its losses."""
     model = build("llava")
-    if resume:  # the Trainer cannot read the names in its own checkpoint unless the weights are sharded (see test_trainers)
+    # the Trainer cannot read the names in its own checkpoint unless the weights are sharded (see test_trainers)
+    if resume:
         model = type(model).from_pretrained(folder / "checkpoint-2")
-    for name, weight in model.named_parameters():  # LLaVA reads the last but one layer: DDP waits for the others' gradients, resuming FSDP2
-        weight.requires_grad_("encoder.layers.3" not in name and "post_layernorm" not in name)  # misses their optimizer state
+    # LLaVA reads the last but one layer: DDP waits for the others' gradients, resuming FSDP2
+    for name, weight in model.named_parameters():
+        # misses their optimizer state
+        weight.requires_grad_("encoder.layers.3" not in name and "post_layernorm" not in name)
     options = {"gradient_checkpointing": True} if checkpointing == "model" else {}
     with duet_vlm.attach(model, "duet", budget=BUDGET) as handle:
         duet_vlm.save_to_config(handle)

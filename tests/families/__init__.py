@@ -1,4 +1,5 @@
-"""Tiny random models of every supported family, and batches for them: one file per group of families; a new file is found by itself."""
+"""Tiny random models of every supported family, and batches for them: one file per group of families; a new file is
+found by itself."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ def build(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32
     model.set_attn_implementation(attention)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
-    model.generation_config.suppress_tokens = [VIDEO, VISION_START, VISION_END, IMAGE]  # random models would write placeholders
+    # random models would write placeholders
+    model.generation_config.suppress_tokens = [VIDEO, VISION_START, VISION_END, IMAGE]
     return model
 
 
@@ -79,7 +81,8 @@ def _shared(name: str, attention: str) -> nn.Module:
 
 
 class Said(NamedTuple):
-    """What a model says to a batch: logits [B, S, V] of the prompts; what it writes, [B, S + new], and the logits [B, V] of each step."""
+    """What a model says to a batch: logits [B, S, V] of the prompts; what it writes, [B, S + new], and the logits [B,
+    V] of each step."""
 
     logits: Tensor
     sequences: Tensor
@@ -88,7 +91,8 @@ class Said(NamedTuple):
 
 @functools.cache
 def untouched(name: str, attention: str, rows: tuple[Row, ...], side: str = "left", new: int = 3) -> Said:
-    """What a shared model says while nobody is attached to it; asked once, so that a change that stays behind later is seen."""
+    """What a shared model says while nobody is attached to it; asked once, so that a change that stays behind later is
+    seen."""
     model, inputs = shared(name, attention), FAMILIES[name].inputs(rows, side)
     assert duet_vlm.handle_of(model) is None, "ask before you attach"
     written = generate(model, inputs, new)

@@ -1,4 +1,5 @@
-"""What a family is to the tests: a tiny random model, pictures for it, and the facts that the oracle needs. No network, no processor."""
+"""What a family is to the tests: a tiny random model, pictures for it, and the facts that the oracle needs. No network,
+no processor."""
 
 from __future__ import annotations
 
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 PAD, IMAGE, VIDEO, VISION_START, VISION_END = 0, 99, 96, 97, 98
 VOCAB, DEPTH, HIDDEN = 130, 8, 64
 
+
 @dataclass(frozen=True)
 class Picture:
-    """An image in a row: random pixels from ``seed``; ``height`` x ``width`` visual tokens where the family leaves the size free.
+    """An image in a row: random pixels from ``seed``; ``height`` x ``width`` visual tokens where the family leaves the
+    size free.
 
     With ``frames`` it is a clip: so many steps of time, ``height`` x ``width`` tokens each."""
 
@@ -31,8 +34,9 @@ Inputs = dict[str, Tensor]
 
 
 class Family:
-    """A family with a tiny model. Subclasses say how it is made and how pictures become tokens and arrays; what the oracle asks for has
-    the usual answer here: a causal decoder at ``model.model.language_model``, V2V on the rows that the encoder hands out."""
+    """A family with a tiny model. Subclasses say how it is made and how pictures become tokens and arrays; what the
+    oracle asks for has the usual answer here: a causal decoder at ``model.model.language_model``, V2V on the rows that
+    the encoder hands out."""
 
     name: str
     mrope = False
@@ -65,7 +69,8 @@ class Family:
         return [token for item in row for token in (self.places(item) if isinstance(item, Picture) else [item])]
 
     def inputs(self, rows: Sequence[Row], side: str = "left") -> Inputs:
-        """A padded batch: input_ids, attention_mask, pixel values of all pictures in order, and what else the family wants."""
+        """A padded batch: input_ids, attention_mask, pixel values of all pictures in order, and what else the family
+        wants."""
         ids = [self.expand(row) for row in rows]
         width = max(map(len, ids))
         pad = [[PAD] * (width - len(row)) for row in ids]
@@ -98,7 +103,11 @@ class Family:
     def blocks(self, model: nn.Module) -> nn.ModuleList:
         """The layers of the tower."""
         tower = self.tower(model)
-        return tower.blocks if hasattr(tower, "blocks") else _first(_first(tower, "encoder", "transformer"), "layers", "layer")
+        return (
+            tower.blocks
+            if hasattr(tower, "blocks")
+            else _first(_first(tower, "encoder", "transformer"), "layers", "layer")
+        )
 
     def attention(self, block: nn.Module) -> nn.Module:
         """The attention of a tower layer."""
@@ -111,7 +120,9 @@ class Family:
             if pixels in inputs:
                 encode = getattr(model.model, f"get_{stream}_features")
                 known = inspect.signature(encode).parameters
-                features[stream] = self.spans(encode(**{key: value for key, value in inputs.items() if key in known}), inputs)
+                features[stream] = self.spans(
+                    encode(**{key: value for key, value in inputs.items() if key in known}), inputs
+                )
         return features
 
     def deeper(self, model: nn.Module, inputs: Inputs) -> dict[str, list[list[Tensor]]]:
@@ -122,8 +133,8 @@ class Family:
         return list(output.pooler_output)
 
     def signals(self, model: nn.Module, inputs: Inputs) -> dict[str, list[tuple[Tensor, Tensor]]]:
-        """Per stream and span: importance [n] and mean keys [n, d] of the tokens, from the eager tower's own attention maps, written without
-        the library. Structure rows and rows of a fed CLS are not compared: NaN importance."""
+        """Per stream and span: importance [n] and mean keys [n, d] of the tokens, from the eager tower's own attention
+        maps, written without the library. Structure rows and rows of a fed CLS are not compared: NaN importance."""
         raise NotImplementedError
 
     def pointwise(self, model: nn.Module) -> nn.Module | None:
@@ -143,7 +154,8 @@ class Family:
         return hidden
 
     def sees(self, model: nn.Module, ids: Tensor, prompt: int, layer: int) -> Tensor:
-        """Which rows [T, T] bool each row of the unreduced sequence sees in ``layer``; the first ``prompt`` ids were sent together."""
+        """Which rows [T, T] bool each row of the unreduced sequence sees in ``layer``; the first ``prompt`` ids were
+        sent together."""
         return torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
 
     def ranks(self, model: nn.Module, ids: Tensor, prompt: int, layer: int) -> Tensor:
@@ -164,7 +176,8 @@ class Family:
         return weights[0].mean(0)
 
     def ranking(self, layer: int) -> int:
-        """The layer whose attention ranks what a method wants ranked by ``layer``: the same, where every layer has attention."""
+        """The layer whose attention ranks what a method wants ranked by ``layer``: the same, where every layer has
+        attention."""
         return layer
 
     def head(self, model: nn.Module, hidden: Tensor) -> Tensor:
@@ -172,7 +185,8 @@ class Family:
 
 
 def attention_maps(attention: nn.Module, run: Callable[[], Any]) -> list[tuple[Tensor, Tensor]]:
-    """For every call of an eager vision attention while ``run`` runs: its weights [B, H, N, N] and, from its ``k_proj``, keys [B, N, H * d]."""
+    """For every call of an eager vision attention while ``run`` runs: its weights [B, H, N, N] and, from its
+    ``k_proj``, keys [B, N, H * d]."""
     weights: list[Tensor] = []
     keys: list[Tensor] = []
     hooks = [
@@ -196,13 +210,15 @@ def pictures_of(rows: Sequence[Row]) -> list[Picture]:
 
 
 def randomise(model: nn.Module) -> nn.Module:
-    """Weights with strong, varied attention, so that removing a token clearly moves the logits. Each tensor's seed is its name."""
+    """Weights with strong, varied attention, so that removing a token clearly moves the logits. Each tensor's seed is
+    its name."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             noise = torch.randn(weight.shape, generator=generator)
             if weight.ndim == 1:
-                start = weight.mean().round() if "norm" in name and name.endswith("weight") else 0.0  # 1, or 0 where norms add it
+                # 1, or 0 where norms add it
+                start = weight.mean().round() if "norm" in name and name.endswith("weight") else 0.0
                 weight.copy_(start + 0.1 * noise)
             elif "embed" in name and "patch" not in name:
                 weight.copy_(noise)
@@ -214,5 +230,3 @@ def randomise(model: nn.Module) -> nn.Module:
 
 def noise(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1000 + seed))
-
-

@@ -16,14 +16,33 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from families.base import DEPTH, HIDDEN, IMAGE, PAD, VISION_END, VISION_START, VOCAB, Family, Inputs, Picture, attention_maps, noise
+from families.base import (
+    DEPTH,
+    HIDDEN,
+    IMAGE,
+    PAD,
+    VISION_END,
+    VISION_START,
+    VOCAB,
+    Family,
+    Inputs,
+    Picture,
+    attention_maps,
+    noise,
+)
 
 WINDOW = 24  # shorter than most prompts of the tests
 
 
 def vision(side: int) -> SiglipVisionConfig:
     return SiglipVisionConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=14 * side, patch_size=14, vision_use_head=False
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=14 * side,
+        patch_size=14,
+        vision_use_head=False,
     )
 
 
@@ -42,7 +61,9 @@ class Gemma3(Family):
         )  # fmt: skip
         ids = {"image_token_id": IMAGE, "boi_token_id": VISION_START, "eoi_token_id": VISION_END}
         return Gemma3ForConditionalGeneration(
-            Gemma3Config(text_config=text, vision_config=vision(self.side), mm_tokens_per_image=self.tokens(Picture(0)), **ids)
+            Gemma3Config(
+                text_config=text, vision_config=vision(self.side), mm_tokens_per_image=self.tokens(Picture(0)), **ids
+            )
         )
 
     def finish(self, model: nn.Module) -> None:
@@ -97,7 +118,12 @@ class Gemma3(Family):
             for y in range(side // cell)
             for x in range(side // cell)
         ]
-        return {"image": [(r[torch.tensor(members)].mean(1), k[torch.tensor(members)].mean(1)) for r, k in zip(received, keys, strict=True)]}
+        return {
+            "image": [
+                (r[torch.tensor(members)].mean(1), k[torch.tensor(members)].mean(1))
+                for r, k in zip(received, keys, strict=True)
+            ]
+        }
 
 
 class PaliGemma(Gemma3):
@@ -112,7 +138,9 @@ class PaliGemma(Gemma3):
             vocab_size=VOCAB, max_position_embeddings=512, pad_token_id=PAD, bos_token_id=1, eos_token_id=None,
         )  # fmt: skip
         return PaliGemmaForConditionalGeneration(
-            PaliGemmaConfig(text_config=text, vision_config=vision(self.side), image_token_index=IMAGE, projection_dim=HIDDEN)
+            PaliGemmaConfig(
+                text_config=text, vision_config=vision(self.side), image_token_index=IMAGE, projection_dim=HIDDEN
+            )
         )
 
     def speak_up(self, layer: nn.Module) -> None:

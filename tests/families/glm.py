@@ -30,7 +30,13 @@ VISION = {
     "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3,
 }  # fmt: skip
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
-EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1, "first_k_dense_replace": 1}
+EXPERTS = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+}
 
 
 def glm_text() -> dict[str, Any]:
@@ -76,7 +82,10 @@ class Glm46V(Glm4V):
     name = "glm46v"
 
     def make(self) -> nn.Module:
-        vision, text = VISION | {"model_type": "glm4v_vision"}, glm_text() | EXPERTS | {"head_dim": 16, "model_type": "glm4v_moe_text"}
+        vision, text = (
+            VISION | {"model_type": "glm4v_vision"},
+            glm_text() | EXPERTS | {"head_dim": 16, "model_type": "glm4v_moe_text"},
+        )
         return Glm46VForConditionalGeneration(Glm46VConfig(vision_config=vision, text_config=text, **GLM_IDS))
 
 

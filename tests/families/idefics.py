@@ -7,9 +7,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Idefics3Config, Idefics3ForConditionalGeneration, LlamaConfig, SmolVLMConfig, SmolVLMForConditionalGeneration
+from transformers import (
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    LlamaConfig,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+)
 
-from families.base import DEPTH, HIDDEN, IMAGE, PAD, VISION_START, VOCAB, Family, Inputs, Picture, Row, attention_maps, noise, pictures_of
+from families.base import (
+    DEPTH,
+    HIDDEN,
+    IMAGE,
+    PAD,
+    VISION_START,
+    VOCAB,
+    Family,
+    Inputs,
+    Picture,
+    Row,
+    attention_maps,
+    noise,
+    pictures_of,
+)
 
 SIDE, CELLS = 40, 5  # pixels of a crop, tokens in a row of it: 10 x 10 patches, 2 x 2 of them per token
 PARTS: dict[str, Any] = {
@@ -40,7 +60,9 @@ class Idefics3(Family):
         return [VISION_START, 60 + picture.seed, *super().places(picture), VISION_START]
 
     def inputs(self, rows: Sequence[Row], side: str = "left") -> Inputs:
-        batch = {name: value for name, value in super().inputs(rows, side).items() if name in ("input_ids", "attention_mask")}
+        batch = {
+            name: value for name, value in super().inputs(rows, side).items() if name in ("input_ids", "attention_mask")
+        }
         shown = [pictures_of([row]) for row in rows]
         most = max(map(len, shown))
         if not most:
@@ -74,7 +96,9 @@ class Idefics3(Family):
             looked = weights[crop].mean(0)[real].sum(0)
             cells = [[2 * y * 10 + 2 * x + step for step in (0, 1, 10, 11)] for y in range(CELLS) for x in range(CELLS)]
             mean_keys = keys[crop].unflatten(-1, (4, 8)).mean(1)
-            found.append((torch.stack([looked[c].mean() for c in cells]), torch.stack([mean_keys[c].mean(0) for c in cells])))
+            found.append(
+                (torch.stack([looked[c].mean() for c in cells]), torch.stack([mean_keys[c].mean(0) for c in cells]))
+            )
         return {"image": found}
 
 

@@ -9,7 +9,20 @@ import torch
 from torch import Tensor, nn
 from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
 
-from families.base import DEPTH, HIDDEN, IMAGE, PAD, VISION_END, VISION_START, VOCAB, Family, Inputs, Picture, attention_maps, noise
+from families.base import (
+    DEPTH,
+    HIDDEN,
+    IMAGE,
+    PAD,
+    VISION_END,
+    VISION_START,
+    VOCAB,
+    Family,
+    Inputs,
+    Picture,
+    attention_maps,
+    noise,
+)
 
 SIDE = 8  # patches; half as many tokens
 
@@ -27,7 +40,13 @@ class InternVL(Family):
             max_position_embeddings=512, pad_token_id=PAD, bos_token_id=1, eos_token_id=None,
         )  # fmt: skip
         return InternVLForConditionalGeneration(
-            InternVLConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, image_seq_length=SIDE**2 // 4, tie_word_embeddings=False)
+            InternVLConfig(
+                vision_config=vision,
+                text_config=text,
+                image_token_id=IMAGE,
+                image_seq_length=SIDE**2 // 4,
+                tie_word_embeddings=False,
+            )
         )
 
     def tokens(self, picture: Picture) -> int:
@@ -45,7 +64,9 @@ class InternVL(Family):
         ((weights, keys),) = attention_maps(attention, lambda: tower(inputs["pixel_values"]))
         looked, keys = weights[:, :, 0, 1:].sum(1), attention.k_norm(keys).unflatten(-1, (4, -1)).mean(2)[:, 1:]
         half, cell = SIDE // 2, list(product(range(2), repeat=2))
-        groups = torch.tensor([[(2 * row + i) * SIDE + 2 * column + j for i, j in cell] for row, column in product(range(half), repeat=2)])
+        groups = torch.tensor(
+            [[(2 * row + i) * SIDE + 2 * column + j for i, j in cell] for row, column in product(range(half), repeat=2)]
+        )
         return {"image": [(one[groups].mean(1), key[groups].mean(1)) for one, key in zip(looked, keys, strict=True)]}
 
 

@@ -43,7 +43,8 @@ def clip_signals(attention: nn.Module, run: Callable[[], Any]) -> tuple[Tensor, 
 
 
 def column_signals(attention: nn.Module, run: Callable[[], Any]) -> tuple[Tensor, Tensor]:
-    """Attention that patches receive [B, N], mean over heads, summed over queries, and their mean keys [B, N, d], of one call."""
+    """Attention that patches receive [B, N], mean over heads, summed over queries, and their mean keys [B, N, d], of
+    one call."""
     ((weights, keys),) = attention_maps(attention, run)
     return weights.mean(1).sum(1), keys.unflatten(-1, (weights.shape[1], -1)).mean(2)
 
@@ -71,7 +72,13 @@ class VipLlava(Family):
 
     def signals(self, model: nn.Module, inputs: Inputs) -> dict[str, Signals]:
         tower = model.model.vision_tower
-        return {"image": list(zip(*clip_signals(tower.encoder.layers[2].self_attn, lambda: tower(inputs["pixel_values"])), strict=True))}
+        return {
+            "image": list(
+                zip(
+                    *clip_signals(tower.encoder.layers[2].self_attn, lambda: tower(inputs["pixel_values"])), strict=True
+                )
+            )
+        }
 
     def pointwise(self, model: nn.Module) -> nn.Module:
         return model.model.multi_modal_projector
@@ -151,7 +158,8 @@ class LlavaOnevision(LlavaNextVideo):
         return SIDE**2 + sum(1 + len(row) for row in self.resized(picture, torch.zeros(5, SIDE**2, 1)))
 
     def resized(self, picture: Picture, signals: Tensor) -> Tensor:
-        """The crops' signals [crops, 16, c] side by side, cut to the picture and, where they are many, resized: [h, w, c]."""
+        """The crops' signals [crops, 16, c] side by side, cut to the picture and, where they are many, resized: [h, w,
+        c]."""
         lines: list[list[Tensor]] = [[]]
         for place in any_res_layout(picture)[SIDE**2 :]:
             if place:
@@ -177,8 +185,11 @@ class LlavaOnevision(LlavaNextVideo):
             found["image"] = []
             for picture, pixels in zip(sizes, inputs["pixel_values"], strict=True):
                 crops = 1 + max(place[0] for place in any_res_layout(picture) if place)
-                both = torch.cat([x.unflatten(-1, (-1, 1)) if x.ndim == 2 else x for x in self.looked(model, pixels[:crops])], -1)
-                lines = nn.functional.pad(self.resized(picture, both), (0, 0, 0, 1), value=float("nan"))  # the newline behind each line
+                both = torch.cat(
+                    [x.unflatten(-1, (-1, 1)) if x.ndim == 2 else x for x in self.looked(model, pixels[:crops])], -1
+                )
+                # the newline behind each line
+                lines = nn.functional.pad(self.resized(picture, both), (0, 0, 0, 1), value=float("nan"))
                 rows = torch.cat([both[0], lines.flatten(0, 1)])
                 found["image"].append((rows[:, 0], rows[:, 1:]))
         return found

@@ -23,7 +23,13 @@ PATCH, BREAK, END = 4, 95, 94
 
 def vision() -> PixtralVisionConfig:
     return PixtralVisionConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=128, patch_size=PATCH, head_dim=16
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=128,
+        patch_size=PATCH,
+        head_dim=16,
     )
 
 
@@ -35,9 +41,12 @@ def text(window: int | None = None) -> MistralConfig:
 
 
 def looked(tower: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """One image [3, H, W] alone in the tower: attention received by its patches [n] in the last layer, and their mean rotated keys [n, d]."""
+    """One image [3, H, W] alone in the tower: attention received by its patches [n] in the last layer, and their mean
+    rotated keys [n, d]."""
     attention, rotary = tower.transformer.layers[-1].attention, []
-    hook = attention.register_forward_pre_hook(lambda module, args, kwargs: rotary.append(kwargs["position_embeddings"]), with_kwargs=True)
+    hook = attention.register_forward_pre_hook(
+        lambda module, args, kwargs: rotary.append(kwargs["position_embeddings"]), with_kwargs=True
+    )
     ((weights, keys),) = attention_maps(attention, lambda: tower(pixels[None]))
     hook.remove()
     (cos, sin), k = rotary[0], keys[0].unflatten(-1, (attention.num_heads, -1))
@@ -47,7 +56,8 @@ def looked(tower: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Mistral3(Family):
-    """``merge`` x ``merge`` patches are a token; images with an even number of lines have a line of patches more than their tokens need."""
+    """``merge`` x ``merge`` patches are a token; images with an even number of lines have a line of patches more than
+    their tokens need."""
 
     name = "mistral3"
     merge, spare = 2, 1
@@ -55,7 +65,11 @@ class Mistral3(Family):
 
     def make(self) -> nn.Module:
         config = Mistral3Config(
-            vision_config=vision(), text_config=text(self.window), image_token_index=IMAGE, spatial_merge_size=2, tie_word_embeddings=False
+            vision_config=vision(),
+            text_config=text(self.window),
+            image_token_index=IMAGE,
+            spatial_merge_size=2,
+            tie_word_embeddings=False,
         )
         return Mistral3ForConditionalGeneration(config)
 
@@ -74,7 +88,10 @@ class Mistral3(Family):
         height, width = (max(side) for side in zip(*sizes, strict=True))
         return {
             "pixel_values": torch.stack(
-                [nn.functional.pad(noise(p.seed, 3, h, w), (0, width - w, 0, height - h)) for p, (h, w) in zip(pictures, sizes, strict=True)]
+                [
+                    nn.functional.pad(noise(p.seed, 3, h, w), (0, width - w, 0, height - h))
+                    for p, (h, w) in zip(pictures, sizes, strict=True)
+                ]
             ),
             "image_sizes": torch.tensor(sizes),
         }
@@ -85,7 +102,9 @@ class Mistral3(Family):
             importance, keys = looked(model.model.vision_tower, pixels[:, :height, :width])
             columns, cell = width // PATCH, list(product(range(self.merge), repeat=2))
             tokens = product(range(height // PATCH // self.merge), range(columns // self.merge))
-            groups = [[(self.merge * row + i) * columns + self.merge * column + j for i, j in cell] for row, column in tokens]
+            groups = [
+                [(self.merge * row + i) * columns + self.merge * column + j for i, j in cell] for row, column in tokens
+            ]
             found.append((importance[torch.tensor(groups)].mean(1), keys[torch.tensor(groups)].mean(1)))
         return {"image": found}
 

@@ -7,11 +7,34 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
 
-from families.base import DEPTH, HIDDEN, IMAGE, PAD, VIDEO, VISION_END, VISION_START, VOCAB, Family, Inputs, Picture, noise
+from families.base import (
+    DEPTH,
+    HIDDEN,
+    IMAGE,
+    PAD,
+    VIDEO,
+    VISION_END,
+    VISION_START,
+    VOCAB,
+    Family,
+    Inputs,
+    Picture,
+    noise,
+)
 
-QWEN_IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
+QWEN_IDS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": VISION_START,
+    "vision_end_token_id": VISION_END,
+}
 
 
 def qwen_text() -> dict[str, Any]:
@@ -51,7 +74,9 @@ def patch_pixels(pictures: Sequence[Picture]) -> Inputs:
     ):
         if chosen:
             grid = [(p.frames or 1, 2 * p.height, 2 * p.width) for p in chosen]
-            batch[pixels] = torch.cat([noise(p.seed, 4 * (p.frames or 1) * p.height * p.width, 3 * 2 * 4 * 4) for p in chosen])
+            batch[pixels] = torch.cat(
+                [noise(p.seed, 4 * (p.frames or 1) * p.height * p.width, 3 * 2 * 4 * 4) for p in chosen]
+            )
             batch[sizes] = torch.tensor(grid)
     return batch
 
@@ -80,7 +105,8 @@ class Qwen(Family):
         if grids:
             kinds = self.extras(prompt[None])["mm_token_type_ids"]
             positions, _ = model.model.get_rope_index(prompt[None], kinds, **grids)
-        later = torch.arange(total - len(prompt)) + positions[..., -1:] + 1  # as generate goes on, also where time runs past the text
+        # as generate goes on, also where time runs past the text
+        later = torch.arange(total - len(prompt)) + positions[..., -1:] + 1
         return torch.cat([positions, later], -1)
 
 

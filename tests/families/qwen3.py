@@ -6,7 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+from transformers import (
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+)
 
 from families.base import HIDDEN, VIDEO, VISION_END, VISION_START, Inputs, Picture
 from families.qwen import QWEN_IDS, Qwen, qwen_text
@@ -21,8 +26,8 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 
 
 def merged_signals(attention: nn.Module, encode: Any, sizes: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Per span importance and mean keys of its 2 x 2 cells, from the input of an attention with fused projections; frames do not see
-    each other. Written out: projections, half-split rotary, softmax, column sums."""
+    """Per span importance and mean keys of its 2 x 2 cells, from the input of an attention with fused projections;
+    frames do not see each other. Written out: projections, half-split rotary, softmax, column sums."""
     caught: list[Any] = []
     hook = attention.register_forward_pre_hook(lambda m, a, k: caught.append((a, k)), with_kwargs=True)
     with torch.no_grad():
@@ -64,10 +69,14 @@ class Qwen3(Qwen):
         found = {}
         if "pixel_values" in inputs:
             sizes = inputs["image_grid_thw"]
-            found["image"] = merged_signals(attention, lambda: base.get_image_features(inputs["pixel_values"], sizes), sizes)
+            found["image"] = merged_signals(
+                attention, lambda: base.get_image_features(inputs["pixel_values"], sizes), sizes
+            )
         if "pixel_values_videos" in inputs:
             moving = inputs["video_grid_thw"]
-            found["video"] = merged_signals(attention, lambda: base.get_video_features(inputs["pixel_values_videos"], moving), moving)
+            found["video"] = merged_signals(
+                attention, lambda: base.get_video_features(inputs["pixel_values_videos"], moving), moving
+            )
         return found
 
 
@@ -76,13 +85,20 @@ class Qwen3VL(Qwen3):
 
     def make(self) -> nn.Module:
         text = qwen_text() | {"head_dim": 16, "rope_parameters": ROPE}
-        return Qwen3VLForConditionalGeneration(Qwen3VLConfig(vision_config=VISION | DEEPSTACK, text_config=text, **QWEN_IDS))
+        return Qwen3VLForConditionalGeneration(
+            Qwen3VLConfig(vision_config=VISION | DEEPSTACK, text_config=text, **QWEN_IDS)
+        )
 
     def deeper(self, model: nn.Module, inputs: Inputs) -> dict[str, list[list[Tensor]]]:
         found = {}
-        for stream, pixels, sizes in (("image", "pixel_values", "image_grid_thw"), ("video", "pixel_values_videos", "video_grid_thw")):
+        for stream, pixels, sizes in (
+            ("image", "pixel_values", "image_grid_thw"),
+            ("video", "pixel_values_videos", "video_grid_thw"),
+        ):
             if pixels in inputs:
-                levels = getattr(model.model, f"get_{stream}_features")(inputs[pixels], inputs[sizes]).deepstack_features
+                levels = getattr(model.model, f"get_{stream}_features")(
+                    inputs[pixels], inputs[sizes]
+                ).deepstack_features
                 found[stream] = [list(rows) for rows in zip(*levels, strict=True)]
         return found
 
@@ -92,7 +108,9 @@ class Qwen3VLMoe(Qwen3VL):
 
     def make(self) -> nn.Module:
         text = qwen_text() | {"head_dim": 16, "rope_parameters": ROPE} | EXPERTS
-        return Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(vision_config=VISION | DEEPSTACK, text_config=text, **QWEN_IDS))
+        return Qwen3VLMoeForConditionalGeneration(
+            Qwen3VLMoeConfig(vision_config=VISION | DEEPSTACK, text_config=text, **QWEN_IDS)
+        )
 
 
 FAMILIES = [Qwen3VL(), Qwen3VLMoe()]

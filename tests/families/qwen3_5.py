@@ -5,14 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration, Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
+from transformers import (
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
+)
 
 from families.qwen import QWEN_IDS, qwen_text
 from families.qwen3 import EXPERTS, VISION, Qwen3
 
-# the chunked delta rule rounds by where its chunks begin, and the norm behind it stretches small rows: a large epsilon bounds that
+# the chunked delta rule rounds by where its chunks begin, and the norm behind it stretches small rows: a large epsilon
+# bounds that
 EPS = 3e-2
-KINDS = "LFLLFLLF"  # one layer of attention in front of every drop that the tests make; the released models have LLLF repeated
+# one layer of attention in front of every drop that the tests make; the released models have LLLF repeated
+KINDS = "LFLLFLLF"
 NAMES = {"L": "linear_attention", "F": "full_attention"}
 
 
@@ -32,7 +39,9 @@ class Qwen35(Qwen3):
     drafts = False  # the state of a linear layer cannot go back
 
     def make(self) -> nn.Module:
-        return Qwen3_5ForConditionalGeneration(Qwen3_5Config(vision_config=VISION, text_config=hybrid_text(), **QWEN_IDS))
+        return Qwen3_5ForConditionalGeneration(
+            Qwen3_5Config(vision_config=VISION, text_config=hybrid_text(), **QWEN_IDS)
+        )
 
     def run(self, model: nn.Module, index: int, hidden: Tensor, seen: Tensor, **arguments: Any) -> Tensor:
         """A recurrence cannot be masked: linear layers run on the rows that take part, without anything between them."""

@@ -25,7 +25,9 @@ def encoded(method: ApET, rows: Tensor, keep: int) -> Selection:
 
 def dropped(method: ApET, rows: Tensor, keep: int) -> Selection:
     everyone = torch.ones(rows.shape[:2], dtype=torch.bool)
-    return method.prune_tokens(DecoderView(everyone, torch.tensor([keep]), host_counts=((rows.shape[1], keep),), hidden_states=rows))
+    return method.prune_tokens(
+        DecoderView(everyone, torch.tensor([keep]), host_counts=((rows.shape[1], keep),), hidden_states=rows)
+    )
 
 
 def rounded(rows: Tensor, settings: dict[str, Any]) -> Tensor:
@@ -48,7 +50,11 @@ def settle(case: Case, run: str, found: list[dict[str, Tensor]], batched: bool) 
 def settings_of(case: Case, run: str) -> tuple[int, int]:
     """Rows that stay, and basis tokens."""
     told = case.config | case.runs[run]
-    keep = next(told[name] for name in ("kept", "visual_token_num", "image_token_list_next", "next_image_tokens") if name in told)
+    keep = next(
+        told[name]
+        for name in ("kept", "visual_token_num", "image_token_list_next", "next_image_tokens")
+        if name in told
+    )
     return keep, told["basis_token_num"]
 
 
@@ -83,7 +89,9 @@ def check_llm(case: Case) -> None:
         selection = dropped(method, rows, keep)
         settle(case, run, [choice(method, rows, keep) | {"kept_index": selection.index[0]}], batched=False)
         merged = merged_rows(rows, selection)[0]
-        case.close(run, "hidden_states", torch.cat([hidden[0, :begin], merged, hidden[0, begin + count :]]), allowed(settings))
+        case.close(
+            run, "hidden_states", torch.cat([hidden[0, :begin], merged, hidden[0, begin + count :]]), allowed(settings)
+        )
         stays = behind(selection.index[0], begin, count, hidden.shape[1])
         positions = case.given("position_ids")[:, stays] if qwen else torch.arange(len(stays))
         case.same(run, "position_ids", positions)
@@ -100,8 +108,15 @@ def check_qwen_input(case: Case) -> None:
         selection = encoded(method, rows, keep)
         settle(case, run, [choice(method, rows, keep) | {"kept_index": selection.index[0]}], batched=False)
         merged = merged_rows(rounded(rows, settings), selection)[0]
-        case.close(run, "inputs_embeds", torch.cat([table[ids[:begin]], merged, table[ids[begin + count :]]]), allowed(settings))
-        case.same(run, "position_ids", case.given("position_ids")[:, behind(selection.index[0], begin, count, len(ids))])
+        case.close(
+            run,
+            "inputs_embeds",
+            torch.cat([table[ids[:begin]], merged, table[ids[begin + count :]]]),
+            allowed(settings),
+        )
+        case.same(
+            run, "position_ids", case.given("position_ids")[:, behind(selection.index[0], begin, count, len(ids))]
+        )
 
 
 def check_video(case: Case) -> None:
@@ -112,7 +127,9 @@ def check_video(case: Case) -> None:
     for frame, start in zip(features.split(1), starts(case, "v"), strict=True):
         method = ApET(keep=large + basis, basis=basis, slots="behind", start=start)
         found.append(choice(method, frame[:, 1:], large + basis, large))
-        out.append(torch.cat([frame[0, :1], merged_rows(frame[:, 1:], encoded(method, frame[:, 1:], large + basis))[0]]))
+        out.append(
+            torch.cat([frame[0, :1], merged_rows(frame[:, 1:], encoded(method, frame[:, 1:], large + basis))[0]])
+        )
     settle(case, "v", found, batched=True)
     case.close("v", "output", torch.stack(out))
 
@@ -121,7 +138,11 @@ def choice(method: ApET, rows: Tensor, keep: int, top: int | None = None) -> dic
     """What one span's choice is made of, by name."""
     everyone, count = torch.ones(rows.shape[:2], dtype=torch.bool), torch.tensor([keep])
     basis, _, error = method.errors(rows, everyone, count, keep)
-    return {"basis_index": basis[0], "errors": error[0], "top_index": error[0].argsort(descending=True, stable=True)[: top or keep]}
+    return {
+        "basis_index": basis[0],
+        "errors": error[0],
+        "top_index": error[0].argsort(descending=True, stable=True)[: top or keep],
+    }
 
 
 def behind(kept: Tensor, begin: int, count: int, rows: int) -> Tensor:

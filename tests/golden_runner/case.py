@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-SCORE = {"relative": 1e-5, "absolute": 0.0}  # relative to the largest score of the tensor: a softmax row is rounded as a whole
+# relative to the largest score of the tensor: a softmax row is rounded as a whole
+SCORE = {"relative": 1e-5, "absolute": 0.0}
 COARSE = {"relative": 1e-4, "absolute": 0.0}  # the same for recordings whose account allows more
 STATE = {"relative": 0.0, "absolute": 1e-4}
 
@@ -64,11 +65,21 @@ class Case:
     def scores(self, run: str, name: str, ours: Tensor) -> None:
         self.close(run, name, ours, SCORE)
 
-    def rows(self, run: str, name: str, ours: Tensor, valid: Tensor, compare: Callable[[str, Tensor, Tensor], None] | None = None) -> None:
-        """Rows of real tokens of a padded batch: recorded on the right-padded side, ours [B, T, ...] where ``valid`` [B, T]."""
+    def rows(
+        self,
+        run: str,
+        name: str,
+        ours: Tensor,
+        valid: Tensor,
+        compare: Callable[[str, Tensor, Tensor], None] | None = None,
+    ) -> None:
+        """Rows of real tokens of a padded batch: recorded on the right-padded side, ours [B, T, ...] where ``valid``
+        [B, T]."""
         expected = self.out(run, name)
         lengths = valid.sum(1).tolist()
-        assert expected.shape[:2] == (len(lengths), max(lengths)), f"{run}/{name}: recorded {tuple(expected.shape)}, ours {lengths} rows"
+        assert expected.shape[:2] == (len(lengths), max(lengths)), (
+            f"{run}/{name}: recorded {tuple(expected.shape)}, ours {lengths} rows"
+        )
         for b, n in enumerate(lengths):
             (compare or near)(f"{run}/{name}[{b}]", ours[b][valid[b]], expected[b, :n])
         self.compared.add(f"out/{run}/{name}")
@@ -103,7 +114,9 @@ def near(name: str, ours: Tensor, expected: Tensor, tolerance: dict[str, float] 
     if ours.numel():
         worst, largest = float((ours - expected).abs().max()), float(expected.abs().max())
         allowed = tolerance["absolute"] + tolerance["relative"] * largest
-        assert worst <= allowed, f"{name}: largest difference {worst:.3g}, allowed {allowed:.3g} (values up to {largest:.3g})"
+        assert worst <= allowed, (
+            f"{name}: largest difference {worst:.3g}, allowed {allowed:.3g} (values up to {largest:.3g})"
+        )
 
 
 def equal(name: str, ours: Tensor, expected: Tensor) -> None:

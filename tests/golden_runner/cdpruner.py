@@ -1,4 +1,5 @@
-"""CDPruner: relevance and choice through a whole prompt of an attached model, with CLIP's text tower beside it; and on given features."""
+"""CDPruner: relevance and choice through a whole prompt of an attached model, with CLIP's text tower beside it; and on
+given features."""
 
 from __future__ import annotations
 
@@ -51,11 +52,21 @@ def check_clip(case: Case) -> None:
 def clip_of(config: dict[str, Any], weights: dict[str, Tensor]) -> Any:
     """The CLIP model that the recorded parts are of."""
     text = {name: value for name, value in config["text"].items() if name != "text_positions"}
-    text |= {"max_position_embeddings": config["text"]["text_positions"], "hidden_act": config["text"].get("hidden_act", "quick_gelu")}
+    text |= {
+        "max_position_embeddings": config["text"]["text_positions"],
+        "hidden_act": config["text"].get("hidden_act", "quick_gelu"),
+    }
     size = config["text"]["projection_dim"]
-    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=config["vision"] | {"projection_dim": size}, projection_dim=size)).eval()
+    clip = CLIPModel(
+        CLIPConfig(text_config=text, vision_config=config["vision"] | {"projection_dim": size}, projection_dim=size)
+    ).eval()
     clip.text_model.config._attn_implementation = clip.vision_model.config._attn_implementation = "eager"
-    rules = {"vision.vision_model.": "vision_model.", "text.text_model.": "text_model.", "text.": "", "visual_projection.": "visual_projection."}
+    rules = {
+        "vision.vision_model.": "vision_model.",
+        "text.text_model.": "text_model.",
+        "text.": "",
+        "visual_projection.": "visual_projection.",
+    }
     load(clip, renamed({name: rows for name, rows in weights.items() if not name.startswith("mm_projector.")}, rules))
     return clip
 

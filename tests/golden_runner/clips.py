@@ -51,7 +51,9 @@ def check_vidcom2(case: Case) -> None:
             side = round(places**0.5)
             order = released_order(kept, frames, side)
             case.same(run, "kept_index_in_grid", order)
-            case.close(run, "output", case.tensors["in/grid_features_with_newline"][order], {"relative": 0.0, "absolute": 0.0})
+            case.close(
+                run, "output", case.tensors["in/grid_features_with_newline"][order], {"relative": 0.0, "absolute": 0.0}
+            )
         else:
             case.close(run, "output", features[0, kept], {"relative": 0.0, "absolute": 0.0})
 
@@ -72,7 +74,13 @@ def check_fastvid(case: Case) -> None:
     prompt, clips = case.tensors["in/inputs_embeds"][0], clip_of(frames, places)
     features, attention = prompt[None, start : start + frames * places], case.tensors["in/frame_attention"][None]
     for run, settings in case.runs.items():
-        names = {"context": "STPrune_d", "segments": "DySeg_c", "threshold": "DySeg_tau", "every": "DTM_p", "own": "DTM_beta"}
+        names = {
+            "context": "STPrune_d",
+            "segments": "DySeg_c",
+            "threshold": "DySeg_tau",
+            "every": "DTM_p",
+            "own": "DTM_beta",
+        }
         reducer = FastVID.official(**{name: settings[f"fastvid_{theirs}"] for name, theirs in names.items()})
         rows, length = clips.grid(features), torch.tensor([frames])
         windows = reducer.windows(case.tensors["in/frame_global_features"][None], length)
@@ -94,7 +102,6 @@ def check_fastvid(case: Case) -> None:
         case.fact(run, "video_rows", len(merged))
 
 
-
 def check_evs(case: Case) -> None:
     features = case.tensors["in/video_embeds"][None]
     grid = case.meta["grid"]
@@ -103,10 +110,18 @@ def check_evs(case: Case) -> None:
     parts = torch.arange(steps).repeat_interleave(places)[None]
     for run, settings in case.runs.items():
         reducer = EVS.official(settings["q"])
-        kept = max(places, reducer.plan(tokens, 1, None).entry)  # the first step stays whole; a plan does not know how large it is
+        # the first step stays whole; a plan does not know how large it is
+        kept = max(places, reducer.plan(tokens, 1, None).entry)
         plan = SpanPlan(tokens, kept, 0, (kept,))
         view = EncoderView(
-            parts >= 0, torch.tensor([kept]), torch.tensor([0]), (plan,), features=features, parts=parts, modality="video", max_parts=(steps, places)
+            parts >= 0,
+            torch.tensor([kept]),
+            torch.tensor([0]),
+            (plan,),
+            features=features,
+            parts=parts,
+            modality="video",
+            max_parts=(steps, places),
         )
         index = reducer.select_tokens(view).index[0]
         if case.has(run, "positions"):
@@ -118,8 +133,9 @@ def check_evs(case: Case) -> None:
 
 
 def check_evs_positions(case: Case, run: str, kept: Tensor) -> None:
-    """Kept tokens have the positions that they had. The text behind them does, too, where the released code moves it forward by as much as the
-    largest extent exceeds the width of the grid; ours leaves it at the largest position + 1, as the model itself has it."""
+    """Kept tokens have the positions that they had. The text behind them does, too, where the released code moves it
+    forward by as much as the largest extent exceeds the width of the grid; ours leaves it at the largest position + 1,
+    as the model itself has it."""
     settings, grid, positions = case.runs[run], case.meta["grid"], case.out(run, "positions")
     sides = [grid["T"], grid["H"] // grid["spatial_merge_size"], grid["W"] // grid["spatial_merge_size"]]
     every = torch.cartesian_prod(*map(torch.arange, sides), torch.tensor(sides[2:]))
@@ -160,7 +176,9 @@ def check_holitom(case: Case) -> None:
         case.fact(run, "pruned_static_tokens", saved)
         ratio = min(settings["retain_ratio"] / ((frames * places - saved) / (frames * places)), 1)
         sizes = sets.sizes[0].tolist()
-        counts = torch.tensor([[round(n * ratio) for n in sizes[:frames]] + [math.ceil(n * ratio) for n in sizes[frames:]]])
+        counts = torch.tensor(
+            [[round(n * ratio) for n in sizes[:frames]] + [math.ceil(n * ratio) for n in sizes[frames:]]]
+        )
         found = reducer.merged(sets, clips.grid(attention.flatten()[None]), counts)
         merged = rows_of(flat, found)
         case.close(run, "output", merged, STATE)
@@ -170,7 +188,9 @@ def check_holitom(case: Case) -> None:
 
 
 def rows_of(features: Tensor, found: VideoRows) -> Tensor:
-    return merged_rows(features, join_windows(found.kept, found.owner, found.weight, int(found.kept.sum()), found.order))[0]
+    return merged_rows(
+        features, join_windows(found.kept, found.owner, found.weight, int(found.kept.sum()), found.order)
+    )[0]
 
 
 def check_prunevid(case: Case) -> None:
@@ -178,13 +198,17 @@ def check_prunevid(case: Case) -> None:
     frames, places = features.shape[:2]
     flat, clips = features.flatten(0, 1)[None], clip_of(frames, places)
     for run, settings in case.runs.items():
-        reducer = PruneVid.official(windows=settings["temporal_segment_ratio"], threshold=settings["threshold"], neighbours=settings["k"])
+        reducer = PruneVid.official(
+            windows=settings["temporal_segment_ratio"], threshold=settings["threshold"], neighbours=settings["k"]
+        )
         rows = clips.grid(flat)
         windows = reducer.cut(rows, clips)
         count = int(windows.number.max()) + 1
         case.same(run, "window_sizes", windows.length[0, :count])
         sets = StaticDynamicSets.of(clips, windows, rows, reducer.still(rows, clips, windows)[0])
-        counts = torch.tensor([[size if size <= 14 else int(size * settings["cluster_ratio"]) for size in sets.sizes[0].tolist()]])
+        counts = torch.tensor(
+            [[size if size <= 14 else int(size * settings["cluster_ratio"]) for size in sets.sizes[0].tolist()]]
+        )
         case.same(run, "static_sizes", counts[0, :count])
         of_window = torch.zeros(1, frames, dtype=torch.long).scatter_add_(1, windows.number, counts[:, frames:])
         case.same(run, "dynamic_sizes", of_window[0, :count])

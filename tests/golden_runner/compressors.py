@@ -19,15 +19,21 @@ LEAST = 12  # clusters that the elbow begins with
 @torch.no_grad()
 def check_quecc(case: Case) -> None:
     config, weights = case.config, case.weights()
-    module = QueCCModule(config["embed_dim"], config["multi_level_dim"], config["text_dim"], config["heads"], config["kernel"])
-    module.load_state_dict({name.removeprefix("0."): weight for name, weight in weights.items() if name.startswith("0.")})
+    module = QueCCModule(
+        config["embed_dim"], config["multi_level_dim"], config["text_dim"], config["heads"], config["kernel"]
+    )
+    module.load_state_dict(
+        {name.removeprefix("0."): weight for name, weight in weights.items() if name.startswith("0.")}
+    )
     side = config["grid"]
     place = torch.cartesian_prod(torch.arange(side), torch.arange(side))[None].expand(config["batch"], -1, -1)
     for run, settings in case.runs.items():
         count = settings["tokens"]
         every = torch.ones(place.shape[:2], dtype=torch.bool)
         cells = windows(place, every, torch.full((config["batch"],), count), count, side**2 // count)
-        rows = module(case.tensors["in/x"], case.tensors["in/x_multi"], case.tensors["in/text"][:, 0], cells, within(place, cells))
+        rows = module(
+            case.tensors["in/x"], case.tensors["in/x_multi"], case.tensors["in/text"][:, 0], cells, within(place, cells)
+        )
         case.close(run, "compressed", rows)
         hidden = nn.functional.gelu(nn.functional.linear(rows, weights["1.weight"], weights["1.bias"]))
         case.close(run, "projected", nn.functional.linear(hidden, weights["3.weight"], weights["3.bias"]))
@@ -41,7 +47,8 @@ def check_vqtoken(case: Case) -> None:
     module.load_state_dict(case.weights())
     for run, settings in case.runs.items():
         if "error" in settings:
-            case.errors.add(run)  # names that its own class does not know: here the number of clusters is a setting like any other
+            # names that its own class does not know: here the number of clusters is a setting like any other
+            case.errors.add(run)
             continue
 
         def clustered(first: Tensor, rounds: int = settings["max_iteration"]) -> tuple[Tensor, Tensor]:

@@ -27,8 +27,12 @@ class Drop(inside.Inside):
         normed = self.handle.adapter.text_model.norm(self.watch.output[layer - 1])[0]
         case.close(run, "hidden_normed", normed)
         keys = torch.zeros_like(case.out(run, "keys"))
-        keys[before] = case.out(run, "keys")[before]  # only those of the image and of the text behind it are shown to the method
-        keys[view.positions[0]], keys[view.text_positions[0]] = self.repeated(view.keys[0]), self.repeated(view.text_keys[0])
+        # only those of the image and of the text behind it are shown to the method
+        keys[before] = case.out(run, "keys")[before]
+        keys[view.positions[0]], keys[view.text_positions[0]] = (
+            self.repeated(view.keys[0]),
+            self.repeated(view.text_keys[0]),
+        )
         case.close(run, "keys", keys)
         case.same(run, "kept", self.kept(layer))
         case.fact(run, "kept", len(self.kept(layer)))

@@ -49,15 +49,17 @@ def preset(settings: dict[str, Any]) -> Reducer:
     return Duet.official_llava(v2v["dominant"], v2v["contextual"], v2v["cluster_width"], schedule=schedule)
 
 
-def _check_run(case: Case, run: str, settings: dict[str, Any], model: Any, ids: list[int], image: int, recorded: bool = True) -> None:
+def _check_run(
+    case: Case, run: str, settings: dict[str, Any], model: Any, ids: list[int], image: int, recorded: bool = True
+) -> None:
     config, pixels = case.config, case.given("pixel_values")
     start = ids.index(config["image_placeholder_id"])
     patches = (config["vision_config"]["image_size"] // config["vision_config"]["patch_size"]) ** 2
     prompt = torch.tensor([ids[:start] + [image] * patches + ids[start + 1 :]])
     tower, _ = tolerances(model, pixels)
     reducer = preset(settings)
-    # once as it is; once more with the recorded projector output in place of ours, so that the rounding of a deep tower does not blur
-    # the strict comparison of everything behind it
+    # once as it is; once more with the recorded projector output in place of ours, so that the rounding of a deep tower
+    # does not blur the strict comparison of everything behind it
     for exact in (False, True) if recorded else (False,):
         views: list[DecoderView] = []
 
@@ -69,7 +71,8 @@ def _check_run(case: Case, run: str, settings: dict[str, Any], model: Any, ids: 
             case.fact(run, "image_tokens", [output.shape[1]])
             return case.out(run, "image_features_after_projector").clone() if exact else None
 
-        hook = model.model.multi_modal_projector.register_forward_hook(at_projector)  # before attach: in front of the library's hook
+        # before attach: in front of the library's hook
+        hook = model.model.multi_modal_projector.register_forward_hook(at_projector)
         try:
             watched = spying(reducer, views) if isinstance(reducer, Duet) else reducer
             with attach(model, watched) as handle, Watch(model.model.language_model) as watch:
@@ -85,13 +88,17 @@ def _check_run(case: Case, run: str, settings: dict[str, Any], model: Any, ids: 
                     case.close(run, "inputs_embeds_to_llm", watch.calls[0][0][0])
                     case.fact(run, "image_token_posi", [start])
                     case.fact(run, "seq_len_entering_each_layer_prefill", [h.shape[1] for h in watch.calls[0][0]])
-                    case.fact(run, "kv_len_after_generate", [layer.keys.shape[-2] for layer in result.past_key_values.layers])
+                    case.fact(
+                        run, "kv_len_after_generate", [layer.keys.shape[-2] for layer in result.past_key_values.layers]
+                    )
                     compare_steps(case, run, watch)
         finally:
             hook.remove()
 
 
-def compare_stages(case: Case, run: str, layers: list[int], handle: Any, watch: Watch, views: list[DecoderView], exact: bool) -> None:
+def compare_stages(
+    case: Case, run: str, layers: list[int], handle: Any, watch: Watch, views: list[DecoderView], exact: bool
+) -> None:
     """Survivors at each stage, and with the recorded features their scores."""
     if not layers:
         return
@@ -106,14 +113,18 @@ def compare_stages(case: Case, run: str, layers: list[int], handle: Any, watch: 
         case.same(run, f"stage{s}/kept_in_current_image_block", [old.index(t) for t in new])
         if not exact:
             continue
-        scores = scored[layer].scores[0] if layer in scored else scores_at(handle, layer, watch, call=0)[0][before.visual[0]]
+        scores = (
+            scored[layer].scores[0] if layer in scored else scores_at(handle, layer, watch, call=0)[0][before.visual[0]]
+        )
         case.scores(run, f"stage{s}/scores", scores)
 
 
 def compare_steps(case: Case, run: str, watch: Watch) -> None:
     """[steps, layers] positions of the fed tokens."""
     recorded = case.out(run, "decode_position_id_entering_each_layer")
-    assert len(recorded) == len(watch.calls) - 1, f"{run}: {len(recorded)} decode steps recorded, {len(watch.calls) - 1} made"
+    assert len(recorded) == len(watch.calls) - 1, (
+        f"{run}: {len(recorded)} decode steps recorded, {len(watch.calls) - 1} made"
+    )
     for step, positions in enumerate(recorded):
         for layer, position in enumerate(positions):
             watch.rotates(layer, position.view(1, 1), call=step + 1)

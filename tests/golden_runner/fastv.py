@@ -57,14 +57,16 @@ def _check_run(case: Case, run: str, settings: dict[str, Any], prompt: Prompt, r
         case.compared.add(f"out/{run}/position_ids_entering_last_layer")
         twice = settings["K"] - 1 if settings.get("layer_calls", len(watch.hidden)) > len(watch.hidden) else None
         widths = [h.shape[1] for h in watch.hidden]
-        case.fact(run, "seq_len_entering_each_layer_call", widths if twice is None else widths[: twice + 1] + widths[twice:])
+        case.fact(
+            run, "seq_len_entering_each_layer_call", widths if twice is None else widths[: twice + 1] + widths[twice:]
+        )
         if cache is not None:
             _compare_decode(case, run, prompt, watch, cache, twice)
 
 
 def compare_masked(case: Case, run: str, layer: int, prompt: Prompt, survivors: Tensor, slots: Tensor) -> None:
-    """The mask variant keeps every row and hides the keys of the dropped ones: dropping must give the survivors the same states, and a
-    stock model with that mask gives all rows."""
+    """The mask variant keeps every row and hides the keys of the dropped ones: dropping must give the survivors the
+    same states, and a stock model with that mask gives all rows."""
     case.close(run, "last_hidden_state", masked_states(prompt, layer, slots))
     recorded = case.out(run, "last_hidden_state")[0][slots]
     assert torch.allclose(survivors, recorded, rtol=0, atol=1e-4), f"{run}: survivors differ from the masked run"
@@ -75,7 +77,8 @@ def compare_masked(case: Case, run: str, layer: int, prompt: Prompt, survivors: 
 
 
 def masked_states(prompt: Prompt, layer: int, slots: Tensor) -> Tensor:
-    """Oracle: the plain decoder with the dropped keys hidden from ``layer`` on (a detached model of its own attention masks)."""
+    """Oracle: the plain decoder with the dropped keys hidden from ``layer`` on (a detached model of its own attention
+    masks)."""
     rows = prompt.embeds.shape[1]
     shown = torch.zeros(rows, dtype=torch.bool)
     shown[slots] = True
@@ -105,7 +108,9 @@ def _compare_decode(case: Case, run: str, prompt: Prompt, watch: Watch, cache: D
     for t in sorted({int(name.split("/")[0].removeprefix("decode")) for name in case.names(run, "decode")}):
         token = (watch.last[:, -1:] @ prompt.table.T).argmax(-1)
         case.same(run, f"decode{t}/token_id", token)
-        prompt.model(input_ids=token, past_key_values=cache, use_cache=True, position_ids=torch.full_like(token, seen + t))
+        prompt.model(
+            input_ids=token, past_key_values=cache, use_cache=True, position_ids=torch.full_like(token, seen + t)
+        )
         case.close(run, f"decode{t}/last_hidden_state", watch.last)
         compare_step_positions(case, run, f"decode{t}/position_id_entering_each_layer", watch, twice)
         grown.append(lengths())

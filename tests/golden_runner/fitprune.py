@@ -29,7 +29,11 @@ class Fitted(inside.Inside):
             scores = self.last_scores() if layer == depth - 1 else self.scores(next(views))
             case.close(run, f"{name}/scores", scores, COARSE)
             order = scores.argsort(stable=True)[:deleted].tolist()
-            kept = [token for place, token in enumerate(before) if place not in set(order)] if layer == depth - 1 else self.kept(layer + 1)
+            kept = (
+                [token for place, token in enumerate(before) if place not in set(order)]
+                if layer == depth - 1
+                else self.kept(layer + 1)
+            )
             case.same(run, f"{name}/deleted_in_current_block", order)
             case.same(run, f"{name}/deleted_original_image_index", [before[place] for place in order])
             case.same(run, f"{name}/kept_original_image_index", kept)
@@ -55,10 +59,15 @@ class Fitted(inside.Inside):
         return self.state.num_queries[0]
 
     def left(self, depth: int, kept: list[int]) -> list[int]:
-        """The rows of the last layer that are left after it, which nothing reads here: the recording lets go of them, too."""
+        """The rows of the last layer that are left after it, which nothing reads here: the recording lets go of them,
+        too."""
         tokens = self.state.layer_group(depth - 1).tokens
         stays = {token + self.prompt.starts[0] for token in kept}
-        return [row for row, slot in enumerate(tokens.prompt_index[0].tolist()) if not tokens.visual[0, row] or slot in stays]
+        return [
+            row
+            for row, slot in enumerate(tokens.prompt_index[0].tolist())
+            if not tokens.visual[0, row] or slot in stays
+        ]
 
     def last_scores(self) -> Tensor:
         """Of the last layer, behind which nothing is dropped here."""
@@ -70,7 +79,10 @@ class Fitted(inside.Inside):
         allowed = rows[..., None] >= rows[:, None]
         visual = tokens.visual.float()
         text = (rows > tokens.visual[0].nonzero().max()).float()
-        found = [query_attention(query, key, adapter.scaling(adapter.layers[layer]), allowed, w, heads="max") for w in (text, visual)]
+        found = [
+            query_attention(query, key, adapter.scaling(adapter.layers[layer]), allowed, w, heads="max")
+            for w in (text, visual)
+        ]
         return (found[0] * found[1])[0][tokens.visual[0]] * self.asking
 
     def decode(self) -> None:

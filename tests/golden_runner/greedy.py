@@ -1,4 +1,5 @@
-"""SCOPE and DivPrune: the choice on given features, SCOPE through a CLIP tower, DivPrune in the input of the language model."""
+"""SCOPE and DivPrune: the choice on given features, SCOPE through a CLIP tower, DivPrune in the input of the language
+model."""
 
 from __future__ import annotations
 
@@ -35,11 +36,18 @@ def check_divprune(case: Case) -> None:
         if case.has(run, "inputs_embeds"):
             before, whole = case.config["prefix"], case.given("inputs_embeds")
             rest = whole[:, before + features.shape[1] :]
-            case.close(run, "inputs_embeds", torch.cat([whole[:, :before], features[:, kept], rest], 1), {"relative": 0.0, "absolute": 0.0})
+            case.close(
+                run,
+                "inputs_embeds",
+                torch.cat([whole[:, :before], features[:, kept], rest], 1),
+                {"relative": 0.0, "absolute": 0.0},
+            )
 
 
 def scope(settings: dict[str, Any]) -> Scope:
-    return Scope(keep=settings["n"], alpha=settings["alpha"], combined="add" if settings.get("combined") == "add" else "multiply")
+    return Scope(
+        keep=settings["n"], alpha=settings["alpha"], combined="add" if settings.get("combined") == "add" else "multiply"
+    )
 
 
 def compare(case: Case, run: str, method: EncoderReducer, features: Tensor, importance: Tensor | None) -> Tensor:
@@ -52,7 +60,9 @@ def compare(case: Case, run: str, method: EncoderReducer, features: Tensor, impo
         orders = []
         for row in range(len(features)):
             rows = features[row].expand(n, -1, -1)
-            sets = chosen(method, rows, None if importance is None else importance[row].expand(n, -1), list(range(1, n + 1))).int()
+            sets = chosen(
+                method, rows, None if importance is None else importance[row].expand(n, -1), list(range(1, n + 1))
+            ).int()
             orders.append(torch.diff(sets, dim=0, prepend=torch.zeros_like(sets[:1])).argmax(1))
         case.same(run, "order", torch.stack(orders).view(shape))
     return kept.nonzero()[:, 1].view(len(features), -1)
@@ -69,12 +79,18 @@ def chosen(method: EncoderReducer, features: Tensor, importance: Tensor | None, 
 
 
 def check_tower(case: Case) -> None:
-    model = llava(renamed(case.weights(), {"vision_model.": "model.vision_tower.", "": "model.vision_tower."}), image_token=7, vision=case.config)
+    model = llava(
+        renamed(case.weights(), {"vision_model.": "model.vision_tower.", "": "model.vision_tower."}),
+        image_token=7,
+        vision=case.config,
+    )
     for run, settings in case.runs.items():
         pixels = case.tensors[f"in/{run}/pixel_values"]
         seen: list[EncoderView] = []
         rows: list[Tensor] = []
-        hook = model.model.multi_modal_projector.register_forward_hook(lambda module, args, output, rows=rows: rows.append(args[0]))
+        hook = model.model.multi_modal_projector.register_forward_hook(
+            lambda module, args, output, rows=rows: rows.append(args[0])
+        )
         with attach(model, spying(scope(settings), seen)):
             encode(model, {"pixel_values": pixels})
         hook.remove()

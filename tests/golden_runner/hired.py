@@ -1,8 +1,8 @@
 """HiRED: budgets and choice through the tower's own signals, and what the language model is given.
 
-The preset hands out what the released shares leave of a token; how many tokens each crop has before that, and which, is what was recorded.
-The released packing, which exchanges rows and columns of the grid of crops and then cuts off what the true shape does not have, is
-repeated here for the sake of the recorded rows.
+The preset hands out what the released shares leave of a token; how many tokens each crop has before that, and which, is
+what was recorded. The released packing, which exchanges rows and columns of the grid of crops and then cuts off what
+the true shape does not have, is repeated here for the sake of the recorded rows.
 """
 
 from __future__ import annotations
@@ -34,8 +34,12 @@ PLACES = {
 
 def check(case: Case) -> None:
     config = case.config
-    weights = {name: rows for name, rows in case.weights().items() if "position_ids" not in name and name != "image_newline"}
-    model = llava(renamed(weights, PLACES), image_token=config["image_token"], vision=config["vision"], text=config["text"])
+    weights = {
+        name: rows for name, rows in case.weights().items() if "position_ids" not in name and name != "image_newline"
+    }
+    model = llava(
+        renamed(weights, PLACES), image_token=config["image_token"], vision=config["vision"], text=config["text"]
+    )
     pixels = case.given("pixel_values")
     seen: list[EncoderView] = []
     with attach(model, spying(HiRED.official(0.2), seen)):
@@ -67,7 +71,9 @@ def check(case: Case) -> None:
             case.fact(run, "kept_per_crop", [rows.sum(1).tolist() for (rows,) in by_image(case, masks)])
             case.same(run, "masks", masks)
             case.close(run, "projected", projected, STATE)
-            spans = [pack(case, rows, mask, number) for number, (rows, mask) in enumerate(by_image(case, projected, masks))]
+            spans = [
+                pack(case, rows, mask, number) for number, (rows, mask) in enumerate(by_image(case, projected, masks))
+            ]
             case.close(run, "packed", torch.cat(spans), STATE)
             case.same(run, "packed_lens", [len(rows) for rows in spans])
             case.fact(run, "packed_lens", [len(rows) for rows in spans])
@@ -149,7 +155,8 @@ def chosen_by_preset(settings: dict[str, Any], late: Tensor, early: Tensor, crop
 
 
 def pack(case: Case, rows: Tensor, mask: Tensor, number: int) -> Tensor:
-    """Overview, then the kept patches of the mosaic: [crops, N, D] -> [K, D]. The grid of crops is read as (columns, rows)."""
+    """Overview, then the kept patches of the mosaic: [crops, N, D] -> [K, D]. The grid of crops is read as (columns,
+    rows)."""
     side = math.isqrt(rows.shape[1])
     columns, lines = grid(case, number)
     marked = torch.cat([rows[1:], mask[1:, :, None].float()], 2)
@@ -175,7 +182,9 @@ def compare_prompt(case: Case, run: str, model: Any, spans: list[Tensor]) -> Non
         at = int((row == token).nonzero()[0])
         text = model.get_input_embeddings()(row.clamp(max=model.config.text_config.vocab_size - 1))
         samples.append(torch.cat([text[:at], span, text[at + 1 :]]))
-    recorded, positions, embeds, logits = (case.out(run, name) for name in ("attention_mask", "position_ids", "inputs_embeds", "logits"))
+    recorded, positions, embeds, logits = (
+        case.out(run, name) for name in ("attention_mask", "position_ids", "inputs_embeds", "logits")
+    )
     for number, sample in enumerate(samples):
         real = recorded[number].bool()
         near(f"{run}/inputs_embeds[{number}]", embeds[number][real], sample)

@@ -46,7 +46,13 @@ class Joined(inside.Inside):
         left = [token for token in range(case.meta["image_tokens"]) if token not in kept]
         case.same(run, "dropped_index", left)
         merged, start = self.state.layer_group(layer).merged_into, self.prompt.starts[0]
-        anchor = dict(zip((merged.source_tokens[0] - start).tolist(), (merged.index[0][merged.target_row[0]] - start).tolist(), strict=True))
+        anchor = dict(
+            zip(
+                (merged.source_tokens[0] - start).tolist(),
+                (merged.index[0][merged.target_row[0]] - start).tolist(),
+                strict=True,
+            )
+        )
         case.same(run, "merged_into_index", [anchor[token] for token in left])
         case.close(run, "hidden_states", self.watch.hidden[layer][0])
         case.same(run, "position_ids", self.state.layer_group(layer).tokens.prompt_index[0])

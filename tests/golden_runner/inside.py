@@ -68,7 +68,12 @@ class Inside:
             token = self.head(self.watch.last[:, -1]).argmax(-1, keepdim=True)
             assert token.flatten().tolist() == case.out(run, f"decode{t}/token_id").flatten().tolist()
             case.compared.add(f"out/{run}/decode{t}/token_id")
-            self.prompt.model(input_ids=token, past_key_values=self.cache, use_cache=True, position_ids=torch.full_like(token, seen + t))
+            self.prompt.model(
+                input_ids=token,
+                past_key_values=self.cache,
+                use_cache=True,
+                position_ids=torch.full_like(token, seen + t),
+            )
             case.close(run, f"decode{t}/last_hidden_state", self.watch.last)
             name = f"decode{t}/position_id_entering_each_layer"
             if case.has(run, name):
@@ -85,7 +90,8 @@ class Inside:
 
 
 def runs(case: Case, kind: type[Inside], reducer: Any) -> None:
-    """Every run of a case; ``reducer`` makes the method from a run's settings. One that stops in the released code goes on here."""
+    """Every run of a case; ``reducer`` makes the method from a run's settings. One that stops in the released code goes
+    on here."""
     prompt = Prompt(case, [case.meta["image_start"]], [case.meta["image_tokens"]])
     for run, settings in case.runs.items():
         if "error" in settings:

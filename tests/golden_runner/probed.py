@@ -44,10 +44,15 @@ class Stages:
             self.decode(cache)
 
     def calls(self) -> list[int]:
-        """Rows of the first calls of layers, as many as there are layers; a probe is a call of its layer in front of the drop."""
+        """Rows of the first calls of layers, as many as there are layers; a probe is a call of its layer in front of
+        the drop."""
         widths = [h.shape[1] for h in self.watch.hidden]
         probed = set(self.layers) if Input.GRADIENT in self.handle.reducer.requires else set()
-        calls = [rows for layer, width in enumerate(widths) for rows in ([widths[layer - 1], width] if layer in probed else [width])]
+        calls = [
+            rows
+            for layer, width in enumerate(widths)
+            for rows in ([widths[layer - 1], width] if layer in probed else [width])
+        ]
         return calls[: len(widths)]
 
     def head(self, rows: Tensor) -> Tensor:
@@ -83,7 +88,9 @@ class Stages:
         for step in range(case.runs[run].get("decode", 0)):
             token = self.head(self.watch.last[:, -1]).argmax(-1, keepdim=True)
             case.same(run, f"decode{step}/token_id", token.view_as(case.out(run, f"decode{step}/token_id")))
-            self.prompt.model(input_ids=token, past_key_values=cache, use_cache=True, position_ids=torch.full_like(token, seen + step))
+            self.prompt.model(
+                input_ids=token, past_key_values=cache, use_cache=True, position_ids=torch.full_like(token, seen + step)
+            )
             case.close(run, f"decode{step}/last_hidden_state", self.watch.last)
             name = f"decode{step}/position_id_entering_each_layer"
             case.tensors[f"out/{run}/{name}"] = case.out(run, name).view(len(self.watch.rotary), -1)
@@ -93,8 +100,12 @@ class Stages:
 
 
 def recorded(case: Case) -> Prompt:
-    """The recorded prompt and head, of the recorded vocabulary alone: a placeholder's row in the head would change the loss."""
-    starts, tokens = (x if isinstance(x, list) else [x] * case.meta["B"] for x in (case.meta["image_start"], case.meta["image_tokens"]))
+    """The recorded prompt and head, of the recorded vocabulary alone: a placeholder's row in the head would change the
+    loss."""
+    starts, tokens = (
+        x if isinstance(x, list) else [x] * case.meta["B"]
+        for x in (case.meta["image_start"], case.meta["image_tokens"])
+    )
     prompt = Prompt(case, starts, tokens)
     prompt.model.lm_head.weight = nn.Parameter(case.tensors["weights/lm_head.weight"])
     return prompt
@@ -120,7 +131,9 @@ def check_qwen(case: Case) -> None:
             compare_next(case, run, stage, layer, view, replace(method, probe="next"), prompt, done)
 
 
-def compare_next(case: Case, run: str, stage: int, layer: int, view: DecoderView, method: Pio, prompt: Prompt, done: Stages) -> None:
+def compare_next(
+    case: Case, run: str, stage: int, layer: int, view: DecoderView, method: Pio, prompt: Prompt, done: Stages
+) -> None:
     """The gradient at the rows that the released choice has left."""
     adapter, width = done.handle.adapter, done.watch.output[layer - 1].shape[1]
     position = done.watch.rotary[layer - 1]

@@ -1,4 +1,5 @@
-"""LLaVA-PruMerge and PruMerge+: what the hooks show of the last layer of a CLIP tower, and the choice on the recorded queries and keys.
+"""LLaVA-PruMerge and PruMerge+: what the hooks show of the last layer of a CLIP tower, and the choice on the recorded
+queries and keys.
 
 The choice starts from what was recorded: neighbours differ by less than what a tower of 24 layers loses to rounding.
 """
@@ -27,7 +28,9 @@ from golden_runner.v2v import tolerances, tower_features
 
 def check(case: Case) -> None:
     check_tower(case)
-    hidden, query, key, attention = (case.tensors[f"out/tower/{name}"] for name in ("hidden_states", "query", "key", "cls_attention"))
+    hidden, query, key, attention = (
+        case.tensors[f"out/tower/{name}"] for name in ("hidden_states", "query", "key", "cls_attention")
+    )
     near("cls_attention", cls_attention(query[:, None], key[:, None], key.shape[2] ** -0.5), attention, COARSE)
     for run, settings in case.runs.items():
         if "error" in settings:
@@ -71,7 +74,9 @@ def selected(case: Case, settings: dict[str, Any], attention: Tensor, key: Tenso
 def view_of(attention: Tensor, key: Tensor, plan: SpanPlan) -> EncoderView:
     number = torch.ones(len(attention), dtype=torch.long)
     valid = torch.ones_like(attention, dtype=torch.bool)
-    return EncoderView(valid, number * plan.dominant, number * plan.contextual, (plan,) * len(attention), attention, key[:, 1:])
+    return EncoderView(
+        valid, number * plan.dominant, number * plan.contextual, (plan,) * len(attention), attention, key[:, 1:]
+    )
 
 
 def joining(selection: Selection, attention: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,7 +84,9 @@ def joining(selection: Selection, attention: Tensor) -> tuple[Tensor, Tensor]:
     assert selection.weights is not None
     last = selection.index.shape[1] - 1
     rows, rest = [], []
-    for members, into, weights, scores in zip(selection.source_tokens, selection.target_row, selection.weights, attention, strict=True):
+    for members, into, weights, scores in zip(
+        selection.source_tokens, selection.target_row, selection.weights, attention, strict=True
+    ):
         of_rows = []
         for row in range(last):
             here = (into == row) & (weights != 1)  # 1: the kept token itself

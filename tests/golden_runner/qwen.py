@@ -1,7 +1,8 @@
 """Qwen2.5-VL: V2V after the merger, T2V with M-RoPE.
 
-From the second T2V stage on the released code ranks only part of the image (see ``twin.OfficialDrop``). This library does what is meant:
-there its stages are checked against a slow twin, and everything recorded is reproduced by the released rule, on top of our V2V.
+From the second T2V stage on the released code ranks only part of the image (see ``twin.OfficialDrop``). This library
+does what is meant: there its stages are checked against a slow twin, and everything recorded is reproduced by the
+released rule, on top of our V2V.
 """
 
 from __future__ import annotations
@@ -61,8 +62,11 @@ def build(case: Case, attention: str) -> Any:
     return model
 
 
-def scores_in_full(model: Any, inputs: dict[str, Tensor], embedded: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
-    """By decoder layer of the stock model what the rows behind the image pay to its tokens, and the rows that enter, or that ``embedded`` says."""
+def scores_in_full(
+    model: Any, inputs: dict[str, Tensor], embedded: Tensor | None = None
+) -> tuple[list[Tensor], Tensor]:
+    """By decoder layer of the stock model what the rows behind the image pay to its tokens, and the rows that enter, or
+    that ``embedded`` says."""
     text_model, dtype = model.model.language_model, next(model.parameters()).dtype
     tokens = (inputs["input_ids"][0] == model.config.image_token_id).nonzero().flatten().tolist()
     queries = list(range(tokens[-1] + 1, inputs["input_ids"].shape[1]))
@@ -74,12 +78,15 @@ def scores_in_full(model: Any, inputs: dict[str, Tensor], embedded: Tensor | Non
         model(**inputs | {"pixel_values": inputs["pixel_values"].to(dtype)})
     tables = [tuple(t[0] for t in table) for table in watch.rotary]
     rows = [hidden[0] for hidden in watch.hidden]
-    return [ranking_scores(*found, queries, tokens) for found in zip(text_model.layers, rows, tables, strict=True)], watch.hidden[0]
+    return [
+        ranking_scores(*found, queries, tokens) for found in zip(text_model.layers, rows, tables, strict=True)
+    ], watch.hidden[0]
 
 
 def score_tolerance(model: Any, inputs: dict[str, Tensor]) -> dict[str, float]:
-    """For scores inside the decoder: twice what float32 sums cost the stock decoder against float64, at its worst layer, as recording and ours
-    are each as far from the truth; it grows with depth, width and the sharpness of attention."""
+    """For scores inside the decoder: twice what float32 sums cost the stock decoder against float64, at its worst
+    layer, as recording and ours are each as far from the truth; it grows with depth, width and the sharpness of
+    attention."""
     found, embedded = scores_in_full(model, inputs)
     exact, _ = scores_in_full(copy.deepcopy(model).double(), inputs, embedded)
     lost = max(float((ours - truth).abs().max() / truth.max()) for ours, truth in zip(found, exact, strict=True))
@@ -95,7 +102,9 @@ class Qwen:
         ids = case.given("input_ids")
         visual = ids == model.config.image_token_id
         self.tokens, self.start = int(visual.sum()), int(visual[0].nonzero()[0])
-        self.inputs = {name: case.given(name) for name in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")}
+        self.inputs = {
+            name: case.given(name) for name in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
+        }
         self.inputs["mm_token_type_ids"] = visual.long()
         # under sdpa the released code scores with a second, unmasked attention over every patch of the call
         self.signal = {"signal_layer": -1, "signal_segments": attention != "sdpa"}
@@ -112,7 +121,9 @@ class Qwen:
 
     def official_counts(self) -> tuple[int, int]:
         """Dominant and contextual rows as the released code counts them; even 0 contextual tokens make one row."""
-        dominant, contextual = (k if isinstance(k, int) else int(k * self.tokens) for k in (self.keep("dominant"), self.keep("contextual")))
+        dominant, contextual = (
+            k if isinstance(k, int) else int(k * self.tokens) for k in (self.keep("dominant"), self.keep("contextual"))
+        )
         dominant = min(dominant, self.tokens - 1)
         one = self.duet.get("cluster_width", 4) == 0 and not self.duet.get("use_ori_visionzip")
         return dominant, max(1, min(1 if one else contextual, self.tokens - dominant))
@@ -123,12 +134,18 @@ class Qwen:
             return Duet.official_qwen25(None, None, schedule=schedule, **self.signal) if schedule else NoReduction()
         if not self.duet.get("use_ori_visionzip"):
             width = self.duet.get("cluster_width", 4)
-            return Duet.official_qwen25(self.keep("dominant"), self.keep("contextual"), width, schedule=schedule, **self.signal)
+            return Duet.official_qwen25(
+                self.keep("dominant"), self.keep("contextual"), width, schedule=schedule, **self.signal
+            )
         dominant, contextual = self.official_counts()
-        zipped = VisionZip(dominant=dominant, contextual=contextual, merge="anchor_plus_mean", anchor_step="floor", **self.signal)
+        zipped = VisionZip(
+            dominant=dominant, contextual=contextual, merge="anchor_plus_mean", anchor_step="floor", **self.signal
+        )
         if not schedule:
             return zipped
-        both = type("VisionZipThenDrop", (Duet,), {"select_tokens": lambda _, view: zipped.select_tokens(view), "name": "duet"})
+        both = type(
+            "VisionZipThenDrop", (Duet,), {"select_tokens": lambda _, view: zipped.select_tokens(view), "name": "duet"}
+        )
         return both.official_qwen25(dominant, contextual, schedule=schedule, **self.signal)
 
     # ---- running
@@ -250,11 +267,21 @@ class Qwen:
             if layer not in scored:
                 continue
             queries = list(range(tokens[-1] + 1, before.prompt_index.shape[1]))
-            table = tuple(t[0] for t in watch.rotary[layer - 1])  # positions are kept, so the table of the layer before serves
+            # positions are kept, so the table of the layer before serves
+            table = tuple(t[0] for t in watch.rotary[layer - 1])
             scores = ranking_scores(self.text_model.layers[layer], watch.output[layer - 1][0], table, queries, tokens)
-            near(f"{self.run}: our stage before layer {layer} against the slow twin", scored[layer].scores[0], scores, self.score)
+            near(
+                f"{self.run}: our stage before layer {layer} against the slow twin",
+                scored[layer].scores[0],
+                scores,
+                self.score,
+            )
             expected = before.prompt_index[0][[tokens[i] for i in best(scores, keep)]]
-            equal(f"{self.run}: our survivors at layer {layer} against the slow twin", after.prompt_index[0][after.visual[0]], expected)
+            equal(
+                f"{self.run}: our survivors at layer {layer} against the slow twin",
+                after.prompt_index[0][after.visual[0]],
+                expected,
+            )
 
     def compare_official(self) -> None:
         """Our V2V with the released drop rule gives every recorded number."""

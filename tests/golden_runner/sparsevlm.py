@@ -23,7 +23,9 @@ def preset(case: Case, settings: dict[str, Any]) -> SparseVLM:
     """A run's stages: ``layer_dict`` counts from the layer whose attention ranks."""
     made = SparseVLM.official(192, settings["version"].replace("_", ".").replace("1.0", "1.5"))
     layers = settings.get("layer_dict") or {"2": 0, "6": 1, "15": 2}
-    budgets = settings.get("budgets") or [keep for _, keep in SparseVLM.official(settings["retained"], "1.5" if made.recycle else "2.0").schedule]
+    budgets = settings.get("budgets") or [
+        keep for _, keep in SparseVLM.official(settings["retained"], "1.5" if made.recycle else "2.0").schedule
+    ]
     return replace(made, schedule=tuple((int(layer) + 1, budgets[stage]) for layer, stage in layers.items()))
 
 
@@ -83,7 +85,6 @@ class Staged(inside.Inside):
         rows = self.watch.hidden[layer][0][state.visual[0]]
         near(f"{run}/{name}/recycled_tokens", rows[kept:], case.out(run, f"{name}/recycled_tokens"))
         case.compared.add(f"out/{run}/{name}/recycled_tokens")
-
 
     def decode(self) -> None:
         """Recorded embeddings, each layer going on at its own place or at the full length."""

@@ -26,7 +26,9 @@ def spying(reducer: Reducer, seen: list[Any]) -> Reducer:
         seen.append(view)
         return cls.prune_tokens(self, view)  # type: ignore[attr-defined]
 
-    return type(cls.__name__, (cls,), {"select_tokens": select_tokens, "prune_tokens": prune_tokens})(**{f.name: getattr(reducer, f.name) for f in fields(reducer)})
+    return type(cls.__name__, (cls,), {"select_tokens": select_tokens, "prune_tokens": prune_tokens})(
+        **{f.name: getattr(reducer, f.name) for f in fields(reducer)}
+    )
 
 
 class Watch:
@@ -69,21 +71,32 @@ class Watch:
         self.last = output.last_hidden_state
 
     def rotates(self, layer: int, positions: Tensor, valid: Tensor | None = None, call: int = -1) -> None:
-        """``layer`` really rotated by ``positions`` [..., B, T] (right-padded where ``valid`` is given): compared as angles."""
+        """``layer`` really rotated by ``positions`` [..., B, T] (right-padded where ``valid`` is given): compared as
+        angles."""
         cos, sin = self.calls[call][1][layer]
         expected = self.text_model.rotary_emb(cos, positions)
         for ours, theirs in zip((cos, sin), expected, strict=True):
             ours = ours.expand(positions.shape[-2], *ours.shape[1:])
             for b in range(len(ours)):
                 row = ours[b] if valid is None else ours[b][valid[b]]
-                assert not positions[..., b, len(row) :].any(), f"layer {layer}: positions recorded for rows that are padding here"
-                assert torch.allclose(row, theirs[b, : len(row)], rtol=0, atol=1e-5), f"layer {layer} rotates by other positions"
+                assert not positions[..., b, len(row) :].any(), (
+                    f"layer {layer}: positions recorded for rows that are padding here"
+                )
+                assert torch.allclose(row, theirs[b, : len(row)], rtol=0, atol=1e-5), (
+                    f"layer {layer} rotates by other positions"
+                )
 
 
 def scores_at(
-    handle: Handle, layer: int, watch: Watch, labels: Tensor | None = None, salient: Tensor | None = None, call: int = -1
+    handle: Handle,
+    layer: int,
+    watch: Watch,
+    labels: Tensor | None = None,
+    salient: Tensor | None = None,
+    call: int = -1,
 ) -> Tensor:
-    """Ranking scores [B, T] of the rows in front of ``layer``, for stages that keep all or none, which the library does not score."""
+    """Ranking scores [B, T] of the rows in front of ``layer``, for stages that keep all or none, which the library does
+    not score."""
     run, reducer, adapter = handle._prompt_state, handle.reducer, handle.adapter
     tokens = run.layer_group(layer - 1).tokens
     rows = query_rows(reducer.text_query, run.prompt.visual, run.prompt.valid, labels, salient, reducer.training_turns)

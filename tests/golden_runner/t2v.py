@@ -23,7 +23,8 @@ IGNORED = -100
 
 
 class Prompt:
-    """Recorded embeddings as a call of a LLaVA: the visual rows come back as encoder output, their places are placeholders."""
+    """Recorded embeddings as a call of a LLaVA: the visual rows come back as encoder output, their places are
+    placeholders."""
 
     def __init__(self, case: Case, starts: list[int], tokens: list[int]) -> None:
         weights, config = case.weights(), dict(case.config)
@@ -58,11 +59,16 @@ class Prompt:
     def __call__(self, **kwargs: Any) -> Any:
         encoded = {"image": BaseModelOutputWithPooling(pooler_output=list(self.features))} if self.features else None
         return self.model(
-            inputs_embeds=self.embeds.clone(), mm_encoder_outputs=encoded, attention_mask=self.mask, position_ids=self.positions, **kwargs
+            inputs_embeds=self.embeds.clone(),
+            mm_encoder_outputs=encoded,
+            attention_mask=self.mask,
+            position_ids=self.positions,
+            **kwargs,
         )
 
     def salient(self, idxs: list[Any], labels: Tensor | None) -> Tensor:
-        """``idxs`` count in the prompt with the image as one token: one list for the batch, or (training) one per sample."""
+        """``idxs`` count in the prompt with the image as one token: one list for the batch, or (training) one per
+        sample."""
         mask = torch.zeros_like(self.visual)
         per_sample = idxs if idxs and isinstance(idxs[0], list) else [idxs] * len(mask)
         for row, count, chosen in zip(mask, self.counts, per_sample, strict=True):
@@ -82,7 +88,8 @@ def check(case: Case) -> None:
 
 
 def preset(case: Case, settings: dict[str, Any]) -> Duet | PyramidDrop:
-    # one keep per stage: ratios beyond the stages are never used by the released code, missing ones are refused by the schedule
+    # one keep per stage: ratios beyond the stages are never used by the released code, missing ones are refused by the
+    # schedule
     pairs = zip_longest(settings["layer_list"], settings["ratio_list"][: len(settings["layer_list"])])
     if "PyramidDrop" in case.meta["stage"]:
         return PyramidDrop.official(tuple(pairs))
@@ -98,12 +105,15 @@ def _check_run(case: Case, run: str, settings: dict[str, Any], prompt: Prompt, r
     prompt.model.loss_function = lambda labels, **kwargs: losses.append(labels) or torch.zeros(())
     cache = DynamicCache(config=prompt.text_model.config) if settings.get("use_cache") else None
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "text_query='salient' without processor")  # the recorded idxs are passed as salient_mask
+        # the recorded idxs are passed as salient_mask
+        warnings.filterwarnings("ignore", "text_query='salient' without processor")
         handle = attach(prompt.model, spying(reducer, views))
     with handle, Watch(prompt.text_model) as watch:
         prompt(labels=labels, past_key_values=cache, use_cache=cache is not None, **extra)
         if not recorded:
-            assert torch.isfinite(watch.last).all() and watch.last.shape[1] == max(handle._prompt_state.layer_groups[-1].lengths)
+            assert torch.isfinite(watch.last).all() and watch.last.shape[1] == max(
+                handle._prompt_state.layer_groups[-1].lengths
+            )
             return
         compare_prefill(case, run, handle, watch)
         compare_stages(case, run, settings["layer_list"], prompt, handle, watch, views, labels, salient)
@@ -158,9 +168,14 @@ def compare_stages(
         for b in range(len(state.spans)):
             sample = f"{name}/sample{b}"
             if not case.names(run, f"{sample}/"):
-                assert before.lengths[b] == after.lengths[b], f"{run}: sample {b} is not ranked in the recording, but here it lost tokens"
+                assert before.lengths[b] == after.lengths[b], (
+                    f"{run}: sample {b} is not ranked in the recording, but here it lost tokens"
+                )
                 continue
-            old, new = ([int(t) - prompt.starts[b] for t in g.tokens.prompt_index[b][g.tokens.visual[b]]] for g in (before, after))
+            old, new = (
+                [int(t) - prompt.starts[b] for t in g.tokens.prompt_index[b][g.tokens.visual[b]]]
+                for g in (before, after)
+            )
             case.same(run, f"{sample}/kept_original_image_index", new)
             case.same(run, f"{sample}/kept_in_current_image_block", [old.index(t) for t in new])
             assert told[b].get(layer, new) == new, f"{run}: handle.trace tells other survivors of {sample}"
@@ -176,7 +191,8 @@ def compare_stages(
 
 
 def compare_shifted(case: Case, run: str, name: str, scores: Tensor, queries: int, padding: int) -> None:
-    """In padded batches the released code counts padding rows as queries; they add one constant to every image token of the sample."""
+    """In padded batches the released code counts padding rows as queries; they add one constant to every image token of
+    the sample."""
     shift = case.out(run, name) * (queries + padding) / queries - scores
     flat = shift.mean().expand_as(shift)
     near(f"{run}/{name} less the share of {padding} padding rows", shift, flat, {"relative": 0.0, "absolute": 1e-6})

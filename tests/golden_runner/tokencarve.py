@@ -32,21 +32,31 @@ class Carved(inside.Inside):
         merged = self.state.layer_group(2).merged_into
         start = self.prompt.starts[0]
         joins = merged.target_row[0] >= 0
-        ours = {int(m) - start: int(merged.index[0, r]) - start for m, r in zip(merged.source_tokens[0][joins], merged.target_row[0][joins], strict=True)}
+        ours = {
+            int(m) - start: int(merged.index[0, r]) - start
+            for m, r in zip(merged.source_tokens[0][joins], merged.target_row[0][joins], strict=True)
+        }
         recorded = zip(case.out(run, "merged_index").tolist(), case.out(run, "merged_into_index").tolist(), strict=True)
         assert ours == dict(recorded), f"{run}: merged {ours}"
         kept = self.kept(2)
         case.same(run, "kept_image_index", kept)
         case.same(run, "stage1_index", sorted(kept + list(ours)))
-        assert set(case.out(run, "set_a_index").tolist()) == self.better(view.scores[0], carried), f"{run}: another better half"
+        assert set(case.out(run, "set_a_index").tolist()) == self.better(view.scores[0], carried), (
+            f"{run}: another better half"
+        )
         case.compared |= {f"out/{run}/{name}" for name in ("merged_index", "merged_into_index", "set_a_index")}
         case.same(run, "kept_positions", self.state.layer_group(2).tokens.prompt_index[0])
         case.close(run, "hidden_states_entering_layer2", self.watch.hidden[2][0])
         super().compare()
 
     def points(self, attention: torch.Tensor, carried: torch.Tensor) -> torch.Tensor:
-        weight, everyone = preset(self.case, self.settings).attention_weight, torch.ones(1, len(carried), dtype=torch.bool)
-        by_attention, by_information = (len(carried) - ranks(ranking(x[None], everyone))[0] for x in (attention, carried))
+        weight, everyone = (
+            preset(self.case, self.settings).attention_weight,
+            torch.ones(1, len(carried), dtype=torch.bool),
+        )
+        by_attention, by_information = (
+            len(carried) - ranks(ranking(x[None], everyone))[0] for x in (attention, carried)
+        )
         return weight * by_attention + (1 - weight) * by_information
 
     def compare_points(self, attention: torch.Tensor, carried: torch.Tensor) -> None:

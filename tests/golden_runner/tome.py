@@ -56,7 +56,9 @@ def check_method(case: Case, run: str, metric: Tensor, x: Tensor, rows: int) -> 
     reducer = ToMe.official(rows)
     plan = reducer.plan(metric.shape[1], 1, None)
     number = torch.ones(len(metric), dtype=torch.long)
-    view = EncoderView(torch.ones(metric.shape[:2], dtype=torch.bool), number * rows, number * 0, (plan,) * len(metric), None, metric)
+    view = EncoderView(
+        torch.ones(metric.shape[:2], dtype=torch.bool), number * rows, number * 0, (plan,) * len(metric), None, metric
+    )
     assert isinstance(plan, SpanPlan) and plan.entry == rows
     case.close(run, "x", merged_rows(x, reducer.select_tokens(view)), STATE)
 
@@ -74,11 +76,18 @@ def matching(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Te
     everyone = torch.arange(tokens).expand(batch, -1)
     place = everyone.scatter(1, source[:, :r], target[:, :r])
     row = torch.zeros_like(everyone).scatter(1, index, torch.arange(index.shape[1]).expand_as(index))
-    return source[:, :r], target[:, :r], stays, Selection(index, torch.ones_like(index, dtype=torch.bool), everyone, row.gather(1, place))
+    return (
+        source[:, :r],
+        target[:, :r],
+        stays,
+        Selection(index, torch.ones_like(index, dtype=torch.bool), everyone, row.gather(1, place)),
+    )
 
 
 def weighted(selection: Selection, x: Tensor, weights: Tensor) -> Tensor:
-    return merged_rows(x, Selection(selection.index, selection.valid, selection.source_tokens, selection.target_row, weights=weights))
+    return merged_rows(
+        x, Selection(selection.index, selection.valid, selection.source_tokens, selection.target_row, weights=weights)
+    )
 
 
 def summed(selection: Selection, x: Tensor) -> Tensor:
@@ -114,7 +123,11 @@ def check_tower(case: Case) -> None:
         leaving = schedule(settings, config["layers"])
         case.fact(run, "schedule", leaving)
         for layer, r in enumerate(leaving):
-            block = {name.removeprefix(f"blocks.{layer}."): w for name, w in weights.items() if name.startswith(f"blocks.{layer}.")}
+            block = {
+                name.removeprefix(f"blocks.{layer}."): w
+                for name, w in weights.items()
+                if name.startswith(f"blocks.{layer}.")
+            }
             added, metric = attention(block, x, size if settings["prop_attn"] else None, config["heads"])
             x = x + added
             if r > 0:
@@ -130,22 +143,32 @@ def check_tower(case: Case) -> None:
             case.close(run, f"layer{layer}/x", x, STATE)
             counts.append(x.shape[1])
         case.fact(run, "tokens_after_each_layer", counts)
-        case.close(run, "features", F.layer_norm(x, x.shape[-1:], weights["norm.weight"], weights["norm.bias"], 1e-6), STATE)
+        case.close(
+            run, "features", F.layer_norm(x, x.shape[-1:], weights["norm.weight"], weights["norm.bias"], 1e-6), STATE
+        )
         case.close(run, "size", size, STATE)
         case.same(run, "source", source)
-        leaving = [before - after for before, after in zip([case.given("x").shape[1], *counts], counts, strict=False)]  # no more than a block can
+        # no more than a block can
+        leaving = [before - after for before, after in zip([case.given("x").shape[1], *counts], counts, strict=False)]
         check_flow(case, run, leaving, size)
 
 
 def check_flow(case: Case, run: str, leaving: list[int], size: Tensor) -> None:
-    """The method inside a stock CLIP tower with these weights: rows, their order and sizes, through the very hooks that ``attach`` installs."""
+    """The method inside a stock CLIP tower with these weights: rows, their order and sizes, through the very hooks that
+    ``attach`` installs."""
     config, given = case.config, case.given("x")
     extra, count = int(config["class_token"]), given.shape[1] - int(config["class_token"])
     side = round(count**0.5)
     if side * side != count or not extra:
         return  # no picture that a CLIP tower could take
     model = clip_with(case, side)
-    reducer = ToMeTower(keep=count - sum(leaving), shares=tuple(leaving), order="released", protect_predicting_tokens=False, proportional_attention=case.runs[run]["prop_attn"])
+    reducer = ToMeTower(
+        keep=count - sum(leaving),
+        shares=tuple(leaving),
+        order="released",
+        protect_predicting_tokens=False,
+        proportional_attention=case.runs[run]["prop_attn"],
+    )
     adapter, stacks = adapter_for(model), ThreadState()
     blocks = dataclasses.replace(adapter.blocks_to_reduce()[0], output_block=config["layers"])
     flow = TowerHooks(adapter, stacks)
@@ -156,7 +179,9 @@ def check_flow(case: Case, run: str, leaving: list[int], size: Tensor) -> None:
         uses_size_bias=reducer.proportional_attention, invalid_code=torch.tensor(0), pooled_count=(0,) * len(given), units=torch.arange(count).expand(len(given), -1), valid=every,
         is_output=every, content=every, size=every.float(), cells=torch.arange(count)[:, None], total=given.shape[1],
     )  # fmt: skip
-    stacks.encode_contexts.append(EncodeContext(EncoderCall("image"), ActiveConfig(reducer, None, 1), tower_state=tower))
+    stacks.encode_contexts.append(
+        EncodeContext(EncoderCall("image"), ActiveConfig(reducer, None, 1), tower_state=tower)
+    )
     inside = BlockHooks(flow)
     hidden = given
     for number, block in enumerate(blocks.block_modules):
@@ -166,7 +191,12 @@ def check_flow(case: Case, run: str, leaving: list[int], size: Tensor) -> None:
         block.block.register_forward_hook(functools.partial(inside.after_block, number))
         hidden = block.block(hidden, None)
     weights = case.weights()
-    case.close(run, "features", F.layer_norm(hidden, hidden.shape[-1:], weights["norm.weight"], weights["norm.bias"], 1e-6), STATE)
+    case.close(
+        run,
+        "features",
+        F.layer_norm(hidden, hidden.shape[-1:], weights["norm.weight"], weights["norm.bias"], 1e-6),
+        STATE,
+    )
     torch.testing.assert_close(tower.size, size[:, extra:, 0])
 
 
@@ -177,10 +207,23 @@ def clip_with(case: Case, side: int) -> LlavaForConditionalGeneration:
         hidden_size=config["dim"], intermediate_size=config["mlp"], num_hidden_layers=config["layers"], num_attention_heads=config["heads"],
         image_size=side, patch_size=1, hidden_act="gelu", layer_norm_eps=1e-6,
     )  # fmt: skip
-    text = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, vocab_size=9)
-    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=8)).eval()
+    text = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        vocab_size=9,
+    )
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=8)
+    ).eval()
     for number, layer in enumerate(model.model.vision_tower.encoder.layers):
-        own = {name.removeprefix(f"blocks.{number}."): value for name, value in weights.items() if name.startswith(f"blocks.{number}.")}
+        own = {
+            name.removeprefix(f"blocks.{number}."): value
+            for name, value in weights.items()
+            if name.startswith(f"blocks.{number}.")
+        }
         state = {}
         for kind in ("weight", "bias"):
             for name, part in zip("qkv", own[f"attn.qkv.{kind}"].chunk(3), strict=True):
@@ -191,7 +234,13 @@ def clip_with(case: Case, side: int) -> LlavaForConditionalGeneration:
     return model
 
 
-NAMES = {"self_attn.out_proj": "attn.proj", "layer_norm1": "norm1", "layer_norm2": "norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+NAMES = {
+    "self_attn.out_proj": "attn.proj",
+    "layer_norm1": "norm1",
+    "layer_norm2": "norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
 
 
 def attention(block: dict[str, Tensor], x: Tensor, size: Tensor | None, heads: int) -> tuple[Tensor, Tensor]:

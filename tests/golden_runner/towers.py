@@ -19,7 +19,10 @@ from golden_runner.spy import spying
 from golden_runner.v2v import tower_features
 
 PLACES = {"vision.vision_model.": "model.vision_tower.", "vision.": "model.vision_tower."}
-PROJECTOR = {"mm_projector.0.": "model.multi_modal_projector.linear_1.", "mm_projector.2.": "model.multi_modal_projector.linear_2."}
+PROJECTOR = {
+    "mm_projector.0.": "model.multi_modal_projector.linear_1.",
+    "mm_projector.2.": "model.multi_modal_projector.linear_2.",
+}
 
 
 def check_clip(case: Case) -> None:
@@ -39,11 +42,22 @@ def check_clip(case: Case) -> None:
 
 
 def check_siglip(case: Case) -> None:
-    """LLaVA takes no SigLIP tower here, so what the method is shown is put together by hand: the last layer's attention, the features below."""
+    """LLaVA takes no SigLIP tower here, so what the method is shown is put together by hand: the last layer's
+    attention, the features below."""
     settings = case.config["vision"]
     tower = SiglipVisionModel(SiglipVisionConfig(**settings)).eval()
-    load(tower, renamed({k: v for k, v in case.weights().items() if k.startswith("vision.")}, {"vision.vision_model.": "", "vision.": ""}))
-    projector = nn.Sequential(nn.Linear(settings["hidden_size"], case.config["projected"]), nn.GELU(), nn.Linear(*[case.config["projected"]] * 2))
+    load(
+        tower,
+        renamed(
+            {k: v for k, v in case.weights().items() if k.startswith("vision.")},
+            {"vision.vision_model.": "", "vision.": ""},
+        ),
+    )
+    projector = nn.Sequential(
+        nn.Linear(settings["hidden_size"], case.config["projected"]),
+        nn.GELU(),
+        nn.Linear(*[case.config["projected"]] * 2),
+    )
     load(projector, renamed({k: v for k, v in case.weights().items() if k.startswith("mm_")}, {"mm_projector.": ""}))
     hidden, received = tower_signals(tower, case.given("pixel_values"))
     beside(case, "hidden", hidden, STATE)
@@ -81,10 +95,13 @@ def through_hooks(model: Any, reducer: EncoderReducer, pixels: Tensor) -> tuple[
 
 
 def tower_signals(tower: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows before the last layer, and the attention that each receives in it, summed over queries and averaged over heads."""
+    """Rows before the last layer, and the attention that each receives in it, summed over queries and averaged over
+    heads."""
     caught: list[Tensor] = []
     last = tower.encoder.layers[-1].self_attn
-    hook = last.register_forward_pre_hook(lambda module, args, kwargs: caught.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True)
+    hook = last.register_forward_pre_hook(
+        lambda module, args, kwargs: caught.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
     hidden = tower(pixels, output_hidden_states=True).hidden_states[-2]
     hook.remove()
     query, key = (p(caught[0]).unflatten(-1, (last.num_heads, -1)).transpose(1, 2) for p in (last.q_proj, last.k_proj))

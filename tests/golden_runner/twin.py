@@ -1,4 +1,5 @@
-"""Slow twins for Qwen2.5-VL: ranking written as loops in float64, and the released code's drop with its documented defect."""
+"""Slow twins for Qwen2.5-VL: ranking written as loops in float64, and the released code's drop with its documented
+defect."""
 
 from __future__ import annotations
 
@@ -16,15 +17,21 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos[:, None] + swapped * sin[:, None]
 
 
-def ranking_scores(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor], queries: list[int], tokens: list[int]) -> Tensor:
-    """Attention (no causal mask) that the rows ``queries`` pay to the rows ``tokens``: mean over heads, then over queries.
+def ranking_scores(
+    layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor], queries: list[int], tokens: list[int]
+) -> Tensor:
+    """Attention (no causal mask) that the rows ``queries`` pay to the rows ``tokens``: mean over heads, then over
+    queries.
 
     ``hidden`` [T, D] enters ``layer``; one query and one head at a time.
     """
     attention = layer.self_attn
     x = layer.input_layernorm(hidden)
     cos, sin = (t.double() for t in rotary)
-    query, key = (rotated(p(x).view(len(x), -1, attention.head_dim).double(), cos, sin) for p in (attention.q_proj, attention.k_proj))
+    query, key = (
+        rotated(p(x).view(len(x), -1, attention.head_dim).double(), cos, sin)
+        for p in (attention.q_proj, attention.k_proj)
+    )
     share = query.shape[1] // key.shape[1]
     total = torch.zeros(len(x), dtype=torch.float64)
     for row in queries:
@@ -40,9 +47,10 @@ def best(scores: Tensor, count: int) -> list[int]:
 class OfficialDrop:
     """The released Qwen2.5-VL drop on a model without T2V, its defect included.
 
-    After each stage the code overwrites its image token count by the number kept, but goes on to multiply it by ratios that are meant
-    for the count at the input. A later stage therefore ranks only the first int(kept * previous ratio) image rows; the others stay for
-    good and count as text queries. Install it behind the library's hooks; ``undo()`` takes it off.
+    After each stage the code overwrites its image token count by the number kept, but goes on to multiply it by ratios
+    that are meant for the count at the input. A later stage therefore ranks only the first int(kept * previous ratio)
+    image rows; the others stay for good and count as text queries. Install it behind the library's hooks; ``undo()``
+    takes it off.
     """
 
     def __init__(self, text_model: nn.Module, layers: list[int], ratios: list[float], start: int, tokens: int) -> None:
@@ -75,14 +83,19 @@ class OfficialDrop:
                 hidden = hidden[:, self._drop(stage, layer, hidden[0], tuple(t[0, self.rows] for t in table))]
             width = len(self.rows)
             mask = torch.full((width, width), torch.finfo(hidden.dtype).min).triu(1)[None, None]
-            return (hidden,), kwargs | {"attention_mask": mask, "position_embeddings": tuple(t[:, self.rows] for t in table)}
+            return (hidden,), kwargs | {
+                "attention_mask": mask,
+                "position_embeddings": tuple(t[:, self.rows] for t in table),
+            }
 
         return at_layer
 
     def _drop(self, stage: int, layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, ...]) -> list[int]:
         block, keep = int(self.count * self.ratios[stage]), int(self.count * self.ratios[stage + 1])
         end = self.start + block
-        self.scores[stage] = ranking_scores(layer, hidden, rotary, list(range(end, len(hidden))), list(range(self.start, end)))
+        self.scores[stage] = ranking_scores(
+            layer, hidden, rotary, list(range(end, len(hidden))), list(range(self.start, end))
+        )
         self.kept[stage] = best(self.scores[stage], keep)
         self.blocks.append(block)
         self.left.append(keep)

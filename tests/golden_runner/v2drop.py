@@ -44,7 +44,8 @@ def check(case: Case) -> None:
 
 
 class QwenPrompt(Prompt):
-    """Recorded embeddings and M-RoPE positions as a call of a Qwen2-VL; placeholders are two ids more, or (``within``) two of the vocabulary."""
+    """Recorded embeddings and M-RoPE positions as a call of a Qwen2-VL; placeholders are two ids more, or (``within``)
+    two of the vocabulary."""
 
     def __init__(self, case: Case, within: bool = False) -> None:
         start, count = case.meta["image_start"], case.meta["image_tokens"]
@@ -55,8 +56,16 @@ class QwenPrompt(Prompt):
         special = torch.full_like(self.table[:2], 3.0)
         special[1] = 4.0
         weights["embed_tokens.weight"] = self.table if within else torch.cat([self.table, special])
-        text = {k: v for k, v in config.items() if k not in ("mrope_section", "qkv_bias", "vocab_size", "rope_theta", "attn")}
-        text["rope_parameters"] = {"rope_type": "default", "rope_theta": config["rope_theta"], "mrope_section": config["mrope_section"]}
+        text = {
+            k: v
+            for k, v in config.items()
+            if k not in ("mrope_section", "qkv_bias", "vocab_size", "rope_theta", "attn")
+        }
+        text["rope_parameters"] = {
+            "rope_type": "default",
+            "rope_theta": config["rope_theta"],
+            "mrope_section": config["mrope_section"],
+        }
         vision = dict(depth=1, embed_dim=8, num_heads=1, hidden_size=config["hidden_size"], mlp_ratio=1, patch_size=14)
         image = 0 if within else len(self.table)
         placeholder = weights["embed_tokens.weight"][image]
@@ -67,7 +76,10 @@ class QwenPrompt(Prompt):
         )  # fmt: skip
         self.model = Qwen2VLForConditionalGeneration(made).eval()
         self.model.set_attn_implementation(case.meta.get("attn") or config["attn"])
-        load(self.model, renamed(weights, {name: f"model.language_model.{name}" for name in ("embed_tokens.", "layers.", "norm.")}))
+        load(
+            self.model,
+            renamed(weights, {name: f"model.language_model.{name}" for name in ("embed_tokens.", "layers.", "norm.")}),
+        )
         self.text_model, self.own_head = self.model.model.language_model, False
         self.starts = [start]
         self.visual = torch.zeros(embeds.shape[:2], dtype=torch.bool)
@@ -78,7 +90,9 @@ class QwenPrompt(Prompt):
 
     def __call__(self, **kwargs: Any) -> Any:
         encoded = {"image": BaseModelOutputWithPooling(pooler_output=list(self.features))}
-        return self.model(inputs_embeds=self.embeds.clone(), mm_encoder_outputs=encoded, position_ids=self.positions, **kwargs)
+        return self.model(
+            inputs_embeds=self.embeds.clone(), mm_encoder_outputs=encoded, position_ids=self.positions, **kwargs
+        )
 
 
 class QwenStages(Stages):
@@ -95,5 +109,3 @@ def check_qwen(case: Case) -> None:
             case.errors.add(run)  # of the released code's surroundings: the rule itself is in the other runs
             continue
         QwenStages(case, run, preset(case, settings), prompt)
-
-

@@ -31,14 +31,17 @@ def check(case: Case) -> None:
         if "error" in settings:
             with case.official_error(run):
                 rows = through_hooks(model, preset(settings), pixels)
-                # VisionZip without contextual rows divides by zero in the released code; here the dominant rows are the result
+                # VisionZip without contextual rows divides by zero in the released code; here the dominant rows are the
+                # result
                 expected = settings["dominant"] if settings["contextual"] == 0 else -1
                 assert rows.shape[1] == expected, f"{run}: {tuple(rows.shape)} rows instead of an error"
             continue
         reducer = preset(settings)
         plan = counts(reducer, settings, features.shape[1])
         number = torch.full((len(features),), 1)
-        view = replace(view, dominant=number * plan.dominant, contextual=number * plan.contextual, plans=(plan,) * len(features))
+        view = replace(
+            view, dominant=number * plan.dominant, contextual=number * plan.contextual, plans=(plan,) * len(features)
+        )
         selection = reducer.select_tokens(view)
         rows = merged_rows(features, selection)
         case.close(run, "hidden_states_save", rows, state)
@@ -46,7 +49,8 @@ def check(case: Case) -> None:
         case.close(run, "contextual_tokens", rows[:, plan.dominant :], state)
         case.fact(run, "tokens_out", rows.shape[1])
         compare_choice(case, run, view, selection, plan.dominant, score)
-        if plan.entry <= plan.tokens:  # with the CLS row, more rows than placeholders cannot enter the decoder: refused by attach()
+        # with the CLS row, more rows than placeholders cannot enter the decoder: refused by attach()
+        if plan.entry <= plan.tokens:
             case.close(run, "hidden_states_save", through_hooks(model, reducer, pixels), state)
 
 
@@ -57,7 +61,8 @@ def preset(settings: dict[str, Any]) -> Duet | VisionZip:
 
 
 def counts(reducer: Duet | VisionZip, settings: dict[str, Any], rows: int) -> SpanPlan:
-    """The plan of the method; where it refuses because CLS and all patches are one row more than the placeholders, the same counts."""
+    """The plan of the method; where it refuses because CLS and all patches are one row more than the placeholders, the
+    same counts."""
     try:
         return reducer.plan(rows - 1, 1, None)
     except ValueError:
@@ -72,15 +77,18 @@ def tower_features(model: Any, pixels: Tensor) -> Tensor:
 
 
 def tolerances(model: Any, pixels: Tensor) -> tuple[dict[str, float], dict[str, float]]:
-    """For features and for scores of the tower. Deep random towers amplify float32 rounding beyond the usual tolerance (the recording
-    itself is off by more); there it is what float32 costs against float64, measured on the stock tower without the recording."""
+    """For features and for scores of the tower. Deep random towers amplify float32 rounding beyond the usual tolerance
+    (the recording itself is off by more); there it is what float32 costs against float64, measured on the stock tower
+    without the recording."""
     if len(model.model.vision_tower.encoder.layers) <= 8:
         return STATE, SCORE
     exact = copy.deepcopy(model).double()
     features, scores = tower_features(model, pixels), signals(model, pixels).importance[:, 1:]
     lost = (features - tower_features(exact, pixels.double())).abs().max()
     blurred = (scores - signals(exact, pixels.double()).importance[:, 1:]).abs().max() / scores.max()
-    return STATE | {"absolute": max(STATE["absolute"], float(lost))}, SCORE | {"relative": max(SCORE["relative"], float(blurred))}
+    return STATE | {"absolute": max(STATE["absolute"], float(lost))}, SCORE | {
+        "relative": max(SCORE["relative"], float(blurred))
+    }
 
 
 def signals(model: Any, pixels: Tensor) -> EncoderView:
@@ -103,7 +111,9 @@ def through_hooks(model: Any, reducer: Duet | VisionZip, pixels: Tensor) -> Tens
     return rows[0]
 
 
-def compare_choice(case: Case, run: str, view: EncoderView, selection: Selection, dominant: int, score: dict[str, float]) -> None:
+def compare_choice(
+    case: Case, run: str, view: EncoderView, selection: Selection, dominant: int, score: dict[str, float]
+) -> None:
     batch, width = view.valid.shape
     kept = torch.zeros(batch, width, dtype=torch.long).scatter_(1, selection.index[:, :dominant], 1)
     anchors = selection.index[:, dominant:]
@@ -115,4 +125,6 @@ def compare_choice(case: Case, run: str, view: EncoderView, selection: Selection
     joins = selection.target_row >= 0
     case.same(run, "merge_positions", torch.stack([m[j] for m, j in zip(selection.source_tokens, joins, strict=True)]))
     if case.has(run, "assignment"):
-        case.same(run, "assignment", torch.stack([i[j] - dominant for i, j in zip(selection.target_row, joins, strict=True)]))
+        case.same(
+            run, "assignment", torch.stack([i[j] - dominant for i, j in zip(selection.target_row, joins, strict=True)])
+        )

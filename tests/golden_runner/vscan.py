@@ -1,4 +1,5 @@
-"""VScan: both scans of a CLIP tower and what is merged, through the hooks; the two functions for Qwen2.5-VL; the drop inside a Llama decoder."""
+"""VScan: both scans of a CLIP tower and what is merged, through the hooks; the two functions for Qwen2.5-VL; the drop
+inside a Llama decoder."""
 
 from __future__ import annotations
 
@@ -47,7 +48,12 @@ def check_clip(case: Case) -> None:
             encode(model, {"pixel_values": pixels})
         (view,) = seen
         for name, layer in (("deep", view.layers[0]), ("shallow", view.layers[1])):
-            beside(case, f"cls_attention_{name}", layer.importance / heads, score | {"relative": max(1e-4, score["relative"])})
+            beside(
+                case,
+                f"cls_attention_{name}",
+                layer.importance / heads,
+                score | {"relative": max(1e-4, score["relative"])},
+            )
         compare(case, run, method.select_tokens(view), view.features)
         case.fact(run, "kept", plan.entry)
 
@@ -69,7 +75,9 @@ def check_qwen(case: Case) -> None:
     for run, settings in case.runs.items():
         method = VScan.official_qwen25(settings["n"], (), window=case.config.get("window", 4))
         plan = method.plan(rows * columns, 1, None)
-        view = view_of(plan, deep, local, features, torch.stack([token // columns, token % columns], 2), (rows, columns))
+        view = view_of(
+            plan, deep, local, features, torch.stack([token // columns, token % columns], 2), (rows, columns)
+        )
         if "error" in settings:
             with case.official_error(run):
                 assert method.select_tokens(view).index.shape[1] == settings["n"]
@@ -80,7 +88,9 @@ def check_qwen(case: Case) -> None:
         compare(case, run, selection, features)
 
 
-def view_of(plan: SpanPlan, deep: Tensor, shallow: Tensor, features: Tensor, place: Tensor, sides: tuple[int, int]) -> EncoderView:
+def view_of(
+    plan: SpanPlan, deep: Tensor, shallow: Tensor, features: Tensor, place: Tensor, sides: tuple[int, int]
+) -> EncoderView:
     count = torch.tensor([plan.dominant])
     return EncoderView(
         torch.ones_like(deep).bool(), count, count * 0, (plan,), deep, features=features, parts=torch.zeros_like(deep).long(), coords=place,
@@ -97,7 +107,9 @@ def check_decoder(case: Case) -> None:
     prompt = Prompt(case, [case.meta["image_start"]] * batch, [case.meta["image_tokens"]] * batch)
     prompt.table = prompt.table if head is None else head
     for run, settings in case.runs.items():
-        method = VScan.official(None, tuple(zip(settings["layer_list"], settings["image_token_list"], strict=True)), shallow=0)
+        method = VScan.official(
+            None, tuple(zip(settings["layer_list"], settings["image_token_list"], strict=True)), shallow=0
+        )
         if "error" in settings:
             with case.official_error(run):
                 run_decoder(case, run, settings, prompt, method, recorded=False)
@@ -105,7 +117,9 @@ def check_decoder(case: Case) -> None:
         run_decoder(case, run, settings, prompt, method)
 
 
-def run_decoder(case: Case, run: str, settings: dict[str, Any], prompt: Prompt, method: VScan, recorded: bool = True) -> None:
+def run_decoder(
+    case: Case, run: str, settings: dict[str, Any], prompt: Prompt, method: VScan, recorded: bool = True
+) -> None:
     views: list[Any] = []
     cache = DynamicCache(config=prompt.text_model.config) if settings.get("decode") else None
     with attach(prompt.model, spying(method, views)) as handle, Watch(prompt.text_model) as watch:
@@ -120,9 +134,14 @@ def run_decoder(case: Case, run: str, settings: dict[str, Any], prompt: Prompt, 
             before, after, name = state.layer_group(layer - 1), state.layer_group(layer), f"stage{number}"
             case.close(run, f"{name}/hidden_before", watch.output[layer - 1], STATE)
             case.close(run, f"{name}/hidden_after", watch.hidden[layer], STATE)
-            old, new = (torch.stack([s[v] for s, v in zip(g.tokens.prompt_index, g.tokens.visual, strict=True)]) - start for g in (before, after))
+            old, new = (
+                torch.stack([s[v] for s, v in zip(g.tokens.prompt_index, g.tokens.visual, strict=True)]) - start
+                for g in (before, after)
+            )
             case.same(run, f"{name}/kept_original", new)
-            case.same(run, f"{name}/kept", torch.stack([torch.searchsorted(a, b) for a, b in zip(old, new, strict=True)]))
+            case.same(
+                run, f"{name}/kept", torch.stack([torch.searchsorted(a, b) for a, b in zip(old, new, strict=True)])
+            )
             case.close(run, f"{name}/scores", view.scores, {"relative": 1e-4, "absolute": 0.0})
             compare_positions(case, run, f"{name}/position_ids_after", handle, watch, layer)
         compare_decode(case, run, prompt, watch, cache)

@@ -1,8 +1,9 @@
 """Test environments only: lets ``import torchvision`` work beside a CPU build of torch.
 
-The torchvision of PyPI is linked to CUDA. Beside a CPU torch its compiled operators are not loaded, and its import fails because their
-schemas are missing. Two empty schemas are enough for its Python part (resize, normalize); ``nms`` itself stays unusable. `make test-lmms`
-and `make test-video` copy this file into the site-packages of their environments, with a .pth line that imports it.
+The torchvision of PyPI is linked to CUDA. Beside a CPU torch its compiled operators are not loaded, and its import
+fails because their schemas are missing. Two empty schemas are enough for its Python part (resize, normalize); ``nms``
+itself stays unusable. `make test-lmms` and `make test-video` copy this file into the site-packages of their
+environments, with a .pth line that imports it.
 """
 
 import importlib.abc

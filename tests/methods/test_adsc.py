@@ -11,7 +11,10 @@ from duet_vlm import DecoderView
 from duet_vlm.methods.decoder.adsc import Adsc
 
 
-@pytest.mark.parametrize("tokens, keep, kept", [(8, 4, [1, 3, 5, 7]), (9, 3, [2, 5, 8]), (7, 3, [2, 4, 6]), (5, 1, [4]), (4, 4, [0, 1, 2, 3])])
+@pytest.mark.parametrize(
+    "tokens, keep, kept",
+    [(8, 4, [1, 3, 5, 7]), (9, 3, [2, 5, 8]), (7, 3, [2, 4, 6]), (5, 1, [4]), (4, 4, [0, 1, 2, 3])],
+)
 def test_the_last_of_each_stride_stays(tokens: int, keep: int, kept: list[int]) -> None:
     every = torch.ones(1, tokens, dtype=torch.bool)
     view = DecoderView(every, torch.tensor([keep]), host_counts=((tokens, keep),))

@@ -35,20 +35,28 @@ def test_approximation(samples: list[tuple[int, int]], seed: int, basis: int) ->
 
 @pytest.mark.parametrize("slots, share", [("released", 0.0), ("released", 0.5), ("behind", 0.0)])
 @pytest.mark.parametrize("inside", [False, True])
-def test_released_rows_weigh_one_and_neighbours_in_the_batch_change_nothing(slots: str, share: float, inside: bool) -> None:
+def test_released_rows_weigh_one_and_neighbours_in_the_batch_change_nothing(
+    slots: str, share: float, inside: bool
+) -> None:
     rows, _, valid, count = drawn([(12, 5), (7, 7), (9, 1), (10, 2)], 3, exact=False)
     method = ApET(keep=0.5, basis=3, slots=slots, own_share=share)
 
     def of(rows: Tensor, valid: Tensor, count: Tensor) -> Selection:
         plans = tuple(SpanPlan(n, int(k), 0, ()) for n, k in zip(valid.sum(1).tolist(), count.tolist(), strict=True))
-        return method.prune_tokens(shown_view(rows, valid, count)) if inside else method.select_tokens(EncoderView(valid, count, count * 0, plans, features=rows))
+        return (
+            method.prune_tokens(shown_view(rows, valid, count))
+            if inside
+            else method.select_tokens(EncoderView(valid, count, count * 0, plans, features=rows))
+        )
 
     together = of(rows, valid, count)
     made = merged_rows(rows, together)
     for b, tokens in enumerate(valid.sum(1).tolist()):
         alone = of(rows[b : b + 1, :tokens], valid[b : b + 1, :tokens], count[b : b + 1])
         real = together.valid[b]
-        assert together.index[b][real].tolist() == alone.index[0][alone.valid[0]].tolist() and int(real.sum()) == int(count[b])
+        assert together.index[b][real].tolist() == alone.index[0][alone.valid[0]].tolist() and int(real.sum()) == int(
+            count[b]
+        )
         torch.testing.assert_close(made[b][real], merged_rows(rows[b : b + 1, :tokens], alone)[0][alone.valid[0]])
         joins = together.target_row[b] >= 0
         weight = torch.zeros(made.shape[1]).index_add(0, together.target_row[b][joins], together.weights[b][joins])

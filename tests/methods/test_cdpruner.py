@@ -26,7 +26,8 @@ def clip(width: int = 32) -> Any:
 
 
 def test_cdpruner_by_the_decoders_own_embeddings() -> None:
-    """Relevance: mean cosine to the words behind the image, scaled over each picture; another question chooses other tokens."""
+    """Relevance: mean cosine to the words behind the image, scaled over each picture; another question chooses other
+    tokens."""
     model, seen = shared("llava"), []
 
     class Spy(CDPruner):
@@ -65,8 +66,15 @@ def test_the_same_question_chooses_the_same_tokens_by_any_way(family: str) -> No
             generate(model, made.inputs(rows), 2, **options)
             beams = options.get("num_beams", 1)
             found.append([[span.stages[0].kept for span in sample] for sample in handle.trace[::beams]])
-        with pytest.raises(ValueError, match=f"{made.make().config.model_type}: cdpruner chooses by the question, and an encoder that is called"):
-            brought = {name: value for name, value in made.inputs([ONE]).items() if "ids" not in name and name != "attention_mask"}
+        with pytest.raises(
+            ValueError,
+            match=f"{made.make().config.model_type}: cdpruner chooses by the question, and an encoder that is called",
+        ):
+            brought = {
+                name: value
+                for name, value in made.inputs([ONE]).items()
+                if "ids" not in name and name != "attention_mask"
+            }
             encode(model, brought)
     assert all(each == found[0] for each in found)
 
@@ -82,7 +90,8 @@ def ids_of(text: str) -> dict[str, list[int]]:
 
 
 def test_cdpruner_reads_each_question_with_the_text_tower() -> None:
-    """Two samples with questions of different lengths, one longer than the tower's window: negated mean cosine over its pieces."""
+    """Two samples with questions of different lengths, one longer than the tower's window: negated mean cosine over its
+    pieces."""
     model, seen, tower = shared("llava"), [], ClipTextEncoder(clip(), ids_of)
 
     class Spy(CDPruner):
@@ -97,10 +106,15 @@ def test_cdpruner_reads_each_question_with_the_text_tower() -> None:
     ((view, likeness),) = seen
     with torch.no_grad():
         rows = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
-        images = torch.nn.functional.normalize(tower.clip.visual_projection(tower.clip.vision_model.post_layernorm(rows)), dim=-1)
+        images = torch.nn.functional.normalize(
+            tower.clip.visual_projection(tower.clip.vision_model.post_layernorm(rows)), dim=-1
+        )
         for sample, words in enumerate((ONE[3:], long[2:])):
             ids = ids_of(" ".join(map(str, words)))["input_ids"]
-            texts = [tower.clip.text_model(input_ids=torch.tensor([ids[i : i + 8]])).pooler_output for i in range(0, len(ids), 8)]
+            texts = [
+                tower.clip.text_model(input_ids=torch.tensor([ids[i : i + 8]])).pooler_output
+                for i in range(0, len(ids), 8)
+            ]
             texts = torch.nn.functional.normalize(tower.clip.text_projection(torch.cat(texts)), dim=-1)
             assert int(view.text_similarity_valid[sample].sum()) == len(texts) == math.ceil(len(ids) / 8)
             torch.testing.assert_close(likeness[sample], -(images[sample] @ texts.T).mean(1), rtol=1e-4, atol=1e-5)
@@ -112,8 +126,16 @@ def test_cdpruner_reads_each_question_with_the_text_tower() -> None:
         ("llava", {}, "pass text_tower=duet_vlm.inputs.clip_text.ClipTextEncoder"),
         ("llava", {"text_tower": "clip"}, "got str"),
         ("llava", {"text_tower": ClipTextEncoder(clip(), ids_of)}, "pass processor= to attach"),
-        ("llava", {"text_tower": ClipTextEncoder(clip(48), ids_of), "processor": Processor()}, "a vision tower of width 48, this model's has 32"),
-        ("qwen2_5_vl", {"text_tower": ClipTextEncoder(clip(), ids_of), "processor": Processor()}, "qwen2_5_vl cannot give: its vision"),
+        (
+            "llava",
+            {"text_tower": ClipTextEncoder(clip(48), ids_of), "processor": Processor()},
+            "a vision tower of width 48, this model's has 32",
+        ),
+        (
+            "qwen2_5_vl",
+            {"text_tower": ClipTextEncoder(clip(), ids_of), "processor": Processor()},
+            "qwen2_5_vl cannot give: its vision",
+        ),
     ],
 )
 def test_text_towers_that_do_not_fit_are_refused(family: str, options: dict[str, Any], message: str) -> None:

@@ -15,7 +15,9 @@ from duet_vlm.ops.graph import greedy_independent, rescaled
 from duet_vlm.reducers.calibration import Calibration
 
 
-def slow_d2pruner(relative: list[float], rows: list[list[float]], keep: int, important: float, alike: float) -> set[int]:
+def slow_d2pruner(
+    relative: list[float], rows: list[list[float]], keep: int, important: float, alike: float
+) -> set[int]:
     total = range(len(rows))
 
     def cosine(a: int, b: int) -> float:
@@ -39,7 +41,12 @@ def slow_d2pruner(relative: list[float], rows: list[list[float]], keep: int, imp
 def test_d2pruner_chooses_as_loops_do(alike: float) -> None:
     there, stay = [30, 21, 8], [12, 9, 7]
     shown = decoder_view(there, stay, seed=int(alike * 10))
-    shown = replace(shown, scores=shown.scores[..., 0], token_index=torch.arange(30).expand(3, -1), span_index=torch.zeros(3, 30, dtype=torch.long))
+    shown = replace(
+        shown,
+        scores=shown.scores[..., 0],
+        token_index=torch.arange(30).expand(3, -1),
+        span_index=torch.zeros(3, 30, dtype=torch.long),
+    )
     mask = D2Pruner(schedule=((2, 9),), alike=alike).prune_tokens(shown)
     for b, (n, k) in enumerate(shown.host_counts):
         expected = slow_d2pruner(shown.scores[b, :n].tolist(), shown.hidden_states[b, :n].tolist(), k, 0.7, alike)

@@ -22,4 +22,6 @@ def test_divprune_looks_at_projected_rows(family: str) -> None:
         forward(model, inputs)
         assert chosen_tokens(handle) == expected
     if family == "llava":  # the choice by tower rows would be another one
-        assert expected != [sorted(reference_ops.divprune_entry(rows.tolist(), 5)) for rows in tower_rows(model, inputs)]
+        assert expected != [
+            sorted(reference_ops.divprune_entry(rows.tolist(), 5)) for rows in tower_rows(model, inputs)
+        ]

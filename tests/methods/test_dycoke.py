@@ -17,4 +17,5 @@ def test_dycoke_against_loops() -> None:
         kept += [frame * 5 + p for p in places]
     assert [token for token, _ in rows_of_selection(reducer.select_tokens(view), 0)] == sorted(kept)
     few = video_view(reducer, [(6, 5)], [4])
-    assert [token for token, _ in rows_of_selection(reducer.select_tokens(few), 0)] == [2, 4, 22, 24]  # spread over the frames that stay whole
+    # spread over the frames that stay whole
+    assert [token for token, _ in rows_of_selection(reducer.select_tokens(few), 0)] == [2, 4, 22, 24]

@@ -16,10 +16,15 @@ from duet_vlm.ops.fitting import counts_after_layers, fitted
 def test_fitprune_keeps_the_largest_products() -> None:
     draw = torch.Generator().manual_seed(1)
     shown = decoder_view([9, 5], [4, 2], seed=2)
-    shown = replace(shown, scores=torch.rand(2, 9, generator=draw), visual_self_attention=torch.rand(2, 9, generator=draw))
+    shown = replace(
+        shown, scores=torch.rand(2, 9, generator=draw), visual_self_attention=torch.rand(2, 9, generator=draw)
+    )
     mask = FitPrune(schedule=((1, 4),)).prune_tokens(shown)
     for b, (n, k) in enumerate(shown.host_counts):
-        products = [c * s for c, s in zip(shown.scores[b, :n].tolist(), shown.visual_self_attention[b, :n].tolist(), strict=True)]
+        products = [
+            c * s
+            for c, s in zip(shown.scores[b, :n].tolist(), shown.visual_self_attention[b, :n].tolist(), strict=True)
+        ]
         assert set(mask[b].nonzero().flatten().tolist()) == set(sorted(range(n), key=lambda i: -products[i])[:k])
 
 

@@ -24,7 +24,12 @@ def kept_of_frames(view: EncoderView) -> list[list[int]]:
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(st.data(), st.lists(st.tuples(st.integers(1, 5), st.integers(1, 9)), min_size=1, max_size=4), st.integers(0, 3), st.integers(0, 10**6))
+@given(
+    st.data(),
+    st.lists(st.tuples(st.integers(1, 5), st.integers(1, 9)), min_size=1, max_size=4),
+    st.integers(0, 3),
+    st.integers(0, 10**6),
+)
 def test_equals_plain_loops(data: st.DataObject, clips: list[Clip], shift: int, seed: int) -> None:
     """Clips of different length and frame size in one batch, rows that hold nothing in front of them."""
     counts = [data.draw(st.integers(1, steps * size)) for steps, size in clips]
@@ -36,19 +41,30 @@ def test_equals_plain_loops(data: st.DataObject, clips: list[Clip], shift: int, 
 
 
 def test_what_never_changes_is_kept_once() -> None:
-    """A still picture, one place of which changes in step 2 and changes back: beyond the first step, exactly those two rows come first."""
+    """A still picture, one place of which changes in step 2 and changes back: beyond the first step, exactly those two
+    rows come first."""
     still = torch.randn(4, 8)
     features = still.repeat(4, 1, 1)
     features[2, 1] += 1
     view = frames_view([(4, 4)], [6])
-    view = EncoderView(view.valid, view.dominant, view.contextual, view.plans, features=features.view(1, 16, 8), parts=view.parts, modality="video")
+    view = EncoderView(
+        view.valid,
+        view.dominant,
+        view.contextual,
+        view.plans,
+        features=features.view(1, 16, 8),
+        parts=view.parts,
+        modality="video",
+    )
     assert kept_of_frames(view) == [[0, 1, 2, 3, 9, 13]]
 
 
 def test_ties_go_to_the_lower_index() -> None:
     view = frames_view([(3, 4)], [7])
     features = torch.randn(1, 4, 8).repeat(1, 3, 1)  # nothing ever changes: all later rows tie at exactly 0
-    view = EncoderView(view.valid, view.dominant, view.contextual, view.plans, features=features, parts=view.parts, modality="video")
+    view = EncoderView(
+        view.valid, view.dominant, view.contextual, view.plans, features=features, parts=view.parts, modality="video"
+    )
     assert kept_of_frames(view) == [[0, 1, 2, 3, 4, 5, 6]]
 
 
@@ -59,14 +75,20 @@ def test_brightness_alone_is_no_change() -> None:
     turned = rows * torch.tensor([0.1, 10.0, 5.0, 3.0])[:, None]
     turned[2] += 0.5
     features = torch.stack([rows, turned]).view(1, 8, 8)
-    view = EncoderView(view.valid, view.dominant, view.contextual, view.plans, features=features, parts=view.parts, modality="video")
+    view = EncoderView(
+        view.valid, view.dominant, view.contextual, view.plans, features=features, parts=view.parts, modality="video"
+    )
     assert kept_of_frames(view) == [[0, 1, 2, 3, 6]]
 
 
 @pytest.mark.parametrize(("count", "expected"), [(1, [11]), (3, [3, 7, 11]), (4, [2, 5, 8, 11]), (12, list(range(12)))])
 def test_images_are_thinned_evenly(count: int, expected: list[int]) -> None:
     """There is no frame before; crops of an image are not compared with each other."""
-    assert kept_of_frames(frames_view([(1, 12)], [count], stream="image")) == kept_of_frames(frames_view([(3, 4)], [count], stream="image")) == [expected]
+    assert (
+        kept_of_frames(frames_view([(1, 12)], [count], stream="image"))
+        == kept_of_frames(frames_view([(3, 4)], [count], stream="image"))
+        == [expected]
+    )
 
 
 def test_nothing_is_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +118,9 @@ def test_reads_the_rows_that_would_enter(family: str) -> None:
     for batch in (clips_for(family, rows) for rows in ([CLIP_AND_IMAGE], [IMAGE_AND_CLIPS], CLIPS)):
         inputs = made.inputs(batch)
         with torch.no_grad():
-            clips = list(model.model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"]).pooler_output)
+            clips = list(
+                model.model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"]).pooler_output
+            )
         with duet_vlm.attach(model, "frames", keep=0.4) as handle:
             forward(model, inputs)
             spans = [span for row in handle.trace for span in row]

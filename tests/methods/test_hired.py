@@ -42,7 +42,11 @@ def test_hired_counts_what_is_important_where_a_crop_shows_it(picture: Picture) 
     layout, (rows, columns) = any_res_layout(picture), any_res_crops(picture)
     late, early = (layer.importance[0] for layer in view.layers)
     crop = {i: at[0] for i, at in enumerate(layout) if at is not None}
-    mosaic = [((at[0] - 1) // columns * 4 + at[1] // 4, (at[0] - 1) % columns * 4 + at[1] % 4) for at in layout if at is not None and at[0]]
+    mosaic = [
+        ((at[0] - 1) // columns * 4 + at[1] // 4, (at[0] - 1) % columns * 4 + at[1] % 4)
+        for at in layout
+        if at is not None and at[0]
+    ]
     top, bottom, left, right = (f(place[axis] for place in mosaic) for axis in (0, 1) for f in (min, max))
     weights = [0] * (rows * columns)
     for token in best_tokens(early, [i for i in crop if crop[i] == 0], 8):

@@ -34,6 +34,8 @@ def test_holov_shares_by_attention_and_variety(crops: int) -> None:
                 variety[i] = sum((x - mean) ** 2 for x in likeness) / (len(group) - 1)
             level = sum(float(view.importance[row, i]) for i in group) / sum(variety.values())
             for i in group:
-                assert float(score[row, i]) == pytest.approx(float(view.importance[row, i]) + 0.09 * variety[i] * level, rel=1e-4)
+                assert float(score[row, i]) == pytest.approx(
+                    float(view.importance[row, i]) + 0.09 * variety[i] * level, rel=1e-4
+                )
     assert [len(row) for row in kept_tokens(method, view)] == [n for _, n in IMAGES]
     assert [len(row) for row in kept_tokens(HoloV.official(1, num_crops=crops), view)] == [n for _, n in IMAGES]

@@ -14,7 +14,9 @@ from duet_vlm import DecoderView
 from duet_vlm.ops.video import split_windows
 
 
-def slow_metok(rows: list[list[list[float]]], words: list[list[float]], count: int, method: Any) -> tuple[list[Any], dict[int, float]]:
+def slow_metok(
+    rows: list[list[list[float]]], words: list[list[float]], count: int, method: Any
+) -> tuple[list[Any], dict[int, float]]:
     """Rows (token, [(member, weight)]) and what is noted of each token, of a clip by frame and place."""
     steps, places = len(rows), len(rows[0])
 
@@ -35,7 +37,13 @@ def slow_metok(rows: list[list[list[float]]], words: list[list[float]], count: i
     score = [sum(about[t] for t in range(steps) if event[t] == e) / event.count(e) for e in range(len(starts))]
     key = sorted(range(len(starts)), key=lambda e: -score[e])[: math.ceil(method.key * len(starts))]
     fresh = [
-        [p for p in range(places) if t == 0 or event[t] != event[t - 1] or reference_ops.cosine(rows[t][p], rows[t - 1][p]) <= method.threshold]
+        [
+            p
+            for p in range(places)
+            if t == 0
+            or event[t] != event[t - 1]
+            or reference_ops.cosine(rows[t][p], rows[t - 1][p]) <= method.threshold
+        ]
         for t in range(steps)
     ]
     weight = torch.tensor([[len(f) * (1.0 if event[t] in key else method.pooled) for t, f in enumerate(fresh)]])
@@ -54,7 +62,9 @@ def slow_metok(rows: list[list[list[float]]], words: list[list[float]], count: i
     return sorted(out), {t * places + p: len(starts) * total[event[t]] for t in range(steps) for p in range(places)}
 
 
-@pytest.mark.parametrize(("seed", "count", "still"), [(0, 9, 0.6), (1, 20, 0.7), (2, 38, 0.8), (3, 3, 0.5), (4, 30, 0.9)])
+@pytest.mark.parametrize(
+    ("seed", "count", "still"), [(0, 9, 0.6), (1, 20, 0.7), (2, 38, 0.8), (3, 3, 0.5), (4, 30, 0.9)]
+)
 def test_metok_against_loops(seed: int, count: int, still: float) -> None:
     reducer = video_method("metok", keep=None)
     view = video_view(reducer, [(8, 5), (3, 4)], [count, 2], seed, still=still)
@@ -62,7 +72,9 @@ def test_metok_against_loops(seed: int, count: int, still: float) -> None:
     words = view.question.embeddings[0][view.question.valid[0]].double().tolist()
     expected, notes = slow_metok(view.features[0].double().view(8, 5, 6).tolist(), words, count, reducer)
     assert rows_of_selection(selection, 0) == expected and len(expected) == count
-    for token, note, real in zip(selection.index[0].tolist(), selection.tags[0].tolist(), selection.valid[0].tolist(), strict=True):
+    for token, note, real in zip(
+        selection.index[0].tolist(), selection.tags[0].tolist(), selection.valid[0].tolist(), strict=True
+    ):
         assert not real or note == pytest.approx(notes[token], rel=1e-4)
 
 
@@ -71,4 +83,5 @@ def test_metok_weighs_attention_by_events() -> None:
         torch.ones(1, 5, dtype=torch.bool), torch.tensor([2]), host_counts=((5, 2),), scores=torch.tensor([[0.5, 0.3, 0.1, 0.28, 0.2]]),
         tags=torch.tensor([[0.2, 1.0, 2.0, 0.0, 2.0]]),
     )  # fmt: skip
-    assert video_method("metok").prune_tokens(view)[0].tolist() == [False, True, False, False, True]  # what has no note counts as it is
+    # what has no note counts as it is
+    assert video_method("metok").prune_tokens(view)[0].tolist() == [False, True, False, False, True]

@@ -30,13 +30,15 @@ def test_suppression(samples: list[tuple[int, int]], seed: int, exact: bool, thr
     threshold = threshold if exact or abs(threshold) < 1 else threshold * 0.99  # rounded cosines of a row with itself
     chosen = greedy_nms(cosine(rows, valid), score, valid, count, int(count.max()), threshold)
     for b, (tokens, wanted) in enumerate(samples):
-        expected = reference_ops.suppressed(rows[b, :tokens].double().tolist(), score[b, :tokens].tolist(), wanted, threshold)
+        expected = reference_ops.suppressed(
+            rows[b, :tokens].double().tolist(), score[b, :tokens].tolist(), wanted, threshold
+        )
         assert chosen[b].nonzero().flatten().tolist() == expected
 
 
 def by_hand(family: str, inputs: Inputs, layer: int, through: int | None = None, by_embeddings: bool = False) -> Tensor:
-    """The gradient of one prompt alone, through stock code: hooks hold what layer ``layer`` reads, and the model ends behind it; ``through``: behind
-    that layer in its place; ``by_embeddings``: they are its head."""
+    """The gradient of one prompt alone, through stock code: hooks hold what layer ``layer`` reads, and the model ends
+    behind it; ``through``: behind that layer in its place; ``by_embeddings``: they are its head."""
     model = build(family, "eager")
     if by_embeddings:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
@@ -69,7 +71,9 @@ def test_the_gradient_is_that_of_a_model_that_ends_behind_the_next_layer(family:
     torch.testing.assert_close(view.gradient[0][view.valid[0]], visual[: int(view.valid.sum())], rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize(("layer", "probe", "through"), [(1, "next", 1), (2, "next", 4), (3, "next", 4), (7, "last", 4)])
+@pytest.mark.parametrize(
+    ("layer", "probe", "through"), [(1, "next", 1), (2, "next", 4), (3, "next", 4), (7, "last", 4)]
+)
 def test_the_gradient_goes_past_layers_with_a_state(layer: int, probe: str, through: int) -> None:
     """A row fades on its way through a state, and the gradient with it; layers 1, 4 and 7 have attention."""
     inputs = FAMILIES["qwen3_5"].inputs([ONE])
@@ -83,11 +87,21 @@ def test_the_gradient_goes_past_layers_with_a_state(layer: int, probe: str, thro
 @pytest.mark.parametrize(
     ("kinds", "settings", "message"),
     [
-        ("LFLLFLLL", {"schedule": ((5, 0.5),)}, "pio drops before decoder layer 5, but qwen3_5 has no attention from there on .* drop earlier"),
-        ("LLFLLFLF", {"schedule": ((2, 0.5),), "probe": "last"}, "pio drops before decoder layer 2, .* no attention before .* from layer 3 on"),
+        (
+            "LFLLFLLL",
+            {"schedule": ((5, 0.5),)},
+            "pio drops before decoder layer 5, but qwen3_5 has no attention from there on .* drop earlier",
+        ),
+        (
+            "LLFLLFLF",
+            {"schedule": ((2, 0.5),), "probe": "last"},
+            "pio drops before decoder layer 2, .* no attention before .* from layer 3 on",
+        ),
     ],
 )
-def test_a_gradient_without_a_layer_to_go_through_is_refused(kinds: str, settings: dict[str, Any], message: str) -> None:
+def test_a_gradient_without_a_layer_to_go_through_is_refused(
+    kinds: str, settings: dict[str, Any], message: str
+) -> None:
     config = Qwen3_5Config(vision_config=VISION, text_config=hybrid_text(kinds), **QWEN_IDS)
     with pytest.raises(ValueError, match=message):
         duet_vlm.attach(Qwen3_5ForConditionalGeneration(config), "pio", **settings)
@@ -104,7 +118,9 @@ def test_drafts_are_no_part_of_what_is_predicted(family: str, probe: str) -> Non
         views += seen_by(model, inputs | {"logits_to_keep": kept}, probe=probe)
     torch.testing.assert_close(views[1].gradient, views[0].gradient, rtol=1e-4, atol=1e-7)
     with duet_vlm.attach(model, "pio", budget=0.4, probe=probe):
-        assert torch.equal(generate(model, plain, 8).sequences, generate(model, plain, 8, assistant_model=build(family)).sequences)
+        assert torch.equal(
+            generate(model, plain, 8).sequences, generate(model, plain, 8, assistant_model=build(family)).sequences
+        )
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -133,7 +149,11 @@ def test_a_gradient_leaves_no_trace(generating: bool) -> None:
 def test_half_precision_chooses_by_a_finite_gradient() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         (view,) = seen_by(build("llava", dtype=dtype), FAMILIES["llava"].inputs([ONE]))
-        assert view.gradient.dtype == torch.float32 and view.gradient.isfinite().all() and view.gradient[view.valid].norm(dim=-1).min() > 0
+        assert (
+            view.gradient.dtype == torch.float32
+            and view.gradient.isfinite().all()
+            and view.gradient[view.valid].norm(dim=-1).min() > 0
+        )
 
 
 def test_gradients_are_refused_where_there_are_none() -> None:

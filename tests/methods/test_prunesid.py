@@ -12,9 +12,11 @@ from duet_vlm.reducers.encoder_view import EncoderView
 
 
 def test_prunesid_keeps_a_token_of_every_group_and_no_twins_first() -> None:
-    """Pictures of four textures, many copies each: without a quota for every group, attention alone would take one texture."""
+    """Pictures of four textures, many copies each: without a quota for every group, attention alone would take one
+    texture."""
     torch.manual_seed(1)
-    signs = torch.tensor([[(-1.0) ** bin(row & column).count("1") for column in range(32)] for row in (1, 2, 4, 8)])  # orthogonal, of mean 0
+    # orthogonal, of mean 0
+    signs = torch.tensor([[(-1.0) ** bin(row & column).count("1") for column in range(32)] for row in (1, 2, 4, 8)])
     kind = torch.arange(24) % 4
     strength = torch.tensor([0.15, 0.25, 0.35, 0.45])[:, None]
     features = ((0.5 + strength * signs).logit()[kind] + 0.01 * torch.randn(24, 32))[None]

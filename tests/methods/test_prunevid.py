@@ -20,5 +20,9 @@ def test_prunevid_keeps_the_same_share_of_every_set(counts: list[tuple[int, int]
         quota = [k * len(sets[name]) // n for name in names]
         for number in sorted(range(len(names)), key=lambda i: -(k * len(sets[names[i]]) % n))[: k - sum(quota)]:
             quota[number] += 1
-        expected = [t for name, q in zip(names, quota, strict=True) for t in sorted(sets[name], key=lambda t: -float(view.scores[b, t]))[:q]]
+        expected = [
+            t
+            for name, q in zip(names, quota, strict=True)
+            for t in sorted(sets[name], key=lambda t: -float(view.scores[b, t]))[:q]
+        ]
         assert mask[b].nonzero()[:, 0].tolist() == sorted(expected) and len(expected) == k

@@ -51,7 +51,10 @@ def slow_sparsevlm(scores: list[float], rows: list[list[float]], stay: int) -> d
     out = {token: [] for token in sorted(order[:kept])}
     if members:
         centres, into = slow_peaks([rows[m] for m in members], clusters, clusters)
-        out |= {members[c]: [m for m, c2 in zip(members, into, strict=True) if centres[c2] == c and m != members[c]] for c in centres}
+        out |= {
+            members[c]: [m for m, c2 in zip(members, into, strict=True) if centres[c2] == c and m != members[c]]
+            for c in centres
+        }
     return out
 
 
@@ -104,7 +107,11 @@ def test_sparsevlm_official_asks_where_only_the_order_changes() -> None:
         forward(model, FAMILIES["llava"].inputs([ONE]))
         before, after = (handle._prompt_state.layer_group(layer).tokens for layer in (3, 4))
     slots = [tokens.prompt_index[0][tokens.visual[0]].tolist() for tokens in (before, after)]
-    assert sorted(slots[0]) == sorted(slots[1]) and slots[0] != slots[1] and slots[1][:-1] == [s for s in slots[0] if s != slots[1][-1]]
+    assert (
+        sorted(slots[0]) == sorted(slots[1])
+        and slots[0] != slots[1]
+        and slots[1][:-1] == [s for s in slots[0] if s != slots[1][-1]]
+    )
 
 
 def test_sparsevlm_bad_input() -> None:

@@ -8,7 +8,8 @@ from method_views import EDGES, check_released_choice
 from duet_vlm.methods.encoder.visionzip import VisionZip
 
 
-@pytest.mark.parametrize(("dominant", "contextual"), [edge[:2] for edge in EDGES if edge[1]])  # the released code divides by contextual
+# the released code divides by contextual
+@pytest.mark.parametrize(("dominant", "contextual"), [edge[:2] for edge in EDGES if edge[1]])
 def test_released_choice_at_the_edges(dominant: int, contextual: int) -> None:
     check_released_choice(VisionZip.official(dominant, contextual), dominant, contextual, None)
 

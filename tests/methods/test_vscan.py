@@ -32,16 +32,32 @@ def test_vscan_scans_twice_and_merges_the_rest(window: int, local: str) -> None:
         index = selection.index[row][selection.valid[row]].tolist()
         assert index == kept
         unit = torch.nn.functional.normalize(view.features[row].double(), dim=-1)
-        joined = {int(m): index[int(i)] for m, i in zip(selection.source_tokens[row], selection.target_row[row], strict=True) if i >= 0}
-        assert joined == {m: max(kept, key=lambda k, m=m: float(unit[m] @ unit[k])) for m in range(side**2) if m not in kept}
+        joined = {
+            int(m): index[int(i)]
+            for m, i in zip(selection.source_tokens[row], selection.target_row[row], strict=True)
+            if i >= 0
+        }
+        assert joined == {
+            m: max(kept, key=lambda k, m=m: float(unit[m] @ unit[k])) for m in range(side**2) if m not in kept
+        }
 
 
 def test_vscan_has_a_plan_for_its_released_windows() -> None:
-    assert [VScan.official(n, ()).plan(576, 32, None).entry for n in (64, 75, 96, 100, 192, 576)] == [64, 70, 96, 98, 192, 576]
+    assert [VScan.official(n, ()).plan(576, 32, None).entry for n in (64, 75, 96, 100, 192, 576)] == [
+        64,
+        70,
+        96,
+        98,
+        192,
+        576,
+    ]
     with pytest.raises(ValueError, match="keep=31 has 15 local tokens for 16 windows: give at least 32"):
         VScan.official(31, ()).plan(576, 32, None)
     plan = VScan().plan(576, 32, 64)
-    assert plan.mean <= 64 < VScan().plan(576, 32, 65).mean + 1 and plan.counts[0] == plan.entry > plan.counts[16] == plan.counts[31]
+    assert (
+        plan.mean <= 64 < VScan().plan(576, 32, 65).mean + 1
+        and plan.counts[0] == plan.entry > plan.counts[16] == plan.counts[31]
+    )
     with pytest.raises(ValueError, match="with a budget give fractions"):
         VScan(local="equal").plan(576, 32, 64)
 

@@ -33,4 +33,6 @@ def test_zoo_prune_measures_how_far_the_projector_moves() -> None:
             total += (project(rows + step) - project(rows - step)).norm(dim=-1)
     torch.testing.assert_close(found, total / (3 * 2 * 0.05), rtol=1e-3, atol=1e-6)
     assert float(weight.min()) == 0 and float(weight.max()) == 1 and view.features is not None
-    assert float(direction(0, 1, 32).norm()) == pytest.approx(1) and not torch.equal(direction(0, 1, 32), direction(1, 1, 32))
+    assert float(direction(0, 1, 32).norm()) == pytest.approx(1) and not torch.equal(
+        direction(0, 1, 32), direction(1, 1, 32)
+    )

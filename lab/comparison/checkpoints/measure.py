@@ -1,6 +1,8 @@
-"""What the unguided finish changed: ``python lab/comparison/checkpoints/measure.py`` writes measured.json beside this file.
+"""What the unguided finish changed: ``python lab/comparison/checkpoints/measure.py`` writes measured.json beside this
+file.
 
-How much of both checkpoints' attention falls on the patches that an answer needs. Accuracy is the business of ``duet-vlm eval``.
+How much of both checkpoints' attention falls on the patches that an answer needs. Accuracy is the business of
+``duet-vlm eval``.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ def main() -> None:
     options = parser.parse_args()
     result: dict[str, Any] = {}
     for name, folder in CHECKPOINTS.items():
-        result[name] = attention(LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval(), options.pictures)
+        result[name] = attention(
+            LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval(), options.pictures
+        )
     settings = {"split": "validation", "pictures": options.pictures}
     environment = {"version": duet_vlm.__version__, "torch": torch.__version__}
     FILE.write_text(json.dumps(result | {"settings": settings, "environment": environment}, indent=1) + "\n")

@@ -1,6 +1,7 @@
 """Draw the shipped demo pictures: ``python -m duet_vlm_lab.make_demo``.
 
-The first scenes of the test stream ``SEED`` that offer all kinds of question; the model's answers play no part in the choice.
+The first scenes of the test stream ``SEED`` that offer all kinds of question; the model's answers play no part in the
+choice.
 """
 
 from __future__ import annotations

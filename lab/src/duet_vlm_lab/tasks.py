@@ -1,13 +1,15 @@
 """The tasks of the lab: streams of generated questions, each with a small model that was trained to answer them.
 
 ``tiny-crowded``
-    A harder test set for the weights of ``tiny``; training never showed such pictures. On the default stream the good methods stay within noise of
-    the full model at 22 % of the tokens: 4 or 5 things can be asked about, and a small budget holds them all. A crowded picture shows 9, next to up
-    to 4 counted ones. All are small (21 or 28 pixels) and carry a digit or a word: what may be asked about covers more patches than a small budget
-    holds. Questions, their kinds and the balance of their answers are the same. The full model loses hardly anything but counting (it counts too
-    many in a crowd), so read the kinds apart.
+    A harder test set for the weights of ``tiny``; training never showed such pictures. On the default stream the good
+    methods stay within noise of the full model at 22 % of the tokens: 4 or 5 things can be asked about, and a small
+    budget holds them all. A crowded picture shows 9, next to up to 4 counted ones. All are small (21 or 28 pixels) and
+    carry a digit or a word: what may be asked about covers more patches than a small budget holds. Questions, their
+    kinds and the balance of their answers are the same. The full model loses hardly anything but counting (it counts
+    too many in a crowd), so read the kinds apart.
 ``tiny-chain``
-    Questions that need one to three hops over a picture, or two pictures, next to the kinds of ``tiny``; the model learned from answers alone.
+    Questions that need one to three hops over a picture, or two pictures, next to the kinds of ``tiny``; the model
+    learned from answers alone.
 ``tiny-page``
     Pages of four crops with small print, for a stock LLaVA-NeXT that learned to read them from answers alone.
 ``tiny-video``
@@ -46,11 +48,14 @@ from duet_vlm_lab.generators import (
     page_scenes,
 )
 
-TURN = 40  # samples of tiny-long with clips of one length, then come those of the next: batches that divide it hold equally long clips
+# samples of tiny-long with clips of one length, then come those of the next: batches that divide it hold equally long
+# clips
+TURN = 40
 
 
 def draw_chain(split: str, seed: int, number: int, kind: str) -> Sample | None:
-    """One or two pictures of 224 x 224; ``needed`` is (256 x pictures,): of a chain, everything it passes and what is read."""
+    """One or two pictures of 224 x 224; ``needed`` is (256 x pictures,): of a chain, everything it passes and what is
+    read."""
     scenes = [chain_scenes.grid_scene(split, seed, 2 * number)]
     rng = scenes[0].generator(2)
     if kind in chain_questions.SINGLE:
@@ -68,8 +73,8 @@ def draw_chain(split: str, seed: int, number: int, kind: str) -> Sample | None:
 def draw_page(split: str, seed: int, number: int, kind: str) -> Sample | None:
     """A page of 448 x 448. ``needed`` is (1312,), as LLaVA-NeXT packs its visual tokens.
 
-    First 256 of the overview, of which none is ever marked, then 32 lines of 32 patches of the page and a newline. Patches of two crops that lie side
-    by side share a line.
+    First 256 of the overview, of which none is ever marked, then 32 lines of 32 patches of the page and a newline.
+    Patches of two crops that lie side by side share a line.
     """
     drawn = page_scenes.page(split, seed, number)
     asked = page_questions.question(drawn, kind, drawn.generator(2))
@@ -86,7 +91,8 @@ def draw_clip(split: str, seed: int, number: int, kind: str) -> Sample:
 
 
 def draw_long(split: str, seed: int, number: int, kind: str) -> Sample:
-    """64 to 256 frames of 28 x 28; ``needed``, frame by frame: CLS, then 4 patches. Every ``TURN`` samples the length of clips changes."""
+    """64 to 256 frames of 28 x 28; ``needed``, frame by frame: CLS, then 4 patches. Every ``TURN`` samples the length
+    of clips changes."""
     drawn = long_clips.long_clip(split, seed, number, long_clips.LENGTHS[number // TURN % len(long_clips.LENGTHS)])
     return clip_sample(long_clips.render(drawn), long_questions.question(drawn, kind, drawn.generator(2)))
 

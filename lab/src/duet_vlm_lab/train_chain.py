@@ -1,8 +1,9 @@
-"""Train ``tiny-chain`` from answers alone: ``python -m duet_vlm_lab.train_chain --out DIR --seed 0`` (``make train-chain``).
+"""Train ``tiny-chain`` from answers alone: ``python -m duet_vlm_lab.train_chain --out DIR --seed 0`` (``make
+train-chain``).
 
-One stage (``recipe/chain.py``) on one core. Start the same command again after a kill and it goes on from the last checkpoint, exactly.
-The lessons are a function of the step alone, and the learning rate falls over the last steps only: with more ``--steps`` the same run goes
-on where it was still at its full rate.
+One stage (``recipe/chain.py``) on one core. Start the same command again after a kill and it goes on from the last
+checkpoint, exactly. The lessons are a function of the step alone, and the learning rate falls over the last steps only:
+with more ``--steps`` the same run goes on where it was still at its full rate.
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ def export(folder: Path, target: Path, settings: dict) -> None:
     model, trained = build_model(EMBEDDINGS, LAYERS), weights(folder)
     model.model.vision_tower.load_state_dict(load()[0].model.vision_tower.state_dict())
     for name, part in (("projector", model.model.multi_modal_projector), ("decoder", model.model.language_model)):
-        part.load_state_dict(in_turns({key.removeprefix(f"{name}."): value for key, value in trained.items() if key.startswith(f"{name}.")}))
+        part.load_state_dict(
+            in_turns(
+                {key.removeprefix(f"{name}."): value for key, value in trained.items() if key.startswith(f"{name}.")}
+            )
+        )
     lines = [{"answers": answers_seen(int(line["step"])), **line} for line in curve(folder) if "val_all" in line]
     write(model, build_processor(CHAIN_TOKEN), target, settings=settings, curve=lines)
 
@@ -46,7 +51,9 @@ def main(argv: list[str] | None = None) -> None:
     """Command line."""
     options = parser("duet_vlm_lab.train_chain", __doc__, "out/tiny-chain")
     options.add_argument("--steps", type=int, default=STEPS)
-    options.add_argument("--pictures", type=int, default=9000, help="pictures in the pool that questions are asked about")
+    options.add_argument(
+        "--pictures", type=int, default=9000, help="pictures in the pool that questions are asked about"
+    )
     args, settings = parsed(options, argv)
     if not args.export_only:
         fit(ChainStage(args.seed, args.steps, not args.fp32, args.pictures), args.out / "chain")

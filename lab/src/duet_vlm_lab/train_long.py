@@ -1,7 +1,8 @@
-"""Train ``tiny-long`` from the shipped tiny video model: ``python -m duet_vlm_lab.train_long --out DIR --seed 0`` (``make train-long``).
+"""Train ``tiny-long`` from the shipped tiny video model: ``python -m duet_vlm_lab.train_long --out DIR --seed 0``
+(``make train-long``).
 
-One stage (``recipe/long.py``), under an hour on one core with bf16. Start the same command again after a kill and it goes on from the
-last checkpoint, exactly. The schedule counts steps, never seconds.
+One stage (``recipe/long.py``), under an hour on one core with bf16. Start the same command again after a kill and it
+goes on from the last checkpoint, exactly. The schedule counts steps, never seconds.
 """
 
 from __future__ import annotations

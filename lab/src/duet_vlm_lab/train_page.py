@@ -1,7 +1,8 @@
-"""Train ``tiny-page`` from the shipped tiny-chain: ``python -m duet_vlm_lab.train_page --out DIR --seed 0`` (``make train-page``).
+"""Train ``tiny-page`` from the shipped tiny-chain: ``python -m duet_vlm_lab.train_page --out DIR --seed 0`` (``make
+train-page``).
 
-One stage (``recipe/page.py``), under an hour on one core with bf16. Start the same command again after a kill and it goes on from the last
-checkpoint, exactly. The schedule counts steps, never seconds.
+One stage (``recipe/page.py``), under an hour on one core with bf16. Start the same command again after a kill and it
+goes on from the last checkpoint, exactly. The schedule counts steps, never seconds.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ DECODER = "language_model."
 def whole(core: dict[str, Tensor]) -> dict[str, Tensor]:
     """All layers of the decoder from those that learned."""
     decoder = in_turns({name.removeprefix(DECODER): value for name, value in core.items() if name.startswith(DECODER)})
-    return {name: value for name, value in core.items() if not name.startswith(DECODER)} | {DECODER + name: value for name, value in decoder.items()}
+    return {name: value for name, value in core.items() if not name.startswith(DECODER)} | {
+        DECODER + name: value for name, value in decoder.items()
+    }
 
 
 main = OneStage("duet_vlm_lab.train_page", __doc__, STEPS, PageStage, build_page_model, build_page_processor, whole)

@@ -1,7 +1,7 @@
 """Train the tiny model from nothing: ``python -m duet_vlm_lab.train_tiny --out DIR --seed 0`` (``make train``).
 
-Stage A (tower) and stage B (decoder) run side by side, one core each; stage C joins them. Start the same command again after
-a kill and it goes on from the last checkpoint. The schedule counts steps, never seconds.
+Stage A (tower) and stage B (decoder) run side by side, one core each; stage C joins them. Start the same command again
+after a kill and it goes on from the last checkpoint. The schedule counts steps, never seconds.
 
 ``--finish-unguided`` instead takes the shipped model, undoes its attention supervision and goes on from answers alone
 (``recipe/finish.py``). Every stage is one ``recipe.stages.fit``: transformers' Trainer (extra ``train``).
@@ -45,14 +45,20 @@ def train_apart(args: argparse.Namespace) -> None:
     for job in jobs:
         job.join()
     if any(job.exitcode for job in jobs):
-        raise RuntimeError(f"a stage failed (exit codes {[job.exitcode for job in jobs]}); run the same command again to resume")
+        raise RuntimeError(
+            f"a stage failed (exit codes {[job.exitcode for job in jobs]}); run the same command again to resume"
+        )
 
 
 def train(args: argparse.Namespace) -> None:
     """Train what the command line asks for."""
     bf16 = not args.fp32
     if args.finish_unguided:
-        fit(FinishStage(args.seed, args.finish_steps, bf16, not args.whole), args.out / "finish", report_to=args.report_to)
+        fit(
+            FinishStage(args.seed, args.finish_steps, bf16, not args.whole),
+            args.out / "finish",
+            report_to=args.report_to,
+        )
         return
     train_apart(args)
     fitted = ProjectorStage(args.seed, args.projector_steps, bf16, args.out)
@@ -63,20 +69,38 @@ def train(args: argparse.Namespace) -> None:
 def export(folder: Path, target: Path, settings: dict, stage: str = "join") -> None:
     """Write the model that a stage left, tokenizer, processor and the training log to ``target``."""
     model, trained = build_model(), weights(folder / stage)
-    model.model.load_state_dict({name.removeprefix("core."): value for name, value in trained.items() if name.startswith("core.")})
+    model.model.load_state_dict(
+        {name.removeprefix("core."): value for name, value in trained.items() if name.startswith("core.")}
+    )
     done = [name for name in ("tower", "decoder", "projector", "join", "finish") if (folder / name).exists()]
-    write(model, build_processor(), target, settings=settings, curves={name: thinned(curve(folder / name)) for name in done})
+    write(
+        model,
+        build_processor(),
+        target,
+        settings=settings,
+        curves={name: thinned(curve(folder / name)) for name in done},
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    options = parser("duet_vlm_lab.train_tiny", __doc__, "out/tiny-from-scratch", 2, "of the joint stage (tower and decoder use one each)")
+    options = parser(
+        "duet_vlm_lab.train_tiny",
+        __doc__,
+        "out/tiny-from-scratch",
+        2,
+        "of the joint stage (tower and decoder use one each)",
+    )
     options.add_argument("--tower-steps", type=int, default=TOWER_STEPS)
     options.add_argument("--decoder-steps", type=int, default=DECODER_STEPS)
     options.add_argument("--projector-steps", type=int, default=PROJECTOR_STEPS)
     options.add_argument("--join-steps", type=int, default=JOIN_STEPS)
-    options.add_argument("--finish-unguided", action="store_true", help="instead: undo the shipped model's attention supervision")
-    options.add_argument("--whole", action="store_true", help="with --finish-unguided: every picture with all its tokens")
+    options.add_argument(
+        "--finish-unguided", action="store_true", help="instead: undo the shipped model's attention supervision"
+    )
+    options.add_argument(
+        "--whole", action="store_true", help="with --finish-unguided: every picture with all its tokens"
+    )
     options.add_argument("--finish-steps", type=int, default=FINISH_STEPS)
     options.add_argument("--report-to", default="none", help="as the Trainer's own argument: tensorboard, wandb, ...")
     args, settings = parsed(options, argv)

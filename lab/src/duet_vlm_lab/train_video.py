@@ -1,7 +1,7 @@
 """Train the tiny video model from the shipped tiny model: ``python -m duet_vlm_lab.train_video --out DIR --seed 0``.
 
-One stage (``recipe/video.py``), under an hour on one core with bf16. Start the same command again after a kill and it goes on from the
-last checkpoint, exactly. The schedule counts steps, never seconds.
+One stage (``recipe/video.py``), under an hour on one core with bf16. Start the same command again after a kill and it
+goes on from the last checkpoint, exactly. The schedule counts steps, never seconds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Floating-point operations of one training step, from shapes alone (two per multiply-add of every matrix product, as in ``duet_vlm.profiling.flops``)."""
+"""Floating-point operations of one training step, from shapes alone (two per multiply-add of every matrix product, as
+in ``duet_vlm.profiling.flops``)."""
 
 from __future__ import annotations
 
@@ -19,7 +20,10 @@ from duet_vlm.profiling.flops import (
 )
 from duet_vlm.profiling.model_dims import DecoderDims, VisionDims
 
-LLAVA_7B = DecoderDims(32, 4096, 32, 32, 128, 11008, 32064), VisionDims(24, 1024, 4096, 2, 1, 1, 588, ((1024, 4096), (4096, 4096)))
+LLAVA_7B = (
+    DecoderDims(32, 4096, 32, 32, 128, 11008, 32064),
+    VisionDims(24, 1024, 4096, 2, 1, 1, 588, ((1024, 4096), (4096, 4096))),
+)
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,12 @@ class TrainedParts:
     lora : int
         Rank of adapters on all seven linear maps of every decoder layer; 0 for none.
     checkpointing : bool
-        Layers keep their inputs only and run forward once more in the backward pass (not reentrant: up to the last thing it needs).
+        Layers keep their inputs only and run forward once more in the backward pass (not reentrant: up to the last
+        thing it needs).
     input_gradients : bool
-        What the embeddings put out needs a gradient even if nothing before it is trained, so one runs through a frozen tower as well:
-        ``enable_input_require_grads()``, which transformers 5 calls whenever it switches checkpointing on.
+        What the embeddings put out needs a gradient even if nothing before it is trained, so one runs through a frozen
+        tower as well: ``enable_input_require_grads()``, which transformers 5 calls whenever it switches checkpointing
+        on.
     """
 
     tower: bool = False
@@ -109,8 +115,8 @@ class TrainingExample:
 class StepFlops:
     """One step by stage; what the optimiser does to each weight is no matrix product and is not counted.
 
-    ``vision``: tower, signals and projector forward. ``decoder``: layers, ranking and head forward. ``backward``: gradients of activations
-    and of trained weights. ``recomputed``: what checkpointing runs again in the backward pass.
+    ``vision``: tower, signals and projector forward. ``decoder``: layers, ranking and head forward. ``backward``:
+    gradients of activations and of trained weights. ``recomputed``: what checkpointing runs again in the backward pass.
     """
 
     vision: int
@@ -124,28 +130,39 @@ class StepFlops:
 
 
 def step_flops(
-    decoder: DecoderDims, vision: VisionDims, examples: Sequence[TrainingExample], trained: TrainedParts, unread_layers: int = 0
+    decoder: DecoderDims,
+    vision: VisionDims,
+    examples: Sequence[TrainingExample],
+    trained: TrainedParts,
+    unread_layers: int = 0,
 ) -> StepFlops:
     """Forward and backward of one batch.
 
-    A linear map costs its forward again for the gradient of its input (wherever something trained lies before it) and once more for the
-    gradient of its weights (if they are trained); attention costs its two products twice (flash kernels, which compute the
-    scores again, half of them more). Every row that reaches the last layer goes through the head, supervised or not. Ranking and
-    signals carry no gradient. Choosing and merging are left out: well under 1 % of the products counted.
+    A linear map costs its forward again for the gradient of its input (wherever something trained lies before it) and
+    once more for the gradient of its weights (if they are trained); attention costs its two products twice (flash
+    kernels, which compute the scores again, half of them more). Every row that reaches the last layer goes through the
+    head, supervised or not. Ranking and signals carry no gradient. Choosing and merging are left out: well under 1 % of
+    the products counted.
 
     Parameters
     ----------
     unread_layers : int
-        Last layers of the tower whose output is not used (1 for LLaVA, which takes the last but one): run forward, no gradient.
+        Last layers of the tower whose output is not used (1 for LLaVA, which takes the last but one): run forward, no
+        gradient.
     """
     depth = decoder.layers
     images = [(e, plan) for e in examples for plan in e.plans]
     if trained.lora and (decoder.experts or decoder.linear):
-        raise ValueError("adapters are costed on decoders of seven linear maps per layer: lora=0 for mixtures of experts and linear attention")
+        raise ValueError(
+            "adapters are costed on decoders of seven linear maps per layer: lora=0 for mixtures of experts and linear attention"
+        )
     rows = [(r, layer) for e in examples for layer, r in enumerate(e.rows(depth))]
     head = head_flops(decoder, sum(e.rows(depth)[-1] for e in examples))
     ranking = sum(scoring_flops(decoder, r, e.queries) for e in examples for r in e.ranked(depth))
-    seen = sum(vision_flops(vision, plan.tokens, stages=e.stages) + projector_flops(vision, _projected(e, plan)) for e, plan in images)
+    seen = sum(
+        vision_flops(vision, plan.tokens, stages=e.stages) + projector_flops(vision, _projected(e, plan))
+        for e, plan in images
+    )
     seen += sum(signal_flops(vision, e.left(plan)) for e, plan in images if e.signals)
     forward = sum(_layer(decoder, *r, trained.lora) for r in rows) + ranking + head
 
@@ -231,7 +248,8 @@ def _layer_backward(shape: DecoderDims, rows: int, layer: int, trained: TrainedP
 
 
 def _first_inputs(shape: DecoderDims, rows: int, rank: int) -> int:
-    """Input gradients of query, key and value maps, which the first layer does without where nothing before it needs one."""
+    """Input gradients of query, key and value maps, which the first layer does without where nothing before it needs
+    one."""
     return 2 * rows * shape.hidden * (shape.query_width + 2 * shape.narrow + 3 * rank)
 
 

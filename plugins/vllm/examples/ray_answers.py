@@ -1,7 +1,9 @@
-"""Answers to the lines of a JSON-lines file (id, image, question) by Ray Data with one vLLM engine a GPU, on one machine or a cluster.
+"""Answers to the lines of a JSON-lines file (id, image, question) by Ray Data with one vLLM engine a GPU, on one
+machine or a cluster.
 
-Start it on a machine of the cluster; files must stand where all machines see them. ``--out`` is a folder of JSON lines in no order.
-Every engine takes one of the CPUs that Ray counts, and reading and writing take others: Ray waits for ever where there are none left.
+Start it on a machine of the cluster; files must stand where all machines see them. ``--out`` is a folder of JSON lines
+in no order. Every engine takes one of the CPUs that Ray counts, and reading and writing take others: Ray waits for ever
+where there are none left.
 """
 
 from __future__ import annotations
@@ -46,7 +48,12 @@ def main() -> None:
     ask.add_argument("--model", required=True)
     ask.add_argument("--data", required=True)
     ask.add_argument("--out", required=True)
-    ask.add_argument("--settings", type=json.loads, default={"method": "duet_plus", "budget": 64}, help="as JSON; a budget counts what enters")
+    ask.add_argument(
+        "--settings",
+        type=json.loads,
+        default={"method": "duet_plus", "budget": 64},
+        help="as JSON; a budget counts what enters",
+    )
     ask.add_argument("--engines", type=int, default=1)
     ask.add_argument("--gpus", type=float, default=1, help="of each engine")
     ask.add_argument("--batch", type=int, default=256)

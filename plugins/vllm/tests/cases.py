@@ -31,7 +31,9 @@ SHARES: dict[str, dict[str, Any]] = {
     "frames": {"method": "frames", "keep": 0.25},
     "vidcom2": {"method": "vidcom2", "keep": 0.25},
 }
-METHODS = {"llava": COUNTS} | dict.fromkeys(("llava_next", "llava_onevision", "internvl", "qwen2_5_vl", "qwen2_vl", "qwen3_vl"), SHARES)
+METHODS = {"llava": COUNTS} | dict.fromkeys(
+    ("llava_next", "llava_onevision", "internvl", "qwen2_5_vl", "qwen2_vl", "qwen3_vl"), SHARES
+)
 POSITIONS = {family: "keep" if family.startswith("qwen") else "compact" for family in METHODS}
 ARCHITECTURES = {
     "llava": "LlavaForConditionalGeneration",
@@ -42,7 +44,8 @@ ARCHITECTURES = {
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
 }
-BESIDE = dict.fromkeys(METHODS, 1) | {"internvl": 3, "qwen2_5_vl": 2, "qwen2_vl": 2, "qwen3_vl": 2}  # tokens around a picture: line break, marks
+# tokens around a picture: line break, marks
+BESIDE = dict.fromkeys(METHODS, 1) | {"internvl": 3, "qwen2_5_vl": 2, "qwen2_vl": 2, "qwen3_vl": 2}
 STAMP = 15  # tokens of a timestamp of Qwen3-VL and of the marks around the rows behind it
 CLIPS = ("llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")  # families that take them
 REFUSES = {"internvl": "its prompts show the frames of a clip between texts"}
@@ -52,8 +55,11 @@ REFUSED = [(0, "duet_budget=0"), ("x", "duet_budget='x'"), (1.5, "a float is a f
 
 
 def blobs(seed: int, width: int, height: int) -> Image.Image:
-    """Coloured blobs: of plain noise a random tower thinks the same everywhere. Sizes in multiples of a patch are not resampled."""
-    coarse = np.random.default_rng(seed).integers(0, 255, (max(2, height // 28), max(2, width // 28), 3), dtype=np.uint8)
+    """Coloured blobs: of plain noise a random tower thinks the same everywhere. Sizes in multiples of a patch are not
+    resampled."""
+    coarse = np.random.default_rng(seed).integers(
+        0, 255, (max(2, height // 28), max(2, width // 28), 3), dtype=np.uint8
+    )
     return Image.fromarray(coarse).resize((width, height), Image.BILINEAR)
 
 
@@ -61,7 +67,13 @@ def film(seed: int, frames: int, width: int, height: int) -> Clip:
     """One picture that becomes another, six frames a second."""
     first, last = blobs(seed, width, height), blobs(seed + 1, width, height)
     shown = np.stack([np.asarray(Image.blend(first, last, i / frames)) for i in range(frames)])
-    told = {"fps": 6.0, "duration": frames / 6, "total_num_frames": frames, "frames_indices": list(range(frames)), "video_backend": "opencv"}
+    told = {
+        "fps": 6.0,
+        "duration": frames / 6,
+        "total_num_frames": frames,
+        "frames_indices": list(range(frames)),
+        "video_backend": "opencv",
+    }
     return shown, told
 
 

@@ -33,7 +33,9 @@ def family(request: pytest.FixtureRequest) -> str:
 def wanted(family: str, checkpoints: dict[str, Path]) -> dict[str, list[Any]]:
     """Answers of transformers with these very weights."""
     reference = json.loads((Path(__file__).parent / "references" / f"{family}.json").read_text())
-    assert checksum(checkpoints[family]) == reference["checksum"], "the checkpoint is not the one of the reference: write it anew (reference.py)"
+    assert checksum(checkpoints[family]) == reference["checksum"], (
+        "the checkpoint is not the one of the reference: write it anew (reference.py)"
+    )
     return dict(reference["answers"])
 
 

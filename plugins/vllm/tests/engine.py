@@ -34,7 +34,8 @@ def model_of(llm: LLM) -> Any:
 
 
 def switch(llm: LLM, settings: dict[str, Any]) -> None:
-    """Other settings in the running engine, as starting one takes long. No cache is emptied: rows of other settings must not be found."""
+    """Other settings in the running engine, as starting one takes long. No cache is emptied: rows of other settings
+    must not be found."""
     model, config = model_of(llm), llm.llm_engine.vllm_config
     for module in model.modules():
         if isinstance(module, MMEncoderAttention):
@@ -50,7 +51,11 @@ def shown(images: Sequence[Any], clips: Sequence[Any] = ()) -> dict[str, Any]:
 
 def request(text: str, images: Sequence[Any], clips: Sequence[Any] = (), **kwargs: Any) -> dict[str, Any]:
     media = shown(images, clips)
-    return {"prompt": text} | ({"multi_modal_data": media} if media else {}) | ({"mm_processor_kwargs": kwargs} if kwargs else {})
+    return (
+        {"prompt": text}
+        | ({"multi_modal_data": media} if media else {})
+        | ({"mm_processor_kwargs": kwargs} if kwargs else {})
+    )
 
 
 def found(output: Any) -> list[Any]:

@@ -1,4 +1,5 @@
-"""Writes references/FAMILY.json: what transformers with ``duet_vlm.attach`` answers, first stage only. Needs no vLLM; clips need torchvision.
+"""Writes references/FAMILY.json: what transformers with ``duet_vlm.attach`` answers, first stage only. Needs no vLLM;
+clips need torchvision.
 
 python plugins/vllm/tests/reference.py llava llava_next llava_onevision internvl qwen2_5_vl qwen2_vl qwen3_vl
 """
@@ -26,7 +27,11 @@ NEW = 6
 def answer(model: Any, processor: Any, prompt: Prompt, settings: dict[str, Any], positions: str) -> list[Any]:
     """Rows of the prompt that entered, greedy tokens, and their log probabilities."""
     text, images, clips = prompt
-    given = {"videos": [frames for frames, _ in clips], "video_metadata": [told for _, told in clips], "do_sample_frames": False}
+    given = {
+        "videos": [frames for frames, _ in clips],
+        "video_metadata": [told for _, told in clips],
+        "do_sample_frames": False,
+    }
     videos: Any = given if clips else {}
     inputs = processor(text=text, images=images or None, return_tensors="pt", **videos)
     count = inputs["input_ids"].shape[1]
@@ -34,11 +39,27 @@ def answer(model: Any, processor: Any, prompt: Prompt, settings: dict[str, Any],
     given = {name: value for name, value in settings.items() if name != "method"} | {"positions": positions}
     given |= {"schedule": ()} if "schedule" in cls.__dataclass_fields__ else {}
     with duet_vlm.attach(model, cls(**given)) as handle, torch.no_grad():
-        out = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, eos_token_id=None, return_dict_in_generate=True, output_logits=True)
+        out = model.generate(
+            **inputs,
+            max_new_tokens=NEW,
+            do_sample=False,
+            eos_token_id=None,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
         spans = handle.trace[0] if images or clips else []
-    rows = count - sum(span.span.tokens - (len(span.stages[0].kept) if span.stages else span.span.tokens) for span in spans)
+    rows = count - sum(
+        span.span.tokens - (len(span.stages[0].kept) if span.stages else span.span.tokens) for span in spans
+    )
     tokens = out.sequences[0, count:].tolist()
-    return [rows, tokens, [round(float(step[0].float().log_softmax(-1)[token]), 5) for step, token in zip(out.logits, tokens, strict=True)]]
+    return [
+        rows,
+        tokens,
+        [
+            round(float(step[0].float().log_softmax(-1)[token]), 5)
+            for step, token in zip(out.logits, tokens, strict=True)
+        ],
+    ]
 
 
 def main() -> None:

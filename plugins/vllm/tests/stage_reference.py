@@ -1,4 +1,5 @@
-"""Writes references/stages/FAMILY.json: the answers of transformers with ``duet_vlm.attach``, drops inside the decoder included. Needs no vLLM.
+"""Writes references/stages/FAMILY.json: the answers of transformers with ``duet_vlm.attach``, drops inside the decoder
+included. Needs no vLLM.
 
 python plugins/vllm/tests/stage_reference.py llava qwen2_5_vl
 """

@@ -1,4 +1,5 @@
-"""One engine for each family: answers equal those of ``attach`` without drops inside the decoder, whatever vLLM batches, caches or cuts."""
+"""One engine for each family: answers equal those of ``attach`` without drops inside the decoder, whatever vLLM
+batches, caches or cuts."""
 
 from __future__ import annotations
 
@@ -13,9 +14,14 @@ from cases import BESIDE, METHODS, REFUSED, STAMP, prompts
 NAMES = list(METHODS["llava"])
 
 
-def differing(outputs: list[Any], family: str, name: str, wanted: dict[str, list[Any]], cases: Sequence[str] = ()) -> list[Any]:
+def differing(
+    outputs: list[Any], family: str, name: str, wanted: dict[str, list[Any]], cases: Sequence[str] = ()
+) -> list[Any]:
     """Answers to all prompts, or to these ``cases``, that differ from what is wanted."""
-    pairs = [(case, engine.found(output), wanted[f"{name}/{case}"]) for case, output in zip(cases or prompts(family), outputs, strict=True)]
+    pairs = [
+        (case, engine.found(output), wanted[f"{name}/{case}"])
+        for case, output in zip(cases or prompts(family), outputs, strict=True)
+    ]
     return [(case, ours, theirs) for case, ours, theirs in pairs if not engine.same(ours, theirs)]
 
 
@@ -48,7 +54,9 @@ def test_a_budget_is_what_enters_and_requests_may_ask_for_less(llm: Any, family:
 
 
 @pytest.mark.parametrize(("asked", "says"), REFUSED)
-def test_what_a_request_cannot_have_is_an_error_and_the_engine_goes_on(llm: Any, family: str, asked: Any, says: str) -> None:
+def test_what_a_request_cannot_have_is_an_error_and_the_engine_goes_on(
+    llm: Any, family: str, asked: Any, says: str
+) -> None:
     engine.switch(llm, {"method": "duet_plus", "budget": 12})
     for case in {"one", "clip"} & set(prompts(family)):
         with pytest.raises(ValueError, match=says):
@@ -57,8 +65,11 @@ def test_what_a_request_cannot_have_is_an_error_and_the_engine_goes_on(llm: Any,
 
 
 @pytest.mark.parametrize(("case", "pieces"), [("three", 3), ("clip", 3)])
-def test_the_tower_takes_no_more_at_once_than_without_reduction(llm: Any, family: str, case: str, pieces: int, wanted: dict[str, list[Any]]) -> None:
-    """Three pictures in one prompt go through the tower one by one where it may see no more than one, as steps of a clip do; the answers stay."""
+def test_the_tower_takes_no_more_at_once_than_without_reduction(
+    llm: Any, family: str, case: str, pieces: int, wanted: dict[str, list[Any]]
+) -> None:
+    """Three pictures in one prompt go through the tower one by one where it may see no more than one, as steps of a
+    clip do; the answers stay."""
     if case not in prompts(family):
         pytest.skip("takes no clips")
     if case == "clip" and family == "llava_onevision":
@@ -80,9 +91,13 @@ def test_the_tower_takes_no_more_at_once_than_without_reduction(llm: Any, family
         hook.remove()
 
 
-def test_prompts_that_are_cut_into_chunks(family: str, checkpoints: dict[str, Path], wanted: dict[str, list[Any]]) -> None:
+def test_prompts_that_are_cut_into_chunks(
+    family: str, checkpoints: dict[str, Path], wanted: dict[str, list[Any]]
+) -> None:
     llm = engine.start(checkpoints[family], family, METHODS[family]["duet"], max_num_batched_tokens=32)
     try:
-        assert not differing(ask(llm, [engine.request(*prompt) for prompt in prompts(family).values()]), family, "duet", wanted)
+        assert not differing(
+            ask(llm, [engine.request(*prompt) for prompt in prompts(family).values()]), family, "duet", wanted
+        )
     finally:
         llm.llm_engine.engine_core.shutdown()

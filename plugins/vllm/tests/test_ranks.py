@@ -36,6 +36,8 @@ RANKED = [
 @pytest.mark.parametrize(("family", "name"), RANKED)
 def test_two_ranks_answer_as_one(family: str, name: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     script = tmp_path / "two.py"
-    script.write_text(CODE.format(here=str(Path(__file__).parent), family=family, name=name, folder=str(checkpoints[family])))
+    script.write_text(
+        CODE.format(here=str(Path(__file__).parent), family=family, name=name, folder=str(checkpoints[family]))
+    )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0 and "[] differ" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]

@@ -39,8 +39,21 @@ def test_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "local.py").write_text(LOCAL)
     command = [sys.executable, "local.py", str(RECIPE), "--model", str(tiny.path()), "--engines", "2"]
     command += ["--data", str(tmp_path / "asked.jsonl"), "--out", str(tmp_path / "answers")]
-    command += ["--settings", json.dumps(SETTINGS), "--gpus", "0", "--batch", "3", "--options", json.dumps(engine.COMMON | SMALL)]
-    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_worker_niceness": "0"}
+    command += [
+        "--settings",
+        json.dumps(SETTINGS),
+        "--gpus",
+        "0",
+        "--batch",
+        "3",
+        "--options",
+        json.dumps(engine.COMMON | SMALL),
+    ]
+    environment = os.environ | {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_worker_niceness": "0",
+    }
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
     written = [json.loads(line) for file in (tmp_path / "answers").iterdir() for line in file.read_text().splitlines()]
@@ -49,15 +62,26 @@ def test_the_recipe(tmp_path: Path) -> None:
     assert "7.png" in found[BROKEN]["error"] and not found[BROKEN]["answer"]
     told = {number: row for number, row in found.items() if number != BROKEN}
     assert not any(row["error"] for row in told.values())
-    assert sum(row["answer"] == items[number].answer for number, row in told.items()) > COUNT // 2  # the model can do this
+    # the model can do this
+    assert sum(row["answer"] == items[number].answer for number, row in told.items()) > COUNT // 2
     llm = engine.start(tiny.path(), "llava", SETTINGS, **SMALL)
     try:
         for number, row in told.items():
-            content = [{"type": "image_pil", "image_pil": items[number].image}, {"type": "text", "text": items[number].question}]
-            (alone,) = llm.chat([[{"role": "user", "content": content}]], engine.SamplingParams(temperature=0, max_tokens=64), use_tqdm=False)
-            assert row["answer"] == alone.outputs[0].text.strip() and row["prompt_tokens"] == len(alone.prompt_token_ids)
+            content = [
+                {"type": "image_pil", "image_pil": items[number].image},
+                {"type": "text", "text": items[number].question},
+            ]
+            (alone,) = llm.chat(
+                [[{"role": "user", "content": content}]],
+                engine.SamplingParams(temperature=0, max_tokens=64),
+                use_tqdm=False,
+            )
+            assert row["answer"] == alone.outputs[0].text.strip() and row["prompt_tokens"] == len(
+                alone.prompt_token_ids
+            )
             text = [{"role": "user", "content": items[number].question}]
         (none,) = llm.chat([text], engine.SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
-        assert 0 <= row["prompt_tokens"] - len(none.prompt_token_ids) - BUDGET <= 2  # what entered, and the marks around it
+        # what entered, and the marks around it
+        assert 0 <= row["prompt_tokens"] - len(none.prompt_token_ids) - BUDGET <= 2
     finally:
         llm.llm_engine.engine_core.shutdown()

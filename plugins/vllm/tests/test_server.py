@@ -1,4 +1,5 @@
-"""A real server, started by the command line, asked by OpenAI's client: what comes back, what is refused, and that nothing is lost.
+"""A real server, started by the command line, asked by OpenAI's client: what comes back, what is refused, and that
+nothing is lost.
 
 ``DUET_VLM_SOAK=300`` keeps 32 requests in flight for that many seconds.
 """
@@ -27,8 +28,23 @@ from PIL import Image
 openai = pytest.importorskip("openai")
 
 KEY = "a-key"
-ENGINE = ["--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-num-seqs", "32", "--distributed-executor-backend", "uni"]
-QUIET = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+ENGINE = [
+    "--dtype",
+    "float32",
+    "--enforce-eager",
+    "--block-size",
+    "32",
+    "--max-num-seqs",
+    "32",
+    "--distributed-executor-backend",
+    "uni",
+]
+QUIET = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 SOAK = float(os.environ.get("DUET_VLM_SOAK", "5"))
 
 
@@ -39,14 +55,26 @@ def free_port() -> int:
 
 
 def command(*arguments: str, model: str = "tiny") -> list[str]:
-    return [str(Path(sys.executable).parent / "duet-vlm"), "serve", "--model", model, "--method", "duet_plus", *arguments]
+    return [
+        str(Path(sys.executable).parent / "duet-vlm"),
+        "serve",
+        "--model",
+        model,
+        "--method",
+        "duet_plus",
+        *arguments,
+    ]
 
 
 @contextlib.contextmanager
 def server(port: int, log: Path, model: str = "tiny") -> Iterator[subprocess.Popen[bytes]]:
     with log.open("wb") as file:
-        run = command("--budget", "16", "--port", str(port), "--api-key", KEY, "--request-budgets", "--", *ENGINE, model=model)
-        process = subprocess.Popen(run, env=os.environ | QUIET, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        run = command(
+            "--budget", "16", "--port", str(port), "--api-key", KEY, "--request-budgets", "--", *ENGINE, model=model
+        )
+        process = subprocess.Popen(
+            run, env=os.environ | QUIET, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             for _ in range(600):
                 assert process.poll() is None, log.read_text()[-3000:]
@@ -103,7 +131,9 @@ def ask(
     content = [*({"type": kind, kind: {"url": each}} for each in shown), {"type": "text", "text": text}]
     messages: Any = [{"role": "user", "content": content}]
     extra = {"ignore_eos": True} | more.pop("extra", {})
-    return client(port).chat.completions.create(model=model, messages=messages, max_tokens=4, temperature=0, extra_body=extra, **more)
+    return client(port).chat.completions.create(
+        model=model, messages=messages, max_tokens=4, temperature=0, extra_body=extra, **more
+    )
 
 
 def rows(port: int, **more: Any) -> int:
@@ -117,7 +147,11 @@ def metric(port: int, name: str) -> float:
 
 def test_prompts_hold_what_enters(place: tuple[int, Path]) -> None:
     port, log = place
-    assert "method=duet_plus, budget=16" in log.read_text() and f"http://127.0.0.1:{port}/v1" in log.read_text() and KEY not in log.read_text()
+    assert (
+        "method=duet_plus, budget=16" in log.read_text()
+        and f"http://127.0.0.1:{port}/v1" in log.read_text()
+        and KEY not in log.read_text()
+    )
     none, one = rows(port, shown=()), rows(port)
     assert 0 <= one - none - 16 <= 2
     marks = one - none - 16
@@ -125,12 +159,19 @@ def test_prompts_hold_what_enters(place: tuple[int, Path]) -> None:
     assert rows(port, extra={"mm_processor_kwargs": {"duet_budget": 4}}) == one - 12
     chunks = list(ask(port, stream=True, stream_options={"include_usage": True}))
     assert chunks[-1].usage.prompt_tokens == one
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == ask(port).choices[0].message.content
+    assert (
+        "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        == ask(port).choices[0].message.content
+    )
 
 
 def test_counters_stand_on_the_page_of_vllm(place: tuple[int, Path]) -> None:
     port, _ = place
-    names = ("duet_vlm_visual_tokens_before_total", "duet_vlm_visual_tokens_after_total", "duet_vlm_reduced_requests_total")
+    names = (
+        "duet_vlm_visual_tokens_before_total",
+        "duet_vlm_visual_tokens_after_total",
+        "duet_vlm_reduced_requests_total",
+    )
     before = [metric(port, name) for name in names]
     ask(port, shown=(PICTURES[2],))
     ask(port, shown=(PICTURES[2], PICTURES[3]), extra={"mm_processor_kwargs": {"duet_budget": 4}})
@@ -151,11 +192,14 @@ def test_what_cannot_be_is_said_and_the_server_goes_on(place: tuple[int, Path]) 
         code, message = refused(port, extra={"mm_processor_kwargs": {"duet_budget": asked}})
         assert code == 400 and says in message
     broken = "data:image/png;base64," + base64.b64encode(b"no picture").decode()
-    huge, bomb = ("data:image/png;base64," + base64.b64encode(_header(side, side)).decode() for side in (11_000, 60_000))
+    huge, bomb = (
+        "data:image/png;base64," + base64.b64encode(_header(side, side)).decode() for side in (11_000, 60_000)
+    )
     for picture in (broken, huge, "http://127.0.0.1:1/x.png"):
         code, message = refused(port, shown=(picture,))
         assert 400 <= code < 500 and message, picture[:40]
-    for picture, says in ((bomb, "pixels"), ("file:///etc/hostname", "local")):  # vLLM answers these as faults of its own
+    # vLLM answers these as faults of its own
+    for picture, says in ((bomb, "pixels"), ("file:///etc/hostname", "local")):
         assert says in refused(port, shown=(picture,))[1]
     with pytest.raises(openai.AuthenticationError):
         client(port, "another-key").models.list()
@@ -163,8 +207,11 @@ def test_what_cannot_be_is_said_and_the_server_goes_on(place: tuple[int, Path]) 
 
 
 @pytest.mark.parametrize("family", ["llava_onevision", "internvl"])
-def test_families_whose_images_are_cut_up_are_served_alike(family: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    """A square of one crop or tile: what enters, a budget of its own, what is refused, and that the server goes on. A clip, or why there is none."""
+def test_families_whose_images_are_cut_up_are_served_alike(
+    family: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """A square of one crop or tile: what enters, a budget of its own, what is refused, and that the server goes on. A
+    clip, or why there is none."""
     port, model, picture = free_port(), str(checkpoints[family]), url(blobs(0, 112, 112))
     clip: Any = {"model": model, "shown": (clip_url([blobs(seed, 56, 56) for seed in range(8)]),), "kind": "video_url"}
     with server(port, tmp_path / "log", model):
@@ -172,7 +219,9 @@ def test_families_whose_images_are_cut_up_are_served_alike(family: str, checkpoi
         assert 16 <= one - none <= 19  # and the marks around it
         assert rows(port, model=model, shown=(picture,), extra={"mm_processor_kwargs": {"duet_budget": 4}}) == one - 12
         for asked, says in ((400, "allows 16 at most"), (0, "at least 1"), ("x", "duet_budget='x'")):
-            code, message = refused(port, model=model, shown=(picture,), extra={"mm_processor_kwargs": {"duet_budget": asked}})
+            code, message = refused(
+                port, model=model, shown=(picture,), extra={"mm_processor_kwargs": {"duet_budget": asked}}
+            )
             assert code == 400 and says in message
         if family in CLIPS:
             assert 16 <= rows(port, **clip) - none <= 19
@@ -192,14 +241,21 @@ def _header(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    )
 
 
 def test_many_at_once_and_nothing_lost(place: tuple[int, Path]) -> None:
-    """32 in flight: other pictures, other budgets, none; each gets its own count and its own answer, the same every time."""
+    """32 in flight: other pictures, other budgets, none; each gets its own count and its own answer, the same every
+    time."""
     port, _ = place
     asked: list[dict[str, Any]] = [
-        {"shown": tuple(PICTURES[i % 4] for i in range(n)), "text": text, "extra": {"mm_processor_kwargs": {"duet_budget": k}} if k else {}}
+        {
+            "shown": tuple(PICTURES[i % 4] for i in range(n)),
+            "text": text,
+            "extra": {"mm_processor_kwargs": {"duet_budget": k}} if k else {},
+        }
         for n in (0, 1, 2, 3)
         for k in (0, 4)
         for text in ("what is left of it?", "how many?")
@@ -218,7 +274,9 @@ def test_many_at_once_and_nothing_lost(place: tuple[int, Path]) -> None:
 
 def test_a_port_that_is_taken_is_said_before_anything_is_loaded(place: tuple[int, Path]) -> None:
     began = time.monotonic()
-    done = subprocess.run(command("--budget", "9", "--port", str(place[0])), capture_output=True, text=True, env=os.environ | QUIET)
+    done = subprocess.run(
+        command("--budget", "9", "--port", str(place[0])), capture_output=True, text=True, env=os.environ | QUIET
+    )
     assert done.returncode == 2 and "choose another with --port" in done.stderr and len(done.stderr.splitlines()) == 1
     assert time.monotonic() - began < 60
 

@@ -1,4 +1,5 @@
-"""Drops inside the decoder, one engine for each setting: answers equal those of ``attach``, whatever is batched, preempted or cached."""
+"""Drops inside the decoder, one engine for each setting: answers equal those of ``attach``, whatever is batched,
+preempted or cached."""
 
 from __future__ import annotations
 
@@ -63,7 +64,8 @@ def managers(llm: Any) -> list[Any]:
 
 @pytest.mark.parametrize(("family", "name"), CASES)
 def test_answers_are_those_of_attach(started: Any, checkpoints: dict[str, Path], family: str, name: str) -> None:
-    """One after the other, all at once, and staggered, so that some are written while others are read; prefixes come from the cache."""
+    """One after the other, all at once, and staggered, so that some are written while others are read; prefixes come
+    from the cache."""
     llm, answers, requests = started(family, name), wanted(family, checkpoints[family])[name], requests_of(family)
     alone = {case: stage_engine.ask(llm, [request])[0] for case, request in requests.items()}
     together = dict(zip(requests, stage_engine.ask(llm, list(requests.values())), strict=True))
@@ -83,7 +85,8 @@ def test_answers_are_those_of_attach(started: Any, checkpoints: dict[str, Path],
 def test_preempted_requests_answer_the_same_and_leave_nothing_behind(
     started: Any, checkpoints: dict[str, Path], name: str
 ) -> None:
-    """Twenty requests at random times in a cache that holds two or three: what was written comes back as prompt and never ranks."""
+    """Twenty requests at random times in a cache that holds two or three: what was written comes back as prompt and
+    never ranks."""
     llm, draw = started("llava", name, enable_prefix_caching=False, max_num_seqs=6, **SMALL[name]), random.Random(0)
     answers, requests, scheduler = (
         wanted("llava", checkpoints["llava"])[name],
@@ -107,7 +110,8 @@ def test_preempted_requests_answer_the_same_and_leave_nothing_behind(
 
 
 def test_later_stages_own_fewer_blocks(started: Any) -> None:
-    """Of 576 rows of an image 288 are left in layers 1 and 2, 144 in layer 3; vLLM alone would hold as many blocks in all four groups."""
+    """Of 576 rows of an image 288 are left in layers 1 and 2, 144 in layer 3; vLLM alone would hold as many blocks in
+    all four groups."""
     llm = started("llava", "pyramiddrop", enable_prefix_caching=False)
     scheduler = stage_engine.core(llm).scheduler
     held: list[list[int]] = []
@@ -126,7 +130,8 @@ def test_later_stages_own_fewer_blocks(started: Any) -> None:
 
 
 def test_controls_that_must_differ(started: Any, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The worst rows kept, and the keys of a cached prefix left out of the softmax: each gives other answers, so the tests above would see it."""
+    """The worst rows kept, and the keys of a cached prefix left out of the softmax: each gives other answers, so the
+    tests above would see it."""
     llm, answers, requests = (
         started("llava", "pyramiddrop"),
         wanted("llava", checkpoints["llava"])["pyramiddrop"],

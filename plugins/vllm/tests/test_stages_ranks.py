@@ -1,4 +1,5 @@
-"""Two ranks that hold half of the heads each drop the same rows, with the engine in a process of its own: answers are those of ``attach``."""
+"""Two ranks that hold half of the heads each drop the same rows, with the engine in a process of its own: answers are
+those of ``attach``."""
 
 from __future__ import annotations
 

@@ -55,10 +55,25 @@ class CLIPVisionModel:
 @pytest.mark.parametrize(
     ("kind", "tower", "strategy", "says"),
     [
-        (Tower, SiglipVisionModel(), "default", "SiglipVisionModel with 'default' features: .*CLIP towers and 'default' features only"),
+        (
+            Tower,
+            SiglipVisionModel(),
+            "default",
+            "SiglipVisionModel with 'default' features: .*CLIP towers and 'default' features only",
+        ),
         (Tower, CLIPVisionModel(), "full", "CLIPVisionModel with 'full' features: .*CLIP towers"),
-        (DuetLlavaOnevision, CLIPVisionModel(), "full", "CLIPVisionModel with 'full' features: .*Siglip towers and 'full' features only"),
-        (DuetLlavaOnevision, SiglipVisionModel(), "default", "SiglipVisionModel with 'default' features: .*Siglip towers"),
+        (
+            DuetLlavaOnevision,
+            CLIPVisionModel(),
+            "full",
+            "CLIPVisionModel with 'full' features: .*Siglip towers and 'full' features only",
+        ),
+        (
+            DuetLlavaOnevision,
+            SiglipVisionModel(),
+            "default",
+            "SiglipVisionModel with 'default' features: .*Siglip towers",
+        ),
     ],
 )
 def test_other_towers_are_refused_by_name(kind: Any, tower: Any, strategy: str, says: str) -> None:
@@ -87,14 +102,22 @@ def test_a_layer_that_is_not_built_is_an_error(asked: int) -> None:
 
 def test_images_go_through_the_tower_in_runs_that_memory_was_measured_for() -> None:
     assert batches([], 9) == []
-    assert batches([4, 4, 4, 9, 1, 30, 1], 9) == [range(0, 2), range(2, 3), range(3, 4), range(4, 5), range(5, 6), range(6, 7)]
+    assert batches([4, 4, 4, 9, 1, 30, 1], 9) == [
+        range(0, 2),
+        range(2, 3),
+        range(3, 4),
+        range(4, 5),
+        range(5, 6),
+        range(6, 7),
+    ]
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
         counts = torch.randint(1, 40, (12,), generator=generator).tolist()
         runs = batches(counts, 50)
         assert [number for run in runs for number in run] == list(range(12))
         assert all(len(run) == 1 or sum(counts[run.start : run.stop]) <= 50 for run in runs)
-        assert all(sum(counts[run.start : run.stop + 1]) > 50 for run in runs[:-1])  # none could have taken the next image, too
+        # none could have taken the next image, too
+        assert all(sum(counts[run.start : run.stop + 1]) > 50 for run in runs[:-1])
 
 
 def test_budgets_of_requests_arrive_as_they_were_sent() -> None:
@@ -129,7 +152,9 @@ def without_weights(kind: str) -> Any:
     model = object.__new__(GRIDS[kind][0])
     torch.nn.Module.__init__(model)
     vision = SimpleNamespace(spatial_merge_size=2, **({"tokens_per_second": 2} if kind == "qwen2_5_vl" else {}))
-    model.config = SimpleNamespace(image_token_id=1, video_token_id=2, vision_start_token_id=3, vision_end_token_id=4, vision_config=vision)
+    model.config = SimpleNamespace(
+        image_token_id=1, video_token_id=2, vision_start_token_id=3, vision_end_token_id=4, vision_config=vision
+    )
     model._tokenizer = Letters()
     model.get_language_model = lambda: SimpleNamespace(embed_input_ids=lambda ids: torch.zeros(len(ids), 5))
     return model
@@ -138,20 +163,28 @@ def without_weights(kind: str) -> Any:
 @pytest.mark.parametrize("kind", list(GRIDS))
 @pytest.mark.parametrize("seed", range(8))
 def test_positions_of_prompts_that_are_kept_whole_are_those_of_vllm(kind: str, seed: int) -> None:
-    """Pictures and clips, long ones too, in any order; however the prompt is cut into steps, and each of them done twice."""
+    """Pictures and clips, long ones too, in any order; however the prompt is cut into steps, and each of them done
+    twice."""
     draw = random.Random(seed)
     model, stock, features, held = without_weights(kind), [], [], []
     ours: list[int] = []
     for _ in range(draw.randint(1, 4)):
         clip = draw.random() < 0.6
-        grid, clock = [draw.randint(1, 9) if clip else 1, 2 * draw.randint(1, 4), 2 * draw.randint(1, 4)], draw.choice([0.25, 0.5, 1.0, 1.5])
+        grid, clock = (
+            [draw.randint(1, 9) if clip else 1, 2 * draw.randint(1, 4), 2 * draw.randint(1, 4)],
+            draw.choice([0.25, 0.5, 1.0, 1.5]),
+        )
         steps = [second * clock for second in range(grid[0])]
         text = [9] * draw.randint(0, 5) + [3]
         rows = [2 if clip else 1] * (math.prod(grid) // 4)
         shown = rows
         if clip and kind == "qwen3_vl":
             step = len(rows) // grid[0]
-            shown = [token for second in steps for token in (*Letters().encode(f"<{second:.1f} seconds>"), 3, *rows[:step], 4)]
+            shown = [
+                token
+                for second in steps
+                for token in (*Letters().encode(f"<{second:.1f} seconds>"), 3, *rows[:step], 4)
+            ]
         name = "video" if clip else "image"
         data: dict[str, Any] = {f"{name}_grid_thw": SimpleNamespace(data=torch.tensor(grid))}
         if clip and kind != "qwen2_vl":
@@ -159,7 +192,9 @@ def test_positions_of_prompts_that_are_kept_whole_are_those_of_vllm(kind: str, s
             data[told[kind][0]] = SimpleNamespace(data=told[kind][1])
         place = SimpleNamespace(offset=len(stock) + len(text), length=len(shown))
         features.append(SimpleNamespace(modality=name, mm_position=place, data=data))
-        written = model.written(name, grid, (steps if kind == "qwen3_vl" else clock) if clip and kind != "qwen2_vl" else None)
+        written = model.written(
+            name, grid, (steps if kind == "qwen3_vl" else clock) if clip and kind != "qwen2_vl" else None
+        )
         held.append(model.in_prompt(torch.zeros(len(rows), 5), torch.arange(len(rows)), written))
         stock += [*text, *shown, 4]
         ours += [*text, *rows[:1] * len(shown), 4]
@@ -169,10 +204,15 @@ def test_positions_of_prompts_that_are_kept_whole_are_those_of_vllm(kind: str, s
     done = 0
     while done < len(ours):
         end = done + draw.randint(1, len(ours))
-        some = [(rows, done - feature.mm_position.offset, end - feature.mm_position.offset) for rows, feature in zip(held, features, strict=True)]
+        some = [
+            (rows, done - feature.mm_position.offset, end - feature.mm_position.offset)
+            for rows, feature in zip(held, features, strict=True)
+        ]
         pieces = [rows[max(first, 0) : max(last, 0)] for rows, first, last in some]
         for _ in range(2):
-            left, positions, ahead = model.recompute_mrope_positions(ours, [rows for rows in pieces if len(rows)], positions, done)
+            left, positions, ahead = model.recompute_mrope_positions(
+                ours, [rows for rows in pieces if len(rows)], positions, done
+            )
             assert ahead == delta and all(rows.shape[1] == 5 for rows in left)
         done = end
     assert torch.equal(positions, theirs)

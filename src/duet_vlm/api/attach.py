@@ -17,7 +17,8 @@ from duet_vlm.reducers.persistence import KEY, is_method_file, load_from_config,
 from duet_vlm.runtime.compat import check_version
 from duet_vlm.runtime.encode.video_chunks import ChunkConfig
 
-_attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Handle]] = weakref.WeakKeyDictionary()  # the hooks keep the handle
+# the hooks keep the handle
+_attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Handle]] = weakref.WeakKeyDictionary()
 
 
 def attach(
@@ -92,7 +93,11 @@ def attach(
     core = core_of(model)
     fields |= {} if positions is None else {"positions": positions}
     if method is None or isinstance(method, str | Path) and is_method_file(method):
-        saved = load_from_file(method) if isinstance(method, str | Path) else load_from_config(core) or {"method": "duet", "budget": None, "settings": {}}
+        saved = (
+            load_from_file(method)
+            if isinstance(method, str | Path)
+            else load_from_config(core) or {"method": "duet", "budget": None, "settings": {}}
+        )
         method, fields = saved["method"], saved["settings"] | fields
         budget = saved["budget"] if budget is None else budget
     if isinstance(method, str):
@@ -139,7 +144,8 @@ def detach(model: nn.Module) -> None:
 
 
 def save_to_config(handle: Handle) -> None:
-    """Write the handle's reduction into the model's config, so that the checkpoint keeps it and ``attach(model)`` takes it up again.
+    """Write the handle's reduction into the model's config, so that the checkpoint keeps it and ``attach(model)`` takes
+    it up again.
 
     It stays there when the handle is detached; ``del model.config.duet_vlm`` takes it out. Weights of the method's own
     are looked for beside the checkpoint: ``handle.save_weights(folder)`` puts them there.

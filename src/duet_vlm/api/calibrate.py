@@ -17,8 +17,11 @@ from duet_vlm.reducers.registry import registered_methods
 from duet_vlm.runtime.compatibility import facts
 
 
-def calibrate(model: nn.Module, method: str, prompts: Iterable[Mapping[str, Any]], path: str | Path | None = None) -> Calibration:
-    """Measure the statistics of ``model`` that ``method`` needs ("fitprune": its table; "d2pruner": the attention by position).
+def calibrate(
+    model: nn.Module, method: str, prompts: Iterable[Mapping[str, Any]], path: str | Path | None = None
+) -> Calibration:
+    """Measure the statistics of ``model`` that ``method`` needs ("fitprune": its table; "d2pruner": the attention by
+    position).
 
     Parameters
     ----------

@@ -1,7 +1,8 @@
-"""Lists that ``methods``, ``presets`` and ``models`` print, kept as data beside this file, since making them takes torch, which takes seconds to load.
+"""Lists that ``methods``, ``presets`` and ``models`` print, kept as data beside this file, since making them takes
+torch, which takes seconds to load.
 
-``make tables`` writes the file, a test holds it equal to what the package says of itself. Where more is installed than the package ships
-(methods of other packages, a file that somebody adds to the source), the package is asked.
+``make tables`` writes the file, a test holds it equal to what the package says of itself. Where more is installed than
+the package ships (methods of other packages, a file that somebody adds to the source), the package is asked.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ UNLISTED = FEATURE_INPUTS | TOWER_INPUTS | {Input.SCORES, Input.TOKENS}  # every
 
 
 def rows(name: str, others: bool = False) -> Rows:
-    """A list by its name: "methods", "presets" or "models"; ``others``: with the methods of other packages, which are imported for it."""
+    """A list by its name: "methods", "presets" or "models"; ``others``: with the methods of other packages, which are
+    imported for it."""
     kept = json.loads(FILE.read_text())
     more = others and name == "methods" and offered() or name in FOLDERS and kept["files"][name] != _files(name)
     if more or "torch" in sys.modules:  # asking costs nothing any more, and knows what this process has registered
@@ -68,7 +70,8 @@ def chosen(name: str, key: str, wanted: list[str] | None) -> Rows:
 
 
 def check_method(text: str, *others: str) -> None:
-    """Refuse a method, or a composition ("frames+duet"), that does not exist; ``others`` are names that are taken as well.
+    """Refuse a method, or a composition ("frames+duet"), that does not exist; ``others`` are names that are taken as
+    well.
 
     Raises
     ------
@@ -86,15 +89,19 @@ def check_method(text: str, *others: str) -> None:
 
 
 def check_settings(text: str, settings: Mapping[str, Any]) -> None:
-    """Refuse settings that a method of this package does not have, and values that are not of a setting's type; of others and of compositions it is
-    not known before they are loaded.
+    """Refuse settings that a method of this package does not have, and values that are not of a setting's type; of
+    others and of compositions it is not known before they are loaded.
 
     Raises
     ------
     ValueError, TypeError
         As the method itself, made with them.
     """
-    row = None if "+" in text or text in method_files.names() else next((row for row in rows("methods") if row["name"] == text), None)
+    row = (
+        None
+        if "+" in text or text in method_files.names()
+        else next((row for row in rows("methods") if row["name"] == text), None)
+    )
     if row is None:
         return
     check_names(text, settings, row["settings"])
@@ -106,7 +113,8 @@ def check_settings(text: str, settings: Mapping[str, Any]) -> None:
 
 
 def needs_budget(text: str, settings: Iterable[str]) -> bool:
-    """True if a method has nothing in place of a budget among these settings; False where only the method itself can tell."""
+    """True if a method has nothing in place of a budget among these settings; False where only the method itself can
+    tell."""
     parts = text.split("+")
     given = {name for setting in settings for name in (setting, *(setting.removeprefix(f"{part}_") for part in parts))}
     found = {row["name"]: row["instead"] for row in rows("methods")}
@@ -114,8 +122,8 @@ def needs_budget(text: str, settings: Iterable[str]) -> bool:
 
 
 def refuses_without_budget(text: str, settings: Mapping[str, Any]) -> bool:
-    """True where a method or a composition cannot plan by these settings alone. It is asked itself: one stage may need a budget where another
-    runs without, which no list knows."""
+    """True where a method or a composition cannot plan by these settings alone. It is asked itself: one stage may need
+    a budget where another runs without, which no list knows."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of these counts, which are no picture's
@@ -137,8 +145,14 @@ def unknown(name: str, given: str, known: Iterable[str]) -> ValueError:
 
 def content() -> str:
     """Text of the file, made from the package itself."""
-    own = [row for row in _methods() if duet_vlm.get_method(row["name"]).__module__.startswith("duet_vlm.")]  # other packages differ by machine
-    found = {"files": {name: _files(name) for name in FOLDERS}, "methods": own, "presets": _presets(), "models": _models()}
+    # other packages differ by machine
+    own = [row for row in _methods() if duet_vlm.get_method(row["name"]).__module__.startswith("duet_vlm.")]
+    found = {
+        "files": {name: _files(name) for name in FOLDERS},
+        "methods": own,
+        "presets": _presets(),
+        "models": _models(),
+    }
     return json.dumps(found, indent=1) + "\n"
 
 
@@ -165,10 +179,16 @@ def describe(name: str, cls: type[duet_vlm.Reducer]) -> dict[str, Any]:
         "needs_text": usual.uses_text_queries() or "question" in reads,
         "paper": cls.paper,
         "settings": [field.name for field in dataclasses.fields(cls)],
-        "types": {field.name: kind for field in dataclasses.fields(cls) if (kind := _kind(field)).removesuffix(" | None") in CHECKED},
+        "types": {
+            field.name: kind
+            for field in dataclasses.fields(cls)
+            if (kind := _kind(field)).removesuffix(" | None") in CHECKED
+        },
         "instead": _instead(usual),
         "calibrated": hasattr(cls, "observer"),
-        "idea": _paragraphs(cls, lambda text: not text.startswith(("Cost", "Parameters", "Differences", "From the paper"))),
+        "idea": _paragraphs(
+            cls, lambda text: not text.startswith(("Cost", "Parameters", "Differences", "From the paper"))
+        ),
         "cost": _paragraphs(cls, lambda text: text.startswith("Cost")),
         "needs": reads,
         "families_without": _refusing(cls),
@@ -193,13 +213,17 @@ def _instead(usual: duet_vlm.Reducer) -> list[str]:
 def _paragraphs(cls: type[duet_vlm.Reducer], wanted: Callable[[str], bool]) -> str:
     """Paragraphs of a method's docstring before its parameters, or (of the rest) in the paragraphs that are wanted."""
     whole = [" ".join(text.split()) for text in (inspect.getdoc(cls) or "").split("\n\n")]
-    first = next((i for i, text in enumerate(whole) if text.startswith(("Parameters", "Cost", "Differences", "From the paper"))), len(whole))
+    first = next(
+        (i for i, text in enumerate(whole) if text.startswith(("Parameters", "Cost", "Differences", "From the paper"))),
+        len(whole),
+    )
     told = [text for text in whole[:first] if wanted(text)] or [text for text in whole[first:] if wanted(text)][:1]
     return " ".join(told)
 
 
 def _refusing(cls: type[duet_vlm.Reducer]) -> list[dict[str, Any]]:
-    """Reasons why families cannot run a method with its usual settings, or a preset of its authors' code, as far as that is known without a model."""
+    """Reasons why families cannot run a method with its usual settings, or a preset of its authors' code, as far as
+    that is known without a model."""
     from duet_vlm.models.lookup import families
 
     presets = [name for name in dir(cls) if name.startswith("official")]

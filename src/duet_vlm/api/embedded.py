@@ -1,7 +1,8 @@
-"""Models and tasks that ship inside installed packages, found by entry points; no package is imported before one of its names is used.
+"""Models and tasks that ship inside installed packages, found by entry points; no package is imported before one of its
+names is used.
 
-A package offers an :class:`EmbeddedModel` in the group ``duet_vlm.embedded_models`` and an :class:`EmbeddedTask` in ``duet_vlm.tasks``. The core
-offers ``tiny`` in both.
+A package offers an :class:`EmbeddedModel` in the group ``duet_vlm.embedded_models`` and an :class:`EmbeddedTask` in
+``duet_vlm.tasks``. The core offers ``tiny`` in both.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class Sample:
     ----------
     question, answer, kind : str
     needed : numpy.ndarray, (visual tokens,) bool
-        Tokens that the answer needs: picture by picture or frame by frame, row by row. All False where the answer is that something is absent.
+        Tokens that the answer needs: picture by picture or frame by frame, row by row. All False where the answer is
+        that something is absent.
     images, frames : tuple of PIL.Image.Image
         The pictures; the frames of the clip.
     """
@@ -101,7 +103,8 @@ class EmbeddedTask:
     kinds : tuple of str
         Kinds of question; samples take turns.
     draw : callable
-        ``draw(split, seed, number, kind)``: the sample of scene ``number``, or None where that scene offers no such question.
+        ``draw(split, seed, number, kind)``: the sample of scene ``number``, or None where that scene offers no such
+        question.
     tries : int
         Scenes drawn for one sample at most.
     media : str
@@ -147,7 +150,9 @@ class EmbeddedTask:
         for number in range(index * self.tries, (index + 1) * self.tries):
             if (found := self.draw(split, seed, number, kind)) is not None:
                 return found
-        raise RuntimeError(f"none of {self.tries} scenes offers a {kind} question (split {split!r}, seed {seed}, index {index})")
+        raise RuntimeError(
+            f"none of {self.tries} scenes offers a {kind} question (split {split!r}, seed {seed}, index {index})"
+        )
 
     def samples(self, split: str, n: int, seed: int = 0) -> list[Sample]:
         """The first ``n`` samples of a stream."""
@@ -179,5 +184,7 @@ def embedded_task(name: str) -> EmbeddedTask:
 
 
 def _entries(group: str) -> dict[str, EntryPoint]:
-    found: Sequence[EntryPoint] = sorted(entry_points(group=group), key=lambda entry: (entry.name != "tiny", entry.name))
+    found: Sequence[EntryPoint] = sorted(
+        entry_points(group=group), key=lambda entry: (entry.name != "tiny", entry.name)
+    )
     return {entry.name: entry for entry in found}

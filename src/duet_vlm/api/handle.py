@@ -99,17 +99,19 @@ class Handle:
 
     @property
     def budget(self) -> Budget | None:
-        """Tokens of a span per decoder layer (int) or a fraction of them (float); None where the settings say how many stay."""
+        """Tokens of a span per decoder layer (int) or a fraction of them (float); None where the settings say how many
+        stay."""
         return self._tracker.config.budget
 
     @property
     def module(self) -> nn.Module | None:
-        """The module of a method that has weights of its own (``duet_vlm.reducers.compressor``), None of others. While attached, it is among the model's
-        modules, so that trainers find its parameters."""
+        """The module of a method that has weights of its own (``duet_vlm.reducers.compressor``), None of others. While
+        attached, it is among the model's modules, so that trainers find its parameters."""
         return self._model_hooks.module
 
     def save_weights(self, place: str | Path) -> Path:
-        """Write the weights of the method's own module to a .safetensors file, or into a checkpoint's folder, where ``attach`` looks for them.
+        """Write the weights of the method's own module to a .safetensors file, or into a checkpoint's folder, where
+        ``attach`` looks for them.
 
         Raises
         ------
@@ -154,7 +156,9 @@ class Handle:
         self._check_attached()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.detach()
 
     def detach(self) -> None:
@@ -177,7 +181,8 @@ class Handle:
             yield self
 
     def set(self, *, budget: Budget | None | EllipsisType = ..., **fields: Any) -> Handle:
-        """Change the budget or the method's settings for the calls to come; what is not named stays (``budget=None`` takes a budget away).
+        """Change the budget or the method's settings for the calls to come; what is not named stays (``budget=None``
+        takes a budget away).
 
         Raises
         ------
@@ -204,7 +209,8 @@ class Handle:
         return self._tracker.config.plan(tokens)
 
     def static_cache(self, cache: Any, max_new_tokens: int) -> Any:
-        """The cache of a prompt in tensors that do not grow: fixed shapes, as compiled decoding wants them, sized by the plan layer by layer.
+        """The cache of a prompt in tensors that do not grow: fixed shapes, as compiled decoding wants them, sized by
+        the plan layer by layer.
 
         Parameters
         ----------
@@ -265,7 +271,8 @@ class Handle:
 
     @property
     def trace(self) -> list[list[SpanTrace]]:
-        """For each sample and span of the last prompt: the tokens kept, merged (with their anchors) and dropped, stage by stage."""
+        """For each sample and span of the last prompt: the tokens kept, merged (with their anchors) and dropped, stage
+        by stage."""
         return trace_of(self._last_prompt())
 
     @property

@@ -47,7 +47,9 @@ class LoadedModel:
     def takes_clips(self) -> bool:
         from duet_vlm.models.lookup import adapter_for
 
-        return hasattr(self.processor, "video_processor") or any(stream.name == "video" for stream in adapter_for(self.model).modalities)
+        return hasattr(self.processor, "video_processor") or any(
+            stream.name == "video" for stream in adapter_for(self.model).modalities
+        )
 
     def inputs(self, images: Sequence[Image.Image], prompt: str, clips: Sequence[VideoFrames] = ()) -> Any:
         """The model's inputs, on its device and in its precision; pictures and then clips go in front of the prompt.
@@ -67,13 +69,20 @@ class LoadedModel:
         """The processor's arguments: frames that are chosen already, and where in the clip they stand."""
         if not self.takes_clips:
             family = self.model.config.model_type
-            raise ValueError(f"--video: {self.name} ({family}) takes pictures only; 'duet-vlm models' says who takes clips")
+            raise ValueError(
+                f"--video: {self.name} ({family}) takes pictures only; 'duet-vlm models' says who takes clips"
+            )
         stock = hasattr(self.processor, "video_processor")
         videos = [list(clip.frames) for clip in clips]
         if not stock:
             return {"videos": videos}
         places = [
-            {"total_num_frames": clip.total, "fps": clip.rate, "duration": clip.total / clip.rate, "frames_indices": list(clip.indices)}
+            {
+                "total_num_frames": clip.total,
+                "fps": clip.rate,
+                "duration": clip.total / clip.rate,
+                "frames_indices": list(clip.indices),
+            }
             for clip in clips
         ]
         return {"videos": videos, "video_metadata": places, "do_sample_frames": False}
@@ -139,18 +148,24 @@ def source(name: str) -> tuple[str, bool]:
     if name in lab.MODELS and not folder.exists():
         raise ValueError(lab.how_to_install("--model", name))
     if folder.exists() or not HUB_ID.fullmatch(name) or name.startswith("."):
-        what = "a file, no folder" if folder.exists() else f"no such folder{did_you_mean(name, {*embedded, *lab.MODELS})}"
-        raise ValueError(f"--model {name}: {what}; give {', '.join(map(repr, embedded))}, a folder of save_pretrained, or a hub id (owner/name)")
+        what = (
+            "a file, no folder" if folder.exists() else f"no such folder{did_you_mean(name, {*embedded, *lab.MODELS})}"
+        )
+        raise ValueError(
+            f"--model {name}: {what}; give {', '.join(map(repr, embedded))}, a folder of save_pretrained, or a hub id (owner/name)"
+        )
     return name, False
 
 
 def check_model(name: str) -> dict[str, Any] | None:
-    """The config of a local model as it is written, read without transformers; None of a hub id, and of adapters without one.
+    """The config of a local model as it is written, read without transformers; None of a hub id, and of adapters
+    without one.
 
     Raises
     ------
     ValueError
-        As ``source``; a config that is no JSON object or of a family without adapter, and a hub id that cannot be fetched.
+        As ``source``; a config that is no JSON object or of a family without adapter, and a hub id that cannot be
+        fetched.
     """
     place, local = source(name)
     file = Path(place) / "config.json"
@@ -163,7 +178,9 @@ def check_model(name: str) -> dict[str, Any] | None:
         if not isinstance(config, dict):
             raise ValueError("it is no object")
     except (OSError, ValueError) as error:
-        raise ValueError(f"--model {name}: cannot be loaded from this folder: {file.name}: {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"--model {name}: cannot be loaded from this folder: {file.name}: {' '.join(str(error).split())}"
+        ) from error
     from duet_vlm.api.catalogue import rows
     from duet_vlm.models.unsupported import refusal
 
@@ -181,7 +198,8 @@ def depth_of(config: dict[str, Any] | None) -> int | None:
 
 
 def _check_hub(name: str) -> None:
-    """Refuse a hub id that is neither on this machine nor to be had: the hub's own client asks five times, half a minute, and tells of each.
+    """Refuse a hub id that is neither on this machine nor to be had: the hub's own client asks five times, half a
+    minute, and tells of each.
 
     Behind a proxy, and where somebody has said that there is no network, that is left to the client.
     """
@@ -192,7 +210,9 @@ def _check_hub(name: str) -> None:
     if kept or constants.HF_HUB_OFFLINE or address.hostname is None or getproxies():
         return
     try:
-        socket.create_connection((address.hostname, address.port or (80 if address.scheme == "http" else 443)), timeout=HUB_SECONDS).close()
+        socket.create_connection(
+            (address.hostname, address.port or (80 if address.scheme == "http" else 443)), timeout=HUB_SECONDS
+        ).close()
     except OSError as error:
         why = error.strerror or str(error)
         raise ValueError(
@@ -238,7 +258,9 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | None = None)
     (place, local), base = source(name), base_of(name)
     with quiet(), _explained(name, local):
         precision = dtype or (torch.float32 if name in model_names() else "auto")
-        model = AutoModelForImageTextToText.from_pretrained(base or place, dtype=precision, local_files_only=local, use_safetensors=True)
+        model = AutoModelForImageTextToText.from_pretrained(
+            base or place, dtype=precision, local_files_only=local, use_safetensors=True
+        )
         if dtype is None and where == "cpu" and model.dtype == torch.float16:
             model = model.float()  # float16 is dozens of times slower there
         if base is not None:
@@ -256,7 +278,8 @@ def _processor(name: str, place: str, local: bool) -> Any:
 
 
 def _with(name: str, file: str) -> tuple[str, bool]:
-    """The place that a model's ``file`` is read from: its own place, or, for adapters saved without it, the model under them."""
+    """The place that a model's ``file`` is read from: its own place, or, for adapters saved without it, the model under
+    them."""
     (place, local), base = source(name), base_of(name)
     return (place, local) if base is None or (Path(place) / file).is_file() else (base, True)
 
@@ -281,18 +304,27 @@ def _explained(name: str, local: bool) -> Iterator[None]:
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         if isinstance(error, ImportError) and "torchvision" in reason.lower():
-            raise ValueError(f'--model {name}: its processor needs torchvision: pip install ".[video]" in your clone of duet-vlm') from error
-        how = "cannot be loaded from this folder" if local else "cannot be loaded; a hub id needs a network connection or a cached copy"
+            raise ValueError(
+                f'--model {name}: its processor needs torchvision: pip install ".[video]" in your clone of duet-vlm'
+            ) from error
+        how = (
+            "cannot be loaded from this folder"
+            if local
+            else "cannot be loaded; a hub id needs a network connection or a cached copy"
+        )
         raise ValueError(f"--model {name}: {how}: {reason}") from error
 
 
 def chat_text(processor: Any, prompt: str, images: int, clips: int = 0) -> str:
-    """The prompt as the model was taught to read it, with room for ``images`` pictures and ``clips`` clips in front of the text."""
+    """The prompt as the model was taught to read it, with room for ``images`` pictures and ``clips`` clips in front of
+    the text."""
     if not getattr(processor, "chat_template", None):
         raise ValueError("this model's processor has no chat template, so a prompt cannot be built from --prompt alone")
     for name in ("image_token", "video_token"):
         token = getattr(processor, name, None)
         if token and token in prompt:
-            raise ValueError(f"--prompt holds {token!r}, which stands for a picture or clip: leave it out, they go in front by themselves")
+            raise ValueError(
+                f"--prompt holds {token!r}, which stands for a picture or clip: leave it out, they go in front by themselves"
+            )
     content = [{"type": "image"}] * images + [{"type": "video"}] * clips + [{"type": "text", "text": prompt}]
     return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)

@@ -15,7 +15,13 @@ from duet_vlm.models.adapter import Adapter
 from duet_vlm.planning.budget import TowerStages
 from duet_vlm.planning.tokens import SpanTrace
 from duet_vlm.profiling.report import SampleCounts
-from duet_vlm.profiling.selection_cost import deciding_flops, question_flops, selection_bytes, selection_flops, tower_choice_flops
+from duet_vlm.profiling.selection_cost import (
+    deciding_flops,
+    question_flops,
+    selection_bytes,
+    selection_flops,
+    tower_choice_flops,
+)
 from duet_vlm.reducers.base import Reducer
 from duet_vlm.reducers.encoder import EncoderReducer
 from duet_vlm.reducers.inputs import Input
@@ -42,13 +48,27 @@ def sample_counts(prompt_state: PromptState, per_token: int) -> list[SampleCount
             projected=tuple(encoded.projected_rows[number] for encoded, number in sample_sources),
             skipped=any(encoded.skipped_layers for encoded, _ in sample_sources),
             nominal=nominal,
-            projects_survivors_only=any(encoded.tower_state is not None and encoded.tower_state.pending_merges for encoded, _ in sample_sources),
-            planned_left=tuple(_of_span(encoded, number, "planned_stages", per_token) for encoded, number in sample_sources),
-            in_tower_counts=tuple(_of_span(encoded, number, "run_stages", per_token) for encoded, number in sample_sources),
+            projects_survivors_only=any(
+                encoded.tower_state is not None and encoded.tower_state.pending_merges for encoded, _ in sample_sources
+            ),
+            planned_left=tuple(
+                _of_span(encoded, number, "planned_stages", per_token) for encoded, number in sample_sources
+            ),
+            in_tower_counts=tuple(
+                _of_span(encoded, number, "run_stages", per_token) for encoded, number in sample_sources
+            ),
             still=tuple(encoded.modality != "video" for encoded, _ in sample_sources),
-            repeated=tuple(encoded.repeated_parts[number] if encoded.repeated_parts else () for encoded, number in sample_sources),
-            sizes=tuple(encoded.sizes[number] if encoded.sizes else encoded.tokens_per_crop[number] for encoded, number in sample_sources),
-            spare=tuple(encoded.spare[number] if encoded.spare else ((0, 0),) * len(encoded.tokens_per_crop[number]) for encoded, number in sample_sources),
+            repeated=tuple(
+                encoded.repeated_parts[number] if encoded.repeated_parts else () for encoded, number in sample_sources
+            ),
+            sizes=tuple(
+                encoded.sizes[number] if encoded.sizes else encoded.tokens_per_crop[number]
+                for encoded, number in sample_sources
+            ),
+            spare=tuple(
+                encoded.spare[number] if encoded.spare else ((0, 0),) * len(encoded.tokens_per_crop[number])
+                for encoded, number in sample_sources
+            ),
             kept=tuple(_mean_kept(span, prompt_state.depth) for span in history),
         )
         for length, spans, sample_sources, plans, num_queries, measured, nominal, history in zip(
@@ -70,7 +90,8 @@ def _of_span(encoded: EncodedFeatures, number: int, name: str, per_token: int) -
     if encoded.tower_state is None:
         return ((),) * len(encoded.tokens_per_crop[number])
     first = sum(map(len, encoded.tokens_per_crop[:number]))
-    patches = encoded.tower_state.patches_of_unit // per_token  # of a frame that is pooled later, several become one token
+    # of a frame that is pooled later, several become one token
+    patches = encoded.tower_state.patches_of_unit // per_token
     parts = getattr(encoded.tower_state, name)[first : first + len(encoded.tokens_per_crop[number])]
     return tuple(tuple((after, left * patches) for after, left in stages) for stages in parts)
 
@@ -82,19 +103,26 @@ def _mean_kept(span: SpanTrace, depth: int) -> float:
 
 
 def decoder_terms(adapter: Adapter, reducer: Reducer, samples: Sequence[SampleCounts]) -> dict[str, Any]:
-    """Arguments of ``make_report`` and ``Workload`` about the decoder stages: ``deciding``, ``products``, ``cut``, ``scores_after_drop``."""
+    """Arguments of ``make_report`` and ``Workload`` about the decoder stages: ``deciding``, ``products``, ``cut``,
+    ``scores_after_drop``."""
     shape = adapter.decoder_dims()
 
     def of(sample: SampleCounts) -> int:
         visual = [sample.visual(layer) for layer in range(-1, shape.layers)]
-        return deciding_flops(reducer, visual, [sample.text + n for n in visual], sample.queries, shape) if sample.plans else 0
+        return (
+            deciding_flops(reducer, visual, [sample.text + n for n in visual], sample.queries, shape)
+            if sample.plans
+            else 0
+        )
 
     products, cut = Input.SCORES in reducer.requires, reducer.trim_kv_cache
     scores_after_drop = reducer.score_layer_offset > 0
     return {"deciding": sum(map(of, samples)), "products": products, "cut": cut, "scores_after_drop": scores_after_drop}
 
 
-def selection_cost(adapter: Adapter, reducer: Reducer, samples: Sequence[SampleCounts], projects_all: bool) -> tuple[int, int]:
+def selection_cost(
+    adapter: Adapter, reducer: Reducer, samples: Sequence[SampleCounts], projects_all: bool
+) -> tuple[int, int]:
     """FLOPs and bytes of signals, choice and merge before the decoder."""
     if not isinstance(reducer, EncoderReducer):
         return 0, 0
@@ -102,25 +130,40 @@ def selection_cost(adapter: Adapter, reducer: Reducer, samples: Sequence[SampleC
     head = adapter.vision_attention(layer_number(adapter, reducer.signal_layers[0])).head_dim
     width = shape.hidden if projects_all else vision.projector[0][0]
     linear = [layer for layer in adapter.projector().modules() if isinstance(layer, nn.Linear)]
-    projector_shapes = [(layer.in_features, layer.out_features) for layer in linear] or vision.projector  # not those of further mergers
+    # not those of further mergers
+    projector_shapes = [(layer.in_features, layer.out_features) for layer in linear] or vision.projector
     flops = read = 0
     for still in (True, False):  # images and clips are encoded, and chosen from, by themselves
         flops += tower_choice_flops(reducer, [part for s in samples for part in s.in_tower(still=still)], vision, head)
         by_sample = [(s.queries, rows) for s in samples if (rows := _encoded(s, still))]
         if not by_sample:
             continue
-        plans, sizes, passes, steps, ranked, spare, projected = zip(*(row for _, rows in by_sample for row in rows), strict=True)
+        plans, sizes, passes, steps, ranked, spare, projected = zip(
+            *(row for _, rows in by_sample for row in rows), strict=True
+        )
         projecting = 2 * sum(projected) * sum(math.prod(sides) for sides in projector_shapes)
         flops += selection_flops(reducer, plans, sizes, vision, head, width, steps, ranked, projecting, spare)
-        flops += question_flops(reducer, [words for words, rows in by_sample if any(plan.merges for plan, *_ in rows)], shape)
+        flops += question_flops(
+            reducer, [words for words, rows in by_sample if any(plan.merges for plan, *_ in rows)], shape
+        )
         read += selection_bytes(reducer, plans, passes, vision, head)
     return flops, read
 
 
 def _encoded(sample: SampleCounts, still: bool) -> list[tuple[Any, ...]]:
-    """Of the pictures of a sample, or of its clips: plan, parts as V2V sees them and as the tower does, steps of time, parts that signals are made of
-    and their spare patches, rows that the projector works on."""
+    """Of the pictures of a sample, or of its clips: plan, parts as V2V sees them and as the tower does, steps of time,
+    parts that signals are made of and their spare patches, rows that the projector works on."""
     of, sizes = sample.still or (False,) * len(sample.plans), sample.sizes or sample.tokens_per_crop
     spare = sample.encoded_parts(sample.spare_patches())
-    every = zip(of, sample.plans, sizes, sample.tokens_per_crop, sample.steps, sample.encoded, spare, sample.reaching_projector(), strict=True)
+    every = zip(
+        of,
+        sample.plans,
+        sizes,
+        sample.tokens_per_crop,
+        sample.steps,
+        sample.encoded,
+        spare,
+        sample.reaching_projector(),
+        strict=True,
+    )
     return [tuple(row) for kind, *row in every if kind == still]

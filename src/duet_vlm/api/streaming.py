@@ -49,7 +49,9 @@ class StreamingVideo:
 
     def __init__(self, model: nn.Module, budget: int) -> None:
         if isinstance(budget, bool) or not isinstance(budget, int):
-            raise TypeError(f"budget={budget!r}: a stream has no end yet, so give a number of visual tokens (int), not a fraction")
+            raise TypeError(
+                f"budget={budget!r}: a stream has no end yet, so give a number of visual tokens (int), not a fraction"
+            )
         if budget < 1:
             raise ValueError(f"budget={budget}: a stream holds at least 1 visual token")
         self.adapter: Adapter = adapter_for(model)
@@ -81,7 +83,9 @@ class StreamingVideo:
             No clip, several of them, frames of another size than before, or rows that are not finite.
         """
         if inputs.get(self.kind.pixels) is None:
-            raise ValueError(f"stream.add: no {self.kind.pixels} among {', '.join(inputs) or 'nothing'}; pass what the processor makes of a clip")
+            raise ValueError(
+                f"stream.add: no {self.kind.pixels} among {', '.join(inputs) or 'nothing'}; pass what the processor makes of a clip"
+            )
         encode = getattr(self.adapter.base, self.kind.encode)
         given = {name: value for name, value in inputs.items() if name in inspect.signature(encode).parameters}
         call = self.kind.encoding(given)
@@ -110,7 +114,9 @@ class StreamingVideo:
     def _take(self, rows: Tensor) -> None:
         """rows [steps, places, D]."""
         if not bool(rows.isfinite().all()):
-            raise ValueError("stream.add: the image features contain NaN or Inf: check the frames, the weights and the dtype")
+            raise ValueError(
+                "stream.add: the image features contain NaN or Inf: check the frames, the weights and the dtype"
+            )
         unit = unit_rows(rows)
         if not self.steps:
             everyone = torch.ones(1, self.places, dtype=torch.bool, device=rows.device)
@@ -118,12 +124,18 @@ class StreamingVideo:
             first = torch.where(few, torch.inf, -torch.inf)
             self._last = unit[0]
             score = torch.cat([first, (unit[1:] - unit[:-1]).square().sum(-1) / 2])
-            held = rows.new_empty(0, rows.shape[2]), score.new_empty(0), torch.empty(0, dtype=torch.long, device=rows.device)
+            held = (
+                rows.new_empty(0, rows.shape[2]),
+                score.new_empty(0),
+                torch.empty(0, dtype=torch.long, device=rows.device),
+            )
         else:
             score = (unit - torch.cat([self._last[None], unit[:-1]])).square().sum(-1) / 2
             held = self._rows, self._score, self._index
         number = torch.arange(score.numel(), device=rows.device) + self.steps * self.places
-        rows, every, index = (torch.cat([old, new]) for old, new in zip(held, (rows.flatten(0, 1), score.flatten(), number), strict=True))
+        rows, every, index = (
+            torch.cat([old, new]) for old, new in zip(held, (rows.flatten(0, 1), score.flatten(), number), strict=True)
+        )
         best = every.argsort(descending=True, stable=True)[: self.budget].sort().values
         best = best[every[best] > -torch.inf]
         self._rows, self._score, self._index = rows[best].clone(), every[best], index[best]
@@ -151,11 +163,15 @@ class StreamingVideo:
         if not self.steps:
             raise ValueError("stream.inputs: nothing was added yet")
         if input_ids.shape[0] != 1:
-            raise ValueError(f"stream.inputs: input_ids of {input_ids.shape[0]} rows; a stream answers one prompt at a time")
+            raise ValueError(
+                f"stream.inputs: input_ids of {input_ids.shape[0]} rows; a stream answers one prompt at a time"
+            )
         ids = input_ids[0].to(self._rows.device)
         here = (ids == self.kind.token_id).nonzero()[:, 0]
         if not len(here) or int(here[-1] - here[0]) + 1 != len(here):
-            raise ValueError(f"stream.inputs: the prompt holds {len(here)} placeholders of clips ({self.kind.token_id}); give one unbroken run")
+            raise ValueError(
+                f"stream.inputs: the prompt holds {len(here)} placeholders of clips ({self.kind.token_id}); give one unbroken run"
+            )
         before, behind = ids[: int(here[0])], ids[int(here[-1]) + 1 :]
         embed = self.adapter.base.get_input_embeddings()
         tokens = self.steps * self.places
@@ -166,7 +182,11 @@ class StreamingVideo:
         clip = torch.cat([self._index.cpu(), tokens + number(len(tail))])
         slots = torch.cat([number(len(before)), len(before) + clip, len(before) + whole + number(len(behind))])
         positions = self._positions(before, behind, whole)[..., slots.to(ids.device)]
-        return {"inputs_embeds": rows, "attention_mask": torch.ones(rows.shape[:2], dtype=torch.long, device=ids.device), "position_ids": positions}
+        return {
+            "inputs_embeds": rows,
+            "attention_mask": torch.ones(rows.shape[:2], dtype=torch.long, device=ids.device),
+            "position_ids": positions,
+        }
 
     def _positions(self, before: Tensor, behind: Tensor, whole: int) -> Tensor:
         """Positions of the prompt with all tokens that came, [1, S] or [3, 1, S]."""

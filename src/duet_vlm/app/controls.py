@@ -28,7 +28,13 @@ class ChosenMethod:
     def label(self) -> str:
         """Title of a column."""
         budget = self.budget
-        words = "" if budget is None else f" at {budget:.4g} tokens" if isinstance(budget, int) else f" at {100 * budget:.4g} %"
+        words = (
+            ""
+            if budget is None
+            else f" at {budget:.4g} tokens"
+            if isinstance(budget, int)
+            else f" at {100 * budget:.4g} %"
+        )
         return self.method + words
 
 
@@ -70,13 +76,14 @@ class Controls:
         return cls(method if tower == NO_TOWER else behind, amount, schedule, tower, keep, lines)
 
     def read(self, files: Mapping[str, Any] | None = None) -> ChosenMethod:
-        """The method that they mean. ``files``: settings that name files, of whoever started the page; others would let visitors open any file.
+        """The method that they mean. ``files``: settings that name files, of whoever started the page; others would let
+        visitors open any file.
 
         Raises
         ------
         ValueError
-            An unknown method, a budget or a setting that does not read as one or is out of range, a schedule for a method that has none, a file
-            that is not among ``files``; each named.
+            An unknown method, a budget or a setting that does not read as one or is out of range, a schedule for a
+            method that has none, a file that is not among ``files``; each named.
         """
         if not self.method.strip():
             raise ValueError("no method is chosen: choose one, or write several with a + between (frames+duet)")
@@ -90,11 +97,15 @@ class Controls:
             settings[name] = read_value(self.schedule)
         if self.tower_keep.strip():
             if self.tower in ("", NO_TOWER):
-                raise ValueError(f"share of the patches {self.tower_keep.strip()}: choose a method in the tower as well, or leave it empty")
+                raise ValueError(
+                    f"share of the patches {self.tower_keep.strip()}: choose a method in the tower as well, or leave it empty"
+                )
             settings[f"{self.tower}_{KEEP}"] = read_value(self.tower_keep)
         for name, value in files_among(duet_vlm.get_method(method), settings).items():
             if value != (files or {}).get(name):
-                raise ValueError(f"setting {name}: the page opens no files; whoever starts it may name one (duet-vlm app --set {name}=FILE)")
+                raise ValueError(
+                    f"setting {name}: the page opens no files; whoever starts it may name one (duet-vlm app --set {name}=FILE)"
+                )
         return ChosenMethod(method, read_budget(self.budget) if self.budget.strip() else None, settings)
 
 
@@ -109,12 +120,15 @@ def other_methods() -> list[str]:
 
 
 def starting(method: str | Reducer | None, budget: Budget | None, settings: Mapping[str, Any], model: Any) -> Controls:
-    """The controls as the page opens: what the command line asked for, else what the model was trained with, else DUET at 22 %."""
+    """The controls as the page opens: what the command line asked for, else what the model was trained with, else DUET
+    at 22 %."""
     if isinstance(method, Reducer):
         changed = to_record(method, budget)
         return Controls.of(changed["method"], budget, changed["settings"] | dict(settings))
     if method is None and (known := duet_vlm.load_from_config(model)) is not None:
-        return Controls.of(known["method"], known["budget"] if budget is None else budget, known["settings"] | dict(settings))
+        return Controls.of(
+            known["method"], known["budget"] if budget is None else budget, known["settings"] | dict(settings)
+        )
     own = budget is None and not settings
     return Controls.of(method or "duet", 0.22 if own and method is None else budget, settings)
 

@@ -11,7 +11,18 @@ from PIL import Image
 from duet_vlm import SpanTrace
 from duet_vlm.app.files import Uploads
 from duet_vlm.app.generate import RunRecord
-from duet_vlm.viz import at_depth, cropped_picture, film, film_place, frame_pictures, history, on_film, part_pictures, token_fates, told
+from duet_vlm.viz import (
+    at_depth,
+    cropped_picture,
+    film,
+    film_place,
+    frame_pictures,
+    history,
+    on_film,
+    part_pictures,
+    token_fates,
+    told,
+)
 
 FIRST = -1  # the vision tower
 SIZE, STEP = 448, 176  # pixels of a picture's longer side, and of a step of time of a clip
@@ -22,7 +33,8 @@ Scores = list[dict[int, float] | None]
 
 @dataclass(frozen=True)
 class DepthStep:
-    """One position of the slider: a line, a smaller one, the patches, and the scores that decided (None where none did)."""
+    """One position of the slider: a line, a smaller one, the patches, and the scores that decided (None where none
+    did)."""
 
     title: str
     note: str
@@ -42,7 +54,8 @@ class DepthStrip:
 
 @dataclass(frozen=True)
 class DepthView:
-    """Tokens of one answer through the depth of a decoder of ``depth`` layers: one span, or a span for each tile or frame."""
+    """Tokens of one answer through the depth of a decoder of ``depth`` layers: one span, or a span for each tile or
+    frame."""
 
     strips: tuple[DepthStrip, ...]
     depth: int
@@ -55,10 +68,25 @@ class DepthView:
         ValueError
             If the tokens form no grid.
         """
-        panels = [at_depth(s.picture, s.trace, layer, s.scores, size=SIZE if self._pictures == 1 else STEP * s.steps) for s in self.strips]
-        patches = tiled([tile for strip, panel in zip(self.strips, panels, strict=True) for tile in _cut(panel.picture, strip.steps)])
-        scored = [(strip, panel.scores) for strip, panel in zip(self.strips, panels, strict=True) if panel.scores is not None]
-        scores = tiled([tile for strip, picture in scored for tile in _cut(picture, strip.steps)]) if len(scored) == len(panels) else None
+        panels = [
+            at_depth(s.picture, s.trace, layer, s.scores, size=SIZE if self._pictures == 1 else STEP * s.steps)
+            for s in self.strips
+        ]
+        patches = tiled(
+            [
+                tile
+                for strip, panel in zip(self.strips, panels, strict=True)
+                for tile in _cut(panel.picture, strip.steps)
+            ]
+        )
+        scored = [
+            (strip, panel.scores) for strip, panel in zip(self.strips, panels, strict=True) if panel.scores is not None
+        ]
+        scores = (
+            tiled([tile for strip, picture in scored for tile in _cut(picture, strip.steps)])
+            if len(scored) == len(panels)
+            else None
+        )
         return DepthStep(*told([strip.trace for strip in self.strips], layer), patches, scores)
 
     @property
@@ -66,7 +94,9 @@ class DepthView:
         """The first depth from the entry on at which tokens are gone, dropped or merged; 0 where all stay."""
         traces = [strip.trace for strip in self.strips]
         some_gone = (
-            n for n in range(self.depth) if any(len(token_fates(trace, n).alive) < trace.span.tokens for trace in traces)
+            n
+            for n in range(self.depth)
+            if any(len(token_fates(trace, n).alive) < trace.span.tokens for trace in traces)
         )
         return next(some_gone, 0)
 
@@ -101,10 +131,18 @@ def depth_view(shown: Uploads, inputs: Any, processor: Any, done: RunRecord) -> 
         parts, steps = frame_pictures(shown.clips[0].frames, inputs, 0, processor)
         if count == 1:
             trace, place = done.traces[0], film_place(done.traces[0], steps)
-            scores = [stage and {place(token): score for token, score in stage.items()} for stage in done.scores[0]] if place else []
+            scores = (
+                [stage and {place(token): score for token, score in stage.items()} for stage in done.scores[0]]
+                if place
+                else []
+            )
             return DepthView((DepthStrip(film(parts, steps), on_film(trace, steps), scores, steps),), done.depth)
     else:
-        parts = [cropped_picture(shown.pictures[0], inputs, 0, processor)] if count == 1 else part_pictures(inputs, processor, count)
+        parts = (
+            [cropped_picture(shown.pictures[0], inputs, 0, processor)]
+            if count == 1
+            else part_pictures(inputs, processor, count)
+        )
     if len(parts) != count:
         raise ValueError(f"what was shown makes {count} spans in this model, which cannot be drawn on it")
     return DepthView(tuple(DepthStrip(*part) for part in zip(parts, done.traces, done.scores, strict=True)), done.depth)

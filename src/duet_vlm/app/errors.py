@@ -8,7 +8,8 @@ EXPECTED = (ValueError, TypeError, RuntimeError, OSError, ImportError, MemoryErr
 
 
 def sentence(error: BaseException, file: Path | None = None) -> str:
-    """The message of an error in one line, without the words of the command line and without the folder that an upload lies in."""
+    """The message of an error in one line, without the words of the command line and without the folder that an upload
+    lies in."""
     words = " ".join(str(error).split()) or type(error).__name__
     if file is not None:
         for option in ("--image ", "--video ", ""):

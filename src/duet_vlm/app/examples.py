@@ -22,13 +22,18 @@ def examples(loaded: LoadedModel, folder: Path) -> list[tuple[Path, str]]:
         path = folder / f"picture-{number + 1}.png"
         item.image.save(path)
         found.append((path, item.questions[0][0]))
-    clip = embedded_task("tiny-video").sample("test", 0) if loaded.takes_clips and "tiny-video" in task_names() else None
+    clip = (
+        embedded_task("tiny-video").sample("test", 0) if loaded.takes_clips and "tiny-video" in task_names() else None
+    )
     return found + (_clip(folder, clip) if clip else [])
 
 
 def own_sample(loaded: LoadedModel) -> Sample | None:
-    """A sample of the task that an embedded model was trained for; None for other models, and for "tiny", which has shipped pictures."""
-    return embedded_task(loaded.name).sample("test", 0) if loaded.name != "tiny" and loaded.name in task_names() else None
+    """A sample of the task that an embedded model was trained for; None for other models, and for "tiny", which has
+    shipped pictures."""
+    return (
+        embedded_task(loaded.name).sample("test", 0) if loaded.name != "tiny" and loaded.name in task_names() else None
+    )
 
 
 def _pictures(folder: Path, sample: Sample) -> list[tuple[Path, str]]:

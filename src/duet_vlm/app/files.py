@@ -40,17 +40,25 @@ def open_uploads(path: Path | None, loaded: LoadedModel) -> Uploads:
     if path is None:
         raise ValueError("nothing to look at: drop a picture or a clip first")
     if path.is_file() and path.stat().st_size > MOST_MB * 1_000_000:
-        raise ValueError(f"{path.name}: {path.stat().st_size / 1e6:.0f} MB; at most {MOST_MB} MB are taken. Make it smaller first")
+        raise ValueError(
+            f"{path.name}: {path.stat().st_size / 1e6:.0f} MB; at most {MOST_MB} MB are taken. Make it smaller first"
+        )
     if not is_clip(path):
         return Uploads((open_image(path),), ())
     if not loaded.takes_clips:
-        raise ValueError(f"{path.name}: {loaded.name} takes pictures only, drop one, or start the page with a model that takes clips")
+        raise ValueError(
+            f"{path.name}: {loaded.name} takes pictures only, drop one, or start the page with a model that takes clips"
+        )
     return Uploads((), (decode(path, loaded.frames),))
 
 
 def is_clip(path: Path) -> bool:
     """True if a file's name says that it is a clip; all else is read as a picture."""
-    return (mimetypes.guess_type(path.name)[0] or "").startswith("video/") or path.suffix.lower() in (".mkv", ".webm", ".m4v")
+    return (mimetypes.guess_type(path.name)[0] or "").startswith("video/") or path.suffix.lower() in (
+        ".mkv",
+        ".webm",
+        ".m4v",
+    )
 
 
 def check_question(question: str | None) -> str:

@@ -1,7 +1,8 @@
 """One question to the full model and to reduced ones, whose answers are written side by side.
 
-Each side answers on a copy of the model's modules that shares its weights, so that nothing of one question, or of one user, is in the way of
-another. Prompts are read one after the other, which keeps each time to the first token its own; what follows is written by all sides together.
+Each side answers on a copy of the model's modules that shares its weights, so that nothing of one question, or of one
+user, is in the way of another. Prompts are read one after the other, which keeps each time to the first token its own;
+what follows is written by all sides together.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ FULL = "full model"
 
 @dataclass(frozen=True)
 class StreamedText:
-    """The answer of a side so far: ``tokens`` of answer, seconds to the ``first`` of them; ``error`` where it could not go on."""
+    """The answer of a side so far: ``tokens`` of answer, seconds to the ``first`` of them; ``error`` where it could not
+    go on."""
 
     name: str
     text: str = ""
@@ -78,7 +80,8 @@ class AppSide:
             self.inputs.pop("salient_mask", None)
 
     def seen(self) -> RunRecord:
-        """Tokens that the last answer kept, and, from a second look at the prompt, the scores that decided. A full model has nothing to show."""
+        """Tokens that the last answer kept, and, from a second look at the prompt, the scores that decided. A full
+        model has nothing to show."""
         from duet_vlm.viz import ScoreRecorder
 
         assert self.handle is not None
@@ -108,7 +111,8 @@ def _attached(model: nn.Module, loaded: LoadedModel, method: Any, asked: ChosenM
 
 
 def answers(sides: Sequence[AppSide], longest: int) -> Iterator[list[StreamedText]]:
-    """Yield the answers of every side, again and again until all have ended; at most ``longest`` tokens each. Ending the iteration ends the answers."""
+    """Yield the answers of every side, again and again until all have ended; at most ``longest`` tokens each. Ending
+    the iteration ends the answers."""
     stop = threading.Event()
     begun = [threading.Event() for _ in sides]  # the first token is there, or never comes
     writers = [_Writer(side, longest, begun, number, stop) for number, side in enumerate(sides)]
@@ -131,7 +135,9 @@ def answers(sides: Sequence[AppSide], longest: int) -> Iterator[list[StreamedTex
 class _Writer(threading.Thread):
     """Answers for one side: waits until the sides before it have begun, and behind its first token until all have."""
 
-    def __init__(self, side: AppSide, longest: int, begun: Sequence[threading.Event], number: int, stop: threading.Event) -> None:
+    def __init__(
+        self, side: AppSide, longest: int, begun: Sequence[threading.Event], number: int, stop: threading.Event
+    ) -> None:
         from transformers import TextIteratorStreamer
 
         super().__init__(daemon=True)
@@ -157,7 +163,11 @@ class _Writer(threading.Thread):
                 return
             self._start = time.perf_counter()
             out = self._side.model.generate(
-                **self._side.inputs, max_new_tokens=self._longest, do_sample=False, streamer=self._streamer, stopping_criteria=[self._stopped]
+                **self._side.inputs,
+                max_new_tokens=self._longest,
+                do_sample=False,
+                streamer=self._streamer,
+                stopping_criteria=[self._stopped],
             )
             new = out[0, self._side.inputs["input_ids"].shape[1] :].tolist()
             text = str(self._side.loaded.processor.tokenizer.decode(new, skip_special_tokens=True)).strip()

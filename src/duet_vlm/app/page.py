@@ -1,4 +1,5 @@
-"""The page, made with Gradio: what stands where, and what happens when. What is said and shown comes from the other files."""
+"""The page, made with Gradio: what stands where, and what happens when. What is said and shown comes from the other
+files."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ SPEEDS = (
     "A large decoder and a long prompt come near to it; where the tower or fixed costs take the time, as in a tiny "
     "model, they do not."
 )
-OPENED = "The first example, asked when the page was started: move the slider, click a patch, or ask a question of your own."
+OPENED = (
+    "The first example, asked when the page was started: move the slider, click a patch, or ask a question of your own."
+)
 HINT = "Drop a picture or take an example, write a question, and click Ask."
 STARTS = "Working: the question waits for its turn, or the prompt is read."
 DONE = "Done: move the slider, click a patch, or ask again."
@@ -74,10 +77,12 @@ def theme() -> Any:
 
 
 class AppPage:
-    """The page for one loaded model; ``blocks`` is what Gradio serves. It opens with the first of ``shown_first`` asked and answered, which is done
-    once, here."""
+    """The page for one loaded model; ``blocks`` is what Gradio serves. It opens with the first of ``shown_first`` asked
+    and answered, which is done once, here."""
 
-    def __init__(self, loaded: LoadedModel, first: Controls, second: Controls, shown_first: Sequence[tuple[Path, str]]) -> None:
+    def __init__(
+        self, loaded: LoadedModel, first: Controls, second: Controls, shown_first: Sequence[tuple[Path, str]]
+    ) -> None:
         self._loaded = loaded
         self._files = first.files | second.files
         with gr.Blocks(title="duet-vlm", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as self.blocks:
@@ -91,7 +96,8 @@ class AppPage:
                         bare: dict[str, Any] = {"interactive": False, "format": "png", "buttons": []}
                         self._file = gr.File(label=f"Picture {clips}(drop it here)", scale=3, elem_id="file", **there)
                         self._preview = gr.Image(label="Shown", scale=2, elem_id="preview", **bare, **there)
-                    self._example = gr.State(None, time_to_live=KEPT)  # the first one, until a file is dropped: its place stays free for that
+                    # the first one, until a file is dropped: its place stays free for that
+                    self._example = gr.State(None, time_to_live=KEPT)
                     self._question = gr.Textbox(label="Question", lines=1, max_lines=6, elem_id="question")
                     with gr.Row():
                         self._ask = gr.Button("Ask", variant="primary", min_width=100, elem_id="ask")
@@ -99,7 +105,9 @@ class AppPage:
                     controls = [self._controls(0, first, "Method")]
                     self._shown_first = list(shown_first)
                     if self._shown_first:
-                        looks = [(open_uploads(path, loaded).preview[0], question) for path, question in self._shown_first]
+                        looks = [
+                            (open_uploads(path, loaded).preview[0], question) for path, question in self._shown_first
+                        ]
                         gr.HTML("Examples: click one")
                         self._examples = gr.Gallery(
                             looks, show_label=False, elem_id="examples", columns=len(looks), height=112, container=False,
@@ -151,13 +159,27 @@ class AppPage:
                     values[2], label="Schedule", info="((layer, keep), ...): what is left in front of layers, of what entered; in place of a budget",
                     placeholder="((6, 0.5), (9, 0))", elem_id=f"schedule-{number}",
                 )  # fmt: skip
-                tower = gr.Dropdown([NO_TOWER, *tower_methods()], value=values[3], label="In the vision tower", elem_id=f"tower-{number}")
+                tower = gr.Dropdown(
+                    [NO_TOWER, *tower_methods()],
+                    value=values[3],
+                    label="In the vision tower",
+                    elem_id=f"tower-{number}",
+                )
                 keep = gr.Textbox(
                     values[4], label="Share of the patches that go through it", info="left out: by the budget", placeholder="0.56",
                     elem_id=f"keep-{number}",
                 )  # fmt: skip
-                rest = gr.Textbox(values[5], label="Other settings", info=_settings(values[0]), lines=2, elem_id=f"settings-{number}")
-        method.change(lambda name: gr.update(info=_settings(name)), method, rest, queue=False, show_progress="hidden", api_visibility="private")
+                rest = gr.Textbox(
+                    values[5], label="Other settings", info=_settings(values[0]), lines=2, elem_id=f"settings-{number}"
+                )
+        method.change(
+            lambda name: gr.update(info=_settings(name)),
+            method,
+            rest,
+            queue=False,
+            show_progress="hidden",
+            api_visibility="private",
+        )
         light: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         slider.input(lambda: "", None, budget, **light)  # a slider that was moved is meant
         return [method, budget, schedule, tower, keep, rest, slider]
@@ -185,7 +207,9 @@ class AppPage:
     def _events(self, controls: list[Any]) -> None:
         light: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         self._file.change(self._look, self._file, [self._preview, self._problem, self._example], **light)
-        self._compare.change(lambda on: [gr.update(visible=on)] * 2, self._compare, [self._other, self._columns[2][0]], **light)
+        self._compare.change(
+            lambda on: [gr.update(visible=on)] * 2, self._compare, [self._other, self._columns[2][0]], **light
+        )
         parts = [part for column in self._columns for part in column] + [part for view in self._views for part in view]
         words = [self._status, self._problem, self._legend, self._speeds, self._story]
         outputs = [*words, self._walks, self._depth, *self._reports, *parts]
@@ -204,7 +228,8 @@ class AppPage:
         )
         self._stop.click(None, None, self._status, js=AT_ONCE % _status("Stopped."), **light)
         ended = self._stop.click(None, None, None, cancels=[asked], queue=False, api_visibility="private")
-        ended.then(lambda: _status("Stopped."), None, self._status, **light)  # what was on its way may have come in between
+        # what was on its way may have come in between
+        ended.then(lambda: _status("Stopped."), None, self._status, **light)
         if self._shown_first:
             self._examples.select(self._take, None, [self._file, self._question], **light)
             self.blocks.load(self._open, None, [self._example, self._preview, self._question, *outputs], **light)
@@ -218,7 +243,14 @@ class AppPage:
         path, question = self._shown_first[0]
         preview, *_ = self._look(str(path))
         found: dict[Any, Any] = {self._example: str(path), self._preview: preview, self._question: question}
-        for update in self._answer(None, str(path), question, self._longest.value, self._compare.value, *(control.value for control in controls)):
+        for update in self._answer(
+            None,
+            str(path),
+            question,
+            self._longest.value,
+            self._compare.value,
+            *(control.value for control in controls),
+        ):
             found |= update
         return found | {self._status: _status(OPENED)}
 
@@ -291,7 +323,13 @@ class AppPage:
         hidden = {part: gr.update(visible=False) for part in (self._depth, self._legend, self._speeds)}
         hidden |= {self._problem: _nothing_wrong(), self._walks: None, self._status: _status(STARTS, busy=True)}
         texts = {part: "" for _, text, facts in self._columns for part in (text, facts)}
-        return hidden | texts | {self._story: ""} | dict.fromkeys(self._reports, "") | {view[0]: gr.update(visible=False) for view in self._views}
+        return (
+            hidden
+            | texts
+            | {self._story: ""}
+            | dict.fromkeys(self._reports, "")
+            | {view[0]: gr.update(visible=False) for view in self._views}
+        )
 
     def _written(self, said: Sequence[StreamedText]) -> dict[Any, Any]:
         waits = [one.name for one in said if one.first is None and not one.done]
@@ -310,7 +348,12 @@ class AppPage:
             else:
                 step = one[1].at(min(layer, one[1].depth - 1))
                 words = f"<b>{escape(one[0])}, {escape(step.title)}</b><br>{escape(step.note)}"
-                found += [gr.update(visible=True), words, step.patches, gr.update(value=step.scores, visible=step.scores is not None)]
+                found += [
+                    gr.update(visible=True),
+                    words,
+                    step.patches,
+                    gr.update(value=step.scores, visible=step.scores is not None),
+                ]
         return found
 
     def _move(self, kept: Any, layer: float) -> list[Any]:
@@ -325,7 +368,9 @@ class AppPage:
                 return ""
             name, way = kept[number]
             width, height = way.at(0).patches.size
-            return escape(f"{name}: {way.story(event.index[0] / width, event.index[1] / height, min(int(layer), way.depth - 1))}")
+            return escape(
+                f"{name}: {way.story(event.index[0] / width, event.index[1] / height, min(int(layer), way.depth - 1))}"
+            )
 
         return tell
 

@@ -18,7 +18,8 @@ from duet_vlm.app.generate import AppSide, answers
 
 
 def warmed(loaded: LoadedModel, first: Controls) -> None:
-    """Ask once before anybody does: the first call of a process pays for what later ones find made. What cannot be attached is refused here."""
+    """Ask once before anybody does: the first call of a process pays for what later ones find made. What cannot be
+    attached is refused here."""
     from duet_vlm.evaluation import tiny
     from duet_vlm.inputs.video import VideoFrames
 
@@ -41,8 +42,8 @@ def warmed(loaded: LoadedModel, first: Controls) -> None:
 def serve(loaded: LoadedModel, first: Controls, host: str | None = None, port: int | None = None) -> None:
     """Serve until the process is told to stop, from its main thread.
 
-    Nothing is shared, counted or kept: no tunnel, no analytics, and uploads in a folder of their own that goes with the process. Host and port
-    None: as the environment says (a Space does), else 127.0.0.1 and 7860.
+    Nothing is shared, counted or kept: no tunnel, no analytics, and uploads in a folder of their own that goes with the
+    process. Host and port None: as the environment says (a Space does), else 127.0.0.1 and 7860.
     """
     warmed(loaded, first)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder goes then, too
@@ -66,7 +67,8 @@ def _open(loaded: LoadedModel, first: Controls, folder: Path, host: str | None, 
     )  # fmt: skip
     print(f"{loaded.name}: {address} (Ctrl-C ends it)", flush=True)
     try:
-        threading.Event().wait()  # until a signal; Gradio's own waiting takes Ctrl-C for a good end, in words of its own
+        # until a signal; Gradio's own waiting takes Ctrl-C for a good end, in words of its own
+        threading.Event().wait()
     finally:
         page.close(verbose=False)
 

@@ -9,7 +9,18 @@ import typer
 
 from duet_vlm.api.loading import check_model, load
 from duet_vlm.cli.errors import friendly
-from duet_vlm.cli.options import BudgetText, Debug, Device, Method, Model, Positions, Preset, Settings, one, reductions_of
+from duet_vlm.cli.options import (
+    BudgetText,
+    Debug,
+    Device,
+    Method,
+    Model,
+    Positions,
+    Preset,
+    Settings,
+    one,
+    reductions_of,
+)
 from duet_vlm.cli.serve import check_port
 
 
@@ -20,12 +31,15 @@ def app(
     budget: BudgetText = None,
     positions: Positions = None,
     settings: Settings = None,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for other machines.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for other machines.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.")] = 7860,
     device: Device = None,
     debug: Debug = False,
 ) -> None:
-    """Open a page: drop a picture or clip, ask, and see full and reduced answers side by side, and which patches are left at each depth."""
+    """Open a page: drop a picture or clip, ask, and see full and reduced answers side by side, and which patches are
+    left at each depth."""
     with friendly(debug, interrupted="the same command opens the page again"):
         one("--budget", budget)
         (reduction,) = reductions_of(method, preset, budget, positions, settings)

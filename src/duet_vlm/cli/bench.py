@@ -16,7 +16,20 @@ from rich.table import Table
 from duet_vlm.api.catalogue import check_settings
 from duet_vlm.api.loading import check_model
 from duet_vlm.cli.errors import folder_for, friendly
-from duet_vlm.cli.options import SEVERAL, AsJson, ChunkFrames, Debug, Device, Model, StillFrames, budgets_of, counts, method_of, pieces_of, several
+from duet_vlm.cli.options import (
+    SEVERAL,
+    AsJson,
+    ChunkFrames,
+    Debug,
+    Device,
+    Model,
+    StillFrames,
+    budgets_of,
+    counts,
+    method_of,
+    pieces_of,
+    several,
+)
 
 METHODS = ("duet", "visionzip", "fastv", "uniform", "random")
 BUDGETS = ("0.33", "0.11")
@@ -26,33 +39,49 @@ DTYPES = ("fp32", "bf16", "fp16")
 def bench(
     model: Model = "tiny",
     config_only: Annotated[
-        Path | None, typer.Option("--config-only", help="A config.json or a folder with one: random weights at that shape.")
+        Path | None,
+        typer.Option("--config-only", help="A config.json or a folder with one: random weights at that shape."),
     ] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option("--method", "--methods", help=f"{SEVERAL} 'all' takes every method, duet.json that of 'tune'. Default: {','.join(METHODS)}."),
+        typer.Option(
+            "--method",
+            "--methods",
+            help=f"{SEVERAL} 'all' takes every method, duet.json that of 'tune'. Default: {','.join(METHODS)}.",
+        ),
     ] = None,
-    budget: Annotated[list[str] | None, typer.Option("--budget", "--budgets", "-b", help=f"{SEVERAL} Default: {','.join(BUDGETS)}.")] = None,
+    budget: Annotated[
+        list[str] | None, typer.Option("--budget", "--budgets", "-b", help=f"{SEVERAL} Default: {','.join(BUDGETS)}.")
+    ] = None,
     batch: Annotated[list[str] | None, typer.Option("--batch", help=f"Rows at a time. {SEVERAL} Default: 1.")] = None,
     prompt_tokens: Annotated[
         list[str] | None, typer.Option("--prompt-tokens", help=f"Text tokens after the picture. {SEVERAL} Default: 32.")
     ] = None,
-    tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="Visual tokens, where the picture's size decides.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=1, help="Visual tokens, where the picture's size decides.")
+    ] = None,
     frames: Annotated[int, typer.Option("--frames", min=0, help="Steps of time of a clip; 0 for an image.")] = 0,
     chunk_frames: ChunkFrames = None,
     still_frames: StillFrames = None,
     new: Annotated[int, typer.Option("--new", min=2, help="Tokens to write.")] = 8,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Measured rounds; every side runs once in each.")] = 7,
     device: Device = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="fp32, bf16 or fp16; default: the checkpoint's, bf16 on CUDA else fp32.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="fp32, bf16 or fp16; default: the checkpoint's, bf16 on CUDA else fp32."),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write everything as JSON to this file.")] = None,
-    plots: Annotated[Path | None, typer.Option("--plots", help="Write pictures to this folder (needs matplotlib).")] = None,
+    plots: Annotated[
+        Path | None, typer.Option("--plots", help="Write pictures to this folder (needs matplotlib).")
+    ] = None,
     predict: Annotated[bool, typer.Option("--predict/--no-predict", help="Predict beside what is measured.")] = True,
     json_: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Time a model stage by stage, reduced and not, in turns on the same prompts; FLOPs, cache, peak memory and predictions beside it."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler, which counts memory, tells of its own doings otherwise
+    """Time a model stage by stage, reduced and not, in turns on the same prompts; FLOPs, cache, peak memory and
+    predictions beside it."""
+    # torch's profiler, which counts memory, tells of its own doings otherwise
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with friendly(debug, json_):
         named, budgets = _methods(method), budgets_of(budget)
@@ -69,7 +98,11 @@ def bench(
         from duet_vlm.evaluation.speed.plots import draw
 
         usual = budgets or budgets_of(BUDGETS)
-        reduced = [BenchSide(name, each, settings) for name, own, settings in named for each in ([own] if own and not budgets else usual)]
+        reduced = [
+            BenchSide(name, each, settings)
+            for name, own, settings in named
+            for each in ([own] if own and not budgets else usual)
+        ]
         sides = (BenchSide(), *dict.fromkeys(reduced))
         loaded, where, name = _model(model, config_only, device, dtype)
         plan = BenchPlan(sides, batches, texts, tokens, frames, new, rounds, **pieces)
@@ -126,19 +159,37 @@ def _show(found: dict[str, Any]) -> None:
     from duet_vlm.evaluation.console import console as screen
 
     console = screen()
-    console.print(f"{found['model']}, {found['environment']['device']}, {found['environment']['dtype']}, {found['environment']['threads']} threads")
+    console.print(
+        f"{found['model']}, {found['environment']['device']}, {found['environment']['dtype']}, {found['environment']['threads']} threads"
+    )
     for key in sorted({(row["batch"], row["text"]) for row in found["rows"] if "ms" in row}):
         rows = [row for row in found["rows"] if "ms" in row and (row["batch"], row["text"]) == key]
         prompt = f"batch {key[0]}, {rows[0]['tokens']} visual and {key[1]} other tokens"
-        console.print(f"\n{prompt}; ms, medians of {rows[0]['pairs']} rounds; (predicted); speed-up of the first token by these medians")
-        head = ("", "tokens", "vision", "V2V", "prefill", "T2V", "step", "first token", "speed-up", "by FLOPs", "peak MiB")
+        console.print(
+            f"\n{prompt}; ms, medians of {rows[0]['pairs']} rounds; (predicted); speed-up of the first token by these medians"
+        )
+        head = (
+            "",
+            "tokens",
+            "vision",
+            "V2V",
+            "prefill",
+            "T2V",
+            "step",
+            "first token",
+            "speed-up",
+            "by FLOPs",
+            "peak MiB",
+        )
         table = Table(*head, box=None, pad_edge=False)
         for row in rows:
             table.add_row(*_cells(row, rows[0]))
         console.print(table)
     for row in found["rows"]:
         if "ms" not in row:
-            console.print(f"{row['side']}: {row['status']}" + ("" if row["floor"] is None else f" (floor {row['floor']:.1f})"))
+            console.print(
+                f"{row['side']}: {row['status']}" + ("" if row["floor"] is None else f" (floor {row['floor']:.1f})")
+            )
 
 
 def _cells(row: dict[str, Any], full: dict[str, Any]) -> list[str]:

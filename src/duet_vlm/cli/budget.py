@@ -27,29 +27,52 @@ def budget(
     json_: bool,
     model: Model = "tiny",
     config_only: Annotated[
-        Path | None, typer.Option("--config-only", help="A config.json, or a folder with one: nothing else of the model is looked for.")
+        Path | None,
+        typer.Option(
+            "--config-only", help="A config.json, or a folder with one: nothing else of the model is looked for."
+        ),
     ] = None,
-    tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="Visual tokens of the image, where its size decides.")] = None,
-    parts: Annotated[int, typer.Option("--parts", min=1, help="Crops or frames that the vision tower looks at one by one.")] = 1,
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Text tokens of the prompt, for FLOPs and bytes.")] = 32,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=1, help="Visual tokens of the image, where its size decides.")
+    ] = None,
+    parts: Annotated[
+        int, typer.Option("--parts", min=1, help="Crops or frames that the vision tower looks at one by one.")
+    ] = 1,
+    prompt_tokens: Annotated[
+        int, typer.Option("--prompt-tokens", min=1, help="Text tokens of the prompt, for FLOPs and bytes.")
+    ] = 32,
     device: Annotated[
-        str | None, typer.Option("--device", help="Predict time on a100, h100, h200, mi300x, l4 (data sheets) or cpu (this machine, measured).")
+        str | None,
+        typer.Option(
+            "--device",
+            help="Predict time on a100, h100, h200, mi300x, l4 (data sheets) or cpu (this machine, measured).",
+        ),
     ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="With --device: requests at a time.")] = 1,
     new: Annotated[int, typer.Option("--new", min=1, help="With --device: tokens to write.")] = 128,
-    requests: Annotated[float, typer.Option("--requests", min=0.001, help="With --device: requests per second to serve.")] = 10.0,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="With --device: bf16, fp16, fp32 or fp8. Default: bf16, on the CPU fp32.")] = None,
+    requests: Annotated[
+        float, typer.Option("--requests", min=0.001, help="With --device: requests per second to serve.")
+    ] = 10.0,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="With --device: bf16, fp16, fp32 or fp8. Default: bf16, on the CPU fp32."),
+    ] = None,
     compute: Annotated[
-        float | None, typer.Option("--compute-efficiency", min=0.01, max=1, help="Share of the sheet's FLOP/s that is reached.")
+        float | None,
+        typer.Option("--compute-efficiency", min=0.01, max=1, help="Share of the sheet's FLOP/s that is reached."),
     ] = None,
     bandwidth: Annotated[
-        float | None, typer.Option("--bandwidth-efficiency", min=0.01, max=1, help="Share of the sheet's bytes/s that is reached.")
+        float | None,
+        typer.Option("--bandwidth-efficiency", min=0.01, max=1, help="Share of the sheet's bytes/s that is reached."),
     ] = None,
-    launch: Annotated[float, typer.Option("--launch-us", min=0, help="Microseconds of host work per layer and pass.")] = 0.0,
+    launch: Annotated[
+        float, typer.Option("--launch-us", min=0, help="Microseconds of host work per layer and pass.")
+    ] = 0.0,
 ) -> None:
     """Solve a budget: settings, tokens per layer, FLOPs, KV bytes and the FLOPs-bound speed-up. Needs no weights.
 
-    With --device: predicted seconds, tokens/s, memory, and devices for --requests per second. Several budgets are shown one after the other.
+    With --device: predicted seconds, tokens/s, memory, and devices for --requests per second. Several budgets are shown
+    one after the other.
     """
     if device is None and config_only is None:
         for reduction in reductions:
@@ -63,7 +86,10 @@ def budget(
         fleet = Fleet.of(device, dtype, batch, prompt_tokens, new, requests, compute, bandwidth, launch)
         fleet.show(name, skeletal, reductions, tokens, parts, json_)
         return
-    plans = [(name, *_planned(reduction, skeletal, element_bytes, tokens, parts, prompt_tokens), prompt_tokens) for reduction in reductions]
+    plans = [
+        (name, *_planned(reduction, skeletal, element_bytes, tokens, parts, prompt_tokens), prompt_tokens)
+        for reduction in reductions
+    ]
     for reduction, (_, whole, _, _) in zip(reductions, plans, strict=True):
         warn_of_more(reduction.budget, [whole.tokens])
     if json_:
@@ -75,13 +101,17 @@ def budget(
         _show(*plan)
 
 
-def _planned(reduction: Reduction, model: Any, element_bytes: int, tokens: int | None, parts: int, text: int) -> tuple[SpanPlan, Report]:
+def _planned(
+    reduction: Reduction, model: Any, element_bytes: int, tokens: int | None, parts: int, text: int
+) -> tuple[SpanPlan, Report]:
     from duet_vlm.evaluation.speed.predicted import equal_parts, plan_prompt, planned_report, whole_of
 
     with reduction.attach(model) as handle:
         fixed = handle.adapter.fixed_tokens
         if tokens is None and fixed is None:
-            raise ValueError(f"--tokens: images of {handle.adapter.family} models differ in size; say how many visual tokens yours has")
+            raise ValueError(
+                f"--tokens: images of {handle.adapter.family} models differ in size; say how many visual tokens yours has"
+            )
         found = plan_prompt(handle, equal_parts(handle.adapter, tokens or (fixed or 0) * parts, parts), text)
         return whole_of(found.sample), planned_report(handle, found, element_bytes)
 
@@ -104,7 +134,9 @@ def _plain(model: str, plan: SpanPlan, report: Report, text: int) -> dict[str, A
 def _show(model: str, plan: SpanPlan, report: Report, text: int) -> None:
     console = Console(highlight=False)
     asked = "its own settings" if report.budget is None else f"budget {report.budget}"
-    console.print(f"[bold]{report.method}[/bold] on {model}, {asked}: an image of {plan.tokens} visual tokens, {text} text tokens")
+    console.print(
+        f"[bold]{report.method}[/bold] on {model}, {asked}: an image of {plan.tokens} visual tokens, {text} text tokens"
+    )
     entering = f"{plan.dominant} kept + {plan.contextual} merged" if plan.contextual else f"{plan.dominant} kept"
     console.print(f"entering the decoder: {plan.entry} tokens ({entering})\n")
     layers = Table("decoder layers", "visual tokens", box=None, pad_edge=False)

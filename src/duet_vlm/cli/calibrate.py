@@ -18,18 +18,23 @@ QUESTION = "Describe the image."
 
 
 def calibrate(
-    method: Annotated[str, typer.Argument(metavar="METHOD", help="fitprune (a table, .json) or d2pruner (a prior, .safetensors).")],
+    method: Annotated[
+        str, typer.Argument(metavar="METHOD", help="fitprune (a table, .json) or d2pruner (a prior, .safetensors).")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where to write what was learned.")],
     image: Images = None,
     model: Model = "tiny",
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question that is asked about each image.")] = QUESTION,
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help="The question that is asked about each image.")
+    ] = QUESTION,
     device: Device = None,
     json_: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Ask a question about each image, watch the model's attention, and store what a method needs of it.
 
-    A hundred images like those to come are plenty. Name the file when you attach: --set table=FILE (fitprune) or --set prior=FILE (d2pruner).
+    A hundred images like those to come are plenty. Name the file when you attach: --set table=FILE (fitprune) or --set
+    prior=FILE (d2pruner).
     """
     with friendly(debug, json_):
         method, *_ = method_of(method)

@@ -72,7 +72,10 @@ def one_thread() -> Iterator[None]:
 def ask(model: Any, processor: Any, inputs: Any) -> list[str]:
     """Greedy answers of a batch."""
     out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    return [text.strip() for text in processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)]
+    return [
+        text.strip()
+        for text in processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    ]
 
 
 def batches(processor: Any) -> list[tuple[Any, Any]]:
@@ -86,8 +89,11 @@ def batches(processor: Any) -> list[tuple[Any, Any]]:
     return out
 
 
-def answer_all(model: Any, processor: Any, asked: list[tuple[Any, Any]], out: Path) -> tuple[list[DemoColumn], list[Path]]:
-    """Every question in full and at every budget; on the way one picture of the first question at all of them, and one per image."""
+def answer_all(
+    model: Any, processor: Any, asked: list[tuple[Any, Any]], out: Path
+) -> tuple[list[DemoColumn], list[Path]]:
+    """Every question in full and at every budget; on the way one picture of the first question at all of them, and one
+    per image."""
     from duet_vlm import attach, get_method
     from duet_vlm.viz import ScoreRecorder, draw, model_view, stack
 
@@ -104,10 +110,15 @@ def answer_all(model: Any, processor: Any, asked: list[tuple[Any, Any]], out: Pa
                 question, full = item.questions[0][0], columns[0].answers[place]
                 told = "the same answer" if said[0] == full else "another answer"
                 lines = [question, f"full model: {full}", f"reduced: {said[0]}  ({told})"]
-                title, picture = f"duet at {budget:.0%}: {tokens:.1f} of {trace.span.tokens} tokens per layer", inputs["pixel_values"][0]
+                title, picture = (
+                    f"duet at {budget:.0%}: {tokens:.1f} of {trace.span.tokens} tokens per layer",
+                    inputs["pixel_values"][0],
+                )
                 if place == 0:  # of a batch, of which the scores would be those of the first question
                     scores = watched.of(trace, 0)
-                    first.append(draw(model_view(item.image, picture, processor), trace, title=title, lines=lines, scores=scores))
+                    first.append(
+                        draw(model_view(item.image, picture, processor), trace, title=title, lines=lines, scores=scores)
+                    )
                 if budget == DRAWN:
                     files.append(out / f"{Path(item.name).stem}.png")
                     draw(model_view(item.image, picture, processor), trace, title=title, lines=lines).save(files[-1])
@@ -117,14 +128,17 @@ def answer_all(model: Any, processor: Any, asked: list[tuple[Any, Any]], out: Pa
 
 
 def time_all(model: Any, columns: list[DemoColumn], inputs: Any) -> dict[str, float]:
-    """Median seconds of a prefill, full and reduced in turns, each on its own copy of the model; fills in speed-ups and reports."""
+    """Median seconds of a prefill, full and reduced in turns, each on its own copy of the model; fills in speed-ups and
+    reports."""
     import torch
 
     from duet_vlm import attach
     from duet_vlm.profiling.timing import ratio, time_paired
 
     copies = {column.name: copy.deepcopy(model) for column in columns}
-    handles = [attach(copies[column.name], "duet", budget=column.budget) for column in columns if column.budget is not None]
+    handles = [
+        attach(copies[column.name], "duet", budget=column.budget) for column in columns if column.budget is not None
+    ]
 
     def prefill(name: str) -> Callable[[], Any]:
         return lambda: copies[name](**inputs, logits_to_keep=1)
@@ -147,7 +161,8 @@ def demo(
     json_: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Answer 20 questions with the embedded model, in full and at 33 / 22 / 11 % of the visual tokens; compare answers, cost and time."""
+    """Answer 20 questions with the embedded model, in full and at 33 / 22 / 11 % of the visual tokens; compare answers,
+    cost and time."""
     with friendly(debug, json_):
         start = time.perf_counter()
         folder_for("--out", out)
@@ -168,7 +183,9 @@ def demo(
             print(f"\nfinished in {time.perf_counter() - start:.0f} s")
 
 
-def plain(columns: list[DemoColumn], pairs: list[tuple[str, str, str]], seconds: dict[str, float], files: list[Path]) -> dict[str, Any]:
+def plain(
+    columns: list[DemoColumn], pairs: list[tuple[str, str, str]], seconds: dict[str, float], files: list[Path]
+) -> dict[str, Any]:
     """The same as JSON values."""
     return {
         "questions": [{"image": name, "question": question, "answer": true} for name, question, true in pairs],
@@ -189,10 +206,14 @@ def plain(columns: list[DemoColumn], pairs: list[tuple[str, str, str]], seconds:
     }
 
 
-def show(columns: list[DemoColumn], pairs: list[tuple[str, str, str]], seconds: dict[str, float], files: list[Path]) -> None:
+def show(
+    columns: list[DemoColumn], pairs: list[tuple[str, str, str]], seconds: dict[str, float], files: list[Path]
+) -> None:
     """One table, and where the pictures are."""
     console, full = Console(highlight=False), columns[0]
-    console.print(f"The embedded tiny VLM answers {len(pairs)} questions: in full, then with DUET at three shares of the visual tokens\n")
+    console.print(
+        f"The embedded tiny VLM answers {len(pairs)} questions: in full, then with DUET at three shares of the visual tokens\n"
+    )
     table = Table("question", "truth", *(c.name for c in columns), box=None, pad_edge=False)
     last = ""
     for number, (name, question, true) in enumerate(pairs):
@@ -211,10 +232,15 @@ def show(columns: list[DemoColumn], pairs: list[tuple[str, str, str]], seconds: 
         f"time: prefill of the first question, pixels to first token, median of {ROUNDS} rounds in turns, one CPU thread, and the ratio of these "
         "medians; the vision tower costs nearly the same at every budget, and it is a large part of a model this small"
     )
-    console.print(f"\nlook at first: {files[0]} (what was kept, merged and dropped, and why)\nmore: {', '.join(map(str, files[1:]))}", soft_wrap=True)
+    console.print(
+        f"\nlook at first: {files[0]} (what was kept, merged and dropped, and why)\nmore: {', '.join(map(str, files[1:]))}",
+        soft_wrap=True,
+    )
 
 
-def _facts(pairs: list[tuple[str, str, str]], full: DemoColumn, seconds: dict[str, float]) -> list[tuple[str, Callable[[DemoColumn], str]]]:
+def _facts(
+    pairs: list[tuple[str, str, str]], full: DemoColumn, seconds: dict[str, float]
+) -> list[tuple[str, Callable[[DemoColumn], str]]]:
     """The lines below the questions."""
 
     def right(column: DemoColumn) -> str:
@@ -237,4 +263,3 @@ def _facts(pairs: list[tuple[str, str, str]], full: DemoColumn, seconds: dict[st
 def _cell(said: str, full: str, true: str) -> str:
     marks = ("[yellow]*[/yellow]" if said != full else "") + ("[red]x[/red]" if said != true else "")
     return f"{said} {marks}" if marks else said
-

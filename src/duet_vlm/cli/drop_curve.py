@@ -24,19 +24,36 @@ def drop_curve(
     task: Annotated[
         str, typer.Option("--task", "--tasks", help="tiny, a task of duet-vlm-lab (tiny-chain), or a .jsonl file.")
     ] = "tiny",
-    model: Annotated[str | None, typer.Option("--model", "-m", help="A local folder, or a hub id. Default: the embedded model for the task.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="A local folder, or a hub id. Default: the embedded model for the task."),
+    ] = None,
     layers: Annotated[
-        list[str] | None, typer.Option("--layers", help=f"Layers to measure. {SEVERAL} Default: all, or 12 spread over a deep decoder.")
+        list[str] | None,
+        typer.Option("--layers", help=f"Layers to measure. {SEVERAL} Default: all, or 12 spread over a deep decoder."),
     ] = None,
     budgets: Annotated[
-        list[str] | None, typer.Option("--budget", "--budgets", "-b", help=f"Also find the best schedule for these budgets. {SEVERAL}")
+        list[str] | None,
+        typer.Option("--budget", "--budgets", "-b", help=f"Also find the best schedule for these budgets. {SEVERAL}"),
     ] = None,
-    method: Annotated[str, typer.Option("--method", help="Whose schedule: a method that takes schedule= beside a budget.")] = "duet_plus",
-    tolerance: Annotated[float, typer.Option("--tolerance", min=0, max=1, help="Accuracy that may be lost where tokens count as read.")] = 0.01,
-    seeds: Annotated[list[str] | None, typer.Option("--seeds", "--seed", help=f"Streams of questions. {SEVERAL} Default: 0.")] = None,
-    limit: Annotated[str | None, typer.Option("--limit", metavar="N", help="Questions per seed, or 'all' that a task has. Default: 200.")] = None,
+    method: Annotated[
+        str, typer.Option("--method", help="Whose schedule: a method that takes schedule= beside a budget.")
+    ] = "duet_plus",
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", min=0, max=1, help="Accuracy that may be lost where tokens count as read.")
+    ] = 0.01,
+    seeds: Annotated[
+        list[str] | None, typer.Option("--seeds", "--seed", help=f"Streams of questions. {SEVERAL} Default: 0.")
+    ] = None,
+    limit: Annotated[
+        str | None,
+        typer.Option("--limit", metavar="N", help="Questions per seed, or 'all' that a task has. Default: 200."),
+    ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Questions per batch.")] = 40,
-    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes; default: one per GPU, without one as many as cores.")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", min=1, help="Processes; default: one per GPU, without one as many as cores."),
+    ] = None,
     name: Annotated[str, typer.Option("--name", help="What the results are called.")] = "drop-curve",
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for results and pictures.")] = OUT,
     restart: Annotated[bool, typer.Option("--restart", help="Drop results of that name and begin anew.")] = False,
@@ -57,7 +74,17 @@ def drop_curve(
 
         from duet_vlm.cli.eval_jobs import JobOptions, check_tasks, run_job, tell_progress
         from duet_vlm.evaluation.distributed import WorkerRank
-        from duet_vlm.evaluation.drop_curve import DEEP, FULL, check_takes_schedules, contest, curve_of, drops, layers_of, proposals, winners
+        from duet_vlm.evaluation.drop_curve import (
+            DEEP,
+            FULL,
+            check_takes_schedules,
+            contest,
+            curve_of,
+            drops,
+            layers_of,
+            proposals,
+            winners,
+        )
         from duet_vlm.evaluation.experiment import Experiment
         from duet_vlm.evaluation.tasks import task as task_of
         from duet_vlm.evaluation.tasks import usual_model
@@ -68,7 +95,9 @@ def drop_curve(
         if (stated := depth_of(check_model(source))) is not None:
             layers_of(stated, wanted_layers)
         if importlib.util.find_spec("matplotlib") is None:  # said now, not after hours
-            raise ImportError('the picture of the curve needs matplotlib: pip install ".[eval]" in your clone of duet-vlm')
+            raise ImportError(
+                'the picture of the curve needs matplotlib: pip install ".[eval]" in your clone of duet-vlm'
+            )
         from duet_vlm.evaluation.report.plots import all_plots
 
         depth = config_of(source).get_text_config().num_hidden_layers
@@ -89,11 +118,16 @@ def drop_curve(
             _show(curve, found["schedules"], tolerance)
             print(f"picture: {picture}")
         if budgets_wanted:
-            second = Experiment(task, contest(curve, method, budgets_wanted, tolerance), source, numbers, questions, batch, DEEP)
+            second = Experiment(
+                task, contest(curve, method, budgets_wanted, tolerance), source, numbers, questions, batch, DEEP
+            )
             file, result = run_job(second, f"{name}-schedules", wanted)
             assert result is not None  # this process is alone
             best = winners(result)
-            found |= {"best": {str(budget): _line(row) for budget, row in best.items()}, "contest": tell_progress(file, result)}
+            found |= {
+                "best": {str(budget): _line(row) for budget, row in best.items()},
+                "contest": tell_progress(file, result),
+            }
             if not json_:
                 for row in best.values():
                     print(_sentence(row))
@@ -110,8 +144,17 @@ def _layers(values: list[str] | None) -> tuple[int, ...]:
 
 
 def _facts(curve: DropCurve, tolerance: float) -> dict[str, Any]:
-    points = [{"layer": p.layer, "accuracy": p.accuracy, "difference": p.difference, "interval": p.interval, "kinds": p.kinds} for p in curve.points]
-    return {"depth": curve.depth, "full": curve.full, "needed_until": curve.needed_until(tolerance), "needs": curve.needs(), "points": points}
+    points = [
+        {"layer": p.layer, "accuracy": p.accuracy, "difference": p.difference, "interval": p.interval, "kinds": p.kinds}
+        for p in curve.points
+    ]
+    return {
+        "depth": curve.depth,
+        "full": curve.full,
+        "needed_until": curve.needed_until(tolerance),
+        "needs": curve.needs(),
+        "points": points,
+    }
 
 
 def _show(curve: DropCurve, schedules: dict[str, Any], tolerance: float) -> None:
@@ -119,16 +162,22 @@ def _show(curve: DropCurve, schedules: dict[str, Any], tolerance: float) -> None
     points = f"{100 * tolerance:g} point{'s'[: tolerance != 0.01]}"
     lost = f"within {points} of the full model's {curve.full:.3f}"
     if last == curve.depth:
-        print(f"Visual tokens matter in all {curve.depth} layers: without them from the last measured one on, accuracy is not {lost}.")
+        print(
+            f"Visual tokens matter in all {curve.depth} layers: without them from the last measured one on, accuracy is not {lost}."
+        )
     else:
-        print(f"Visual tokens stop mattering at layer {last} of {curve.depth}: without any from there on, accuracy stays {lost}.")
+        print(
+            f"Visual tokens stop mattering at layer {last} of {curve.depth}: without any from there on, accuracy stays {lost}."
+        )
     print("schedules that follow (layer, share of the entering tokens kept from there on):")
     for name, schedule in schedules.items():
         print(f"  {name:<10} {schedule}")
 
 
 def _line(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: row[key] for key in ("method", "budget", "label", "accuracy")} | {"schedule": row["settings"]["schedule"]}
+    return {key: row[key] for key in ("method", "budget", "label", "accuracy")} | {
+        "schedule": row["settings"]["schedule"]
+    }
 
 
 def _sentence(row: dict[str, Any]) -> str:

@@ -43,7 +43,11 @@ def friendly(debug: bool, as_json: bool = False, interrupted: str = "") -> Itera
         if debug or isinstance(error, typer.Exit):
             raise
         expected = isinstance(error, EXPECTED)
-        message = one_line(error) if expected else f"unexpected {type(error).__name__}: {one_line(error)} (--debug shows where)"
+        message = (
+            one_line(error)
+            if expected
+            else f"unexpected {type(error).__name__}: {one_line(error)} (--debug shows where)"
+        )
         if as_json:
             typer.echo(json.dumps({"error": message, "floor": getattr(error, "floor", None)}))
         typer.echo(f"error: {message}", err=True)
@@ -56,7 +60,8 @@ def friendly(debug: bool, as_json: bool = False, interrupted: str = "") -> Itera
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error without line breaks; the type where there is no message, the file where it is the system's."""
+    """The message of an error without line breaks; the type where there is no message, the file where it is the
+    system's."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 METHODS = "duet,visionzip,pyramiddrop,fastv,random,uniform"
 BUDGETS = "0.33,0.22,0.11"
 LIMIT = 200  # questions: minutes on a CPU, intervals of a few points
-EPILOG = "On several machines: accelerate launch -m duet_vlm.cli.main eval ..., with --out on a folder that all of them see."
+EPILOG = (
+    "On several machines: accelerate launch -m duet_vlm.cli.main eval ..., with --out on a folder that all of them see."
+)
 OUT = Path("out/eval")  # lab/comparison/ holds the results that this repository publishes
 
 Texts = list[str] | None
@@ -42,7 +44,9 @@ def evaluate(
     tasks: Annotated[
         Texts,
         typer.Option(
-            "--tasks", "--task", help=f"tiny, a task of duet-vlm-lab (tiny-chain), or .jsonl files. {SEVERAL} Default: tiny."
+            "--tasks",
+            "--task",
+            help=f"tiny, a task of duet-vlm-lab (tiny-chain), or .jsonl files. {SEVERAL} Default: tiny.",
         ),
     ] = None,
     model: Annotated[
@@ -52,30 +56,61 @@ def evaluate(
     methods: Annotated[
         Texts,
         typer.Option(
-            "--methods", "--method", help=f"Settings in brackets: duet[text_query=last]; or duet.json, ./mine.py. {SEVERAL} Default: {METHODS}."
+            "--methods",
+            "--method",
+            help=f"Settings in brackets: duet[text_query=last]; or duet.json, ./mine.py. {SEVERAL} Default: {METHODS}.",
         ),
     ] = None,
-    budgets: Annotated[Texts, typer.Option("--budgets", "--budget", "-b", help=f"{SEVERAL} Default: {BUDGETS}.")] = None,
-    presets: Annotated[Texts, typer.Option("--presets", "--preset", help=f"Named presets to run as well. {SEVERAL}")] = None,
-    oracle: Annotated[bool, typer.Option("--oracle", help="Add the reference that knows which tokens the answer needs.")] = False,
-    seeds: Annotated[Texts, typer.Option("--seeds", "--seed", help=f"Streams of questions. {SEVERAL} Default: 0.")] = None,
+    budgets: Annotated[
+        Texts, typer.Option("--budgets", "--budget", "-b", help=f"{SEVERAL} Default: {BUDGETS}.")
+    ] = None,
+    presets: Annotated[
+        Texts, typer.Option("--presets", "--preset", help=f"Named presets to run as well. {SEVERAL}")
+    ] = None,
+    oracle: Annotated[
+        bool, typer.Option("--oracle", help="Add the reference that knows which tokens the answer needs.")
+    ] = False,
+    seeds: Annotated[
+        Texts, typer.Option("--seeds", "--seed", help=f"Streams of questions. {SEVERAL} Default: 0.")
+    ] = None,
     limit: Annotated[
-        str | None, typer.Option("--limit", metavar="N", help=f"The first N questions of each seed, or 'all' that a task has. Default: {LIMIT}.")
+        str | None,
+        typer.Option(
+            "--limit",
+            metavar="N",
+            help=f"The first N questions of each seed, or 'all' that a task has. Default: {LIMIT}.",
+        ),
     ] = None,
     against: Annotated[
-        str | None, typer.Option("--against", help="The run that all others are tested against, by its label. Default: duet, where it runs.")
+        str | None,
+        typer.Option(
+            "--against", help="The run that all others are tested against, by its label. Default: duet, where it runs."
+        ),
     ] = None,
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Questions per batch. Default: 40.")] = None,
     chunk_frames: ChunkFrames = None,
     still_frames: StillFrames = None,
-    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes; default: one per GPU, without one as many as cores.")] = None,
-    timing_rounds: Annotated[int, typer.Option("--timing-rounds", min=0, help="Rounds of the prefill timing; 0 leaves it out.")] = 20,
-    experiment: Annotated[
-        Path | None, typer.Option("--experiment", help="An experiment file in place of all options above but --workers and --timing-rounds.")
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", min=1, help="Processes; default: one per GPU, without one as many as cores."),
     ] = None,
-    name: Annotated[str | None, typer.Option("--name", help="What the result is called. Default: eval, or the experiment file's name.")] = None,
+    timing_rounds: Annotated[
+        int, typer.Option("--timing-rounds", min=0, help="Rounds of the prefill timing; 0 leaves it out.")
+    ] = 20,
+    experiment: Annotated[
+        Path | None,
+        typer.Option(
+            "--experiment", help="An experiment file in place of all options above but --workers and --timing-rounds."
+        ),
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option("--name", help="What the result is called. Default: eval, or the experiment file's name."),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for TASK/experiments and TASK/results.")] = OUT,
-    restart: Annotated[bool, typer.Option("--restart", help="Drop an unfinished or finished result of that name and begin anew.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Drop an unfinished or finished result of that name and begin anew.")
+    ] = False,
     device: Device = None,
     json_: AsJson = False,
     debug: Debug = False,
@@ -90,13 +125,21 @@ def evaluate(
         from duet_vlm.evaluation.experiment import read
 
         plain_name("--name", name)
-        asked: dict[str, Any] = {"--tasks": tasks, "--model": model, "--methods": methods, "--budgets": budgets, "--presets": presets}
+        asked: dict[str, Any] = {
+            "--tasks": tasks,
+            "--model": model,
+            "--methods": methods,
+            "--budgets": budgets,
+            "--presets": presets,
+        }
         asked |= {"--oracle": oracle, "--seeds": seeds, "--limit": limit, "--against": against, "--batch": batch}
         asked |= {"--chunk-frames": chunk_frames, "--still-frames": still_frames}
         if experiment is not None:
             given = [option for option, value in asked.items() if value not in (None, []) and value is not False]
             if given:
-                raise ValueError(f"--experiment {experiment} says what is asked: leave out {', '.join(given)}, or change a copy of the file")
+                raise ValueError(
+                    f"--experiment {experiment} says what is asked: leave out {', '.join(given)}, or change a copy of the file"
+                )
             jobs = [read(experiment)]
         else:
             cells, numbers, questions = _cells(methods, budgets, presets, oracle), seeds_of(seeds), limit_of(limit)
@@ -139,7 +182,9 @@ def _pieces(chunk_frames: int | None, still_frames: float | None, names: list[st
     if chunk_frames is None and still_frames is None:
         return {}
     without = [name for name in names if not task(name).clips]
-    return pieces_of(chunk_frames, still_frames, not without, f"take tasks with clips in place of --tasks {','.join(without)}")
+    return pieces_of(
+        chunk_frames, still_frames, not without, f"take tasks with clips in place of --tasks {','.join(without)}"
+    )
 
 
 def _cells(methods: Texts, budgets: Texts, presets: Texts, oracle: bool) -> tuple[dict[str, Any], ...]:
@@ -153,7 +198,13 @@ def _cells(methods: Texts, budgets: Texts, presets: Texts, oracle: bool) -> tupl
     for name, pairs in named:
         method, own, kept = method_of(name, *REFERENCES)
         check_settings(method, kept | settings_of(pairs))
-        cells.append({"method": method, "budgets": wanted if own is None or budgets else [own], "settings": kept | settings_of(pairs)})
+        cells.append(
+            {
+                "method": method,
+                "budgets": wanted if own is None or budgets else [own],
+                "settings": kept | settings_of(pairs),
+            }
+        )
     cells += [{"preset": preset} for preset in published]
     return (*cells, {"method": ORACLE, "budgets": wanted}) if oracle else tuple(cells)
 

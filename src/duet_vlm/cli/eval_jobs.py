@@ -51,7 +51,9 @@ class JobOptions:
     worker: WorkerRank
 
     @staticmethod
-    def checked(out: Path, restart: bool, workers: int | None, timing_rounds: int, device: str | None, quiet: bool) -> JobOptions:
+    def checked(
+        out: Path, restart: bool, workers: int | None, timing_rounds: int, device: str | None, quiet: bool
+    ) -> JobOptions:
         """Options with an existing device, a writable folder, and the default number of processes."""
         from duet_vlm.api.loading import device_for
         from duet_vlm.evaluation.distributed import WorkerRank, gpus
@@ -61,7 +63,9 @@ class JobOptions:
         if restart:
             worker.check_restart(f"result and .parts folder of that name in {out}/TASK/results")
         if worker.world > 1 and (workers or 1) > 1:
-            raise ValueError(f"--workers {workers}: a launcher has started {worker.world} processes; have it start more of them instead")
+            raise ValueError(
+                f"--workers {workers}: a launcher has started {worker.world} processes; have it start more of them instead"
+            )
         if worker.world > 1:
             usual = 1
         else:
@@ -80,7 +84,9 @@ def check_tasks(jobs: list[Experiment]) -> None:
         names.append(found.name)
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"--tasks: two are called {', '.join(twice)} and would have one result; run them one by one, with different --out")
+        raise ValueError(
+            f"--tasks: two are called {', '.join(twice)} and would have one result; run them one by one, with different --out"
+        )
 
 
 def run_job(job: Experiment, name: str, wanted: JobOptions) -> tuple[Path, dict[str, Any] | None]:
@@ -102,7 +108,9 @@ def run_job(job: Experiment, name: str, wanted: JobOptions) -> tuple[Path, dict[
                 for journal in journals.glob("*.jsonl"):
                     journal.unlink()
             if result.exists() and load(result)["experiment"] != job.to_json():
-                raise ValueError(f"{result} holds another experiment; choose another --name, or --restart to replace it")
+                raise ValueError(
+                    f"{result} holds another experiment; choose another --name, or --restart to replace it"
+                )
             if result.exists() and load(result)["questions"].get("contents") != asked.digest(asked.count(job.limit)):
                 other = f"answers to other questions or pictures than {job.task} has now"
                 raise ValueError(f"{result} holds {other}; choose another --name, or --restart to replace it")
@@ -129,7 +137,8 @@ def tell_progress(file: Path, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _made(job: Experiment, name: str, result: Path, journals: Path, wanted: JobOptions) -> bool:
-    """Ask, and write the result unless others are not done yet or one of them does: whether this process has written it."""
+    """Ask, and write the result unless others are not done yet or one of them does: whether this process has written
+    it."""
     from duet_vlm.evaluation.journal import HeldError, alone
     from duet_vlm.evaluation.results import save
 
@@ -161,11 +170,24 @@ def _tidy(result: Path, journals: Path) -> None:
 def _asked(job: Experiment, journals: Path, wanted: JobOptions, over: Callable[[], bool]) -> RunAnswers | None:
     """The answers, with a bar on stderr, or lines where several processes write to it."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     from duet_vlm.evaluation.run import gather
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     progress = Progress(*columns, console=Console(stderr=True))
     bar = progress.add_task(f"{job.task}: batches of {job.batch}", total=None)
 
@@ -177,7 +199,15 @@ def _asked(job: Experiment, journals: Path, wanted: JobOptions, over: Callable[[
         progress.update(bar, completed=done, total=total)
 
     try:
-        return gather(job, journals, device=wanted.device, workers=wanted.workers, worker=wanted.worker, advance=advance, over=over)
+        return gather(
+            job,
+            journals,
+            device=wanted.device,
+            workers=wanted.workers,
+            worker=wanted.worker,
+            advance=advance,
+            over=over,
+        )
     finally:
         if progress.live.is_started:
             progress.stop()

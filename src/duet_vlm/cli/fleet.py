@@ -66,12 +66,16 @@ class Fleet:
         )
         return cls(sheet, dtype, batch, text, new, requests, assumed)
 
-    def show(self, name: str, skeletal: Any, reductions: Sequence[Reduction], tokens: int | None, parts: int, as_json: bool) -> None:
+    def show(
+        self, name: str, skeletal: Any, reductions: Sequence[Reduction], tokens: int | None, parts: int, as_json: bool
+    ) -> None:
         """Predict the untouched model and the budgets (of one method), and print them."""
         weights = sum(p.numel() for p in skeletal.parameters())
         first, asked = reductions[0], [reduction.budget for reduction in reductions if reduction.budget is not None]
         own = not asked and (bool(first.fields) or not isinstance(first.method, str | None))
-        with (first if own else dataclasses.replace(first, budget=asked[0] if asked else 1.0)).attach(skeletal) as handle:
+        with (first if own else dataclasses.replace(first, budget=asked[0] if asked else 1.0)).attach(
+            skeletal
+        ) as handle:
             adapter = handle.adapter
             model = ModelCost(adapter.decoder_dims(), adapter.vision_dims(), weights)
             count = tokens or (adapter.fixed_tokens or 0) * parts or TOKENS
@@ -101,7 +105,9 @@ class Fleet:
             "requests_per_second": found.requests_per_second, "devices_for_load": found.devices_for(self.requests), "found": found,
         }  # fmt: skip
 
-    def _plain(self, name: str, method: str, tokens: int, parts: int, weights: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def _plain(
+        self, name: str, method: str, tokens: int, parts: int, weights: int, rows: list[dict[str, Any]]
+    ) -> dict[str, Any]:
         request = {"tokens": tokens, "parts": parts, "text": self.text, "new": self.new, "batch": self.batch}
         return {
             "model": name, "method": method, "weights": weights, "device": dataclasses.asdict(self.device), "dtype": self.dtype,
@@ -112,8 +118,12 @@ class Fleet:
     def _print(self, name: str, method: str, tokens: int, parts: int, weights: int, rows: list[dict[str, Any]]) -> None:
         console = Console(highlight=False)
         request = f"an image of {tokens} visual tokens" + (f" in {parts} parts" if parts > 1 else "")
-        console.print(f"[bold]predicted[/bold] from shapes, nothing was run: {method} on {name}, {_count(weights)} weights in {self.dtype}")
-        console.print(f"batch of {self.batch}: {request}, {self.text} text tokens, {self.new} new tokens; {self.device.name}\n")
+        console.print(
+            f"[bold]predicted[/bold] from shapes, nothing was run: {method} on {name}, {_count(weights)} weights in {self.dtype}"
+        )
+        console.print(
+            f"batch of {self.batch}: {request}, {self.text} text tokens, {self.new} new tokens; {self.device.name}\n"
+        )
         full: Prediction | None = rows[0]["found"] if rows and "found" in rows[0] else None
         table = Table("budget", *(_label(row) for row in rows), box=None, pad_edge=False)
         for column in table.columns[1:]:
@@ -122,7 +132,9 @@ class Fleet:
             table.add_row(what, *(cell(row, row["found"]) if "found" in row else "infeasible" for row in rows))
         console.print(table)
         if full is not None:
-            bounds = f"vision bound by {full.vision.bound}, prefill by {full.prefill.bound}, decode by {full.decode.bound}"
+            bounds = (
+                f"vision bound by {full.vision.bound}, prefill by {full.prefill.bound}, decode by {full.decode.bound}"
+            )
             shared = f"{_gigabytes(full)} GB on {'1 device' if full.devices == 1 else f'{full.devices} devices that share a model'}"
             console.print(f"\nfull model: {bounds}; {shared}")
         sheet, a = self.device, self.assumed

@@ -20,18 +20,29 @@ EPILOG = "On several GPUs or machines: accelerate launch -m duet_vlm.cli.main ge
 @resumable
 def generate(
     data: Annotated[
-        str, typer.Option("--data", help="A .jsonl file with image (or video) and question in each line (id too, if you like), or a folder.")
+        str,
+        typer.Option(
+            "--data",
+            help="A .jsonl file with image (or video) and question in each line (id too, if you like), or a folder.",
+        ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The .jsonl file of the answers; journals are kept beside it in OUT.parts.")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="The .jsonl file of the answers; journals are kept beside it in OUT.parts."),
+    ],
     reduction: Reduction,
     json_: bool,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The question, where --data is a folder of pictures.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="The question, where --data is a folder of pictures.")
+    ] = None,
     model: Model = "tiny",
     batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts that are answered at once.")] = 8,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 64,
     chunk_frames: ChunkFrames = None,
     still_frames: StillFrames = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Drop what is recorded and begin anew (one process only).")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Drop what is recorded and begin anew (one process only).")
+    ] = False,
     device: Device = None,
 ) -> None:
     """Answer many prompts into a file. A picture that cannot be read costs its own line only."""
@@ -60,7 +71,9 @@ def generate(
     def attach() -> Handle:
         return reduction.attach(loaded.model, loaded.processor, **pieces)
 
-    complete = answers(loaded, asked, out, attach, batch=batch, max_new_tokens=max_new_tokens, worker=worker, advance=advance)
+    complete = answers(
+        loaded, asked, out, attach, batch=batch, max_new_tokens=max_new_tokens, worker=worker, advance=advance
+    )
     if json_:
         print(f'{{"complete": {str(complete).lower()}, "rank": {worker.rank}, "world": {worker.world}}}')
     elif complete:

@@ -65,7 +65,8 @@ EPILOGS = {"eval": eval.EPILOG, "generate": generate.EPILOG, "train": train.EPIL
 
 
 class Verbs(TyperGroup):
-    """The list of verbs in panels; all other help and every usage error stays plain text, which a narrow terminal, a log and a page can hold."""
+    """The list of verbs in panels; all other help and every usage error stays plain text, which a narrow terminal, a
+    log and a page can hold."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         from typer import rich_utils
@@ -95,7 +96,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def main(
-    show_version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
     """Vision-language models made faster by spending fewer visual tokens."""
 

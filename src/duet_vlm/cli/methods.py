@@ -17,12 +17,14 @@ from duet_vlm.cli.options import AsJson, Debug
 
 
 def methods(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Only these, with their settings.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Only these, with their settings.")
+    ] = None,
     json_: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """List the methods: paper, what they do, where they reduce, whether they look at the text. Of methods by name also idea, cost, needs,
-    settings, and the families that cannot run them."""
+    """List the methods: paper, what they do, where they reduce, whether they look at the text. Of methods by name also
+    idea, cost, needs, settings, and the families that cannot run them."""
     with friendly(debug, json_):
         rows = chosen("methods", "name", names)
         if json_:

@@ -43,5 +43,7 @@ def models(
         for row in found:
             console.print(f"[bold]{row['family']}[/bold] (such as {row['example']}): {row['notes']}", soft_wrap=True)
         print(f"\nevery family: {', '.join(same)}")
-        print("'tiny', the default of --model, is a small llava that ships with the package; duet-vlm-lab has a small llava_next")
+        print(
+            "'tiny', the default of --model, is a small llava that ships with the package; duet-vlm-lab has a small llava_next"
+        )
         print("('tiny-page') and small video_llavas ('tiny-video', 'tiny-long')")

@@ -17,7 +17,8 @@ from duet_vlm.cli.options import Debug
 
 PACKAGE = Path(str(duet_vlm.__file__)).parent
 SKELETONS = Path(__file__).with_name("skeletons")
-TESTED = {"entry": '{"keep": 0.4}', "decoder": '{"layer": 2, "keep": 0.4}'}  # settings that bite in the tests' small decoders
+# settings that bite in the tests' small decoders
+TESTED = {"entry": '{"keep": 0.4}', "decoder": '{"layer": 2, "keep": 0.4}'}
 CASES, PAPERS = "tests/method_matrix.py", "PAPERS.md"
 MATRIX = "REDUCING: dict[str, dict[str, Any]] = {\n"  # the new row of the tests goes behind this line
 FOLDERS = {"entry": "encoder", "decoder": "decoder"}  # of methods, by where they reduce
@@ -25,8 +26,13 @@ TABLE = re.compile(r"^\| `contrast` \|", re.M)  # and that of the papers in fron
 
 
 def new_method(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Lower-case letters, digits and underscores, as in attach(model, NAME).")],
-    where: Annotated[str, typer.Option("--where", help="'entry' (before the decoder) or 'decoder' (drops inside it).")] = "entry",
+    name: Annotated[
+        str,
+        typer.Argument(metavar="NAME", help="Lower-case letters, digits and underscores, as in attach(model, NAME)."),
+    ],
+    where: Annotated[
+        str, typer.Option("--where", help="'entry' (before the decoder) or 'decoder' (drops inside it).")
+    ] = "entry",
     paper: Annotated[str, typer.Option("--paper", help="Name, venue, arXiv number.")] = "ours",
     clone: Annotated[Path, typer.Option("--clone", help="Folder of the clone.")] = Path("."),
     debug: Debug = False,
@@ -41,7 +47,9 @@ def new_method(
             other = f"this command runs another copy of the package ({PACKAGE}), which does not have {name}"
             print(f"{other}: run 'pip install -e .' in {clone.resolve()}")
             print(f"until then: --method {method} in place of --method {name}")
-        print(f"next: write your method, then 'make tables', 'make lint' and 'python -m pytest tests/test_invariants.py -k {name}' (CONTRIBUTING.md)")
+        print(
+            f"next: write your method, then 'make tables', 'make lint' and 'python -m pytest tests/test_invariants.py -k {name}' (CONTRIBUTING.md)"
+        )
 
 
 def place_of(name: str, where: str) -> str:
@@ -65,7 +73,9 @@ def written(name: str, where: str, paper: str, clone: Path) -> dict[Path, str]:
     if where not in TESTED:
         raise ValueError(f"--where {where}: give 'entry' (before the decoder) or 'decoder' (drops inside it)")
     if not re.fullmatch(r'[^\n|"\\]{1,60}', paper):
-        raise ValueError(f"--paper {paper}: at most 60 letters in one line, without quotes and bars, e.g. 'FastV, ECCV 2024, arXiv 2403.06764'")
+        raise ValueError(
+            f"--paper {paper}: at most 60 letters in one line, without quotes and bars, e.g. 'FastV, ECCV 2024, arXiv 2403.06764'"
+        )
     method, cases, papers = (clone / path for path in (place_of(name, where), CASES, PAPERS))
     missing = [str(path) for path in (method.parent, cases, papers) if not path.exists()]
     if missing:
@@ -76,10 +86,14 @@ def written(name: str, where: str, paper: str, clone: Path) -> dict[Path, str]:
     row = TABLE.search(table)
     if MATRIX not in tests or row is None:
         changed = CASES if MATRIX not in tests else PAPERS
-        raise ValueError(f"--clone {clone}: {changed} is of another version than this command; install that clone and take its own")
+        raise ValueError(
+            f"--clone {clone}: {changed} is of another version than this command; install that clone and take its own"
+        )
     title = "".join(word.capitalize() for word in name.split("_"))
     return {
-        method: Template((SKELETONS / f"{where}.txt").read_text(encoding="utf-8")).substitute(name=name, title=title, paper=paper),
+        method: Template((SKELETONS / f"{where}.txt").read_text(encoding="utf-8")).substitute(
+            name=name, title=title, paper=paper
+        ),
         cases: tests.replace(MATRIX, f'{MATRIX}    "{name}": {TESTED[where]},\n'),
         papers: f"{table[: row.start()]}| `{name}` | {paper} | - | - |\n{table[row.start() :]}",
     }

@@ -29,14 +29,23 @@ if TYPE_CHECKING:
 
 SEVERAL = "Several: commas between, or the option again."
 
-Model = Annotated[str, typer.Option("--model", "-m", help="'tiny' (ships with the package), a local folder, or a hub id.")]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="'tiny' (ships with the package), a local folder, or a hub id.")
+]
 Images = Annotated[list[Path] | None, typer.Option("--image", "-i", help=f"Image file. {SEVERAL}")]
 Videos = Annotated[list[Path] | None, typer.Option("--video", help=f"Video file (needs the 'video' extra). {SEVERAL}")]
-FrameCount = Annotated[int | None, typer.Option("--frames", min=1, help="Frames taken of each clip, evenly spaced. Default: the model's, else 8.")]
+FrameCount = Annotated[
+    int | None,
+    typer.Option("--frames", min=1, help="Frames taken of each clip, evenly spaced. Default: the model's, else 8."),
+]
 Rate = Annotated[float | None, typer.Option("--fps", help="Frames taken per second of a clip, in place of --frames.")]
 ChunkFrames = Annotated[
     int | None,
-    typer.Option("--chunk-frames", min=1, help="Frames of a clip that go through the vision tower at a time: the same answer, in less memory."),
+    typer.Option(
+        "--chunk-frames",
+        min=1,
+        help="Frames of a clip that go through the vision tower at a time: the same answer, in less memory.",
+    ),
 ]
 StillFrames = Annotated[
     float | None,
@@ -67,12 +76,19 @@ Preset = Annotated[
 ]
 BudgetText = Annotated[
     list[str] | None,
-    typer.Option("--budget", "-b", metavar="TEXT", help="Mean visual tokens per decoder layer and image (64), or that as a fraction (0.22 or 22%)."),
+    typer.Option(
+        "--budget",
+        "-b",
+        metavar="TEXT",
+        help="Mean visual tokens per decoder layer and image (64), or that as a fraction (0.22 or 22%).",
+    ),
 ]
 Positions = Annotated[str | None, typer.Option("--positions", help="'keep' (default) or 'compact'.")]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method, e.g. --set 'schedule=((16, .5), (24, 0.0))'."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="A setting of the method, e.g. --set 'schedule=((16, .5), (24, 0.0))'."
+    ),
 ]
 Device = Annotated[str | None, typer.Option("--device", help="Where to run; default: cuda if there is one, else cpu.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
@@ -80,7 +96,8 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 
 def several(values: Sequence[str] | None) -> list[str]:
-    """The values of an option that takes several: ``-b .33 -b .11`` and ``-b .33,.11`` are the same. Commas inside brackets separate nothing."""
+    """The values of an option that takes several: ``-b .33 -b .11`` and ``-b .33,.11`` are the same. Commas inside
+    brackets separate nothing."""
     return [part for value in values or () for part in _separated(value)]
 
 
@@ -97,7 +114,9 @@ def _separated(text: str) -> list[str]:
 
 def several_paths(values: Sequence[Path] | None) -> list[Path]:
     """As ``several``, for files: a comma in the name of an existing file separates nothing."""
-    return [path for value in values or () for path in ([value] if value.exists() else map(Path, _separated(str(value))))]
+    return [
+        path for value in values or () for path in ([value] if value.exists() else map(Path, _separated(str(value))))
+    ]
 
 
 def one(option: str, values: Sequence[str] | None) -> str | None:
@@ -153,7 +172,9 @@ class VisualInputs:
     paths: list[Path] = field(default_factory=list)
 
     @classmethod
-    def of(cls, images: list[Path] | None, videos: list[Path] | None, frames: int | None, fps: float | None, prompt: str) -> VisualInputs:
+    def of(
+        cls, images: list[Path] | None, videos: list[Path] | None, frames: int | None, fps: float | None, prompt: str
+    ) -> VisualInputs:
         """As the options say; ``prompt`` is what is asked about them.
 
         Raises
@@ -191,7 +212,9 @@ def pieces_of(chunk_frames: int | None, still_frames: float | None, clips: bool,
     given = {"--chunk-frames": chunk_frames, "--still-frames": still_frames}
     found = {option: value for option, value in given.items() if value is not None}
     if found and not clips:
-        raise ValueError(f"{' and '.join(f'{option} {value}' for option, value in found.items())}: no clip is shown; {remedy}, or leave it out")
+        raise ValueError(
+            f"{' and '.join(f'{option} {value}' for option, value in found.items())}: no clip is shown; {remedy}, or leave it out"
+        )
     return {option.removeprefix("--").replace("-", "_"): value for option, value in found.items()}
 
 
@@ -207,15 +230,24 @@ def budget_of(text: str | None) -> int | float | None:
         return None
     value = read_budget(text, "--budget")
     if value == 1 and isinstance(value, int):
-        typer.echo("warning: --budget 1 is one token per image; all tokens are 1.0 or 100%. Did you mean 1.0?", err=True)
+        typer.echo(
+            "warning: --budget 1 is one token per image; all tokens are 1.0 or 100%. Did you mean 1.0?", err=True
+        )
     return value
 
 
 def warn_of_more(budget: int | float | None, tokens: Sequence[int]) -> None:
-    """Say that a token count above what every picture has keeps all of them; ``tokens``: those of each picture and clip."""
+    """Say that a token count above what every picture has keeps all of them; ``tokens``: those of each picture and
+    clip."""
     if isinstance(budget, int) and tokens and budget >= max(tokens):
-        pictures = f"the picture or clip has {tokens[0]}" if len(tokens) == 1 else f"the largest picture or clip has {max(tokens)}"
-        typer.echo(f"warning: --budget {budget}: {pictures} visual tokens, so all are kept and nothing is reduced", err=True)
+        pictures = (
+            f"the picture or clip has {tokens[0]}"
+            if len(tokens) == 1
+            else f"the largest picture or clip has {max(tokens)}"
+        )
+        typer.echo(
+            f"warning: --budget {budget}: {pictures} visual tokens, so all are kept and nothing is reduced", err=True
+        )
 
 
 def budgets_of(values: Sequence[str] | None) -> list[int | float]:
@@ -269,7 +301,8 @@ class Reduction:
             check_settings(known["method"], self.fields)
 
     def known(self, model: str | nn.Module) -> dict[str, Any] | None:
-        """Method, budget and settings on a model (or one by its name), as far as that is known: not of presets, nor of a hub id's memory."""
+        """Method, budget and settings on a model (or one by its name), as far as that is known: not of presets, nor of
+        a hub id's memory."""
         own = {"method": self.method, "budget": self.budget, "settings": self.fields}
         if self.method is not None:
             return own if isinstance(self.method, str) else None
@@ -285,7 +318,8 @@ class Reduction:
         return kept | {"budget": budget, "settings": kept["settings"] | self.fields}
 
     def lacks_budget(self, model: str | nn.Module) -> bool:
-        """True where nothing says how many tokens the method is to keep: by the lists where the model is only named, else as the method says."""
+        """True where nothing says how many tokens the method is to keep: by the lists where the model is only named,
+        else as the method says."""
         known = self.known(model)
         lacks = needs_budget if isinstance(model, str) else refuses_without_budget
         return known is not None and known["budget"] is None and lacks(known["method"], known["settings"])
@@ -301,8 +335,8 @@ class Reduction:
 
 
 def method_of(name: str, *others: str) -> tuple[str, int | float | None, dict[str, Any]]:
-    """Method, budget and settings that ``--method`` names, be it a method (then without the other two), a Python file that registers one, or a file
-    that holds all three; ``others`` as ``check_method``.
+    """Method, budget and settings that ``--method`` names, be it a method (then without the other two), a Python file
+    that registers one, or a file that holds all three; ``others`` as ``check_method``.
 
     Raises
     ------
@@ -310,7 +344,9 @@ def method_of(name: str, *others: str) -> tuple[str, int | float | None, dict[st
         An unknown method, or a file without one.
     """
     found = load_from_file(name) if is_method_file(name) else {"method": name, "budget": None, "settings": {}}
-    parts = [method_files.announce(part) if method_files.names_module(part) else part for part in _stages(found["method"])]
+    parts = [
+        method_files.announce(part) if method_files.names_module(part) else part for part in _stages(found["method"])
+    ]
     check_method("+".join(parts), *others)
     return "+".join(parts), found["budget"], found["settings"]
 
@@ -321,7 +357,11 @@ def _stages(method: str) -> list[str]:
 
 
 def reductions_of(
-    method: list[str] | None, preset: list[str] | None, budget: list[str] | None, positions: str | None, settings: list[str] | None
+    method: list[str] | None,
+    preset: list[str] | None,
+    budget: list[str] | None,
+    positions: str | None,
+    settings: list[str] | None,
 ) -> list[Reduction]:
     """The texts of the shared options as values: a reduction for each budget.
 
@@ -361,8 +401,9 @@ def _shared(
 
 
 def reducing(verb: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb the shared options; it receives them as ``reduction`` (or ``reductions``, where it takes several budgets) and ``json_``, and
-    its errors as one line. What can be known to be wrong without the model is refused before the verb begins."""
+    """Give a verb the shared options; it receives them as ``reduction`` (or ``reductions``, where it takes several
+    budgets) and ``json_``, and its errors as one line. What can be known to be wrong without the model is refused
+    before the verb begins."""
     return _reducing(verb)
 
 
@@ -386,12 +427,18 @@ def _reducing(verb: Callable[..., None], interrupted: str = "") -> Callable[...,
     shared = list(inspect.signature(_shared, eval_str=True).parameters.values())
 
     @functools.wraps(verb)
-    def command(method: Any, preset: Any, budget: Any, positions: Any, settings: Any, json_: bool, debug: bool, **values: Any) -> None:
+    def command(
+        method: Any, preset: Any, budget: Any, positions: Any, settings: Any, json_: bool, debug: bool, **values: Any
+    ) -> None:
         with friendly(debug, json_, interrupted):
             if "reduction" in parameters:
                 one("--budget", budget)
             found = _checked(reductions_of(method, preset, budget, positions, settings), values)
-            verb(**values, json_=json_, **({"reductions": found} if "reductions" in parameters else {"reduction": found[0]}))
+            verb(
+                **values,
+                json_=json_,
+                **({"reductions": found} if "reductions" in parameters else {"reduction": found[0]}),
+            )
 
     command.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in (*own, *shared)}  # typer reads both

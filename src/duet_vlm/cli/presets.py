@@ -16,7 +16,9 @@ from duet_vlm.cli.options import AsJson, Debug
 
 
 def presets(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Only these, with their settings.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Only these, with their settings.")
+    ] = None,
     json_: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -33,4 +35,6 @@ def presets(
             told = row["source"] + (f"\nsettings: {changed}" if names else "")
             table.add_row(row["name"], row["method"], row["model"], f"{row['mean']:g} of {row['tokens']}", told)
         Console(highlight=False).print(table)
-        print("tokens: mean visual tokens per decoder layer, of an image (a frame) there; 'duet-vlm run --preset NAME' uses one")
+        print(
+            "tokens: mean visual tokens per decoder layer, of an image (a frame) there; 'duet-vlm run --preset NAME' uses one"
+        )

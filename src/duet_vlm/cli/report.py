@@ -15,7 +15,9 @@ from duet_vlm.cli.options import AsJson, Debug, several_paths
 
 def report(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Result files that 'duet-vlm eval' wrote.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the page, the tables and the plots.")] = Path("out/report"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the page, the tables and the plots.")] = Path(
+        "out/report"
+    ),
     json_: AsJson = False,
     debug: Debug = False,
 ) -> None:

@@ -31,6 +31,7 @@ from duet_vlm.cli.timed_answer import TimedAnswer, timed_answer
 
 BUDGET = 0.22  # where nobody names one
 
+
 @reducing
 def run(
     prompt: Prompt,
@@ -41,7 +42,9 @@ def run(
     frames: FrameCount = None,
     fps: Rate = None,
     model: Model = "tiny",
-    compare: Annotated[bool, typer.Option("--compare", help="Also answer with the full model, and say how long each took.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also answer with the full model, and say how long each took.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 64,
     chunk_frames: Annotated[
         int | None,
@@ -89,9 +92,17 @@ def run(
             with handle.paused():
                 full = timed_answer(loaded, inputs, max_new_tokens, not json_)
     if json_:
-        values: dict[str, Any] = {"model": model, "prompt": prompt, "answer": short.text, "full_answer": full and full.text}
+        values: dict[str, Any] = {
+            "model": model,
+            "prompt": prompt,
+            "answer": short.text,
+            "full_answer": full and full.text,
+        }
         values["timing"] = {"reduced": _plain(short), "full": full and _plain(full)}
-        values["clips"] = [{"file": str(path), "frames": clip.indices, "of": clip.total} for path, clip in zip(shown.videos, clips, strict=True)]
+        values["clips"] = [
+            {"file": str(path), "frames": clip.indices, "of": clip.total}
+            for path, clip in zip(shown.videos, clips, strict=True)
+        ]
         print(json.dumps(values | {"report": json.loads(report.to_json())}))
         return
     if full is not None:

@@ -18,14 +18,23 @@ from duet_vlm.cli.errors import friendly
 from duet_vlm.cli.options import Debug, Reduction, budget_of, one, reductions_of, settings_of
 from duet_vlm.reducers.persistence import is_method_file
 
-MAX_PIXELS = 89_000_000  # of an image in a request: above it vLLM says so, above twice as many Pillow, and that as a fault of the server
+# of an image in a request: above it vLLM says so, above twice as many Pillow, and that as a fault of the server
+MAX_PIXELS = 89_000_000
 NO_HOST = "none.invalid"  # a name that nobody can have: of a server that shall fetch nothing
 
-Method = Annotated[list[str] | None, typer.Option("--method", metavar="TEXT", help="On vLLM one in front of the decoder. Default: duet_plus.")]
-BudgetText = Annotated[
-    list[str] | None, typer.Option("--budget", "-b", metavar="TEXT", help="Visual tokens of an image or clip that enter (64), or that fraction.")
+Method = Annotated[
+    list[str] | None,
+    typer.Option("--method", metavar="TEXT", help="On vLLM one in front of the decoder. Default: duet_plus."),
 ]
-Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method, e.g. --set alpha=1.0.")]
+BudgetText = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--budget", "-b", metavar="TEXT", help="Visual tokens of an image or clip that enter (64), or that fraction."
+    ),
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method, e.g. --set alpha=1.0.")
+]
 ServedModel = Annotated[str, typer.Option("--model", "-m", help="'tiny', a local folder or a hub id.")]
 EPILOG = "What stands behind -- is handed to vLLM as it is: duet-vlm serve -m M -b 64 -- --max-model-len 8192"
 
@@ -37,7 +46,8 @@ def vllm_args(
     settings: Settings = None,
     debug: Debug = False,
 ) -> None:
-    """Print the flags that make vLLM reduce, for those who start it themselves: vllm serve M $(duet-vlm vllm-args -m M -b 64)."""
+    """Print the flags that make vLLM reduce, for those who start it themselves: vllm serve M $(duet-vlm vllm-args -m M
+    -b 64)."""
     with friendly(debug):
         print(" ".join(_flags(model, _given(method, budget, settings))))
 
@@ -47,24 +57,47 @@ def serve(
     method: Method = None,
     budget: BudgetText = None,
     settings: Settings = None,
-    backend: Annotated[str, typer.Option("--backend", help="'vllm' (first stage, many users) or 'transformers' (both stages, few users).")] = "vllm",
-    host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for other machines, then with --api-key.")] = "127.0.0.1",
+    backend: Annotated[
+        str,
+        typer.Option("--backend", help="'vllm' (first stage, many users) or 'transformers' (both stages, few users)."),
+    ] = "vllm",
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for other machines, then with --api-key.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.")] = 8000,
-    api_key: Annotated[str | None, typer.Option("--api-key", envvar="VLLM_API_KEY", help="What clients must send as token.")] = None,
-    tensor_parallel_size: Annotated[int, typer.Option("--tensor-parallel-size", min=1, help="GPUs that share the model.")] = 1,
+    api_key: Annotated[
+        str | None, typer.Option("--api-key", envvar="VLLM_API_KEY", help="What clients must send as token.")
+    ] = None,
+    tensor_parallel_size: Annotated[
+        int, typer.Option("--tensor-parallel-size", min=1, help="GPUs that share the model.")
+    ] = 1,
     request_budgets: Annotated[
-        bool, typer.Option("--request-budgets", help="Let requests ask for less (duet_budget); they can then set other processor arguments, too.")
+        bool,
+        typer.Option(
+            "--request-budgets",
+            help="Let requests ask for less (duet_budget); they can then set other processor arguments, too.",
+        ),
     ] = False,
-    fetch_urls: Annotated[bool, typer.Option("--fetch-urls", help="Let the server fetch images that requests name by URL.")] = False,
-    options: Annotated[list[str] | None, typer.Argument(metavar="[-- VLLM OPTIONS]...", help="Options of vLLM's own.", show_default=False)] = None,
+    fetch_urls: Annotated[
+        bool, typer.Option("--fetch-urls", help="Let the server fetch images that requests name by URL.")
+    ] = False,
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- VLLM OPTIONS]...", help="Options of vLLM's own.", show_default=False),
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Serve a model on vLLM with the first stage of a method, or on transformers with both; OpenAI's API, ready when /health answers."""
+    """Serve a model on vLLM with the first stage of a method, or on transformers with both; OpenAI's API, ready when
+    /health answers."""
     with friendly(debug):
         if backend not in ("vllm", "transformers"):
             raise ValueError(f"--backend {backend}: give 'vllm' or 'transformers'")
         if backend == "transformers":
-            theirs = {"--tensor-parallel-size": tensor_parallel_size > 1, "--request-budgets": request_budgets, "options behind --": options}
+            theirs = {
+                "--tensor-parallel-size": tensor_parallel_size > 1,
+                "--request-budgets": request_budgets,
+                "options behind --": options,
+            }
             if wrong := [name for name, given in theirs.items() if given]:
                 raise ValueError(f"--backend transformers: {', '.join(wrong)} are vLLM's, leave them out")
             _both_stages(model, reductions_of(method, None, budget, None, settings)[0], host, port, api_key, fetch_urls)
@@ -73,7 +106,15 @@ def serve(
         flags = _flags(model, given)
         _check_installed()
         check_port(host, port)
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", source(model)[0], "--served-model-name", model]
+        command = [
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            source(model)[0],
+            "--served-model-name",
+            model,
+        ]
         command += ["--host", host, "--port", str(port)]
         command += ["--tensor-parallel-size", str(tensor_parallel_size)] if tensor_parallel_size > 1 else []
         command += ["--trust-request-mm-kwargs"] if request_budgets else []
@@ -82,8 +123,12 @@ def serve(
         environment = {"VLLM_MAX_IMAGE_PIXELS": str(MAX_PIXELS)} | dict(os.environ)
         environment |= {} if api_key is None else {"VLLM_API_KEY": api_key}  # not in the list of processes
         shown = ", ".join(f"{name}={value}" for name, value in given.items())
-        print(f"{model}: {shown}; first stage only, so a budget counts the tokens of an image or clip (InternVL: of a tile) that enter")
-        print(f"endpoint http://{host}:{port}/v1 (health: /health, counters: /metrics); usage.prompt_tokens says what entered")
+        print(
+            f"{model}: {shown}; first stage only, so a budget counts the tokens of an image or clip (InternVL: of a tile) that enter"
+        )
+        print(
+            f"endpoint http://{host}:{port}/v1 (health: /health, counters: /metrics); usage.prompt_tokens says what entered"
+        )
         _warn_of_strangers(host, port, api_key)
         print(shlex.join(command), flush=True)
         os.execve(sys.executable, command, environment)  # signals and exit code are vLLM's own
@@ -140,7 +185,9 @@ def _config(model: str) -> dict[str, Any]:
             return dict(json.loads(Path(hf_hub_download(place, "config.json")).read_text()))
         except (HfHubHTTPError, LocalEntryNotFoundError) as error:
             why = " ".join(str(error).split())
-            raise ValueError(f"--model {model}: cannot be read; a hub id needs a network connection or a cached copy ({why})") from None
+            raise ValueError(
+                f"--model {model}: cannot be read; a hub id needs a network connection or a cached copy ({why})"
+            ) from None
     file = Path(place) / "config.json"
     if not file.is_file():
         raise ValueError(f"--model {model}: adapters cannot be served by themselves: merge them into their model first")
@@ -148,7 +195,11 @@ def _config(model: str) -> dict[str, Any]:
 
 
 def _check_installed() -> None:
-    missing = [package for package, module in (("vllm", "vllm"), ("duet-vlm-vllm", "duet_vlm_vllm")) if find_spec(module) is None]
+    missing = [
+        package
+        for package, module in (("vllm", "vllm"), ("duet-vlm-vllm", "duet_vlm_vllm"))
+        if find_spec(module) is None
+    ]
     if missing:
         raise ValueError(
             f"{' and '.join(missing)}: not installed here. In an environment of its own, as vLLM pins torch and transformers: pip install "
@@ -163,4 +214,6 @@ def check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ValueError(f"--host {host} --port {port}: cannot listen there ({error.strerror}); choose another with --port") from None
+            raise ValueError(
+                f"--host {host} --port {port}: cannot listen there ({error.strerror}); choose another with --port"
+            ) from None

@@ -26,8 +26,24 @@ TRANSCRIPTIONS = "/v1/audio/transcriptions"  # for models that hear only; takes 
 TAKES_APART = "transformers.cli.serving"  # modules of the server that read a request, each key as if it were there
 
 # what transformers opens where a request has it: parts of messages, arguments of the processor, assets
-MEDIA = frozenset({"url", "image_url", "video_url", "audio_url", "input_audio", "image", "images", "video", "videos", "audio", "audios", "path"})
-CODED = frozenset({"base64", "data_base64"})  # pictures without data: in front, told from paths by how files of these kinds begin
+MEDIA = frozenset(
+    {
+        "url",
+        "image_url",
+        "video_url",
+        "audio_url",
+        "input_audio",
+        "image",
+        "images",
+        "video",
+        "videos",
+        "audio",
+        "audios",
+        "path",
+    }
+)
+# pictures without data: in front, told from paths by how files of these kinds begin
+CODED = frozenset({"base64", "data_base64"})
 PICTURES = ("data:", "iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # PNG, JPEG, GIF, WebP
 
 Message = MutableMapping[str, Any]
@@ -41,7 +57,9 @@ def check_installed() -> None:
     """Raise a ValueError where transformers' server cannot run."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
-        raise ValueError(f"--backend transformers needs {', '.join(missing)}: pip install \".[serve]\" in your clone of duet-vlm")
+        raise ValueError(
+            f'--backend transformers needs {", ".join(missing)}: pip install ".[serve]" in your clone of duet-vlm'
+        )
 
 
 def run(model: str, reduction: Reduction, host: str, port: int, api_key: str | None, fetch_urls: bool) -> None:
@@ -83,12 +101,14 @@ def _attaching(manager: type[Any], place: str, reduction: Reduction) -> type[Any
 class Guard:
     """Checks every request but /health, as an ASGI application: the path is the scope's, which no header can change.
 
-    Refused are requests without the key, larger than ``MOST_MB``, nested deeper than ``DEEPEST``, for a transcription, and, unless
-    ``fetch_urls``, with pictures, clips or sounds that are not part of them. What fails behind it is logged and answered in ``LONGEST`` letters:
-    errors may quote the request.
+    Refused are requests without the key, larger than ``MOST_MB``, nested deeper than ``DEEPEST``, for a transcription,
+    and, unless ``fetch_urls``, with pictures, clips or sounds that are not part of them. What fails behind it is logged
+    and answered in ``LONGEST`` letters: errors may quote the request.
     """
 
-    def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]], api_key: str | None, fetch_urls: bool) -> None:
+    def __init__(
+        self, app: Callable[[Message, Receive, Send], Awaitable[None]], api_key: str | None, fetch_urls: bool
+    ) -> None:
         self.app, self.api_key, self.fetch_urls = app, api_key, fetch_urls
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -100,7 +120,9 @@ class Guard:
         if body is None:
             return await _refuse(send, 413, f"a request of more than {MOST_MB} MB: make its pictures or clips smaller")
         if scope["path"] == TRANSCRIPTIONS:
-            return await _refuse(send, 400, "this server transcribes no sound: ask about pictures and clips at /v1/chat/completions")
+            return await _refuse(
+                send, 400, "this server transcribes no sound: ask about pictures and clips at /v1/chat/completions"
+            )
         try:
             found = None if self.fetch_urls else remote(body)
             read(body)
@@ -114,7 +136,9 @@ class Guard:
     def _knows_key(self, scope: Message) -> bool:
         if self.api_key is None:
             return True
-        given = next((value for name, value in scope["headers"] if name.lower() == b"authorization"), b"").removeprefix(b"Bearer ")
+        given = next((value for name, value in scope["headers"] if name.lower() == b"authorization"), b"").removeprefix(
+            b"Bearer "
+        )
         return secrets.compare_digest(given, self.api_key.encode())
 
     async def _pass_on(self, scope: Message, body: bytes, receive: Receive, send: Send) -> None:
@@ -132,14 +156,17 @@ class Guard:
             await self.app(scope, again, sent)
         except Exception as error:
             text = f"{type(error).__name__}: {_short(str(error))}"
-            log.error("%s %s\n%s%s", scope["method"], scope["path"], "".join(traceback.format_tb(error.__traceback__)), text)
+            log.error(
+                "%s %s\n%s%s", scope["method"], scope["path"], "".join(traceback.format_tb(error.__traceback__)), text
+            )
             if not answered:
                 await _refuse(send, *_answer_to(error))
 
 
 def _answer_to(error: Exception) -> tuple[int, str]:
-    """Status and words for what failed: 400 where the request is wrong, be it in a value (a picture that cannot be read, a budget that cannot be
-    met) or in its form, at which the code that takes requests apart stumbles; else 500."""
+    """Status and words for what failed: 400 where the request is wrong, be it in a value (a picture that cannot be
+    read, a budget that cannot be met) or in its form, at which the code that takes requests apart stumbles; else 500.
+    """
     if isinstance(error, ValueError):
         return 400, _short(str(error))
     modules = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)]
@@ -203,7 +230,13 @@ def remote(body: bytes) -> str | None:
     found = read(body)
     if isinstance(found, dict):
         found = {key: value for key, value in found.items() if key != "tools"}
-    return next((f"{key}: {value[:80] if isinstance(value, str) else _short(json.dumps(value))}" for key, value in _opened(found)), None)
+    return next(
+        (
+            f"{key}: {value[:80] if isinstance(value, str) else _short(json.dumps(value))}"
+            for key, value in _opened(found)
+        ),
+        None,
+    )
 
 
 def _opened(value: Any) -> Iterator[tuple[str, Any]]:
@@ -218,7 +251,8 @@ def _opened(value: Any) -> Iterator[tuple[str, Any]]:
 
 def _enclosed(key: str, value: Any) -> bool:
     if isinstance(value, dict):
-        spoken = key == "input_audio" and isinstance(value.get("data"), str) and bool(value.get("format"))  # becomes a data: URL
+        # becomes a data: URL
+        spoken = key == "input_audio" and isinstance(value.get("data"), str) and bool(value.get("format"))
         return spoken or isinstance(value.get("url"), str)  # which is judged by itself
     return value is None or isinstance(value, str) and value.startswith(PICTURES if key in CODED else "data:")
 

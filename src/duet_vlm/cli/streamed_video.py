@@ -25,24 +25,38 @@ def check_streamed(shown: VisualInputs, reduction: Reduction, compare: bool, sti
     """
     remedy = "or name a --method, which chooses among all tokens of the clip"
     if shown.images or len(shown.videos) != 1:
-        raise ValueError(f"--chunk-frames: {len(shown.images)} images and {len(shown.videos)} clips; give one --video and nothing else, {remedy}")
+        raise ValueError(
+            f"--chunk-frames: {len(shown.images)} images and {len(shown.videos)} clips; give one --video and nothing else, {remedy}"
+        )
     if reduction.fields:
-        raise ValueError(f"--chunk-frames without --method holds the tokens that evs keeps: leave out --set and --positions, {remedy}")
+        raise ValueError(
+            f"--chunk-frames without --method holds the tokens that evs keeps: leave out --set and --positions, {remedy}"
+        )
     if isinstance(reduction.budget, bool) or not isinstance(reduction.budget, int):
-        raise ValueError(f"--chunk-frames: say with --budget how many visual tokens are held, e.g. --budget 256, {remedy}")
+        raise ValueError(
+            f"--chunk-frames: say with --budget how many visual tokens are held, e.g. --budget 256, {remedy}"
+        )
     if compare:
-        raise ValueError(f"--compare: the full model would need the whole clip at once; leave out --chunk-frames or --compare, {remedy}")
+        raise ValueError(
+            f"--compare: the full model would need the whole clip at once; leave out --chunk-frames or --compare, {remedy}"
+        )
     if still is not None:
-        raise ValueError(f"--still-frames {still}: what is held as it comes is encoded frame by frame; leave it out, {remedy}")
+        raise ValueError(
+            f"--still-frames {still}: what is held as it comes is encoded frame by frame; leave it out, {remedy}"
+        )
 
 
-def streamed(loaded: LoadedModel, shown: VisualInputs, prompt: str, size: int, budget: int, max_new_tokens: int, json_: bool) -> None:
+def streamed(
+    loaded: LoadedModel, shown: VisualInputs, prompt: str, size: int, budget: int, max_new_tokens: int, json_: bool
+) -> None:
     """Answer a question about one video, ``size`` frames of which go through the vision tower at a time."""
     from duet_vlm.api.streaming import StreamingVideo
 
     together = int(getattr(getattr(loaded.model.config, "vision_config", None), "temporal_patch_size", 1) or 1)
     if size % together:
-        raise ValueError(f"--chunk-frames {size}: this model puts {together} frames together; give a multiple of {together}")
+        raise ValueError(
+            f"--chunk-frames {size}: this model puts {together} frames together; give a multiple of {together}"
+        )
     stream, frames, inputs = StreamingVideo(loaded.model, budget), 0, None
     given = (loaded.frames if shown.frames is None and shown.fps is None else shown.frames), shown.fps
     with _bar() as bar:
@@ -56,7 +70,14 @@ def streamed(loaded: LoadedModel, shown: VisualInputs, prompt: str, size: int, b
     found = timed_answer(loaded, stream.inputs(inputs["input_ids"]), max_new_tokens, not json_)
     tokens, held = stream.steps * stream.places, len(stream.held)
     if json_:
-        values = {"model": loaded.name, "prompt": prompt, "answer": found.text, "frames": frames, "visual_tokens": tokens, "held": held}
+        values = {
+            "model": loaded.name,
+            "prompt": prompt,
+            "answer": found.text,
+            "frames": frames,
+            "visual_tokens": tokens,
+            "held": held,
+        }
         timing = {key: value for key, value in asdict(found).items() if key != "text"}
         print(json.dumps(values | {"chunk_frames": size, "timing": timing}))
         return
@@ -67,5 +88,12 @@ def _bar() -> Progress:
     """Progress of the video and number of kept tokens, on a terminal."""
     console = Console(stderr=True)
     held = TextColumn("{task.fields[held]} visual tokens held")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), held, TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        held,
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     return Progress(*columns, console=console, disable=not console.is_terminal)

@@ -32,7 +32,8 @@ def timed_answer(loaded: LoadedModel, inputs: Any, max_new_tokens: int, show: bo
         first: float | None = None
 
         def put(self, value: Any) -> None:
-            if not self.next_tokens_are_prompt and self.first is None:  # the prompt comes first; tokens arrive on the host
+            # the prompt comes first; tokens arrive on the host
+            if not self.next_tokens_are_prompt and self.first is None:
                 self.first = time.perf_counter()
             super().put(value)
 

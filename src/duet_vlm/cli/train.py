@@ -17,13 +17,25 @@ import typer
 from duet_vlm.api.catalogue import check_settings
 from duet_vlm.api.loading import check_model
 from duet_vlm.cli.errors import GOES_ON, folder_for, friendly
-from duet_vlm.cli.options import SEVERAL, AsJson, Debug, budget_of, budgets_of, method_of, one, settings_of, several_paths
+from duet_vlm.cli.options import (
+    SEVERAL,
+    AsJson,
+    Debug,
+    budget_of,
+    budgets_of,
+    method_of,
+    one,
+    settings_of,
+    several_paths,
+)
 from duet_vlm.train.settings import TUNED, TrainSettings, recipes, settings_from
 
 NEEDED = ("accelerate", "yaml")  # of the extra 'train', in every run
 EPILOG = "\n\n".join(["Recipes:", *(f"{name}: {said}." for name, said in recipes().items())])
 
-OPTIONS = {"settings": "--set"} | {name: f"--{name.replace('_', '-')}" for name in "data images limit tune imitate anneal_until trainer".split()}
+OPTIONS = {"settings": "--set"} | {
+    name: f"--{name.replace('_', '-')}" for name in "data images limit tune imitate anneal_until trainer".split()
+}
 
 Text = str | None
 
@@ -31,36 +43,74 @@ Text = str | None
 def train(
     recipe: Annotated[Text, typer.Option("--recipe", help="Settings by name, see below.")] = None,
     config: Annotated[Path | None, typer.Option("--config", help="A YAML file of settings, over the recipe's.")] = None,
-    model: Annotated[Text, typer.Option("--model", "-m", help="'tiny' (ships with the package), a local folder, or a hub id.")] = None,
-    data: Annotated[
-        list[str] | None, typer.Option("--data", help=f"LLaVA or chat JSON, JSON lines, 'tiny' or 'tiny-crowded'. {SEVERAL}")
+    model: Annotated[
+        Text, typer.Option("--model", "-m", help="'tiny' (ships with the package), a local folder, or a hub id.")
     ] = None,
-    images: Annotated[Text, typer.Option("--images", help="Folder that image paths are relative to; default: that of the data.")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="The first N conversations of each source.")] = None,
-    tune: Annotated[Text, typer.Option("--tune", help=f"What learns: {', '.join(TUNED)} (lora: and the projector).")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", help=f"LLaVA or chat JSON, JSON lines, 'tiny' or 'tiny-crowded'. {SEVERAL}"),
+    ] = None,
+    images: Annotated[
+        Text, typer.Option("--images", help="Folder that image paths are relative to; default: that of the data.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="The first N conversations of each source.")
+    ] = None,
+    tune: Annotated[
+        Text, typer.Option("--tune", help=f"What learns: {', '.join(TUNED)} (lora: and the projector).")
+    ] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option("--method", metavar="TEXT", help="A method ('duet-vlm methods') or a duet.json of 'tune'; 'none' trains the full model."),
+        typer.Option(
+            "--method",
+            metavar="TEXT",
+            help="A method ('duet-vlm methods') or a duet.json of 'tune'; 'none' trains the full model.",
+        ),
     ] = None,
     budget: Annotated[
-        list[str] | None, typer.Option("--budget", "--budgets", "-b", help=f"As elsewhere (64, 0.22, 22%). {SEVERAL} Every step then draws one.")
+        list[str] | None,
+        typer.Option(
+            "--budget", "--budgets", "-b", help=f"As elsewhere (64, 0.22, 22%). {SEVERAL} Every step then draws one."
+        ),
     ] = None,
-    schedule: Annotated[Text, typer.Option("--schedule", help="Drops inside the decoder, e.g. '((16, .5), (24, 0.0))'.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method.")] = None,
+    schedule: Annotated[
+        Text, typer.Option("--schedule", help="Drops inside the decoder, e.g. '((16, .5), (24, 0.0))'.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method.")
+    ] = None,
     imitate: Annotated[
-        int | None, typer.Option("--imitate", min=0, help="Steps in which a new module of the method's own first learns to make means of tokens.")
+        int | None,
+        typer.Option(
+            "--imitate",
+            min=0,
+            help="Steps in which a new module of the method's own first learns to make means of tokens.",
+        ),
     ] = None,
     anneal_from: Annotated[
-        Text, typer.Option("--anneal-from", help="Begin with this fraction of the tokens and fall to --budget (a fraction too).")
+        Text,
+        typer.Option(
+            "--anneal-from", help="Begin with this fraction of the tokens and fall to --budget (a fraction too)."
+        ),
     ] = None,
-    anneal_until: Annotated[float | None, typer.Option("--anneal-until", help="Share of the steps at which --budget is reached.")] = None,
+    anneal_until: Annotated[
+        float | None, typer.Option("--anneal-until", help="Share of the steps at which --budget is reached.")
+    ] = None,
     out: Annotated[Text, typer.Option("--out", help="Folder for checkpoints, logs and the trained model.")] = None,
     trainer: Annotated[
         list[str] | None,
-        typer.Option("--trainer", metavar="KEY=VALUE", help="An argument of transformers.TrainingArguments, e.g. learning_rate=1e-4."),
+        typer.Option(
+            "--trainer",
+            metavar="KEY=VALUE",
+            help="An argument of transformers.TrainingArguments, e.g. learning_rate=1e-4.",
+        ),
     ] = None,
-    print_config: Annotated[bool, typer.Option("--print-config", help="Print all settings as YAML (for --config) and stop.")] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Delete the checkpoints of an earlier run in --out and begin anew.")] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print all settings as YAML (for --config) and stop.")
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Delete the checkpoints of an earlier run in --out and begin anew.")
+    ] = False,
     json_: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -86,7 +136,9 @@ def train(
             "settings": kept | settings_of(set_) | settings_of([f"schedule={schedule}"] if schedule else None),
         }  # fmt: skip
         given = {name: value for name, value in given.items() if value is not None}
-        with _options_named(OPTIONS if config is None else {name: OPTIONS[name] for name in OPTIONS if given.get(name)}):
+        with _options_named(
+            OPTIONS if config is None else {name: OPTIONS[name] for name in OPTIONS if given.get(name)}
+        ):
             settings = settings_from(recipe, config, given)
         check_settings(settings.method, settings.settings)
         if print_config:
@@ -100,7 +152,8 @@ def train(
 
 @contextlib.contextmanager
 def _options_named(options: Mapping[str, str]) -> Iterator[None]:
-    """Errors of settings begin with the setting's name, as a YAML file has it; those of ``options`` are named as they are typed."""
+    """Errors of settings begin with the setting's name, as a YAML file has it; those of ``options`` are named as they
+    are typed."""
     try:
         yield
     except ValueError as error:

@@ -35,33 +35,65 @@ def tune(
             help="A .jsonl file, a folder of pictures and clips, tiny, or a task of duet-vlm-lab (tiny-chain).",
         ),
     ],
-    model: Annotated[str | None, typer.Option("--model", "-m", help="'tiny', a local folder, or a hub id. Default: the task's, else tiny.")] = None,
-    keep: Annotated[
-        float | None, typer.Option("--keep", help=f"Share of the full model's right answers to keep, with 95 %. Default: {KEEP}, if no other goal.")
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="'tiny', a local folder, or a hub id. Default: the task's, else tiny."),
     ] = None,
-    speedup: Annotated[float | None, typer.Option("--speedup", help="Times faster to the first token, measured, at least.")] = None,
-    memory: Annotated[str | None, typer.Option("--memory", metavar="SIZE", help="Room for weights and one prompt (24GB), predicted.")] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            "--keep",
+            help=f"Share of the full model's right answers to keep, with 95 %. Default: {KEEP}, if no other goal.",
+        ),
+    ] = None,
+    speedup: Annotated[
+        float | None, typer.Option("--speedup", help="Times faster to the first token, measured, at least.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", metavar="SIZE", help="Room for weights and one prompt (24GB), predicted.")
+    ] = None,
     prompt: Annotated[
-        Texts, typer.Option("--prompt", "-p", help="Asked about every file of a folder that has no text file beside it. Several: the option again.")
+        Texts,
+        typer.Option(
+            "--prompt",
+            "-p",
+            help="Asked about every file of a folder that has no text file beside it. Several: the option again.",
+        ),
     ] = None,
     methods: Annotated[
         Texts,
         typer.Option(
-            "--methods", "--method", help=f"Settings in brackets: duet[text_query=last]; or ./mine.py. {SEVERAL} Default: {','.join(METHODS)}."
+            "--methods",
+            "--method",
+            help=f"Settings in brackets: duet[text_query=last]; or ./mine.py. {SEVERAL} Default: {','.join(METHODS)}.",
         ),
     ] = None,
-    budgets: Annotated[Texts, typer.Option("--budgets", "--budget", "-b", help=f"{SEVERAL} Default: {','.join(map(str, BUDGETS))}.")] = None,
-    schedules: Annotated[
-        Texts, typer.Option("--schedules", help=f"Drops inside the decoder: own, paper, deep. {SEVERAL} Default: own, each method's.")
+    budgets: Annotated[
+        Texts, typer.Option("--budgets", "--budget", "-b", help=f"{SEVERAL} Default: {','.join(map(str, BUDGETS))}.")
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help=f"At most N questions. Default: all; {LIMIT} where they have no end.")] = None,
+    schedules: Annotated[
+        Texts,
+        typer.Option(
+            "--schedules", help=f"Drops inside the decoder: own, paper, deep. {SEVERAL} Default: own, each method's."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", min=1, help=f"At most N questions. Default: all; {LIMIT} where they have no end."),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Stream of questions, where they are drawn.")] = 0,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Questions at a time.")] = 16,
     rounds: Annotated[int, typer.Option("--timing-rounds", min=3, help="Rounds of the timing.")] = 7,
-    name: Annotated[str | None, typer.Option("--name", help="Folder of the result within --out. Default: the data's name.")] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for NAME/duet.json, result.json and pareto.png.")] = Path("out/tune"),
+    name: Annotated[
+        str | None, typer.Option("--name", help="Folder of the result within --out. Default: the data's name.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for NAME/duet.json, result.json and pareto.png.")
+    ] = Path("out/tune"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost and stop.")] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Drop what an earlier call of that name has answered.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Drop what an earlier call of that name has answered.")
+    ] = False,
     device: Device = None,
     json_: AsJson = False,
     debug: Debug = False,
@@ -84,7 +116,11 @@ def tune(
         WorkerRank.here().check_alone("tune")
         size = None if memory is None else size_of(memory)
         goal = Goal(KEEP if keep is None and speedup is None and size is None else keep, speedup, size)
-        named = [method_of(each) + (settings_of(pairs),) for each, pairs in cells_of(",".join(several(methods)))] if methods else []
+        named = (
+            [method_of(each) + (settings_of(pairs),) for each, pairs in cells_of(",".join(several(methods)))]
+            if methods
+            else []
+        )
         wanted = [(method, kept | own) for method, _, kept, own in named] or [(method, {}) for method in METHODS]
         for method, settings in wanted:
             check_settings(method, settings)
@@ -135,7 +171,17 @@ def _check_extras() -> None:
 
 
 def _searched(
-    loaded: LoadedModel, asked: Task, seed: int, count: int, runs: Any, goal: Any, batch: int, rounds: int, folder: Path, restart: bool, dry_run: bool
+    loaded: LoadedModel,
+    asked: Task,
+    seed: int,
+    count: int,
+    runs: Any,
+    goal: Any,
+    batch: int,
+    rounds: int,
+    folder: Path,
+    restart: bool,
+    dry_run: bool,
 ) -> dict[str, Any] | None:
     """The search, with its journal and a bar on stderr."""
     import torch
@@ -151,15 +197,30 @@ def _searched(
     from duet_vlm.evaluation.tune.search import Preview, search
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("answers"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("answers"),
+        TimeElapsedColumn(),
+    )
     journal = folder / "journal.jsonl"
     with alone(journal), Progress(*columns, console=console) as progress:
         if restart:
             journal.unlink(missing_ok=True)
-        versions = {"duet_vlm": duet_vlm.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+        versions = {
+            "duet_vlm": duet_vlm.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
         first = asked.ask(seed, 0)
         questions = {"task": asked.name, "seed": seed, "count": count, "batch": batch, "first": [first.id, first.text]}
-        subject: dict[str, Any] = {"questions": questions, "model": model_facts(loaded), "versions": versions, "source code": source().files}
+        subject: dict[str, Any] = {
+            "questions": questions,
+            "model": model_facts(loaded),
+            "versions": versions,
+            "source code": source().files,
+        }
         if (contents := asked.digest(count)) is not None:
             subject[CONTENTS] = contents
         bar = progress.add_task("the full model", total=None)
@@ -171,12 +232,22 @@ def _searched(
             console.print(f"goal: {goal.words()}\n{said}; what is answered already costs nothing", highlight=False)
             return not dry_run
 
-        asker = AnswerSource(loaded, asked, seed, batch, Journal(journal, subject), lambda answers: progress.advance(bar, answers))
-        return search(asker, count, runs, goal, rounds, preview, lambda text: progress.update(bar, description=text[:40]))
+        asker = AnswerSource(
+            loaded, asked, seed, batch, Journal(journal, subject), lambda answers: progress.advance(bar, answers)
+        )
+        return search(
+            asker, count, runs, goal, rounds, preview, lambda text: progress.update(bar, description=text[:40])
+        )
 
 
 def _span(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 def _write(result: dict[str, Any], folder: Path, as_json: bool, model: str, clips: bool) -> None:
@@ -204,20 +275,28 @@ def _write(result: dict[str, Any], folder: Path, as_json: bool, model: str, clip
     screen = console(100)
     table = Table("candidate", "ms", "kept", "asked", "what became of it", box=SIMPLE, pad_edge=False)
     asked = {each["id"]: each["choosing"]["asked"] + each["testing"]["asked"] for each in result["candidates"]}
-    rows = sorted(result["candidates"], key=lambda each: (each["id"] != result["chosen"], -asked[each["id"]], each["ms"] or 1e9))
+    rows = sorted(
+        result["candidates"], key=lambda each: (each["id"] != result["chosen"], -asked[each["id"]], each["ms"] or 1e9)
+    )
     for each in rows[:SHOWN]:
         kept = "-" if each["kept"] is None else f"{each['kept']:.1%}"
         told = escape(each["reason"]) or "[bold]chosen[/bold]"
-        table.add_row(escape(each["id"]), f"{each['ms']:.4g}" if each["ms"] else "-", kept, str(asked[each["id"]]), told)
+        table.add_row(
+            escape(each["id"]), f"{each['ms']:.4g}" if each["ms"] else "-", kept, str(asked[each["id"]]), told
+        )
     screen.print(table)
     if len(rows) > SHOWN:
-        screen.print(f"{len(rows) - SHOWN} more left earlier; {folder / 'result.json'} has all of them\n", soft_wrap=True, markup=False)
+        screen.print(
+            f"{len(rows) - SHOWN} more left earlier; {folder / 'result.json'} has all of them\n",
+            soft_wrap=True,
+            markup=False,
+        )
     screen.print(result["verdict"], soft_wrap=True)
     for lost in result["lost"]:
         said = f"  lost: {lost['question']!r}: the full model says {lost['full']!r}, this one {lost['reduced']!r}"
         screen.print(said, soft_wrap=True, markup=False)
     if row is not None:
-        use = f"\nPython: {lines['python']}\n    or: handle = duet_vlm.attach(model, \"{setting}\")\nshell:  {lines['shell']}"
+        use = f'\nPython: {lines["python"]}\n    or: handle = duet_vlm.attach(model, "{setting}")\nshell:  {lines["shell"]}'
         screen.print(use, soft_wrap=True, markup=False)
     files = [folder / "result.json", folder / "pareto.png", *([] if row is None else [setting])]
     screen.print(f"written: {', '.join(map(str, files))}", soft_wrap=True)

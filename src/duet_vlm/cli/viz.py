@@ -42,7 +42,14 @@ STEP = 160  # pixels of the longer side of a clip's panel, per step of time
 
 
 def overlay(
-    loaded: LoadedModel, inputs: Any, images: list[Image.Image], number: int, trace: SpanTrace, title: str, lines: Sequence[str], scores: Scores
+    loaded: LoadedModel,
+    inputs: Any,
+    images: list[Image.Image],
+    number: int,
+    trace: SpanTrace,
+    title: str,
+    lines: Sequence[str],
+    scores: Scores,
 ) -> Image.Image:
     """The drawing of image ``number`` of a one-sample call."""
     from duet_vlm.viz import cropped_picture, draw
@@ -51,7 +58,9 @@ def overlay(
     return draw(picture, trace, title=title, lines=lines, scores=scores)
 
 
-def clip_overlay(loaded: LoadedModel, inputs: Any, clip: VideoFrames, number: int, trace: SpanTrace, title: str, lines: Sequence[str]) -> Image.Image:
+def clip_overlay(
+    loaded: LoadedModel, inputs: Any, clip: VideoFrames, number: int, trace: SpanTrace, title: str, lines: Sequence[str]
+) -> Image.Image:
     """The drawing of video ``number`` of a one-sample call."""
     from duet_vlm.viz import draw, film, frame_pictures, on_film
 
@@ -63,7 +72,11 @@ def file_name(reduction: Reduction, handle: Handle) -> str:
     """Part of a file's name that is unique to a reduction: method, budget, and settings by hand."""
     budget = None if handle.budget is None else f"{handle.budget:g}"
     settings = [f"{key}={value}" for key, value in reduction.fields.items()]
-    words = [f"preset-{reduction.preset}"] if reduction.preset else [handle.reducer.name, *([budget] if budget else []), *settings]
+    words = (
+        [f"preset-{reduction.preset}"]
+        if reduction.preset
+        else [handle.reducer.name, *([budget] if budget else []), *settings]
+    )
     return re.sub(r"[^\w.=+-]+", "_", "-".join(words)).strip("_")
 
 
@@ -79,13 +92,20 @@ def viz(
     model: Model = "tiny",
     compare: Annotated[
         list[str] | None,
-        typer.Option("--compare", metavar="TEXT", help=f"Methods (fastv), budgets (0.11) or both (fastv@0.11) to draw below. {SEVERAL}"),
+        typer.Option(
+            "--compare",
+            metavar="TEXT",
+            help=f"Methods (fastv), budgets (0.11) or both (fastv@0.11) to draw below. {SEVERAL}",
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 32,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNG files, named by file, method, budget and settings.")] = Path("out/viz"),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for the PNG files, named by file, method, budget and settings.")
+    ] = Path("out/viz"),
     device: Device = None,
 ) -> None:
-    """Draw, for each image, clip and stage, the patches that were kept, merged (a colour and a number per group) and dropped.
+    """Draw, for each image, clip and stage, the patches that were kept, merged (a colour and a number per group) and
+    dropped.
 
     Below a stage: the scores that decided. Above: what the full model answers, and what the reduced one does.
     """
@@ -111,7 +131,9 @@ def viz(
     if json_:
         first = views[0][2]
         compared = [{"name": name} | facts for name, _, facts in views]
-        print(json.dumps({"full_answer": full} | first | {"files": [str(file) for file in files], "compared": compared}))
+        print(
+            json.dumps({"full_answer": full} | first | {"files": [str(file) for file in files], "compared": compared})
+        )
         return
     print(f"full model: {full}")
     for name, _, facts in views:
@@ -121,7 +143,8 @@ def viz(
 
 
 def beside(reduction: Reduction, text: str) -> Reduction:
-    """The reduction that ``--compare`` names: another method, another budget, or both (``fastv@0.11``); the rest as in ``reduction``.
+    """The reduction that ``--compare`` names: another method, another budget, or both (``fastv@0.11``); the rest as in
+    ``reduction``.
 
     Raises
     ------
@@ -129,7 +152,9 @@ def beside(reduction: Reduction, text: str) -> Reduction:
         Neither a method nor a budget, or a preset to vary.
     """
     if reduction.preset is not None:
-        raise ValueError(f"--compare {text}: --preset {reduction.preset} brings its own budget; give --method and --budget to compare with others")
+        raise ValueError(
+            f"--compare {text}: --preset {reduction.preset} brings its own budget; give --method and --budget to compare with others"
+        )
     name, _, amount = text.rpartition("@")
     if not name and re.match(r"\.?\d", amount):
         return dataclasses.replace(reduction, budget=budget_of(amount))
@@ -140,7 +165,13 @@ def beside(reduction: Reduction, text: str) -> Reduction:
 
 
 def _view(
-    loaded: LoadedModel, shown: VisualInputs, clips: list[VideoFrames], reduction: Reduction, prompt: str, full: str, longest: int
+    loaded: LoadedModel,
+    shown: VisualInputs,
+    clips: list[VideoFrames],
+    reduction: Reduction,
+    prompt: str,
+    full: str,
+    longest: int,
 ) -> tuple[str, list[Image.Image], dict[str, Any]]:
     """One reduction: its name, a sheet for each image and video, and its answer."""
     from duet_vlm import attach
@@ -157,8 +188,12 @@ def _view(
     warn_of_more(reduction.budget, [trace.span.tokens for trace in spans])
     if len(spans) != len(shown.paths):
         files = len(shown.paths)
-        raise ValueError(f"{files} files make {len(spans)} spans in this model (frames handed out one by one), which cannot be drawn yet")
-    words = "" if budget is None else f" at {budget:.4g} tokens" if isinstance(budget, int) else f" at {100 * budget:.4g} %"
+        raise ValueError(
+            f"{files} files make {len(spans)} spans in this model (frames handed out one by one), which cannot be drawn yet"
+        )
+    words = (
+        "" if budget is None else f" at {budget:.4g} tokens" if isinstance(budget, int) else f" at {100 * budget:.4g} %"
+    )
     told = "the same answer" if said == full else "another answer"
     lines = [prompt, f"full model: {full}", f"reduced: {said}  ({told})"]
     sheets = []
@@ -167,5 +202,9 @@ def _view(
         if number < len(shown.images):
             sheets.append(overlay(loaded, inputs, shown.images, number, trace, title, lines, watched.of(trace, number)))
         else:
-            sheets.append(clip_overlay(loaded, inputs, clips[number - len(shown.images)], number - len(shown.images), trace, title, lines))
+            sheets.append(
+                clip_overlay(
+                    loaded, inputs, clips[number - len(shown.images)], number - len(shown.images), trace, title, lines
+                )
+            )
     return name, sheets, {"answer": said, "budget": budget, "mean_tokens": report.measured_mean}

@@ -21,7 +21,11 @@ WIDTH = 150  # where the output goes to a file
 def console(usual: int = WIDTH) -> Console:
     """As wide as the terminal; where the output goes elsewhere as wide as COLUMNS says, else ``default_width``."""
     found = Console(highlight=False)
-    return found if found.is_terminal or os.environ.get("COLUMNS", "").isdecimal() else Console(highlight=False, width=usual)
+    return (
+        found
+        if found.is_terminal or os.environ.get("COLUMNS", "").isdecimal()
+        else Console(highlight=False, width=usual)
+    )
 
 
 def show(result: dict[str, Any]) -> None:
@@ -42,7 +46,8 @@ def show(result: dict[str, Any]) -> None:
         kinds.add_row(name, *(f"{kind['accuracy']:.3f}" for kind in run["kinds"].values()))
     above = f"{result['task']}: {asked['count']} questions{judged}, 95 % intervals"
     for words, table in ((above, main), ("accuracy by kind of question", kinds)):
-        screen.print(f"[italic]{escape(words)}[/italic]", soft_wrap=True)  # a table's own title is no wider than the table
+        # a table's own title is no wider than the table
+        screen.print(f"[italic]{escape(words)}[/italic]", soft_wrap=True)
         screen.print(table)
     screen.print("visual tokens per layer, and settings other than the defaults:")
     for run in done:
@@ -65,7 +70,9 @@ def settings(run: dict[str, Any]) -> str:
         if run["solved"]["contextual"]:
             words.append(f"{run['solved']['dominant']} dominant + {run['solved']['contextual']} contextual")
     defaults = _defaults(run["method"])
-    words += [f"{key}={value}" for key, value in run["settings"].items() if key not in defaults or defaults[key] != value]
+    words += [
+        f"{key}={value}" for key, value in run["settings"].items() if key not in defaults or defaults[key] != value
+    ]
     return "; ".join(words)
 
 

@@ -37,10 +37,15 @@ class WorkerRank:
         ValueError
             RANK, WORLD_SIZE or LOCAL_RANK that cannot be.
         """
-        given = {name: environment.get(name, usual) for name, usual in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))}
+        given = {
+            name: environment.get(name, usual)
+            for name, usual in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+        }
         said = " ".join(f"{name}={value}" for name, value in given.items())
         if not all(value.isdecimal() for value in given.values()) or int(given["RANK"]) >= int(given["WORLD_SIZE"]):
-            raise ValueError(f"{said}: a launcher sets them to whole numbers with RANK from 0 to WORLD_SIZE - 1; unset them to run alone")
+            raise ValueError(
+                f"{said}: a launcher sets them to whole numbers with RANK from 0 to WORLD_SIZE - 1; unset them to run alone"
+            )
         return cls(*map(int, given.values()))
 
     def device(self, asked: str | None, gpus: int) -> str | None:
@@ -50,7 +55,9 @@ class WorkerRank:
     def check_restart(self, files: str) -> None:
         """Refuse to begin anew where others may be at work already; ``files`` is to be removed instead."""
         if self.world > 1:
-            raise ValueError(f"--restart: {self.world} processes would delete each other's answers; remove {files} before you launch them")
+            raise ValueError(
+                f"--restart: {self.world} processes would delete each other's answers; remove {files} before you launch them"
+            )
 
     def check_alone(self, verb: str) -> None:
         """Refuse to run a verb in ``world`` processes that has nothing to share."""

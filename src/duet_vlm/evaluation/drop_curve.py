@@ -34,11 +34,20 @@ def paper_schedule(depth: int) -> Schedule:
 
 
 def deep_schedule(depth: int) -> Schedule:
-    """Four drops, the first of them early ([8, 14, 22, 28] of 32 layers): 2.2 times the budget enters, where DUET's lets 1.6 times enter."""
-    return tuple({max(1, depth // 4): 0.6, max(1, 7 * depth // 16): 0.3, max(1, 11 * depth // 16): 0.1, 7 * depth // 8: 0.0}.items())
+    """Four drops, the first of them early ([8, 14, 22, 28] of 32 layers): 2.2 times the budget enters, where DUET's
+    lets 1.6 times enter."""
+    return tuple(
+        {
+            max(1, depth // 4): 0.6,
+            max(1, 7 * depth // 16): 0.3,
+            max(1, 11 * depth // 16): 0.1,
+            7 * depth // 8: 0.0,
+        }.items()
+    )
 
 
-FIXED: dict[str, Callable[[int], Schedule]] = {PAPER: paper_schedule, DEEP: deep_schedule}  # by depth alone: they ask for no curve
+# by depth alone: they ask for no curve
+FIXED: dict[str, Callable[[int], Schedule]] = {PAPER: paper_schedule, DEEP: deep_schedule}
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,9 @@ def layers_of(depth: int, wanted: Sequence[int] = ()) -> tuple[int, ...]:
 
 def drops(layers: Sequence[int]) -> Cells:
     """The runs of an experiment (tested against ``FULL``) that measures the curve."""
-    return tuple({"method": METHOD, "settings": {"schedule": [[layer, 0.0]]}, "label": f"{LABEL}{layer}"} for layer in layers)
+    return tuple(
+        {"method": METHOD, "settings": {"schedule": [[layer, 0.0]]}, "label": f"{LABEL}{layer}"} for layer in layers
+    )
 
 
 def curve_of(result: dict[str, Any]) -> DropCurve | None:
@@ -124,7 +135,9 @@ def curve_of(result: dict[str, Any]) -> DropCurve | None:
     if not points or "layers" not in result["model"]:
         return None
     whole = {kind: found["accuracy"] for kind, found in full["kinds"].items()}
-    return DropCurve(result["model"]["layers"], full["accuracy"], whole, tuple(sorted(points, key=lambda point: point.layer)))
+    return DropCurve(
+        result["model"]["layers"], full["accuracy"], whole, tuple(sorted(points, key=lambda point: point.layer))
+    )
 
 
 def _measures(row: dict[str, Any]) -> bool:
@@ -137,7 +150,9 @@ def _measures(row: dict[str, Any]) -> bool:
 
 def _point(row: dict[str, Any]) -> CurvePoint:
     kinds, against = {kind: found["accuracy"] for kind, found in row["kinds"].items()}, row["against"]
-    return CurvePoint(row["settings"]["schedule"][0][0], row["accuracy"], against["difference"], tuple(against["interval"]), kinds)
+    return CurvePoint(
+        row["settings"]["schedule"][0][0], row["accuracy"], against["difference"], tuple(against["interval"]), kinds
+    )
 
 
 def proposals(curve: DropCurve, tolerance: float = TOLERANCE) -> dict[str, Schedule]:
@@ -169,16 +184,26 @@ def check_takes_schedules(method: str, depth: int) -> None:
     except duet_vlm.BudgetError:
         return
     except (TypeError, ValueError) as error:
-        raise ValueError(f"--method {method}: takes no schedule beside a budget, as duet_plus does ({error})") from error
+        raise ValueError(
+            f"--method {method}: takes no schedule beside a budget, as duet_plus does ({error})"
+        ) from error
 
 
 def contest(curve: DropCurve, method: str, budgets: Sequence[float | int], tolerance: float = TOLERANCE) -> Cells:
     """The deciding runs: ``method`` at each budget with every suggested schedule, and with the two fixed ones."""
     schedules: dict[Schedule, str] = {}
-    for name, schedule in {**{name: fixed(curve.depth) for name, fixed in FIXED.items()}, **proposals(curve, tolerance)}.items():
+    for name, schedule in {
+        **{name: fixed(curve.depth) for name, fixed in FIXED.items()},
+        **proposals(curve, tolerance),
+    }.items():
         schedules.setdefault(schedule, name)
     return tuple(
-        {"method": method, "budgets": list(budgets), "settings": {"schedule": [list(stage) for stage in schedule]}, "label": name}
+        {
+            "method": method,
+            "budgets": list(budgets),
+            "settings": {"schedule": [list(stage) for stage in schedule]},
+            "label": name,
+        }
         for schedule, name in schedules.items()
     )
 

@@ -53,7 +53,9 @@ class ExperimentCell:
         if self.preset:
             return f"preset:{self.preset}"
         settings = ",".join(f"{key}={value}" for key, value in sorted(self.settings.items()))
-        return self.method + (f"[{settings}]" if settings else "") + ("" if self.budget is None else f"@{self.budget:g}")
+        return (
+            self.method + (f"[{settings}]" if settings else "") + ("" if self.budget is None else f"@{self.budget:g}")
+        )
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,11 @@ class Experiment:
     def __post_init__(self) -> None:
         if not self.cells:
             raise ValueError("an experiment needs at least one cell, e.g. {'method': 'duet', 'budgets': [0.22]}")
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or not all(isinstance(seed, int) and seed >= 0 for seed in self.seeds):
+        if (
+            not self.seeds
+            or len(set(self.seeds)) != len(self.seeds)
+            or not all(isinstance(seed, int) and seed >= 0 for seed in self.seeds)
+        ):
             raise ValueError(f"seeds={list(self.seeds)}: give different integers, 0 or more")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit={self.limit}: ask at least 1 question per seed")
@@ -102,7 +108,9 @@ class Experiment:
         for cell in self.cells:
             unknown = set(cell) - {"method", "preset", "budgets", "settings", "label", "beside"}
             if unknown or ("method" in cell) == ("preset" in cell):
-                raise ValueError(f"cell {cell}: needs 'method' or 'preset', and knows budgets, settings, label, beside; unknown: {sorted(unknown)}")
+                raise ValueError(
+                    f"cell {cell}: needs 'method' or 'preset', and knows budgets, settings, label, beside; unknown: {sorted(unknown)}"
+                )
         ids = [run.id for run in self.runs()]
         twice = sorted({name for name in ids if ids.count(name) > 1})
         if twice:
@@ -114,7 +122,9 @@ class Experiment:
         """Refuse a reference that is not among the runs."""
         labels = dict.fromkeys(run.label for run in self.runs())
         if self.against not in labels:
-            raise ValueError(f"against {self.against!r}: no run is called so{did_you_mean(self.against, labels)}; there are {', '.join(labels)}")
+            raise ValueError(
+                f"against {self.against!r}: no run is called so{did_you_mean(self.against, labels)}; there are {', '.join(labels)}"
+            )
 
     def runs(self) -> list[ExperimentCell]:
         """The baseline, then every cell at each of its budgets, budget by budget."""
@@ -128,12 +138,25 @@ class Experiment:
             from duet_vlm import preset
 
             name = cell["preset"]
-            return [ExperimentCell(preset(name).name, label=cell.get("label") or name, preset=name, beside=cell.get("beside"), pieces=self.pieces)]
+            return [
+                ExperimentCell(
+                    preset(name).name,
+                    label=cell.get("label") or name,
+                    preset=name,
+                    beside=cell.get("beside"),
+                    pieces=self.pieces,
+                )
+            ]
         settings = {key: _frozen(value) for key, value in (cell.get("settings") or {}).items()}
         words = ", ".join(f"{key} {value}" for key, value in settings.items())
         label = cell.get("label") or cell["method"] + (f" ({words})" if words else "")
         budgets = cell.get("budgets") or (None,)
-        return [ExperimentCell(cell["method"], budget, settings, label, beside=cell.get("beside", budget), pieces=self.pieces) for budget in budgets]
+        return [
+            ExperimentCell(
+                cell["method"], budget, settings, label, beside=cell.get("beside", budget), pieces=self.pieces
+            )
+            for budget in budgets
+        ]
 
     @property
     def pieces(self) -> dict[str, Any]:
@@ -143,7 +166,11 @@ class Experiment:
 
     def to_json(self) -> dict[str, Any]:
         plain = json.loads(json.dumps(dataclasses.asdict(self)))
-        return {name: value for name, value in plain.items() if name in self.pieces or name not in ("chunk_frames", "still_frames")}
+        return {
+            name: value
+            for name, value in plain.items()
+            if name in self.pieces or name not in ("chunk_frames", "still_frames")
+        }
 
 
 def _frozen(value: Any) -> Any:
@@ -166,7 +193,9 @@ def from_json(data: Any, where: str) -> Experiment:
         words = ", ".join(f"{key}{did_you_mean(key, known)}" for key in sorted(set(data) - known))
         raise ValueError(f"{where}: unknown entries {words}; known: {', '.join(sorted(known))}")
     if not isinstance(data["cells"], list) or not all(isinstance(cell, dict) for cell in data["cells"]):
-        raise ValueError(f"{where}: 'cells' is a list of objects like {{'method': 'duet', 'budgets': [0.22]}}, got {data['cells']!r}")
+        raise ValueError(
+            f"{where}: 'cells' is a list of objects like {{'method': 'duet', 'budgets': [0.22]}}, got {data['cells']!r}"
+        )
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
     try:
         return Experiment(**values)
@@ -202,7 +231,9 @@ def cells_of(text: str) -> list[tuple[str, list[str]]]:
     for part in re.split(r",(?![^\[]*\])", text):
         match = CELL.fullmatch(part.strip())
         if not match:
-            raise ValueError(f"--methods {part.strip()!r}: write names with commas between, settings in brackets: duet,random[follow=duet]")
+            raise ValueError(
+                f"--methods {part.strip()!r}: write names with commas between, settings in brackets: duet,random[follow=duet]"
+            )
         pairs = [pair.strip() for pair in (match["settings"] or "").split(";") if pair.strip()]
         out.append((match["method"], pairs))
     return out

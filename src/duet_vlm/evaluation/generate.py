@@ -62,19 +62,46 @@ def generate(
         model that takes none.
     """
     if asked.clips and not loaded.takes_clips:
-        raise ValueError(f"--data shows clips, and --model {loaded.name} takes pictures only; 'duet-vlm models' says who takes clips")
-    batches = {str(first // batch): range(first, min(first + batch, len(asked.names))) for first in range(0, len(asked.names), batch)}
+        raise ValueError(
+            f"--data shows clips, and --model {loaded.name} takes pictures only; 'duet-vlm models' says who takes clips"
+        )
+    batches = {
+        str(first // batch): range(first, min(first + batch, len(asked.names)))
+        for first in range(0, len(asked.names), batch)
+    }
     path = out.with_name(f"{out.name}.parts") / f"{worker.rank}.jsonl"
     with attach() as handle, torch.no_grad(), alone(path):
-        method: Row = {"method": handle.reducer.name, "budget": handle.budget, "settings": json.loads(json.dumps(handle.reducer.settings()))}
-        versions = {"duet_vlm": duet_vlm.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+        method: Row = {
+            "method": handle.reducer.name,
+            "budget": handle.budget,
+            "settings": json.loads(json.dumps(handle.reducer.settings())),
+        }
+        versions = {
+            "duet_vlm": duet_vlm.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
         pieces = {"chunk_frames": handle.chunks.chunk_frames, "still_frames": handle.chunks.still_frames}
-        given = {"batch": batch, "max_new_tokens": max_new_tokens} | {name: value for name, value in pieces.items() if value is not None}
-        journal = Journal(path, {CONTENTS: asked.mark, "model": model_facts(loaded), "reduction": method, "options": given, "versions": versions})
+        given = {"batch": batch, "max_new_tokens": max_new_tokens} | {
+            name: value for name, value in pieces.items() if value is not None
+        }
+        journal = Journal(
+            path,
+            {
+                CONTENTS: asked.mark,
+                "model": model_facts(loaded),
+                "reduction": method,
+                "options": given,
+                "versions": versions,
+            },
+        )
 
         def work(todo: dict[str, list[str]]) -> Generator[tuple[str, Page], None, None]:
             for part in todo:
-                yield part, {"questions": [], "runs": {RUN: _answers(loaded, handle, asked, batches[part], max_new_tokens)}}
+                yield (
+                    part,
+                    {"questions": [], "runs": {RUN: _answers(loaded, handle, asked, batches[part], max_new_tokens)}},
+                )
 
         found = recorded(journal, worker, list(batches), [RUN], work, advance=advance)
     if found is None:
@@ -86,7 +113,9 @@ def generate(
     return True
 
 
-def _answers(loaded: LoadedModel, handle: Handle, asked: Prompts, numbers: Sequence[int], max_new_tokens: int) -> list[Row]:
+def _answers(
+    loaded: LoadedModel, handle: Handle, asked: Prompts, numbers: Sequence[int], max_new_tokens: int
+) -> list[Row]:
     """One row for each prompt of a batch. An impossible prompt gets its error in its row, and the others are
     answered."""
     rows: list[Row] = [{"id": asked.names[number], "question": asked.texts[number]} for number in numbers]
@@ -115,4 +144,7 @@ def _said(loaded: LoadedModel, handle: Handle, questions: list[TaskQuestion], ma
         return []
     inputs = inputs_of(loaded, questions, salient=handle.reducer.text_query == "salient")
     made = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    return [text.strip() for text in loaded.processor.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)]
+    return [
+        text.strip()
+        for text in loaded.processor.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    ]

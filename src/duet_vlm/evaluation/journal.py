@@ -149,4 +149,6 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
     try:
         return [json.loads(line) for line in whole.splitlines()], len(whole.encode())
     except ValueError as error:
-        raise ValueError(f"{path}: damaged ({error}); delete it or use --restart, the questions are then asked again") from error
+        raise ValueError(
+            f"{path}: damaged ({error}); delete it or use --restart, the questions are then asked again"
+        ) from error

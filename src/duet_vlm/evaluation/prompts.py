@@ -16,8 +16,8 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 @dataclass(frozen=True)
 class Prompts:
-    """``names`` and the texts of all prompts; ``open`` makes the question of one, and raises a ValueError where its picture cannot be read.
-    ``mark`` changes with what they and their files hold; ``clips``: some show one."""
+    """``names`` and the texts of all prompts; ``open`` makes the question of one, and raises a ValueError where its
+    picture cannot be read. ``mark`` changes with what they and their files hold; ``clips``: some show one."""
 
     names: tuple[str, ...]
     texts: tuple[str, ...]
@@ -48,11 +48,14 @@ def prompts(data: str, prompt: str | None) -> Prompts:
 
         return Prompts(names, (prompt,) * len(files), about, digest_of([names, prompt], files))
     if path.suffix != ".jsonl" or not path.is_file():
-        raise ValueError(f"--data {data}: give a folder of pictures or a .jsonl file with image (or video) and question in each line")
+        raise ValueError(
+            f"--data {data}: give a folder of pictures or a .jsonl file with image (or video) and question in each line"
+        )
     if prompt:
         raise ValueError(f"--prompt: the questions stand in {data}, leave it out")
     asked = task(str(path))
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]  # read without complaint just now
+    # read without complaint just now
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     names = tuple(str(line.get("id", number)) for number, line in enumerate(lines))
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"--data {data}: the id {twice[0]!r} stands in two lines")

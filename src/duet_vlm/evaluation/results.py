@@ -33,14 +33,20 @@ def load(path: Path | str) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
-        raise ValueError(f"{path}: is not JSON, perhaps cut short ({error}); run the experiment again to make it anew") from error
+        raise ValueError(
+            f"{path}: is not JSON, perhaps cut short ({error}); run the experiment again to make it anew"
+        ) from error
     if not isinstance(data, dict) or "format" not in data:
         raise ValueError(f"{path}: is no result file of duet-vlm eval")
     if data["format"] != FORMAT:
-        raise ValueError(f"{path}: format {data['format']!r}, but this version reads format {FORMAT}; run the experiment again with this version")
+        raise ValueError(
+            f"{path}: format {data['format']!r}, but this version reads format {FORMAT}; run the experiment again with this version"
+        )
     missing = [key for key in NEEDED if key not in data]
     if missing:
-        raise ValueError(f"{path}: incomplete result file, {', '.join(missing)} missing; run the experiment again to make it anew")
+        raise ValueError(
+            f"{path}: incomplete result file, {', '.join(missing)} missing; run the experiment again to make it anew"
+        )
     return data
 
 

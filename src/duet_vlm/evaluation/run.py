@@ -1,4 +1,5 @@
-"""Run an experiment: questions in batches, every run on each batch, batches shared among processes; then the statistics."""
+"""Run an experiment: questions in batches, every run on each batch, batches shared among processes; then the
+statistics."""
 
 from __future__ import annotations
 
@@ -60,7 +61,11 @@ class BatchJob:
 def batches(experiment: Experiment, asked: Task) -> list[QuestionBatch]:
     """The batches of an experiment: the same however many processes there are and wherever a run was interrupted."""
     count, size = asked.count(experiment.limit), experiment.batch
-    return [QuestionBatch(seed, first, min(first + size, count)) for seed in experiment.seeds for first in range(0, count, size)]
+    return [
+        QuestionBatch(seed, first, min(first + size, count))
+        for seed in experiment.seeds
+        for first in range(0, count, size)
+    ]
 
 
 @dataclass(frozen=True)
@@ -104,8 +109,14 @@ class RunAnswers:
         times = {}
         if timing_rounds:
             measured = [run for run in possible if all(part.message is None for part in outcomes[run.id])]
-            times = prefill_times(loaded, measured, batches(experiment, asked)[0].questions(asked)[:TIMED_QUESTIONS], timing_rounds)
-        asked_for = [TaskQuestion(q["id"], (), q["text"], tuple(q["answers"]), q["kind"]) for page in self.pages for q in page["questions"]]
+            times = prefill_times(
+                loaded, measured, batches(experiment, asked)[0].questions(asked)[:TIMED_QUESTIONS], timing_rounds
+            )
+        asked_for = [
+            TaskQuestion(q["id"], (), q["text"], tuple(q["answers"]), q["kind"])
+            for page in self.pages
+            for q in page["questions"]
+        ]
         rows, predictions = summarize(experiment, runs, asked_for, outcomes, times, _solver(loaded))
         kinds = [q.kind for q in asked_for]
         parameter = next(loaded.model.parameters())
@@ -203,10 +214,17 @@ def gather(
     if experiment.pieces and not asked.clips:
         raise ValueError(f"{' and '.join(experiment.pieces)}: task {asked.name!r} shows no clips; leave it out")
     if asked.clips and not loaded.takes_clips:
-        raise ValueError(f"task {asked.name!r} shows clips, and --model {loaded.name} takes pictures only; 'duet-vlm models' says who takes clips")
+        raise ValueError(
+            f"task {asked.name!r} shows clips, and --model {loaded.name} takes pictures only; 'duet-vlm models' says who takes clips"
+        )
     infeasible = preflight(loaded, runs, first)
     possible = {run.id: run for run in runs if run.id not in infeasible}
-    versions = {"duet_vlm": duet_vlm.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "format": FORMAT}
+    versions = {
+        "duet_vlm": duet_vlm.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "format": FORMAT,
+    }
     questions = {key: value for key, value in experiment.to_json().items() if key not in ("cells", "against")}
     subject = {"questions": questions, "model": model_facts(loaded), "versions": versions, "source code": code.files}
     if (contents := asked.digest(asked.count(experiment.limit))) is not None:
@@ -220,7 +238,9 @@ def gather(
     found = recorded(journal, worker, list(todo), list(possible), work, advance=advance, over=over)
     if found is None:
         return None
-    return RunAnswers(experiment, loaded, [found[name] for name in todo], infeasible, code, max(workers, worker.world), contents)
+    return RunAnswers(
+        experiment, loaded, [found[name] for name in todo], infeasible, code, max(workers, worker.world), contents
+    )
 
 
 def preflight(loaded: LoadedModel, runs: list[ExperimentCell], first: list[TaskQuestion]) -> dict[str, Outcome]:
@@ -253,7 +273,12 @@ def model_facts(loaded: LoadedModel) -> dict[str, Any]:
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
         count += parameter.numel()
-    return {"name": loaded.name, "family": loaded.model.config.model_type, "parameters": count, "weights": digest.hexdigest()[:16]}
+    return {
+        "name": loaded.name,
+        "family": loaded.model.config.model_type,
+        "parameters": count,
+        "weights": digest.hexdigest()[:16],
+    }
 
 
 def _solver(loaded: LoadedModel) -> Callable[[ExperimentCell, int], duet_vlm.SpanPlan]:
@@ -268,7 +293,13 @@ def _solver(loaded: LoadedModel) -> Callable[[ExperimentCell, int], duet_vlm.Spa
 
 
 def _answered(
-    experiment: Experiment, jobs: list[BatchJob], asked: Task, loaded: LoadedModel, device: str | None, workers: int, journals: Path
+    experiment: Experiment,
+    jobs: list[BatchJob],
+    asked: Task,
+    loaded: LoadedModel,
+    device: str | None,
+    workers: int,
+    journals: Path,
 ) -> Generator[tuple[str, Page], None, None]:
     if workers < 2 or len(jobs) < 2:
         for job in jobs:

@@ -66,16 +66,23 @@ def method_of(run: ExperimentCell) -> Reducer:
 @contextlib.contextmanager
 def attached(loaded: LoadedModel, run: ExperimentCell, questions: Sequence[TaskQuestion]) -> Iterator[duet_vlm.Handle]:
     """The model with a run's method attached; the oracle receives the needed tokens of these questions."""
-    told: dict[str, Any] = {"needed": tuple(part for q in questions for part in needed_parts(q))} if run.method == ORACLE else {}
+    told: dict[str, Any] = (
+        {"needed": tuple(part for q in questions for part in needed_parts(q))} if run.method == ORACLE else {}
+    )
     processor = loaded.processor if run.settings.get("text_query") == "salient" else None
-    with duet_vlm.attach(loaded.model, method_of(run), budget=run.budget, processor=processor, **run.settings | run.pieces, **told) as handle:
+    with duet_vlm.attach(
+        loaded.model, method_of(run), budget=run.budget, processor=processor, **run.settings | run.pieces, **told
+    ) as handle:
         yield handle
 
 
 def inputs_of(loaded: LoadedModel, questions: Sequence[TaskQuestion], salient: bool = False) -> Any:
     """Model inputs of a batch, padded on the left."""
     text = [chat_text(loaded.processor, q.text, len(q.images), len(q.videos)) for q in questions]
-    given = {"images": [image for q in questions for image in q.images], "videos": [clip for q in questions for clip in q.videos]}
+    given = {
+        "images": [image for q in questions for image in q.images],
+        "videos": [clip for q in questions for clip in q.videos],
+    }
     pictures = {name: items for name, items in given.items() if items}
     made = loaded.processor(text=text, **pictures, return_tensors="pt", padding=True, padding_side="left")
     if not salient:
@@ -83,13 +90,18 @@ def inputs_of(loaded: LoadedModel, questions: Sequence[TaskQuestion], salient: b
     return made.to(loaded.model.device, loaded.model.dtype)
 
 
-def answer(loaded: LoadedModel, runs: Sequence[ExperimentCell], questions: Sequence[TaskQuestion], max_new_tokens: int) -> dict[str, Outcome]:
+def answer(
+    loaded: LoadedModel, runs: Sequence[ExperimentCell], questions: Sequence[TaskQuestion], max_new_tokens: int
+) -> dict[str, Outcome]:
     """Answers of every run to one batch.
 
     Inputs are made once, except for runs whose processor marks salient words; so are the lower vision layers, except
     for videos, which may pass through the tower in chunks.
     """
-    plain, shared = inputs_of(loaded, questions), None if any(q.videos for q in questions) else SharedVision(loaded.model)
+    plain, shared = (
+        inputs_of(loaded, questions),
+        None if any(q.videos for q in questions) else SharedVision(loaded.model),
+    )
     out = {}
     for run in runs:
         try:
@@ -115,7 +127,9 @@ def reads_elsewhere(reducer: Reducer) -> bool:
     patches."""
     if not isinstance(reducer, EncoderReducer):
         return False
-    return reducer.reduces_in_tower or (bool(reducer.requires & VISION_LAYER_INPUTS) and set(reducer.signal_layers) != {None})
+    return reducer.reduces_in_tower or (
+        bool(reducer.requires & VISION_LAYER_INPUTS) and set(reducer.signal_layers) != {None}
+    )
 
 
 def _outcome(handle: duet_vlm.Handle, said: list[str], questions: Sequence[TaskQuestion]) -> Outcome:

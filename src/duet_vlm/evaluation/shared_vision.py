@@ -24,7 +24,8 @@ class SharedVision:
 
     @contextlib.contextmanager
     def reused(self) -> Iterator[None]:
-        """The first call inside computes the layers, later ones (inside a later ``with``, too) get its output; undone at the end."""
+        """The first call inside computes the layers, later ones (inside a later ``with``, too) get its output; undone
+        at the end."""
         try:
             for layer in self.layers:
                 layer.forward = self._instead_of(layer.forward, layer is self.layers[-1])

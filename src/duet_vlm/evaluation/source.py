@@ -31,7 +31,8 @@ class Source:
         return self.commit is not None and not self.commit.endswith(CHANGED)
 
     def until(self, end: Source) -> Source:
-        """This source, marked as changed if its files are others at the ``end`` of a measurement: modules are loaded on first use."""
+        """This source, marked as changed if its files are others at the ``end`` of a measurement: modules are loaded on
+        first use."""
         if end.files == self.files or not self.clean:
             return self
         return Source(f"{self.commit}{CHANGED}", self.files)
@@ -57,7 +58,9 @@ def unclean(commit: str | None) -> str:
 
 def _commit(package: Path) -> str | None:
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(package), *words], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(package), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         if not git("ls-files", "__init__.py"):

@@ -32,10 +32,12 @@ def kept_interval(hits: np.ndarray, full: np.ndarray) -> tuple[float, float] | N
     some, share = both + won + lost, (both + won) / (both + lost)
 
     def beyond(ratio: float) -> float:
-        """Squared distance from ``ratio``, less what chance gives: its variance under the likeliest shares of which it is the ratio."""
+        """Squared distance from ``ratio``, less what chance gives: its variance under the likeliest shares of which it
+        is the ratio."""
         linear = (won + lost) - (both + lost) * (ratio**2 - 1)
         square = (ratio + 1) * some
-        likely = (linear + math.sqrt(max(0.0, linear**2 + 4 * square * lost * (ratio - 1)))) / (2 * square)  # lost, of those that any answers
+        # lost, of those that any answers
+        likely = (linear + math.sqrt(max(0.0, linear**2 + 4 * square * lost * (ratio - 1)))) / (2 * square)
         return ((both + won) - ratio * (both + lost)) ** 2 - QUANTILE**2 * some * (ratio - 1 + (1 + ratio) * likely)
 
     far = 2 * share + 1
@@ -45,8 +47,8 @@ def kept_interval(hits: np.ndarray, full: np.ndarray) -> tuple[float, float] | N
 
 
 def difference_interval(hits: np.ndarray, other: np.ndarray) -> tuple[float, float]:
-    """95 % score interval (Tango 1998) of a difference of accuracies on the same questions; both [questions] bool. It holds where few answers
-    differ, or none."""
+    """95 % score interval (Tango 1998) of a difference of accuracies on the same questions; both [questions] bool. It
+    holds where few answers differ, or none."""
     _, won, lost = _counts(hits, other)
     count = len(hits)
 
@@ -55,15 +57,20 @@ def difference_interval(hits: np.ndarray, other: np.ndarray) -> tuple[float, flo
         linear = (2 * count - won + lost) * difference - won - lost
         root = math.sqrt(max(0.0, linear**2 + 8 * count * lost * difference * (1 - difference)))
         likely = (root - linear) / (4 * count)  # lost, of all
-        return (won - lost - count * difference) ** 2 - QUANTILE**2 * count * (2 * likely + difference * (1 - difference))
+        return (won - lost - count * difference) ** 2 - QUANTILE**2 * count * (
+            2 * likely + difference * (1 - difference)
+        )
 
     found = (won - lost) / count
     return _edge(beyond, found, -1.0), _edge(beyond, found, 1.0)
 
 
-def resampled(samples: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarray], seed: int = 0) -> tuple[float, float]:
-    """95 % percentile bootstrap over questions of a ``statistic`` of paired ``samples`` ([questions], such as means over several models), to which
-    no score interval applies. Too narrow where few of them differ; a single question has no spread that could be known."""
+def resampled(
+    samples: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarray], seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile bootstrap over questions of a ``statistic`` of paired ``samples`` ([questions], such as means
+    over several models), to which no score interval applies. Too narrow where few of them differ; a single question has
+    no spread that could be known."""
     from scipy.stats import bootstrap
 
     if len(samples[0]) < 2:
@@ -85,7 +92,9 @@ def resampled(samples: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarr
 def _counts(hits: np.ndarray, other: np.ndarray) -> tuple[int, int, int]:
     """Questions that both answer, only the first, only the other; fractions of answers are refused."""
     if hits.dtype != bool or other.dtype != bool:
-        raise TypeError(f"give answers as bool, right or wrong, got {hits.dtype} and {other.dtype}; means of several are for resampled()")
+        raise TypeError(
+            f"give answers as bool, right or wrong, got {hits.dtype} and {other.dtype}; means of several are for resampled()"
+        )
     return int((hits & other).sum()), int((hits & ~other).sum()), int((other & ~hits).sum())
 
 

@@ -35,29 +35,45 @@ def summarize(
     infeasible = {run.id: next((part for part in outcomes[run.id] if part.message is not None), None) for run in runs}
     done = [run for run in runs if infeasible[run.id] is None]
     answers = {run.id: [said for part in outcomes[run.id] for said in part.answers] for run in done}
-    judged = [q if q.answers else replace(q, answers=(said,)) for q, said in zip(questions, answers[BASELINE], strict=True)]
-    hits = {key: np.array([right(q, said) for q, said in zip(judged, values, strict=True)]) for key, values in answers.items()}
+    judged = [
+        q if q.answers else replace(q, answers=(said,)) for q, said in zip(questions, answers[BASELINE], strict=True)
+    ]
+    hits = {
+        key: np.array([right(q, said) for q, said in zip(judged, values, strict=True)])
+        for key, values in answers.items()
+    }
     rows: Rows = []
     for run in runs:
         row: dict[str, Any] = {"id": run.id, "label": run.label, "method": run.method, "budget": run.budget}
         row |= {"preset": run.preset, "beside": run.beside}
-        row["settings"] = dict(run.settings) if run.method == ORACLE else replace(method_of(run), **run.settings).settings()
+        row["settings"] = (
+            dict(run.settings) if run.method == ORACLE else replace(method_of(run), **run.settings).settings()
+        )
         refused = infeasible[run.id]
         if refused is not None:
             rows.append(row | {"status": "infeasible", "floor": refused.floor, "message": refused.message})
             continue
-        row |= {"status": "ok"} | _accuracy(experiment.seeds, [q.kind for q in questions], hits[run.id], hits[BASELINE], run.id == BASELINE)
+        row |= {"status": "ok"} | _accuracy(
+            experiment.seeds, [q.kind for q in questions], hits[run.id], hits[BASELINE], run.id == BASELINE
+        )
         row |= _costs(run, outcomes[run.id], len(questions), solve)
         rows.append(row | {"prefill": times.get(run.id), "recall": _recall(outcomes[run.id])})
     _compare(rows, hits, experiment.against)
-    gold = {"questions": [q.id for q in questions], "kinds": [q.kind for q in questions], "gold": [list(q.answers) for q in judged]}
+    gold = {
+        "questions": [q.id for q in questions],
+        "kinds": [q.kind for q in questions],
+        "gold": [list(q.answers) for q in judged],
+    }
     return rows, gold | {"answers": answers}
 
 
 def restated(result: dict[str, Any]) -> dict[str, Any]:
     """A result whose statistics are computed again from its predictions, for a file of an earlier version."""
     found, asked = unpack(result), result["experiment"]
-    hits = {key: np.array([accepted(a, gold) for a, gold in zip(said, found["gold"], strict=True)]) for key, said in found["answers"].items()}
+    hits = {
+        key: np.array([accepted(a, gold) for a, gold in zip(said, found["gold"], strict=True)])
+        for key, said in found["answers"].items()
+    }
     rows: Rows = copy.deepcopy(result["runs"])
     for row in rows:
         if row["status"] == "ok":
@@ -66,7 +82,9 @@ def restated(result: dict[str, Any]) -> dict[str, Any]:
     return result | {"runs": rows}
 
 
-def _accuracy(seeds: Sequence[int], kinds_of: Sequence[str], hits: np.ndarray, full: np.ndarray, itself: bool) -> dict[str, Any]:
+def _accuracy(
+    seeds: Sequence[int], kinds_of: Sequence[str], hits: np.ndarray, full: np.ndarray, itself: bool
+) -> dict[str, Any]:
     """Accuracy and share kept; ``itself``: this is the full model, which keeps everything whatever the questions."""
     kinds = np.array(kinds_of)
     per_seed = len(hits) // len(seeds)
@@ -89,7 +107,9 @@ def _accuracy(seeds: Sequence[int], kinds_of: Sequence[str], hits: np.ndarray, f
     }
 
 
-def _costs(run: ExperimentCell, parts: Sequence[Outcome], count: int, solve: Callable[[ExperimentCell, int], SpanPlan]) -> dict[str, Any]:
+def _costs(
+    run: ExperimentCell, parts: Sequence[Outcome], count: int, solve: Callable[[ExperimentCell, int], SpanPlan]
+) -> dict[str, Any]:
     def mean(name: str) -> float:
         return math.fsum(getattr(part, name) for part in parts) / count
 
@@ -97,7 +117,12 @@ def _costs(run: ExperimentCell, parts: Sequence[Outcome], count: int, solve: Cal
     solved = None
     if len(sizes) == 1 and (size := sizes.pop()).is_integer():
         plan = solve(run, int(size))
-        solved = {"tokens": plan.tokens, "dominant": plan.dominant, "contextual": plan.contextual, "counts": list(plan.counts)}
+        solved = {
+            "tokens": plan.tokens,
+            "dominant": plan.dominant,
+            "contextual": plan.contextual,
+            "counts": list(plan.counts),
+        }
         solved["entry"] = plan.counts[0]
     return {
         "solved": solved,
@@ -114,7 +139,11 @@ def _recall(parts: Sequence[Outcome]) -> dict[str, float] | None:
     if len(known) < len(parts):
         return None
     count, entry, merged, middle = np.sum(known, axis=0).tolist()
-    return {"questions": int(count), "entry": entry / count, "entry_or_merged": merged / count, "middle": middle / count} if count else None
+    return (
+        {"questions": int(count), "entry": entry / count, "entry_or_merged": merged / count, "middle": middle / count}
+        if count
+        else None
+    )
 
 
 def _compare(rows: Rows, hits: dict[str, np.ndarray], label: str) -> None:
@@ -133,7 +162,12 @@ def _compare(rows: Rows, hits: dict[str, np.ndarray], label: str) -> None:
         own, theirs = hits[row["id"]], hits[other["id"]]
         wins, losses, p_value = statistics.sign_test(own, theirs)
         difference: dict[str, Any] = {"run": other["id"], "difference": float(own.mean() - theirs.mean())}
-        difference |= {"interval": statistics.difference_interval(own, theirs), "wins": wins, "losses": losses, "p_value": p_value}
+        difference |= {
+            "interval": statistics.difference_interval(own, theirs),
+            "wins": wins,
+            "losses": losses,
+            "p_value": p_value,
+        }
         row["against"] = difference
         tested.append(difference)
     for difference, p in zip(tested, statistics.adjusted([d["p_value"] for d in tested]), strict=True):

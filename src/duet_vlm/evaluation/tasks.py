@@ -1,6 +1,7 @@
 """Tasks: streams of questions about pictures or clips, with short answers that can be checked.
 
-Embedded tasks (``tiny``, and those of installed packages) draw their questions (no file, no end); any other name is the path of a JSON-lines file.
+Embedded tasks (``tiny``, and those of installed packages) draw their questions (no file, no end); any other name is the
+path of a JSON-lines file.
 """
 
 from __future__ import annotations
@@ -100,8 +101,9 @@ def usual_model(name: str) -> str:
 
 
 def task(name: str) -> Task:
-    """A task by name, or of a JSON-lines file: one ``{"image": path or [paths], "question", "answer" or "answers", "kind"}`` per line.
-    Answers and kind may be left out; ``"video"`` may stand beside or in place of the image, and then ``"frames"``, how many are taken of each.
+    """A task by name, or of a JSON-lines file: one ``{"image": path or [paths], "question", "answer" or "answers",
+    "kind"}`` per line. Answers and kind may be left out; ``"video"`` may stand beside or in place of the image, and
+    then ``"frames"``, how many are taken of each.
 
     Raises
     ------
@@ -133,9 +135,18 @@ def task(name: str) -> Task:
                 raise ValueError(f"{path}: its {what} {file}: no such file")
 
     def digest(count: int) -> str:
-        return digest_of(rows[:count], [path.parent / name for row in rows[:count] for name in (*row["images"], *row["videos"])])
+        return digest_of(
+            rows[:count], [path.parent / name for row in rows[:count] for name in (*row["images"], *row["videos"])]
+        )
 
-    return Task(path.stem, lambda _, index: _question(path, rows[index], index), len(rows), 32, any(row["videos"] for row in rows), digest)
+    return Task(
+        path.stem,
+        lambda _, index: _question(path, rows[index], index),
+        len(rows),
+        32,
+        any(row["videos"] for row in rows),
+        digest,
+    )
 
 
 def right(question: TaskQuestion, said: str) -> bool:
@@ -173,7 +184,9 @@ def _row(path: Path, number: int, line: str) -> dict[str, Any]:
         if not {"image", "video"} & set(row):
             raise KeyError("image")
     except KeyError as error:
-        raise ValueError(f"{path}, line {number}: needs image and question, or video in place of the image; {error} is missing") from error
+        raise ValueError(
+            f"{path}, line {number}: needs image and question, or video in place of the image; {error} is missing"
+        ) from error
     texts = [found["question"], found["kind"], *images, *videos, *found["answers"]]
     labelled = answers or not {"answer", "answers"} & set(row)
     empty = any(what in row and not _several(row[what]) for what in ("image", "video"))
@@ -182,7 +195,9 @@ def _row(path: Path, number: int, line: str) -> dict[str, Any]:
             f"{path}, line {number}: image, question, answer and kind are texts, video too; all but question and kind may be lists, not empty ones"
         )
     if found["frames"] is not None and (type(found["frames"]) is not int or found["frames"] < 1 or not videos):
-        raise ValueError(f"{path}, line {number}: frames {found['frames']!r}: how many are taken of each video, a whole number from 1")
+        raise ValueError(
+            f"{path}, line {number}: frames {found['frames']!r}: how many are taken of each video, a whole number from 1"
+        )
     for name in (*images, *videos):
         local(name, f"{path}, line {number}: ")
     return found

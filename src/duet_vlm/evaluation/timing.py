@@ -15,10 +15,13 @@ from duet_vlm.evaluation.tasks import TaskQuestion
 from duet_vlm.profiling.timing import ratio, time_paired
 
 
-def prefill_times(loaded: LoadedModel, runs: Sequence[ExperimentCell], questions: Sequence[TaskQuestion], rounds: int) -> dict[str, dict[str, Any]]:
+def prefill_times(
+    loaded: LoadedModel, runs: Sequence[ExperimentCell], questions: Sequence[TaskQuestion], rounds: int
+) -> dict[str, dict[str, Any]]:
     """Milliseconds per question from pixels and token ids to the first answer token (vision tower included), by run.
 
-    ``ratio`` is the time over the untouched model's, round by round, with the 95 % interval of its median. Attaching is not timed.
+    ``ratio`` is the time over the untouched model's, round by round, with the 95 % interval of its median. Attaching is
+    not timed.
     """
     plain = inputs_of(loaded, questions)
 
@@ -27,7 +30,10 @@ def prefill_times(loaded: LoadedModel, runs: Sequence[ExperimentCell], questions
 
         @contextlib.contextmanager
         def around() -> Iterator[None]:
-            with contextlib.nullcontext() if run.method == BASELINE else attached(loaded, run, questions), torch.no_grad():
+            with (
+                contextlib.nullcontext() if run.method == BASELINE else attached(loaded, run, questions),
+                torch.no_grad(),
+            ):
                 if run.settings.get("text_query") == "salient":
                     inputs.update(inputs_of(loaded, questions, salient=True))
                 yield
@@ -36,7 +42,9 @@ def prefill_times(loaded: LoadedModel, runs: Sequence[ExperimentCell], questions
 
     pairs = {run.id: timed(run) for run in runs}
     times = time_paired(
-        {name: function for name, (function, _) in pairs.items()}, repeats=rounds, around={name: a for name, (_, a) in pairs.items()}
+        {name: function for name, (function, _) in pairs.items()},
+        repeats=rounds,
+        around={name: a for name, (_, a) in pairs.items()},
     )
     each = 1000 / len(questions)
     out: dict[str, dict[str, Any]] = {}

@@ -1,4 +1,5 @@
-"""Processes of one machine that do tasks for this one. Each is on a pipe of its own: one that dies is heard of at once and blocks nobody."""
+"""Processes of one machine that do tasks for this one. Each is on a pipe of its own: one that dies is heard of at once
+and blocks nobody."""
 
 from __future__ import annotations
 
@@ -144,12 +145,13 @@ def _end_with_parent() -> None:
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Processes that are started inside do not hear Ctrl-C, which a terminal sends to all of them: this one does, and ends them. Blocked and
-    not ignored: what comes in the meantime is heard at the end."""
+    """Processes that are started inside do not hear Ctrl-C, which a terminal sends to all of them: this one does, and
+    ends them. Blocked and not ignored: what comes in the meantime is heard at the end."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    resource_tracker.ensure_running()  # the first process that is started would start it, which (Python < 3.13) lets interrupts in again
+    # the first process that is started would start it, which (Python < 3.13) lets interrupts in again
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

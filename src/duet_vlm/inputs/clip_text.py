@@ -43,14 +43,19 @@ class ClipTextEncoder:
     def tokens(self, states: Tensor) -> Tensor:
         """Unit vectors of tokens in the shared space: tower outputs [B, N, C] -> [B, N, E] float32."""
         weight = self.clip.visual_projection.weight
-        rows = self.clip.visual_projection(self.clip.vision_model.post_layernorm(states.to(weight.device, weight.dtype)))
+        rows = self.clip.visual_projection(
+            self.clip.vision_model.post_layernorm(states.to(weight.device, weight.dtype))
+        )
         return unit_rows(rows).to(states.device)
 
     @torch.no_grad()
     def pieces(self, ids: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Unit vectors of texts, piece by piece: token ids -> [Q, c, E] float32, and their mask [Q, c]."""
         chunks = [[row[i : i + self.window] for i in range(0, len(row), self.window)] for row in ids]
-        flat, counts = [torch.tensor(piece, device="cpu") for row in chunks for piece in row], [len(row) for row in chunks]
+        flat, counts = (
+            [torch.tensor(piece, device="cpu") for row in chunks for piece in row],
+            [len(row) for row in chunks],
+        )
         weight = self.clip.text_projection.weight
         table = pad_sequence(flat, batch_first=True).to(weight.device)
         mask = pad_sequence([torch.ones_like(piece) for piece in flat], batch_first=True).to(weight.device)

@@ -15,7 +15,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 MAX_PIXELS = 64_000_000  # larger pictures are refused before they are decoded
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/|data:")
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # of an array, by its channels
-CLIPS = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp"}  # endings that no picture has
+# endings that no picture has
+CLIPS = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp"}
 OVERSHOOT = 0.125  # of the range: resampling leaves floats a little outside of it
 
 
@@ -90,19 +91,24 @@ def open_image(path: Path) -> Image.Image:
             with Image.open(path) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-                count = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: more versions of one photograph
+                # MPO: more versions of one photograph
+                count = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
                 image.load()
                 with contextlib.suppress(Exception):  # a broken EXIF block says nothing, and the pixels are there
                     ImageOps.exif_transpose(image, in_place=True)
                 picture = rgb(image)
     except Image.DecompressionBombError as error:
         size = str(error).split(",")[0]  # Pillow goes on about attacks
-        raise ValueError(f"--image {path}: {size}; at most {MAX_PIXELS / 1e6:.0f} million pixels are read. Make it smaller first") from None
+        raise ValueError(
+            f"--image {path}: {size}; at most {MAX_PIXELS / 1e6:.0f} million pixels are read. Make it smaller first"
+        ) from None
     except UnidentifiedImageError:
         clip = "; clips are given to --video" if path.suffix.lower() in CLIPS else ""
         raise ValueError(f"--image {path}: not an image that can be read{clip}") from None
     except Exception as error:  # decoders of damaged files raise all kinds
-        raise ValueError(f"--image {path}: the file is damaged or cannot be read ({' '.join(str(error).split())})") from error
+        raise ValueError(
+            f"--image {path}: the file is damaged or cannot be read ({' '.join(str(error).split())})"
+        ) from error
     if count > 1:
         warnings.warn(f"{path}: shows {count} pictures one after the other, the first is taken", stacklevel=2)
     return picture
@@ -159,4 +165,6 @@ def _white(values: np.ndarray, least: int) -> int:
         if -slack * max(1, high) <= low and high <= (1 + slack) * top:
             return top
     ranges = ", ".join(f"0..{top}" for top in tops)
-    raise ValueError(f"pixels from {low:g} to {high:g} ({kind}) are in none of the ranges that are read ({ranges}): scale them first")
+    raise ValueError(
+        f"pixels from {low:g} to {high:g} ({kind}) are in none of the ranges that are read ({ranges}): scale them first"
+    )

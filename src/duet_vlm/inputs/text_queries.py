@@ -19,7 +19,12 @@ SHORTEST_WORD = 3
 
 
 def query_rows(
-    kind: str, visual: Tensor, valid: Tensor, labels: Tensor | None = None, salient: Tensor | None = None, turns: str = "first"
+    kind: str,
+    visual: Tensor,
+    valid: Tensor,
+    labels: Tensor | None = None,
+    salient: Tensor | None = None,
+    turns: str = "first",
 ) -> Tensor:
     """Query positions of a batch of prompts; a prompt without any gets none here and falls back to the last visual
     token.
@@ -50,7 +55,8 @@ def query_rows(
             before_answer = torch.zeros_like(candidates)
             before_answer[:, :-1] = ~answer[:, :-1] & answer[:, 1:]
             has_answer = answer.any(1, keepdim=True)
-            last_query = before_answer & ((answers_begun == 0) | (turns == "all")) & after  # a visual token may be dropped before a later turn
+            # a visual token may be dropped before a later turn
+            last_query = before_answer & ((answers_begun == 0) | (turns == "all")) & after
             return torch.where(has_answer, last_query, last_true(candidates))
         after = candidates
     if kind == "last":
@@ -65,13 +71,17 @@ def query_rows(
             )
         salient = torch.nn.functional.pad(salient, (0, max(0, after.shape[1] - salient.shape[1])))
         if salient.shape != after.shape:
-            raise ValueError(f"salient_mask is {tuple(salient.shape)}, the prompt {tuple(after.shape)}: make both from the same "
-                "inputs")
+            raise ValueError(
+                f"salient_mask is {tuple(salient.shape)}, the prompt {tuple(after.shape)}: make both from the same "
+                "inputs"
+            )
         return after & salient.to(after.device).bool()
     return after
 
 
-def salient_mask(tokenizer: Any, text: str | Sequence[str], input_ids: Tensor, image_token_id: int | None = None) -> Tensor:
+def salient_mask(
+    tokenizer: Any, text: str | Sequence[str], input_ids: Tensor, image_token_id: int | None = None
+) -> Tensor:
     """Mask of the tokens that belong to content words of the question (the text after the last image), plus the last
     token.
 
@@ -121,7 +131,9 @@ def _salient_columns(tokenizer: Any, prompt: str, tokens: list[int], image: int 
     placeholder = None if image is None else tokenizer.convert_ids_to_tokens(image)
     start = 0 if placeholder is None or placeholder not in prompt else prompt.rindex(placeholder) + len(placeholder)
     spans = [(start + a, start + b) for a, b in content_words(prompt[start:])]
-    salient = [c for c, (first, end) in zip(columns, offsets, strict=True) if any(a < end and first < b for a, b in spans)]
+    salient = [
+        c for c, (first, end) in zip(columns, offsets, strict=True) if any(a < end and first < b for a, b in spans)
+    ]
     return [*salient, columns[-1]]
 
 
@@ -140,8 +152,10 @@ def columns_of(
     columns = [c for c, token in enumerate(tokens) if token not in skip]
     pieces = [p for p, token in enumerate(encoded["input_ids"]) if token not in skip]
     if [tokens[c] for c in columns] != [encoded["input_ids"][p] for p in pieces]:
-        raise ValueError("input_ids are not this text's tokens (truncated, or another processor's): its words cannot be found in "
-            "them")
+        raise ValueError(
+            "input_ids are not this text's tokens (truncated, or another processor's): its words cannot be found in "
+            "them"
+        )
     return columns, [tuple(encoded["offset_mapping"][p]) for p in pieces]
 
 
@@ -156,11 +170,17 @@ def content_words(question: str) -> list[tuple[int, int]]:
     parse = _spacy()
     if parse is not None:
         spans = [
-            (word.idx, word.idx + len(word)) for word in parse(question) if word.pos_ in CONTENT_POS and not word.is_stop and word.is_alpha
+            (word.idx, word.idx + len(word))
+            for word in parse(question)
+            if word.pos_ in CONTENT_POS and not word.is_stop and word.is_alpha
         ]
         return spans or _words(question)
     words = _words(question)
-    kept = [(a, b) for a, b in words if b - a >= SHORTEST_WORD or not question[a:b].isascii() or any(c.isdigit() for c in question[a:b])]
+    kept = [
+        (a, b)
+        for a, b in words
+        if b - a >= SHORTEST_WORD or not question[a:b].isascii() or any(c.isdigit() for c in question[a:b])
+    ]
     return kept or words
 
 

@@ -18,7 +18,9 @@ FRAMES = 8  # where neither the user nor the model says how many
 MAX_FRAME = 64_000_000  # pixels of one frame; larger ones are refused before they are decoded
 MAX_PIXELS = 512_000_000  # of all chosen frames: they are held together, three bytes each
 MAX_LENGTH = 1_000_000  # frames of the file, nine hours at 30 per second
-CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,obu,ivf,flv,ogg,asf,mxf,gif,nut,dv,3gp,mjpeg"
+CONTAINERS = (
+    "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,obu,ivf,flv,ogg,asf,mxf,gif,nut,dv,3gp,mjpeg"
+)
 
 
 @dataclass(frozen=True)
@@ -140,18 +142,26 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """Container and video stream; playlists and other files that name files are not opened."""
     av = _pyav()
     try:
-        container = av.open(str(path.absolute()), options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"})
+        container = av.open(
+            str(path.absolute()), options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+        )
     except (av.error.FFmpegError, ValueError) as error:
         if is_picture(path):
             raise ValueError(f"--video {path}: is a picture; give it to --image") from None
-        raise ValueError(f"--video {path}: not a video that can be read, or one that was cut off ({_reason(error)})") from None
+        raise ValueError(
+            f"--video {path}: not a video that can be read, or one that was cut off ({_reason(error)})"
+        ) from None
     with container:
         streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
         if not streams:
-            raise ValueError(f"--video {path}: no video stream in it (a file that was cut off before its index looks the same)")
+            raise ValueError(
+                f"--video {path}: no video stream in it (a file that was cut off before its index looks the same)"
+            )
         width, height = streams[0].codec_context.width, streams[0].codec_context.height
         if width * height > MAX_FRAME:
-            raise ValueError(f"--video {path}: frames of {width} x {height} pixels; at most {MAX_FRAME / 1e6:.0f} million are read")
+            raise ValueError(
+                f"--video {path}: frames of {width} x {height} pixels; at most {MAX_FRAME / 1e6:.0f} million are read"
+            )
         streams[0].thread_type = "AUTO"
         yield container, streams[0]
 

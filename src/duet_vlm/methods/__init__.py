@@ -1,4 +1,5 @@
-"""One file = one method = one paper, in folders by where they act. Files register themselves; nothing here needs editing to add one."""
+"""One file = one method = one paper, in folders by where they act. Files register themselves; nothing here needs
+editing to add one."""
 
 from importlib import import_module
 from pkgutil import walk_packages

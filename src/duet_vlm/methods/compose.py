@@ -15,7 +15,17 @@ from torch import Tensor
 
 from duet_vlm.methods.video.frames import Frames
 from duet_vlm.ops.ragged import gather_rows, pack_right, upload
-from duet_vlm.planning.budget import EPSILON, Budget, NoBudget, SpanPlan, count_of, infeasible_budget, largest_int, mean_within, target_mean
+from duet_vlm.planning.budget import (
+    EPSILON,
+    Budget,
+    NoBudget,
+    SpanPlan,
+    count_of,
+    infeasible_budget,
+    largest_int,
+    mean_within,
+    target_mean,
+)
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import Reducer
 from duet_vlm.reducers.calibration import Calibration
@@ -28,9 +38,7 @@ from duet_vlm.reducers.plans import plan_keep_all
 from duet_vlm.reducers.scoring import ScoringRules
 from duet_vlm.reducers.vision_tower import TowerReducer
 
-ORDER = (
-    "at most one of each, in this order: a method in the tower, frames, a method that reduces before the decoder, a method that drops inside it"
-)
+ORDER = "at most one of each, in this order: a method in the tower, frames, a method that reduces before the decoder, a method that drops inside it"
 LEFT, SPARE = 0.56, 1.5  # of a picture, and of what enters, that go through the tower where nobody says how many
 FIRST_SETTINGS = {each.name for each in fields(EncoderReducer)}
 SECOND_SETTINGS = {each.name for each in fields(DecoderReducer)}
@@ -38,7 +46,9 @@ DROPPING = ("score_layer_offset", "score_heads", "score_states", "merges")  # wh
 SHARED = FIRST_SETTINGS | SECOND_SETTINGS
 
 Roles = tuple[TowerReducer | None, Frames | None, EncoderReducer | None, DecoderReducer | None]
-Classes = tuple[type[TowerReducer] | None, type[Frames] | None, type[EncoderReducer] | None, type[DecoderReducer] | None]
+Classes = tuple[
+    type[TowerReducer] | None, type[Frames] | None, type[EncoderReducer] | None, type[DecoderReducer] | None
+]
 
 
 def compose(*stages: Reducer) -> Composition:
@@ -100,13 +110,19 @@ def composition_class(stages: tuple[type[Reducer], ...]) -> type[Composition]:
     if second is not None:
         facts |= {name: getattr(second, name) for name in DROPPING}
     settings = [
-        (each.name if each.name in SHARED else f"{stage.name}_{each.name}", each.type, field(default=each.default, metadata=each.metadata))
+        (
+            each.name if each.name in SHARED else f"{stage.name}_{each.name}",
+            each.type,
+            field(default=each.default, metadata=each.metadata),
+        )
         for stage in stages
         for each in fields(stage)
         if facts["owners"].get(each.name) in (None, stage)
     ]
     base = Composition if second is None else DecoderComposition
-    return dataclasses.make_dataclass("".join(stage.__name__ for stage in stages), settings, bases=(base,), namespace=facts, frozen=True)
+    return dataclasses.make_dataclass(
+        "".join(stage.__name__ for stage in stages), settings, bases=(base,), namespace=facts, frozen=True
+    )
 
 
 def _roles(stages: tuple[type[Reducer], ...]) -> Classes:
@@ -187,9 +203,13 @@ class Composition(EncoderReducer):
         if second is None or second is first:
             return
         if getattr(first, "schedule", None):
-            raise ValueError(f"{self.name}: {second.name} drops inside the decoder, so leave {self.stages[-2].name}_schedule out")
+            raise ValueError(
+                f"{self.name}: {second.name} drops inside the decoder, so leave {self.stages[-2].name}_schedule out"
+            )
         if isinstance(second, EncoderReducer) and second.with_paper_schedule(1000).plan(4096, 1000, None).merges:
-            raise ValueError(f"{self.name}: {self.stages[-2].name} reduces before the decoder; of {second.name} set the drops only")
+            raise ValueError(
+                f"{self.name}: {self.stages[-2].name} reduces before the decoder; of {second.name} set the drops only"
+            )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _made_again, (self.stages, self.settings())
@@ -202,7 +222,11 @@ class Composition(EncoderReducer):
 
     def _settings_of(self, cls: type[Reducer]) -> dict[str, Any]:
         own = {each.name: getattr(self, f"{cls.name}_{each.name}") for each in fields(cls) if each.name not in SHARED}
-        return own | {each.name: getattr(self, each.name) for each in fields(cls) if each.name in SHARED and hasattr(self, each.name)}
+        return own | {
+            each.name: getattr(self, each.name)
+            for each in fields(cls)
+            if each.name in SHARED and hasattr(self, each.name)
+        }
 
     @property
     def tower_reducer(self) -> TowerReducer | None:
@@ -310,7 +334,9 @@ class Composition(EncoderReducer):
             return entering
         if second is None:
             return entering
-        return dataclasses.replace(entering, counts=second.with_paper_schedule(depth).plan(entering.entry, depth, None).counts)
+        return dataclasses.replace(
+            entering, counts=second.with_paper_schedule(depth).plan(entering.entry, depth, None).counts
+        )
 
     def _solved(self, second: DecoderReducer, tokens: int, depth: int, target: float) -> SpanPlan:
         """Plan the largest entry whose mean under the drops is within ``target``.
@@ -328,7 +354,9 @@ class Composition(EncoderReducer):
             drops = second.with_paper_schedule(depth, 0.0)
         entry = largest_int(tokens << 30, lambda n: mean_within(counts(n, 0), target))
         if entry < 1:
-            raise infeasible_budget(self.name, target, sum(counts(1, 0)) / depth, tokens, "at least one token enters the decoder")
+            raise infeasible_budget(
+                self.name, target, sum(counts(1, 0)) / depth, tokens, "at least one token enters the decoder"
+            )
         end = largest_int(tokens, lambda n: mean_within(counts(entry, n), target)) if entry >= tokens else 0
         split = _split(self._stages[2], tokens, depth, min(entry, tokens))
         return dataclasses.replace(split, counts=counts(entry, end))
@@ -338,7 +366,11 @@ class Composition(EncoderReducer):
         _, frames, first, _ = self._stages
         if frames is None or first is None:
             return plan.tokens if frames is None else plan.entry
-        wanted = math.ceil(math.sqrt(plan.entry * plan.tokens)) if frames.keep is None else count_of(frames.keep, plan.tokens)
+        wanted = (
+            math.ceil(math.sqrt(plan.entry * plan.tokens))
+            if frames.keep is None
+            else count_of(frames.keep, plan.tokens)
+        )
         return max(plan.entry, wanted if plan.tower is None else min(wanted, plan.tower))
 
     # ---- which
@@ -355,7 +387,9 @@ class Composition(EncoderReducer):
         pool = frames.changed(view, upload(sizes, view.valid.device))
         rows, valid = pack_right(pool, max(sizes))
 
-        selection = first.select_tokens(dataclasses.replace(view.select_rows(lambda x: gather_rows(x, rows)), valid=valid))
+        selection = first.select_tokens(
+            dataclasses.replace(view.select_rows(lambda x: gather_rows(x, rows)), valid=valid)
+        )
 
         def of_span(number: Tensor) -> Tensor:
             """Translate candidate numbers to token numbers; a number out of range becomes -1, which the runtime
@@ -364,7 +398,9 @@ class Composition(EncoderReducer):
             inside = number.clamp(0, rows.shape[1] - 1)
             return torch.where(valid.gather(1, inside) & (inside == number), rows.gather(1, inside), -1)
 
-        return dataclasses.replace(selection, index=of_span(selection.index), source_tokens=of_span(selection.source_tokens))
+        return dataclasses.replace(
+            selection, index=of_span(selection.index), source_tokens=of_span(selection.source_tokens)
+        )
 
 
 @dataclass(frozen=True)
@@ -379,7 +415,9 @@ class DecoderComposition(Composition, DecoderReducer):
 
     def scoring_rules(self) -> ScoringRules:
         seen = self._sees.scoring_rules()
-        return dataclasses.replace(self._drops.scoring_rules(), signal_segments=seen.signal_segments, signal_heads=seen.signal_heads)
+        return dataclasses.replace(
+            self._drops.scoring_rules(), signal_segments=seen.signal_segments, signal_heads=seen.signal_heads
+        )
 
     def extra_stages(self, depth: int) -> frozenset[int]:
         second = self._stages[3]

@@ -125,9 +125,10 @@ class VarlenTower:
     patch : int
         A patch is ``patch`` x ``patch`` pixels of each frame.
     tables : callable
-        ``tables(grid, units, counts)``, of the units that are left [K] (ascending; ``counts`` of each picture): what the tower's forward takes ready-made,
-        the places of these units in the order that the blocks work in [K], and the places that the blocks, in their order, would have given them
-        in the whole row [K]. ``grid`` is the tower's own argument, on the host.
+        ``tables(grid, units, counts)``, of the units that are left [K] (ascending; ``counts`` of each picture): what
+        the tower's forward takes ready-made, the places of these units in the order that the blocks work in [K], and
+        the places that the blocks, in their order, would have given them in the whole row [K]. ``grid`` is the tower's
+        own argument, on the host.
     block_modules : tuple of BlockModules
         The blocks in order.
     mergers : tuple of nn.Module
@@ -202,7 +203,8 @@ class Modality:
 
 
 class Adapter(ABC):
-    """A family. Subclasses say in their attributes and methods what differs from the usual; nothing else knows the family.
+    """A family. Subclasses say in their attributes and methods what differs from the usual; nothing else knows the
+    family.
 
     Attributes
     ----------
@@ -217,8 +219,8 @@ class Adapter(ABC):
     modalities : tuple of Modality
         The visual inputs; images unless the family says more.
     pointwise_projector : nn.Module or None
-        Projector that maps each token by itself: methods before the decoder then reduce its input. None: they reduce the output of the encoder
-        call (grid mergers).
+        Projector that maps each token by itself: methods before the decoder then reduce its input. None: they reduce
+        the output of the encoder call (grid mergers).
     fixed_tokens : int or None
         Visual tokens per image where the tower fixes them.
     unsupported : dict
@@ -237,7 +239,9 @@ class Adapter(ABC):
     model_types: ClassVar[tuple[str, ...]]
     video: ClassVar[bool | str] = False  # "as images": the processor hands frames over as images
     notes: ClassVar[str] = ""
-    unsupported: ClassVar[dict[str, str]] = {"text_similarity": "its vision tower is no CLIP tower, so no text tower shares a space with its tokens"}
+    unsupported: ClassVar[dict[str, str]] = {
+        "text_similarity": "its vision tower is no CLIP tower, so no text tower shares a space with its tokens"
+    }
     example: ClassVar[str] = ""
 
     decoder: ClassVar[str] = "language_model"
@@ -318,7 +322,9 @@ class Adapter(ABC):
 
     def cls_module(self) -> nn.Module:
         """The vision layer whose output holds the CLS feature in its first position."""
-        raise TypeError(f"{self.family}: this vision tower has no CLS row, so cls_token=True (official LLaVA presets) cannot work")
+        raise TypeError(
+            f"{self.family}: this vision tower has no CLS row, so cls_token=True (official LLaVA presets) cannot work"
+        )
 
     def blank_image(self) -> dict[str, Tensor]:
         """Arguments of an encoder call for one small blank image: here of the one size that the tower takes."""
@@ -329,8 +335,10 @@ class Adapter(ABC):
     def blocks_to_reduce(self) -> tuple[TowerBlocks | VarlenTower, ...]:
         """Blocks inside which patches can be dropped, one entry per tower; a TypeError gives the reason if there are
         none."""
-        raise TypeError(f"{self.family}: reducing inside this vision tower is not supported; use a method that reduces behind it "
-            "(duet, visionzip)")
+        raise TypeError(
+            f"{self.family}: reducing inside this vision tower is not supported; use a method that reduces behind it "
+            "(duet, visionzip)"
+        )
 
     def cell_of(self, call: EncoderCall, blocks: TowerBlocks) -> int:
         """Side, in patches, of the square that becomes one token."""
@@ -375,7 +383,9 @@ class Adapter(ABC):
         return [self.vision_attention(layer)]
 
     @abstractmethod
-    def importance_and_keys(self, calls: list[RecordedQK], call: EncoderCall, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def importance_and_keys(
+        self, calls: list[RecordedQK], call: EncoderCall, segmented: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Importance [n] and mean keys [n, d] of the tokens of each span, in call order (without CLS; any value for
         separators).
 
@@ -417,8 +427,10 @@ class Adapter(ABC):
         """Per span: rows and columns of each of its parts, in tokens where nothing is cut off."""
         grids, parts = self.grids(call, counts), self.tokens_per_crop(call, counts)
         if None in grids:
-            raise TypeError(f"{self.family}: what this model makes of a picture has no grid; use a method that needs none (duet, "
-                "vispruner)")
+            raise TypeError(
+                f"{self.family}: what this model makes of a picture has no grid; use a method that needs none (duet, "
+                "vispruner)"
+            )
         return [(grid[0] // len(sizes), grid[1]) for grid, sizes in zip(grids, parts, strict=True) if grid is not None]
 
     def token_coords(self, call: EncoderCall, counts: list[int]) -> list[Tensor]:
@@ -430,15 +442,19 @@ class Adapter(ABC):
             begins = np.maximum.accumulate(np.where(np.diff(part, prepend=-2) != 0, number, 0))
             index = number - begins - num_cls
             shows = (index >= 0) & (part >= 0)
-            coords.append(torch.from_numpy(np.where(shows[:, None], np.stack([index // columns, index % columns], 1), -1)))
+            coords.append(
+                torch.from_numpy(np.where(shows[:, None], np.stack([index // columns, index % columns], 1), -1))
+            )
         return coords
 
     def temporal_patch_size(self) -> int:
         """Frames of a video that the tower encodes as one independent time step, so that a video can be encoded in
         chunks. A TypeError gives the reason where it cannot."""
         why = "takes frames as images" if self.video else "takes no clips"
-        raise TypeError(f"{self.family} {why}, so frames cannot go through its tower some at a time: leave chunk_frames and "
-            "still_frames out")
+        raise TypeError(
+            f"{self.family} {why}, so frames cannot go through its tower some at a time: leave chunk_frames and "
+            "still_frames out"
+        )
 
     def steps(self, call: EncoderCall) -> list[Tensor]:
         """Per video of a call: the pixels of its time steps, patch by patch [t, n, m]."""
@@ -454,7 +470,9 @@ class Adapter(ABC):
 
     def parts(self, call: EncoderCall, counts: list[int]) -> list[Tensor]:
         """Per span, on the host: the part (crop, frame) of each token [n], -1 for separators (newlines)."""
-        return [torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)) for sizes in self.tokens_per_crop(call, counts)]
+        return [
+            torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)) for sizes in self.tokens_per_crop(call, counts)
+        ]
 
     def spans(self, output: Any, call: EncoderCall) -> list[Tensor]:
         """The projected rows of each span, from ``output.pooler_output`` (families that return frames one by one join
@@ -472,7 +490,8 @@ class Adapter(ABC):
         """Type of each decoder layer, in transformers' words: full_attention, sliding_attention, linear_attention,
         ..."""
         config = self.text_model.config
-        usual = FULL if getattr(config, "sliding_window", None) is None else SLIDING  # configs that name no types window every layer
+        # configs that name no types window every layer
+        usual = FULL if getattr(config, "sliding_window", None) is None else SLIDING
         return list(getattr(config, "layer_types", None) or [usual] * len(self.layers))
 
     def ranking_layer(self, layer: int, states: bool = False) -> int:
@@ -496,11 +515,15 @@ class Adapter(ABC):
         return self.text_model.rotary_emb(hidden, position_ids)
 
     @abstractmethod
-    def project(self, layer: nn.Module, hidden: Tensor, rotary: Rotary, query_positions: Tensor) -> tuple[Tensor, Tensor]:
+    def project(
+        self, layer: nn.Module, hidden: Tensor, rotary: Rotary, query_positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Rotated queries [B, H, q, d] at ``query_positions`` [B, q] and rotated keys [B, Hkv, n, d] of all positions,
         of the hidden states [B, n, D] that enter ``layer``."""
 
-    def linear_attention_scores(self, layer: nn.Module, hidden: Tensor, valid: Tensor, query_positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def linear_attention_scores(
+        self, layer: nn.Module, hidden: Tensor, valid: Tensor, query_positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and write strengths of a layer with a state, for hidden states [B, n, D] that enter it.
 
         ``valid`` [B, n] marks tokens that are not padding. Returned in float32: queries [B, H, q, d] at
@@ -508,9 +531,12 @@ class Adapter(ABC):
         H, n]. The product of the three, without the decay between the positions, is the share of a position's value
         that a query retrieves.
         """
-        raise TypeError(f"{self.family}: what its layers with a state read is not known here; use a method that ranks by attention")
+        raise TypeError(
+            f"{self.family}: what its layers with a state read is not known here; use a method that ranks by attention"
+        )
 
-    rotate: Callable[[Tensor, Rotary], Tensor]  # rows [B, H, n, d] of queries or keys to their positions, as the decoder's layers do it
+    # rows [B, H, n, d] of queries or keys to their positions, as the decoder's layers do it
+    rotate: Callable[[Tensor, Rotary], Tensor]
 
     @abstractmethod
     def key_projection(self, layer: nn.Module) -> nn.Module | None:

@@ -38,15 +38,21 @@ class Gemma3(LlamaLike):
 
     def check(self) -> None:
         if getattr(self.config.text_config, "attn_logit_softcapping", None):
-            raise TypeError(f"{self.family}: attention logits that are soft-capped (Gemma 2 decoders) cannot be ranked yet")
+            raise TypeError(
+                f"{self.family}: attention logits that are soft-capped (Gemma 2 decoders) cannot be ranked yet"
+            )
         if not hasattr(self.base.vision_tower, "encoder"):
-            raise TypeError(f"{self.family}: the vision tower {type(self.base.vision_tower).__name__} is not supported, only "
-                "SigLIP is")
+            raise TypeError(
+                f"{self.family}: the vision tower {type(self.base.vision_tower).__name__} is not supported, only "
+                "SigLIP is"
+            )
 
     def vision_attention(self, layer: int | None) -> nn.Module:
         return self.base.vision_tower.encoder.layers[-1 if layer is None else layer].self_attn
 
-    def importance_and_keys(self, calls: list[RecordedQK], call: EncoderCall, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def importance_and_keys(
+        self, calls: list[RecordedQK], call: EncoderCall, segmented: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
         (recorded,) = calls
         importance, keys = column_signals(recorded)
         tokens = self.patches_to_tokens(torch.cat([importance[..., None], keys], -1), call)
@@ -58,7 +64,11 @@ class Gemma3(LlamaLike):
     def blocks_to_reduce(self) -> tuple[TowerBlocks, ...]:
         tower = self.base.vision_tower
         blocks = blocks_like_clip(tower.encoder.layers)
-        return (TowerBlocks(tower, tower.embeddings.patch_embedding, tower.encoder, blocks, len(blocks) - 1, patch_grid=self.cell),)
+        return (
+            TowerBlocks(
+                tower, tower.embeddings.patch_embedding, tower.encoder, blocks, len(blocks) - 1, patch_grid=self.cell
+            ),
+        )
 
     def grids(self, call: EncoderCall, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         side = self.side // self.cell

@@ -42,23 +42,35 @@ class Glm4V(Qwen2VL):
         if input_ids is None:
             return super().placeholders(input_ids, inputs_embeds)
         visual = input_ids == self.image_token_id
-        begins, ends = ((input_ids == mark).cumsum(1) for mark in (self.config.video_start_token_id, self.config.video_end_token_id))
+        begins, ends = (
+            (input_ids == mark).cumsum(1) for mark in (self.config.video_start_token_id, self.config.video_end_token_id)
+        )
         return {"image": visual & (begins <= ends), "video": visual & (begins > ends)}
 
     def placeholder_ids(self, modality: Modality, tokens: int, parts: tuple[int, ...]) -> list[int]:
         config, still = self.config, [self.image_token_id]
-        frames = [token for count in parts for token in (config.image_start_token_id, *still * count, config.image_end_token_id)]
+        frames = [
+            token
+            for count in parts
+            for token in (config.image_start_token_id, *still * count, config.image_end_token_id)
+        ]
         return frames if modality.name == "image" else [config.video_start_token_id, *frames, config.video_end_token_id]
 
     def install(self, hooks: Hooks, running: Callable[[], TokenMap | None]) -> None:
         model: Any = self.model
 
-        def expand(input_ids: Tensor | None, mm_encoder_output: Any, expand_size: int = 1, inputs_embeds: Tensor | None = None) -> Any:
+        def expand(
+            input_ids: Tensor | None, mm_encoder_output: Any, expand_size: int = 1, inputs_embeds: Tensor | None = None
+        ) -> Any:
             """Repeat the images of each sample as a group, with the placeholders of videos told apart for the general
             method."""
             if input_ids is not None and input_ids.numel():
-                input_ids = input_ids.masked_fill(self.placeholders(input_ids, None)["video"], self.config.video_token_id)
-            return GenerationMixin._expand_multimodal_outputs(model, input_ids, mm_encoder_output, expand_size, inputs_embeds)
+                input_ids = input_ids.masked_fill(
+                    self.placeholders(input_ids, None)["video"], self.config.video_token_id
+                )
+            return GenerationMixin._expand_multimodal_outputs(
+                model, input_ids, mm_encoder_output, expand_size, inputs_embeds
+            )
 
         hooks.shadow(model, "_expand_multimodal_outputs", expand)
 

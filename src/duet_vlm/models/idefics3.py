@@ -1,4 +1,5 @@
-"""Idefics3 and SmolVLM: crops of one size through a SigLIP-like tower, cells of patches shuffled into one token, Llama decoder."""
+"""Idefics3 and SmolVLM: crops of one size through a SigLIP-like tower, cells of patches shuffled into one token, Llama
+decoder."""
 
 from __future__ import annotations
 
@@ -43,7 +44,9 @@ class Idefics3(LlamaLike):
     def vision_attention(self, layer: int | None) -> nn.Module:
         return self.base.vision_model.encoder.layers[-1 if layer is None else layer].self_attn
 
-    def importance_and_keys(self, calls: list[RecordedQK], call: EncoderCall, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def importance_and_keys(
+        self, calls: list[RecordedQK], call: EncoderCall, segmented: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
         (recorded,) = calls
         keys = recorded.key.float().mean(1)
         valid = self.real_patches(call, len(keys))
@@ -51,7 +54,9 @@ class Idefics3(LlamaLike):
         query_positions, weight = sample_rows(size > 0, recorded.sample)
         query = gather_rows(recorded.query.transpose(1, 2), query_positions).transpose(1, 2)
         keys_valid = (size > 0)[:, None].expand(-1, query_positions.shape[1], -1)
-        received = query_attention(query, recorded.key, recorded.scaling, keys_valid, weight * size.gather(1, query_positions), size)
+        received = query_attention(
+            query, recorded.key, recorded.scaling, keys_valid, weight * size.gather(1, query_positions), size
+        )
         importance = received * size.sum(1, keepdim=True)  # a sum over the queries, not their mean
         tokens = self.patches_to_tokens(torch.cat([importance[..., None], keys], -1), call)
         return [rows[:, 0] for rows in tokens], [rows[:, 1:] for rows in tokens]
@@ -64,7 +69,11 @@ class Idefics3(LlamaLike):
     def blocks_to_reduce(self) -> tuple[TowerBlocks, ...]:
         tower = self.base.vision_model
         blocks = blocks_like_clip(tower.encoder.layers)
-        return (TowerBlocks(tower, tower.embeddings.patch_embedding, tower.encoder, blocks, len(blocks) - 1, patch_grid=self.side),)
+        return (
+            TowerBlocks(
+                tower, tower.embeddings.patch_embedding, tower.encoder, blocks, len(blocks) - 1, patch_grid=self.side
+            ),
+        )
 
     def _grid(self, call: EncoderCall) -> tuple[int, int]:
         """Rows and columns of a crop's tokens."""

@@ -56,7 +56,9 @@ class InternVL(Llava):
     def vision_attention(self, layer: int | None) -> nn.Module:
         return self.blocks()[self.feature_layer() if layer is None else layer].attention
 
-    def importance_and_keys(self, calls: list[RecordedQK], call: EncoderCall, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def importance_and_keys(
+        self, calls: list[RecordedQK], call: EncoderCall, segmented: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
         (recorded,) = calls
         importance, keys = self.signals(recorded)
         tokens = self.patches_to_tokens(torch.cat([importance[..., None], keys], -1), call)
@@ -66,7 +68,10 @@ class InternVL(Llava):
         return list(cells(patches, math.isqrt(patches.shape[1]), self.cell))  # tiles may have another size
 
     def blocks_to_reduce(self) -> tuple[TowerBlocks, ...]:
-        tower, blocks = self.clip_tower, tuple(BlockModules(block, block.attention, block.layernorm_after, block.mlp) for block in self.blocks())
+        tower, blocks = (
+            self.clip_tower,
+            tuple(BlockModules(block, block.attention, block.layernorm_after, block.mlp) for block in self.blocks()),
+        )
         output_block = min(self.layers_read())
         patches = tower.embeddings.patch_embeddings.projection
         return (
@@ -76,8 +81,10 @@ class InternVL(Llava):
         )  # fmt: skip
 
     def cls_module(self) -> nn.Module:
-        raise TypeError("internvl: the projector takes cells of patches, so cls_token=True (official LLaVA presets) cannot add "
-            "the CLS row")
+        raise TypeError(
+            "internvl: the projector takes cells of patches, so cls_token=True (official LLaVA presets) cannot add "
+            "the CLS row"
+        )
 
     def blank_image(self) -> dict[str, Tensor]:
         vision, weight = self.config.vision_config, next(self.clip_tower.parameters())

@@ -37,7 +37,9 @@ class LlamaLike(Adapter):
 
     rotate: Callable[[Tensor, Rotary], Tensor] = staticmethod(rotate)
 
-    def project(self, layer: nn.Module, hidden: Tensor, rotary: Rotary, query_positions: Tensor) -> tuple[Tensor, Tensor]:
+    def project(
+        self, layer: nn.Module, hidden: Tensor, rotary: Rotary, query_positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
         normed = layer.input_layernorm(hidden)
         key = self._rotated(layer, "k", normed, rotary)
         return self._rotated(

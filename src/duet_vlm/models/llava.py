@@ -74,7 +74,9 @@ class Llava(LlamaLike):
         """Indices of the tower layers whose outputs are visual features."""
         layers = self.feature_layers
         depth = len(self.blocks())
-        return [(i if i >= 0 else depth + 1 + i) - 1 for i in (layers if isinstance(layers, list | tuple) else [layers])]
+        return [
+            (i if i >= 0 else depth + 1 + i) - 1 for i in (layers if isinstance(layers, list | tuple) else [layers])
+        ]
 
     def feature_layer(self) -> int:
         """Index of the tower layer whose output is the (last) visual feature."""
@@ -88,7 +90,9 @@ class Llava(LlamaLike):
 
     def uses_default_layers(self, call: EncoderCall) -> bool:
         arguments = {**call.arguments.get("kwargs", {}), **call.arguments}
-        return arguments.get(self.feature_setting) in (None, self.feature_layers) and not arguments.get("output_hidden_states")
+        return arguments.get(self.feature_setting) in (None, self.feature_layers) and not arguments.get(
+            "output_hidden_states"
+        )
 
     def tower(self) -> nn.Module:
         return self.clip_tower
@@ -102,7 +106,9 @@ class Llava(LlamaLike):
     def clip_tower_blocks(self, tower: nn.Module) -> TowerBlocks:
         """Blocks of a CLIP tower: CLS first, every patch a token."""
         blocks = blocks_like_clip(tower.encoder.layers)
-        return TowerBlocks(tower, tower.embeddings.patch_embedding, tower.encoder, blocks, min(self.layers_read()), num_cls=1)
+        return TowerBlocks(
+            tower, tower.embeddings.patch_embedding, tower.encoder, blocks, min(self.layers_read()), num_cls=1
+        )
 
     def layers_before_signals(self) -> Sequence[nn.Module]:
         several = isinstance(self.feature_layers, list | tuple)
@@ -113,7 +119,9 @@ class Llava(LlamaLike):
             raise TypeError("cls_token=True needs one vision_feature_layer, this model joins several")
         return self.blocks()[self.feature_layer()]
 
-    def importance_and_keys(self, calls: list[RecordedQK], call: EncoderCall, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def importance_and_keys(
+        self, calls: list[RecordedQK], call: EncoderCall, segmented: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
         (recorded,) = calls
         importance, keys = self.signals(recorded)
         return list(importance), list(keys)
@@ -126,7 +134,10 @@ class Llava(LlamaLike):
         return cls_signals(recorded)
 
     def grids(self, call: EncoderCall, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
-        return tuple((math.isqrt(n), math.isqrt(n)) if math.isqrt(n) ** 2 == n else None for n in (c - self.feeds_cls for c in counts))
+        return tuple(
+            (math.isqrt(n), math.isqrt(n)) if math.isqrt(n) ** 2 == n else None
+            for n in (c - self.feeds_cls for c in counts)
+        )
 
     def vision_dims(self) -> VisionDims:
         vision, text, chosen = self.config.vision_config, self.config.text_config, self.feature_layers

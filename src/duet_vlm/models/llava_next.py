@@ -38,8 +38,10 @@ class LlavaNext(Llava):
     def check(self) -> None:
         super().check()
         if self.feeds_cls:
-            raise TypeError(f"{self.family}: vision_feature_select_strategy='full' cannot be packed into a grid; only 'default' "
-                "is supported")
+            raise TypeError(
+                f"{self.family}: vision_feature_select_strategy='full' cannot be packed into a grid; only 'default' "
+                "is supported"
+            )
 
     def patches_to_tokens(self, patches: Tensor, call: EncoderCall) -> list[Tensor]:
         return self.packed(patches, call)
@@ -65,7 +67,9 @@ class LlavaNext(Llava):
         numbers = torch.arange(1, crops * self.side**2 + 1, dtype=torch.float64, device="cpu").view(crops, -1, 1)
         return [rows[:, 0].long() for rows in self.packed(numbers, call)]
 
-    def importance_and_keys(self, calls: list[RecordedQK], call: EncoderCall, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def importance_and_keys(
+        self, calls: list[RecordedQK], call: EncoderCall, segmented: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
         (recorded,) = calls
         importance, keys = self.signals(recorded)
         packed = self.packed(torch.cat([importance[..., None], keys], -1), call)
@@ -81,7 +85,10 @@ class LlavaNext(Llava):
         """Coordinates of the whole mosaic are packed as features are; the crop's corner is then subtracted."""
         side, patch = self.side, torch.arange(self.side**2, device="cpu")
         local = torch.stack([patch // side, patch % side], 1)
-        corners = [torch.tensor([(0, 0), *((i // c, i % c) for i in range(r * c))], device="cpu") * side for r, c in self.crop_grids(call, counts)]
+        corners = [
+            torch.tensor([(0, 0), *((i // c, i % c) for i in range(r * c))], device="cpu") * side
+            for r, c in self.crop_grids(call, counts)
+        ]
         mosaic = torch.cat([corner[:, None] + local for corner in corners]).double()
         coords = []
         for rows, corner, part in zip(self.packed(mosaic, call), corners, self.parts(call, counts), strict=True):
@@ -96,7 +103,9 @@ class LlavaNext(Llava):
 
     def parts(self, call: EncoderCall, counts: list[int]) -> list[Tensor]:
         crops = self.crops(call)
-        crop_one_hot = torch.cat([torch.eye(n, max(crops), device="cpu") for n in crops])[:, None].expand(-1, self.side**2, -1)
+        crop_one_hot = torch.cat([torch.eye(n, max(crops), device="cpu") for n in crops])[:, None].expand(
+            -1, self.side**2, -1
+        )
         return [torch.where(rows.any(1), rows.argmax(1), -1) for rows in self.packed(crop_one_hot, call)]
 
     def packed(self, signals: Tensor, call: EncoderCall) -> list[Tensor]:

@@ -25,7 +25,10 @@ class LlavaNextVideo(LlavaNext):
 
     @property
     def modalities(self) -> tuple[Modality, ...]:
-        return (*super().modalities, Modality("video", "get_video_features", self.config.video_token_id, "pixel_values_videos"))
+        return (
+            *super().modalities,
+            Modality("video", "get_video_features", self.config.video_token_id, "pixel_values_videos"),
+        )
 
     def frames(self, call: EncoderCall) -> tuple[int, int]:
         """Videos of the call, and frames of each."""
@@ -60,7 +63,9 @@ class LlavaNextVideo(LlavaNext):
             return super().patches_to_tokens(patches, call)
         return list(self.pooled(patches).unflatten(0, self.frames(call)).flatten(1, 2))
 
-    def importance_and_keys(self, calls: list[RecordedQK], call: EncoderCall, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def importance_and_keys(
+        self, calls: list[RecordedQK], call: EncoderCall, segmented: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
         if call.stream == "image":
             return super().importance_and_keys(calls, call, segmented)
         (recorded,) = calls
@@ -74,23 +79,35 @@ class LlavaNextVideo(LlavaNext):
         return list(self.pooled(rows[:, int(self.has_cls) :]).unflatten(0, self.frames(call)).flatten(1, 2))
 
     def unpack_to_spans(self, projected: Tensor, call: EncoderCall) -> list[Tensor]:
-        return super().unpack_to_spans(projected, call) if call.stream == "image" else list(projected.unflatten(0, self.frames(call)).flatten(1, 2))
+        return (
+            super().unpack_to_spans(projected, call)
+            if call.stream == "image"
+            else list(projected.unflatten(0, self.frames(call)).flatten(1, 2))
+        )
 
     def temporal_patch_size(self) -> int:
         return 1
 
     def steps(self, call: EncoderCall) -> list[Tensor]:
-        return [patches_of(frames, self.config.vision_config.patch_size) for frames in call.arguments["pixel_values_videos"]]
+        return [
+            patches_of(frames, self.config.vision_config.patch_size) for frames in call.arguments["pixel_values_videos"]
+        ]
 
     def slice_frames(self, call: EncoderCall, video: int, chosen: Sequence[int]) -> EncoderCall:
         pixels = call.arguments["pixel_values_videos"][video, list(chosen)][None]
         return dataclasses.replace(call, arguments=call.arguments | {"pixel_values_videos": pixels})
 
     def grid_sizes(self, call: EncoderCall, counts: list[int]) -> list[tuple[int, int]]:
-        return super().grid_sizes(call, counts) if call.stream == "image" else [(self.pooled_side(), self.pooled_side())] * len(counts)
+        return (
+            super().grid_sizes(call, counts)
+            if call.stream == "image"
+            else [(self.pooled_side(), self.pooled_side())] * len(counts)
+        )
 
     def token_coords(self, call: EncoderCall, counts: list[int]) -> list[Tensor]:
-        return super().token_coords(call, counts) if call.stream == "image" else Adapter.token_coords(self, call, counts)
+        return (
+            super().token_coords(call, counts) if call.stream == "image" else Adapter.token_coords(self, call, counts)
+        )
 
     def crop_grids(self, call: EncoderCall, counts: list[int]) -> list[tuple[int, int]]:
         return super().crop_grids(call, counts) if call.stream == "image" else Adapter.crop_grids(self, call, counts)
@@ -108,7 +125,8 @@ class LlavaNextVideo(LlavaNext):
         return [(self.side**2,) * frames] * videos
 
     def projected_rows(self, call: EncoderCall, counts: list[int]) -> list[int]:
-        return super().projected_rows(call, counts) if call.stream == "image" else counts  # videos are pooled before the projector
+        # videos are pooled before the projector
+        return super().projected_rows(call, counts) if call.stream == "image" else counts
 
     def grids(self, call: EncoderCall, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         if call.stream == "image":

@@ -23,7 +23,9 @@ class LlavaOnevision(LlavaNextVideo):
 
     family = "llava_onevision"
     model_types = ("llava_onevision",)
-    notes = "SigLIP towers; images of any size; clips, all frames reduced together; decoders of the Llama or Qwen2 layout"
+    notes = (
+        "SigLIP towers; images of any size; clips, all frames reduced together; decoders of the Llama or Qwen2 layout"
+    )
     example = "llava-hf/llava-onevision-qwen2-7b-ov-hf"
     unsupported = Adapter.unsupported
     has_cls = False
@@ -42,7 +44,9 @@ class LlavaOnevision(LlavaNextVideo):
             )
 
     def cls_module(self) -> nn.Module:
-        raise TypeError("llava_onevision: this vision tower has no CLS row, so cls_token=True (official LLaVA presets) cannot work")
+        raise TypeError(
+            "llava_onevision: this vision tower has no CLS row, so cls_token=True (official LLaVA presets) cannot work"
+        )
 
     def signals(self, recorded: RecordedQK) -> tuple[Tensor, Tensor]:
         return column_signals(recorded)
@@ -51,7 +55,10 @@ class LlavaOnevision(LlavaNextVideo):
         together = call.numbers("batch_num_images")
         alone = [True] * len(call.sizes) if together is None else [n == 1 for n in together for _ in range(n)]
         pinpoints, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
-        return [image_size_to_num_patches(size, pinpoints, side) if one else 1 for size, one in zip(call.sizes, alone, strict=True)]
+        return [
+            image_size_to_num_patches(size, pinpoints, side) if one else 1
+            for size, one in zip(call.sizes, alone, strict=True)
+        ]
 
     def packed(self, signals: Tensor, call: EncoderCall) -> list[Tensor]:
         rows, _ = self.base.pack_image_features(
@@ -103,11 +110,15 @@ class LlavaOnevision(LlavaNextVideo):
     def pooled(self, signals: Tensor) -> Tensor:
         return self.base.apply_pooling(signals)
 
-    def importance_and_keys(self, calls: list[RecordedQK], call: EncoderCall, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def importance_and_keys(
+        self, calls: list[RecordedQK], call: EncoderCall, segmented: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
         importance, keys = super().importance_and_keys(calls, call, segmented)
         if call.stream == "image":
             return importance, keys
-        return [nn.functional.pad(rows, (0, 1)) for rows in importance], [nn.functional.pad(rows, (0, 0, 0, 1)) for rows in keys]
+        return [nn.functional.pad(rows, (0, 1)) for rows in importance], [
+            nn.functional.pad(rows, (0, 0, 0, 1)) for rows in keys
+        ]
 
     def token_rows(self, rows: Tensor, call: EncoderCall) -> list[Tensor]:
         tokens = super().token_rows(rows, call)

@@ -71,7 +71,8 @@ def adapter_for(model: nn.Module) -> Adapter:
     model_type = getattr(getattr(core, "config", None), "model_type", None)
     adapters = families()
     for cls in adapters.values():
-        if cls.serves(getattr(core, "config", None)) and hasattr(core, "model"):  # the model with head, not the one inside it
+        # the model with head, not the one inside it
+        if cls.serves(getattr(core, "config", None)) and hasattr(core, "model"):
             adapter = cls(core)
             adapter.check()
             return adapter

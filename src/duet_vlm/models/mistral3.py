@@ -1,4 +1,5 @@
-"""Families with a Pixtral tower: Mistral 3 and Pixtral itself. Images of any size, all of a call packed into one row of the tower."""
+"""Families with a Pixtral tower: Mistral 3 and Pixtral itself. Images of any size, all of a call packed into one row of
+the tower."""
 
 from __future__ import annotations
 
@@ -7,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.models.adapter import Adapter, BlockModules, ConcatenatedBlocks, EncoderCall, Modality, RecordedQK, TowerBlocks
+from duet_vlm.models.adapter import (
+    Adapter,
+    BlockModules,
+    ConcatenatedBlocks,
+    EncoderCall,
+    Modality,
+    RecordedQK,
+    TowerBlocks,
+)
 from duet_vlm.models.llava import Llava
 from duet_vlm.ops.score import column_attention
 from duet_vlm.profiling.model_dims import VisionDims
@@ -48,7 +57,9 @@ class Mistral3(Llava):
         return self.blocks()[self.feature_layer() if layer is None else layer].attention
 
     def cls_module(self) -> nn.Module:
-        raise TypeError(f"{self.family}: this vision tower has no CLS row, so cls_token=True (official LLaVA presets) cannot work")
+        raise TypeError(
+            f"{self.family}: this vision tower has no CLS row, so cls_token=True (official LLaVA presets) cannot work"
+        )
 
     def patches(self, call: EncoderCall) -> list[tuple[int, int]]:
         """Rows and columns of patches of each image."""
@@ -57,7 +68,9 @@ class Mistral3(Llava):
 
     def blocks_to_reduce(self) -> tuple[TowerBlocks, ...]:
         tower, output_block = self.clip_tower, min(self.layers_read())
-        blocks = tuple(BlockModules(block, block.attention, block.ffn_norm, block.feed_forward) for block in self.blocks())
+        blocks = tuple(
+            BlockModules(block, block.attention, block.ffn_norm, block.feed_forward) for block in self.blocks()
+        )
         return (
             ConcatenatedBlocks(
                 tower,
@@ -76,7 +89,9 @@ class Mistral3(Llava):
         rows = patches[0].split([high * wide for high, wide in grids])
         return [self.merged(some, grid) for some, grid in zip(rows, grids, strict=True)]
 
-    def importance_and_keys(self, calls: list[RecordedQK], call: EncoderCall, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def importance_and_keys(
+        self, calls: list[RecordedQK], call: EncoderCall, segmented: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
         (recorded,) = calls
         counts = [rows * columns for rows, columns in self.patches(call)]
         size = recorded.key.new_ones(1, recorded.key.shape[2]) if recorded.size is None else recorded.size
@@ -97,7 +112,9 @@ class Mistral3(Llava):
         return [self.merged(image, grid) for image, grid in zip(images, grids, strict=True)]
 
     def unpack_to_spans(self, projected: Tensor, call: EncoderCall) -> list[Tensor]:
-        return list(projected.flatten(0, -2).split([(h // self.merge) * (w // self.merge) for h, w in self.patches(call)]))
+        return list(
+            projected.flatten(0, -2).split([(h // self.merge) * (w // self.merge) for h, w in self.patches(call)])
+        )
 
     def merged(self, signals: Tensor, grid: tuple[int, int]) -> Tensor:
         """Means over the patches of each token: [h * w, c] -> [n, c]; patches that fill no token are cut off, as the

@@ -37,7 +37,9 @@ class Qwen25VL(Qwen2VL):
 
     def windows(self, sizes: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Merged tokens window by window [U], and the borders of the windows [windows + 1], in patches."""
-        return _windows(tuple(map(tuple, sizes)), self.visual.spatial_merge_size, self.visual.window_size, self.visual.patch_size)
+        return _windows(
+            tuple(map(tuple, sizes)), self.visual.spatial_merge_size, self.visual.window_size, self.visual.patch_size
+        )
 
     def tables(self, grid: Tensor, units: Tensor, counts: tuple[int, ...]) -> tuple[dict[str, Any], Tensor, Tensor]:
         """See ``VarlenTower``. The blocks work window by window; windows without kept tokens vanish."""
@@ -52,7 +54,10 @@ class Qwen25VL(Qwen2VL):
 
     def vision_dims(self) -> VisionDims:
         vision = self.config.vision_config
-        windows = {"full_layers": len(vision.fullatt_block_indexes), "window": (vision.window_size // vision.patch_size) ** 2}
+        windows = {
+            "full_layers": len(vision.fullatt_block_indexes),
+            "window": (vision.window_size // vision.patch_size) ** 2,
+        }
         return self._vision_shape(vision.hidden_size, vision.intermediate_size, 3, vision.out_hidden_size, **windows)
 
 
@@ -61,4 +66,6 @@ def _windows(sizes: tuple[tuple[int, ...], ...], merge: int, window: int, patch:
     """Window order and borders, made once for images of the same sizes, on the host whatever the default device (many
     small reads of the grid)."""
     with torch.inference_mode(False), torch.device("cpu"):
-        return get_vision_window_index(torch.tensor(sizes, device="cpu"), spatial_merge_size=merge, window_size=window, patch_size=patch)
+        return get_vision_window_index(
+            torch.tensor(sizes, device="cpu"), spatial_merge_size=merge, window_size=window, patch_size=patch
+        )

@@ -41,18 +41,24 @@ class Qwen2VL(LlamaLike):
     def modalities(self) -> tuple[Modality, ...]:
         return (
             Modality("image", "get_image_features", self.image_token_id, "pixel_values", "image_grid_thw"),
-            Modality("video", "get_video_features", self.config.video_token_id, "pixel_values_videos", "video_grid_thw"),
+            Modality(
+                "video", "get_video_features", self.config.video_token_id, "pixel_values_videos", "video_grid_thw"
+            ),
         )
 
     def check(self) -> None:
         if SLIDING in self.layer_types:
-            raise TypeError(f"{self.family}: sliding-window decoder layers are not supported, set use_sliding_window=False in "
-                "the text config")
+            raise TypeError(
+                f"{self.family}: sliding-window decoder layers are not supported, set use_sliding_window=False in "
+                "the text config"
+            )
 
     def vision_attention(self, layer: int | None) -> nn.Module:
         return self.visual.blocks[-1 if layer is None else layer].attn
 
-    def importance_and_keys(self, calls: list[RecordedQK], call: EncoderCall, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def importance_and_keys(
+        self, calls: list[RecordedQK], call: EncoderCall, segmented: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
         unit = self.visual.config.spatial_merge_size**2
         importance, keys = packed_signals(calls, unit, segmented)
         raster = upload(self.raster(call.sizes), importance.device)
@@ -65,7 +71,11 @@ class Qwen2VL(LlamaLike):
 
     def unpack_to_spans(self, projected: Tensor, call: EncoderCall) -> list[Tensor]:
         unit = self.visual.config.spatial_merge_size**2
-        return list(projected[upload(self.raster(call.sizes), projected.device)].split([t * h * w // unit for t, h, w in call.sizes]))
+        return list(
+            projected[upload(self.raster(call.sizes), projected.device)].split(
+                [t * h * w // unit for t, h, w in call.sizes]
+            )
+        )
 
     def patches_to_tokens(self, patches: Tensor, call: EncoderCall) -> list[Tensor]:
         unit = self.visual.config.spatial_merge_size**2
@@ -92,17 +102,25 @@ class Qwen2VL(LlamaLike):
         visual, merge = self.visual, self.visual.config.spatial_merge_size
         patches = (units[:, None] * merge**2 + torch.arange(merge**2, device=units.device)).flatten()
         ends = upload([0, *counts], units.device).cumsum(0) * merge**2
-        made = {"position_ids": upload(get_vision_position_ids(grid, merge), units.device)[patches], "cu_seqlens": ends.int()}
+        made = {
+            "position_ids": upload(get_vision_position_ids(grid, merge), units.device)[patches],
+            "cu_seqlens": ends.int(),
+        }
         if hasattr(visual, "interpolation_mode"):
             taps = get_vision_interpolation_indices_and_weights(
                 grid, visual.num_grid_per_side, visual.interpolation_mode, visual.interpolation_align_corners, merge
             )
-            made |= {name: upload(tap, units.device)[patches] for name, tap in zip(("interp_indices", "interp_weights"), taps, strict=True)}
+            made |= {
+                name: upload(tap, units.device)[patches]
+                for name, tap in zip(("interp_indices", "interp_weights"), taps, strict=True)
+            }
         return made, torch.arange(len(units), device=units.device), units
 
     def raster(self, sizes: list[list[int]]) -> Tensor:
         """Positions, in the blocks' order, of the merged tokens of the call in raster order."""
-        return torch.arange(sum(t * h * w for t, h, w in sizes) // self.visual.config.spatial_merge_size**2, device="cpu")
+        return torch.arange(
+            sum(t * h * w for t, h, w in sizes) // self.visual.config.spatial_merge_size**2, device="cpu"
+        )
 
     def grids(self, call: EncoderCall, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         size = self.visual.config.spatial_merge_size
@@ -118,7 +136,9 @@ class Qwen2VL(LlamaLike):
     def slice_frames(self, call: EncoderCall, video: int, chosen: Sequence[int]) -> EncoderCall:
         pixels, size = self.steps(call)[video][list(chosen)], [len(chosen), *call.sizes[video][1:]]
         grid = call.arguments["video_grid_thw"].new_tensor([size])
-        return EncoderCall(call.stream, [size], call.arguments | {"pixel_values_videos": pixels.flatten(0, 1), "video_grid_thw": grid})
+        return EncoderCall(
+            call.stream, [size], call.arguments | {"pixel_values_videos": pixels.flatten(0, 1), "video_grid_thw": grid}
+        )
 
     def tokens_per_crop(self, call: EncoderCall, counts: list[int]) -> list[tuple[int, ...]]:
         return [(count // t,) * t for (t, _, _), count in zip(call.sizes, counts, strict=True)]
@@ -140,7 +160,9 @@ class Qwen2VL(LlamaLike):
         vision = self.config.vision_config
         return self._vision_shape(vision.embed_dim, int(vision.embed_dim * vision.mlp_ratio), 2, vision.hidden_size)
 
-    def _vision_shape(self, width: int, mlp: int, mlp_matrices: int, out: int, deeper: Sequence[int] = (), **windows: Any) -> VisionDims:
+    def _vision_shape(
+        self, width: int, mlp: int, mlp_matrices: int, out: int, deeper: Sequence[int] = (), **windows: Any
+    ) -> VisionDims:
         vision = self.config.vision_config
         unit = vision.spatial_merge_size**2
         return VisionDims(

@@ -1,4 +1,5 @@
-"""Qwen3.5: the tower of Qwen3-VL without deepstack, and a decoder whose layers mostly have a state instead of attention."""
+"""Qwen3.5: the tower of Qwen3-VL without deepstack, and a decoder whose layers mostly have a state instead of
+attention."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ class Qwen35(Qwen2VL):
         heads = super().heads(layer, which, hidden)
         return heads[:, :, ::2] if which == "q" else heads  # after each query head comes the gate of its output
 
-    def linear_attention_scores(self, layer: nn.Module, hidden: Tensor, valid: Tensor, query_positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def linear_attention_scores(
+        self, layer: nn.Module, hidden: Tensor, valid: Tensor, query_positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and write gates of a gated delta rule (Yang et al., ICLR 2025); gates of value heads that share
         a key are added."""
         mixer = layer.linear_attn
@@ -43,7 +46,11 @@ class Qwen35(Qwen2VL):
         queries_keys = nn.functional.conv1d(
             queries_keys.to(weight.dtype), weight, padding=weight.shape[-1] - 1, groups=len(weight)
         )[..., : hidden.shape[1]]
-        query, key = unit_rows(nn.functional.silu(queries_keys).transpose(1, 2).unflatten(2, (2, heads, width))).transpose(1, 3).unbind(2)
+        query, key = (
+            unit_rows(nn.functional.silu(queries_keys).transpose(1, 2).unflatten(2, (2, heads, width)))
+            .transpose(1, 3)
+            .unbind(2)
+        )
         gate = mixer.in_proj_b(normed).float().sigmoid().unflatten(2, (heads, -1)).mean(3) / heads
         return gather_rows(query.transpose(1, 2), query_positions).transpose(1, 2), key, gate.transpose(1, 2)
 

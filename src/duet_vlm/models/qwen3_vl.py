@@ -50,4 +50,6 @@ class Qwen3VL(Qwen2VL):
 
     def vision_dims(self) -> VisionDims:
         vision = self.config.vision_config
-        return self._vision_shape(vision.hidden_size, vision.intermediate_size, 2, vision.out_hidden_size, vision.deepstack_visual_indexes)
+        return self._vision_shape(
+            vision.hidden_size, vision.intermediate_size, 2, vision.out_hidden_size, vision.deepstack_visual_indexes
+        )

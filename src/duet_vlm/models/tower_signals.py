@@ -1,4 +1,5 @@
-"""Signals of vision towers: importance and mean keys from the queries and keys of one attention; and blocks of the usual layout."""
+"""Signals of vision towers: importance and mean keys from the queries and keys of one attention; and blocks of the
+usual layout."""
 
 from __future__ import annotations
 
@@ -14,13 +15,17 @@ from duet_vlm.ops.score import cls_attention, column_attention
 
 def cls_signals(recorded: RecordedQK) -> tuple[Tensor, Tensor]:
     """Importance [B, N] (attention from the CLS position) and mean keys [B, N, d] of the patches after it."""
-    return cls_attention(recorded.query, recorded.key, recorded.scaling, recorded.size), recorded.key.float().mean(1)[:, 1:]
+    return cls_attention(recorded.query, recorded.key, recorded.scaling, recorded.size), recorded.key.float().mean(1)[
+        :, 1:
+    ]
 
 
 def column_signals(recorded: RecordedQK) -> tuple[Tensor, Tensor]:
     """Importance [B, N] (attention received) and mean keys [B, N, d] of towers that attend to all N patches of an image
     at once."""
-    return column_attention(recorded.query, recorded.key, recorded.scaling, recorded.sample, recorded.size), recorded.key.float().mean(1)
+    return column_attention(
+        recorded.query, recorded.key, recorded.scaling, recorded.sample, recorded.size
+    ), recorded.key.float().mean(1)
 
 
 def blocks_like_clip(layers: Iterable[nn.Module]) -> tuple[BlockModules, ...]:

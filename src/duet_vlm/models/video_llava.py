@@ -57,7 +57,11 @@ class VideoLlava(Llava):
         return dataclasses.replace(super().vision_dims(), towers=2)
 
     def unused_tower_layers(self) -> list[nn.Module]:
-        return [layer for tower in (self.base.image_tower, self.base.video_tower) for layer in tower.encoder.layers[self.feature_layer() + 1 :]]
+        return [
+            layer
+            for tower in (self.base.image_tower, self.base.video_tower)
+            for layer in tower.encoder.layers[self.feature_layer() + 1 :]
+        ]
 
     def cls_module(self) -> nn.Module:
         raise TypeError("video_llava feeds the CLS row of every frame already: cls_token=True cannot add one")
@@ -68,7 +72,9 @@ class VideoLlava(Llava):
     def spans(self, output: object, call: EncoderCall) -> list[Tensor]:
         return list(output.pooler_output.unflatten(0, (-1, self.projected_together(call))).flatten(1, 2))  # type: ignore[attr-defined]
 
-    def importance_and_keys(self, calls: list[RecordedQK], call: EncoderCall, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def importance_and_keys(
+        self, calls: list[RecordedQK], call: EncoderCall, segmented: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
         if call.stream == "image":
             return super().importance_and_keys(calls, call, segmented)
         (recorded,) = calls
@@ -88,7 +94,9 @@ class VideoLlava(Llava):
         return 1
 
     def steps(self, call: EncoderCall) -> list[Tensor]:
-        return [patches_of(frames, self.config.vision_config.patch_size) for frames in call.arguments["pixel_values_videos"]]
+        return [
+            patches_of(frames, self.config.vision_config.patch_size) for frames in call.arguments["pixel_values_videos"]
+        ]
 
     def slice_frames(self, call: EncoderCall, video: int, chosen: Sequence[int]) -> EncoderCall:
         pixels = call.arguments["pixel_values_videos"][video, list(chosen)][None]

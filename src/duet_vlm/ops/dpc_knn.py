@@ -60,7 +60,9 @@ def peak_scores(distance: Tensor, valid: Tensor, neighbours: int, most: Tensor |
     return torch.where(valid, torch.where(gap.isinf(), farthest, gap) * density, -1.0)
 
 
-def peaks(rows: Tensor, valid: Tensor, count: Tensor, neighbours: int, capped: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def peaks(
+    rows: Tensor, valid: Tensor, count: Tensor, neighbours: int, capped: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Find the ``count`` best peaks of each set, and the nearest peak of every row.
 
     Runs over the sets in blocks, so that memory is bounded.
@@ -103,7 +105,9 @@ def _peaks(rows: Tensor, valid: Tensor, count: Tensor, neighbours: int, capped: 
         empty = torch.zeros_like(valid, dtype=torch.long)
         return valid, empty, empty
     distance = distances(rows.masked_fill(~valid[..., None], 0))
-    order = peak_scores(distance, valid, neighbours, count if capped else None).argsort(dim=1, descending=True, stable=True)
+    order = peak_scores(distance, valid, neighbours, count if capped else None).argsort(
+        dim=1, descending=True, stable=True
+    )
     number = torch.arange(order.shape[1], device=order.device).expand(order.shape)
     rank = torch.empty_like(order).scatter_(1, order, number)
     is_peak = (rank < count[:, None]) & valid

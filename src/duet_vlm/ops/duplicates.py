@@ -13,7 +13,9 @@ from duet_vlm.ops.select import ranking, top
 ROUND = 8  # tokens that leave together
 
 
-def remove_duplicates(similarity: Tensor, scores: Tensor, valid: Tensor, sizes: Sequence[tuple[int, int]], important: float) -> Tensor:
+def remove_duplicates(
+    similarity: Tensor, scores: Tensor, valid: Tensor, sizes: Sequence[tuple[int, int]], important: float
+) -> Tensor:
     """Choose the best tokens by score, and the least duplicated of the others.
 
     The others form a list by falling score. It is split alternately: places 0, 2, 4, ... are compared with places 1, 3,

@@ -68,7 +68,9 @@ def greedy_independent(scores: Tensor, edges: Tensor, free: Tensor, count: Tenso
     return picks
 
 
-def independent_set(scores: Tensor, edges: Tensor, valid: Tensor, count: Tensor, important: float, steps: int) -> Tensor:
+def independent_set(
+    scores: Tensor, edges: Tensor, valid: Tensor, count: Tensor, important: float, steps: int
+) -> Tensor:
     """Choose ``count`` tokens: a share by score, then an independent set, then by score again (D2Pruner).
 
     Parameters

@@ -43,7 +43,9 @@ def cosine(rows: Tensor, valid: Tensor) -> Tensor:
     return table
 
 
-def greedy_coverage(similarity: Tensor, weight: Tensor, valid: Tensor, count: Tensor, total: int, picks: int = 1, add: bool = False) -> Tensor:
+def greedy_coverage(
+    similarity: Tensor, weight: Tensor, valid: Tensor, count: Tensor, total: int, picks: int = 1, add: bool = False
+) -> Tensor:
     """Pick tokens by the gain in coverage, sum_u max(0, max over chosen v of similarity[u, v]), times their weight.
 
     With ``picks`` > 1 several tokens are chosen per step from one pass over the similarities: the best of the 4 *
@@ -223,7 +225,9 @@ def greedy_dpp_map(kernel: Tensor, valid: Tensor, count: Tensor, steps: int) -> 
         order.append(best)
         earlier, own = parts[:, :step], parts[:, :step].gather(2, best[:, None].expand(-1, step, -1))
         size, least = unexplained.gather(1, best), floor.gather(1, best)
-        new = (gather_rows(kernel, best)[:, 0] - (own.transpose(1, 2) @ earlier)[:, 0]) * torch.maximum(size, least).rsqrt()
+        new = (gather_rows(kernel, best)[:, 0] - (own.transpose(1, 2) @ earlier)[:, 0]) * torch.maximum(
+            size, least
+        ).rsqrt()
         parts[:, step] = new = torch.where(size > least, new, 0.0)
         unexplained = (unexplained - new.square()).clamp(min=0)
         unexplained = torch.where(unexplained > floor, unexplained, 0.0)

@@ -67,7 +67,9 @@ def proportional_shares(weight: Tensor, size: Tensor, total: Tensor) -> Tensor:
     total = torch.minimum(total.float(), size.sum(1))[:, None]
     weight = torch.where(size > 0, weight.float().clamp(min=0), 0.0)
     most = weight.amax(1, keepdim=True)
-    weight = torch.where(size > 0, torch.where(most > 0, torch.maximum(weight / most, weight.new_full((), SMALLEST)), size), 0.0)
+    weight = torch.where(
+        size > 0, torch.where(most > 0, torch.maximum(weight / most, weight.new_full((), SMALLEST)), size), 0.0
+    )
     fills = (size / weight.clamp(min=torch.finfo(torch.float32).tiny)).masked_fill(size == 0, 0.0)
     fills, order = fills.sort(dim=1, stable=True)
     sizes, weights = size.gather(1, order), weight.gather(1, order)
@@ -189,7 +191,9 @@ def window_numbers(place: Tensor, sides: Tensor, parts: Tensor, side: int, most:
     return number, each * (torch.where(parts >= 0, parts, -1).amax(1) + 1).clamp(min=1, max=most)
 
 
-def survivors(similarity: Tensor, scores: Tensor, group: Tensor, valid: Tensor, threshold: Tensor, count: int, steps: int) -> Tensor:
+def survivors(
+    similarity: Tensor, scores: Tensor, group: Tensor, valid: Tensor, threshold: Tensor, count: int, steps: int
+) -> Tensor:
     """Suppress similar tokens within groups.
 
     In each step every group yields its best token, and the tokens of the group that are more similar to it than
@@ -222,10 +226,16 @@ def survivors(similarity: Tensor, scores: Tensor, group: Tensor, valid: Tensor, 
     group = group.clamp(0, count - 1)
     none = rank.shape[1]
     for step in range(steps):
-        best = torch.full((len(rank), count), none, device=rank.device).scatter_reduce(1, group, torch.where(alive, rank, none), "amin")
+        best = torch.full((len(rank), count), none, device=rank.device).scatter_reduce(
+            1, group, torch.where(alive, rank, none), "amin"
+        )
         best_rank = best.gather(1, group)
         chosen = alive & (rank == best_rank)
-        best_token = torch.zeros(len(rank), none + 1, dtype=torch.long, device=rank.device).scatter(1, rank, _numbers(rank)).gather(1, best_rank)
+        best_token = (
+            torch.zeros(len(rank), none + 1, dtype=torch.long, device=rank.device)
+            .scatter(1, rank, _numbers(rank))
+            .gather(1, best_rank)
+        )
         alike = similarity.gather(2, best_token.clamp(max=none - 1)[..., None])[..., 0] > threshold[:, None]
         taken_in = torch.where(chosen, step, taken_in)
         alive = alive & ~chosen & ~(alike & (best_rank < none))

@@ -102,7 +102,9 @@ def means(rows: Tensor, labels: Tensor, otherwise: Tensor) -> Tensor:
     """
     count = otherwise.shape[1]
     slot = labels.masked_fill(labels < 0, count)
-    total = rows.new_zeros(len(rows), count + 1, rows.shape[2]).scatter_add(1, slot[..., None].expand_as(rows), rows)[:, :count]
+    total = rows.new_zeros(len(rows), count + 1, rows.shape[2]).scatter_add(1, slot[..., None].expand_as(rows), rows)[
+        :, :count
+    ]
     size = rows.new_zeros(len(rows), count + 1).scatter_add(1, slot, torch.ones_like(rows[..., 0]))[:, :count, None]
     return torch.where(size > 0, total / size.clamp(min=1), otherwise)
 

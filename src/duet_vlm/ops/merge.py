@@ -193,7 +193,9 @@ def merged_rows(features: Tensor, selection: Selection) -> Tensor:
     members = gather_rows(features, selection.source_tokens).float()
     total = members.new_zeros(rows.shape[0], width + 1, rows.shape[2])
     total = total.scatter_add(1, into[..., None].expand_as(members), members)[:, :width]
-    count = members.new_zeros(rows.shape[0], width + 1).scatter_add_(1, into, torch.ones_like(into, dtype=members.dtype))[:, :width, None]
+    count = members.new_zeros(rows.shape[0], width + 1).scatter_add_(
+        1, into, torch.ones_like(into, dtype=members.dtype)
+    )[:, :width, None]
     if selection.merge == "mean":
         merged = (rows.float() + total) / (1 + count)
     else:
@@ -224,14 +226,18 @@ def _weighted_rows(features: Tensor, selection: Selection, weights: Tensor, rows
     has_members = _has_members(into, width)
     if not by_table(selection, tokens):
         shares = gather_rows(features, selection.source_tokens).float() * weights.float()[..., None]
-        total = shares.new_zeros(batch, width + 1, rows.shape[2]).scatter_add(1, into[..., None].expand_as(shares), shares)[:, :width]
+        total = shares.new_zeros(batch, width + 1, rows.shape[2]).scatter_add(
+            1, into[..., None].expand_as(shares), shares
+        )[:, :width]
         return torch.where(has_members, total.to(rows.dtype), rows)
     parts: list[Tensor] = []
     features, weights = features.float(), weights.float()
     for part in rows.split(max(1, CELLS // (batch * tokens)), 1):  # a video has many rows of many tokens
         first, count = sum(done.shape[1] for done in parts), part.shape[1]
         local = torch.where((into >= first) & (into < first + count), into - first, count)
-        table = features.new_zeros(batch, (count + 1) * tokens).scatter_add_(1, local * tokens + selection.source_tokens, weights)
+        table = features.new_zeros(batch, (count + 1) * tokens).scatter_add_(
+            1, local * tokens + selection.source_tokens, weights
+        )
         parts.append(table.unflatten(1, (count + 1, tokens))[:, :count] @ features)
     return torch.where(has_members, torch.cat(parts, 1).to(rows.dtype), rows)
 

@@ -32,7 +32,9 @@ def visionzip_contextual_count(entry: int) -> int:
     return max(0, min(round(10 * entry / 64), entry - 1))
 
 
-def merge_into_nearest(index: Tensor, valid: Tensor, rest: Tensor, most: int, metric: Tensor, weight: Tensor | None = None) -> Selection:
+def merge_into_nearest(
+    index: Tensor, valid: Tensor, rest: Tensor, most: int, metric: Tensor, weight: Tensor | None = None
+) -> Selection:
     """Merge every token of ``rest`` into the chosen token most similar to it.
 
     Parameters
@@ -54,7 +56,9 @@ def merge_into_nearest(index: Tensor, valid: Tensor, rest: Tensor, most: int, me
         return Selection(index, valid, members, into)
     row = torch.full_like(rest, -1, dtype=torch.long).scatter(1, members, into)
     number, spare = torch.arange(index.shape[1], device=index.device).expand(index.shape), index.shape[1]
-    has_members = valid.new_zeros(len(valid), spare + 1).scatter(1, into.masked_fill(into < 0, spare), True)[:, :-1] & valid
+    has_members = (
+        valid.new_zeros(len(valid), spare + 1).scatter(1, into.masked_fill(into < 0, spare), True)[:, :-1] & valid
+    )
     # a chosen token is a member of its row if others join it
     row = row.scatter_reduce(1, index, torch.where(has_members, number, -1), "amax")
     share, bins = weight.float().clamp(min=TINY), row.masked_fill(row < 0, spare)
@@ -63,7 +67,9 @@ def merge_into_nearest(index: Tensor, valid: Tensor, rest: Tensor, most: int, me
     return Selection(index, valid, all_tokens, row, weights=share / total.gather(1, bins))
 
 
-def merge_if_similar(index: Tensor, valid: Tensor, members: Tensor, offered: Tensor, similarity: Tensor, tau: float) -> Selection:
+def merge_if_similar(
+    index: Tensor, valid: Tensor, members: Tensor, offered: Tensor, similarity: Tensor, tau: float
+) -> Selection:
     """Merge each of the first ``offered`` members into the chosen token most similar to it, if the two are similar
     enough (DUET+).
 
@@ -91,7 +97,15 @@ def merge_if_similar(index: Tensor, valid: Tensor, members: Tensor, offered: Ten
 
 
 def merge_around_anchors(
-    index: Tensor, valid: Tensor, rest: Tensor, pool: Tensor, count: Tensor, width: int, metric: Tensor, merge: str = "mean", spread: bool = True
+    index: Tensor,
+    valid: Tensor,
+    rest: Tensor,
+    pool: Tensor,
+    count: Tensor,
+    width: int,
+    metric: Tensor,
+    merge: str = "mean",
+    spread: bool = True,
 ) -> Selection:
     """Merge unchosen tokens into contextual rows around anchors spaced over a list.
 
@@ -124,7 +138,9 @@ def merge_around_anchors(
     is_anchor = ((rank[:, :, None] == place[:, None]) & real[:, None]).any(-1)
     joins = (rank < pool[:, None]) & ~is_anchor & real.any(1, keepdim=True)
     into = index.shape[1] + nearest_anchor(metric, rest, anchors, real)
-    return Selection(torch.cat([index, anchors], 1), torch.cat([valid, real], 1), rest, into.masked_fill(~joins, -1), merge)
+    return Selection(
+        torch.cat([index, anchors], 1), torch.cat([valid, real], 1), rest, into.masked_fill(~joins, -1), merge
+    )
 
 
 def _stride_anchors(count: Tensor, width: int, pool: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,15 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 def merge_with_neighbours(
-    tokens: Tensor, places: Tensor, real: Tensor, valid: Tensor, more: Tensor, weight: Tensor, metric: Tensor, count: int, mean: bool = True
+    tokens: Tensor,
+    places: Tensor,
+    real: Tensor,
+    valid: Tensor,
+    more: Tensor,
+    weight: Tensor,
+    metric: Tensor,
+    count: int,
+    mean: bool = True,
 ) -> Selection:
     """Make a row of each chosen token and its ``count`` nearest neighbours, and one more of all other tokens (arXiv
     2403.15388).

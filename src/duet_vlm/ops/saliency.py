@@ -1,5 +1,4 @@
-"""Token scores beside attention: from features, the question and the projector; and scaling to [0, 1]. All in float32.
-"""
+"""Token scores beside attention: from features, the question and the projector; and scaling to [0, 1]. All in float32."""
 
 from __future__ import annotations
 
@@ -50,7 +49,12 @@ def relevance(rows: Tensor, words: Tensor, valid: Tensor) -> Tensor:
     return (unit_rows(rows) @ mean[..., None])[..., 0]
 
 
-def sensitivity(project: Callable[[Callable[[Tensor], Tensor]], Tensor], directions: int = DIRECTIONS, step: float = STEP, seed: int = 0) -> Tensor:
+def sensitivity(
+    project: Callable[[Callable[[Tensor], Tensor]], Tensor],
+    directions: int = DIRECTIONS,
+    step: float = STEP,
+    seed: int = 0,
+) -> Tensor:
     """Zeroth-order sensitivity of the projector (ZOO-Prune, arXiv 2509.24837).
 
     The change of each projected row when its inputs move by ``step`` along a random direction and back, per unit of

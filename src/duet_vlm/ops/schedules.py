@@ -7,7 +7,8 @@ from __future__ import annotations
 Drops = tuple[tuple[int, float], ...]  # a schedule of shares (``duet_vlm.planning.budget.Schedule``)
 
 LATE, EARLY = (8, 16, 24), (2, 8, 16)  # of 32 layers: PyramidDrop's stages, and its authors' answer for small budgets
-LATE_SHARE, EARLY_SHARE = 0.5, 0.56  # kept per stage in the paper (a mean of 270 of 576 tokens), and early for a mean of 192
+# kept per stage in the paper (a mean of 270 of 576 tokens), and early for a mean of 192
+LATE_SHARE, EARLY_SHARE = 0.5, 0.56
 AMPLE, LEAN = 0.14, 0.1  # of a picture: from here on a budget needs no drops; below, they come earlier the less it is
 
 

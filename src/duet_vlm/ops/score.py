@@ -1,4 +1,5 @@
-"""Importance from attention without a full map: one query row, a few query rows, or column sums in blocks. All in float32."""
+"""Importance from attention without a full map: one query row, a few query rows, or column sums in blocks. All in
+float32."""
 
 from __future__ import annotations
 
@@ -118,7 +119,9 @@ def sample_rows(valid: Tensor, count: int | None) -> tuple[Tensor, Tensor]:
     return order.gather(1, rank.clamp(max=valid.shape[1] - 1)), ((end > start) & (rank < total)).float()
 
 
-def column_attention(query: Tensor, key: Tensor, scaling: float, sample: int | None = None, size: Tensor | None = None) -> Tensor:
+def column_attention(
+    query: Tensor, key: Tensor, scaling: float, sample: int | None = None, size: Tensor | None = None
+) -> Tensor:
     """Attention received by each token: mean over heads, sum over queries, of softmax attention.
 
     Runs over blocks of query rows, so memory is linear in N.
@@ -143,7 +146,9 @@ def column_attention(query: Tensor, key: Tensor, scaling: float, sample: int | N
         query_rows, query_weight = sample_rows(size > 0, sample)
         query = gather_rows(query.transpose(1, 2), query_rows).transpose(1, 2)
         allowed = (size > 0)[:, None].expand(-1, query_rows.shape[1], -1)
-        return query_attention(query, key, scaling, allowed, query_weight * size.gather(1, query_rows), size) * size.sum(1, keepdim=True)
+        return query_attention(
+            query, key, scaling, allowed, query_weight * size.gather(1, query_rows), size
+        ) * size.sum(1, keepdim=True)
     key, heads, num_queries = key.float(), query.shape[1], query.shape[2]
     if sample is not None and sample < num_queries:
         query = query[:, :, spread_indices(num_queries, sample, query.device)]
@@ -218,7 +223,9 @@ def query_attention(
     return total.transpose(1, 2) if heads == "each" else total[:, 0]
 
 
-def state_read_out(query: Tensor, key: Tensor, gate: Tensor, allowed: Callable[[slice], Tensor], weight: Tensor) -> Tensor:
+def state_read_out(
+    query: Tensor, key: Tensor, gate: Tensor, allowed: Callable[[slice], Tensor], weight: Tensor
+) -> Tensor:
     """Score rows by the amount that query rows read out of a linear-attention state, without decay.
 
     Sum over heads, weighted mean over queries, of gate * abs(query . key).

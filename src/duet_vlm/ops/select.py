@@ -1,5 +1,4 @@
-"""Choice of tokens: ranked, evenly spaced, outliers. Ties go to the lower index, so a choice never depends on the sort.
-"""
+"""Choice of tokens: ranked, evenly spaced, outliers. Ties go to the lower index, so a choice never depends on the sort."""
 
 from __future__ import annotations
 

@@ -61,7 +61,10 @@ class StaticDynamicSets:
         steps = self.still.shape[1]
         at = torch.arange(steps, device=chosen.device)
         first = (self.windows.of_step(self.windows.first) == at)[..., None]
-        return self.clips.rows(torch.where(self.still, self.windows.of_step(chosen[:, :steps]) & first, chosen[:, steps:])) & self.clips.placed
+        return (
+            self.clips.rows(torch.where(self.still, self.windows.of_step(chosen[:, :steps]) & first, chosen[:, steps:]))
+            & self.clips.placed
+        )
 
     def joins(self, place: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Translate targets within sets to targets among tokens.
@@ -87,7 +90,6 @@ class StaticDynamicSets:
         share = torch.where(self.still, share, weight[:, steps:])
         owner = self.clips.rows(torch.where(to >= 0, owner, -1))
         return torch.where(self.clips.placed, owner, -1), self.clips.rows(share)
-
 
     @property
     def number(self) -> Tensor:

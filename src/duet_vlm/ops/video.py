@@ -131,7 +131,11 @@ class FrameWindows:
         starts = (starts & (at < length[:, None])) | (at == 0) | (at == length[:, None])
         number = starts.cumsum(1) - 1
         size = torch.zeros_like(number).scatter_add_(1, number, (at < length[:, None]).long())
-        first = torch.full_like(number, starts.shape[1]).scatter_reduce_(1, number, at, "amin").clamp(max=max(starts.shape[1] - 1, 0))
+        first = (
+            torch.full_like(number, starts.shape[1])
+            .scatter_reduce_(1, number, at, "amin")
+            .clamp(max=max(starts.shape[1] - 1, 0))
+        )
         return cls(number, first, size)
 
     def of_step(self, x: Tensor) -> Tensor:

@@ -46,7 +46,9 @@ class GridWindows:
         """
         numbers = torch.arange(self.of.shape[1], device=self.of.device).expand_as(self.of)
         into = self.of.masked_fill(self.whole[:, None], -1)
-        return Selection(self.centre, self.valid, numbers, into, weights=shares(into, self.centre.shape[1]), custom_rows=rows)
+        return Selection(
+            self.centre, self.valid, numbers, into, weights=shares(into, self.centre.shape[1]), custom_rows=rows
+        )
 
 
 def windows(place: Tensor, valid: Tensor, count: Tensor, most: int, largest: int) -> GridWindows:

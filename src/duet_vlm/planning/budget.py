@@ -20,7 +20,8 @@ EPSILON = 1e-9  # a keep of 0.3 of 10 tokens means 3, whatever the binary fracti
 
 Budget = int | float
 Keep = int | float
-TowerStages = tuple[tuple[int, int], ...]  # (blocks of a vision tower whose attention has run, units of a picture that are left), in order
+# (blocks of a vision tower whose attention has run, units of a picture that are left), in order
+TowerStages = tuple[tuple[int, int], ...]
 
 
 class BudgetError(ValueError):
@@ -97,7 +98,9 @@ def check_budget(budget: Budget | None) -> None:
         if budget < 1:
             raise BudgetError(f"budget={budget} tokens: give at least 1, or a fraction in (0, 1]")
     elif not 0 < budget <= 1:
-        raise BudgetError(f"budget={budget}: a float is a fraction in (0, 1] of the visual tokens; for a token count give an int")
+        raise BudgetError(
+            f"budget={budget}: a float is a fraction in (0, 1] of the visual tokens; for a token count give an int"
+        )
 
 
 def read_budget(text: str, name: str = "budget") -> Budget:
@@ -120,8 +123,14 @@ def read_budget(text: str, name: str = "budget") -> Budget:
         raise BudgetError(f"{name} {text}: keep at least 1 token, or a share of them (0.22, 22%)")
     if isinstance(value, float) and not 0 < value <= 1:
         all_of_them = "above 0 % and up to 100 %" if cleaned.endswith("%") else "above 0 and up to 1.0"
-        count = f"; for a token count write a whole number ({value:.0f})" if value > 1 and math.isfinite(value) and cleaned[-1] != "%" else ""
-        raise BudgetError(f"{name} {text}: a fraction of the visual tokens is {all_of_them}, which is all of them{count}")
+        count = (
+            f"; for a token count write a whole number ({value:.0f})"
+            if value > 1 and math.isfinite(value) and cleaned[-1] != "%"
+            else ""
+        )
+        raise BudgetError(
+            f"{name} {text}: a fraction of the visual tokens is {all_of_them}, which is all of them{count}"
+        )
     return value
 
 
@@ -169,7 +178,9 @@ def check_schedule(schedule: Sequence[Sequence[Keep]]) -> Schedule:
         raise TypeError(f"schedule must be a sequence of (layer, keep) pairs, got {schedule!r}") from None
     for layer, keep in stages:
         if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
-            raise ValueError(f"schedule={schedule!r}: layer {layer!r} must be an int >= 0 (drop before that decoder layer)")
+            raise ValueError(
+                f"schedule={schedule!r}: layer {layer!r} must be an int >= 0 (drop before that decoder layer)"
+            )
         check_keep("schedule keep", keep)
     layers = [layer for layer, _ in stages]
     if layers != sorted(set(layers)):

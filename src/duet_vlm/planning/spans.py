@@ -114,7 +114,9 @@ def _sum(plans: Sequence[SpanPlan], tokens: int) -> SpanPlan:
     counts = tuple(sum(layer) for layer in zip(*(plan.counts for plan in plans), strict=True))
     tower_tokens = [plan.tokens if plan.tower is None else plan.tower for plan in plans]
     tower = None if all(plan.tower is None for plan in plans) else sum(tower_tokens)
-    return SpanPlan(tokens, sum(plan.dominant for plan in plans), sum(plan.contextual for plan in plans), counts, tower=tower)
+    return SpanPlan(
+        tokens, sum(plan.dominant for plan in plans), sum(plan.contextual for plan in plans), counts, tower=tower
+    )
 
 
 def _more(plan: SpanPlan, rows: int) -> SpanPlan:
@@ -141,5 +143,8 @@ def _of_content(plan: SpanPlan, content: int) -> SpanPlan:
         return plan
     dominant = min(plan.dominant, limit)
     return replace(
-        plan, dominant=dominant, contextual=min(plan.contextual, limit - dominant), counts=tuple(min(n, limit) for n in plan.counts)
+        plan,
+        dominant=dominant,
+        contextual=min(plan.contextual, limit - dominant),
+        counts=tuple(min(n, limit) for n in plan.counts),
     )

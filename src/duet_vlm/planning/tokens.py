@@ -43,16 +43,19 @@ class Selection:
     target_row : Tensor
         [B, P] long, output row that each of ``source_tokens`` joins; -1 for none.
     merge : str
-        "mean": plain mean of anchor and source tokens; "anchor_plus_mean": anchor plus the mean of the source tokens (released code of VisionZip and
-        DUET-VLM).
+        "mean": plain mean of anchor and source tokens; "anchor_plus_mean": anchor plus the mean of the source tokens
+        (released code of VisionZip and DUET-VLM).
     weights : Tensor or None
-        [B, P] floating point. A row with source tokens is then their weighted sum and nothing else: ``index`` gives its place, and its token is a
-        source token like any other if it is to count. A token may join several rows, and may be kept as well. ``merge`` plays no part.
+        [B, P] floating point. A row with source tokens is then their weighted sum and nothing else: ``index`` gives its
+        place, and its token is a source token like any other if it is to count. A token may join several rows, and may
+        be kept as well. ``merge`` plays no part.
     tags : Tensor or None
-        [B, K] float32 number that the method gives each row and gets back inside the decoder with ``Input.TAGS``. None: 0.
+        [B, K] float32 number that the method gives each row and gets back inside the decoder with ``Input.TAGS``. None:
+        0.
     custom_rows : Tensor or None
-        [B, K, C] floating point, with ``weights``: content of the rows with source tokens, made by a module of the method
-        (``duet_vlm.reducers.compressor``); it may carry a gradient. What later layers add to these rows is merged by ``weights``.
+        [B, K, C] floating point, with ``weights``: content of the rows with source tokens, made by a module of the
+        method (``duet_vlm.reducers.compressor``); it may carry a gradient. What later layers add to these rows is
+        merged by ``weights``.
     """
 
     index: Tensor
@@ -116,14 +119,18 @@ class TokenMap:
 
     def renumbered(self) -> TokenMap:
         """The same tokens with entry positions numbered anew, as the sequence that enters the decoder."""
-        entry_index = torch.arange(self.prompt_index.shape[1], device=self.prompt_index.device).expand(self.prompt_index.shape)
+        entry_index = torch.arange(self.prompt_index.shape[1], device=self.prompt_index.device).expand(
+            self.prompt_index.shape
+        )
         return replace(self, entry_index=entry_index)
 
     def to(self, device: torch.device) -> TokenMap:
         """The map on another device (a device map may spread layers)."""
         if self.prompt_index.device == device:
             return self
-        return TokenMap(*(x.to(device) for x in (self.prompt_index, self.entry_index, self.valid, self.visual, self.protected)))
+        return TokenMap(
+            *(x.to(device) for x in (self.prompt_index, self.entry_index, self.valid, self.visual, self.protected))
+        )
 
 
 @dataclass(frozen=True)

@@ -63,11 +63,37 @@ class Device:
 SHEETS = {
     device.name: device
     for device in (
-        Device("a100", {"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12}, 2.039e12, 80e9, "NVIDIA A100 80GB SXM data sheet"),
-        Device("h100", {"bf16": 989.4e12, "fp16": 989.4e12, "fp32": 67e12, "fp8": 1978.9e12}, 3.35e12, 80e9, "NVIDIA H100 SXM data sheet"),
-        Device("h200", {"bf16": 989.4e12, "fp16": 989.4e12, "fp32": 67e12, "fp8": 1978.9e12}, 4.8e12, 141e9, "NVIDIA H200 SXM data sheet"),
-        Device("mi300x", {"bf16": 1307.4e12, "fp16": 1307.4e12, "fp32": 163.4e12, "fp8": 2614.9e12}, 5.3e12, 192e9, "AMD Instinct MI300X data sheet"),
-        Device("l4", {"bf16": 121e12, "fp16": 121e12, "fp32": 30.3e12, "fp8": 242.5e12}, 300e9, 24e9, "NVIDIA L4 data sheet"),
+        Device(
+            "a100", {"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12}, 2.039e12, 80e9, "NVIDIA A100 80GB SXM data sheet"
+        ),
+        Device(
+            "h100",
+            {"bf16": 989.4e12, "fp16": 989.4e12, "fp32": 67e12, "fp8": 1978.9e12},
+            3.35e12,
+            80e9,
+            "NVIDIA H100 SXM data sheet",
+        ),
+        Device(
+            "h200",
+            {"bf16": 989.4e12, "fp16": 989.4e12, "fp32": 67e12, "fp8": 1978.9e12},
+            4.8e12,
+            141e9,
+            "NVIDIA H200 SXM data sheet",
+        ),
+        Device(
+            "mi300x",
+            {"bf16": 1307.4e12, "fp16": 1307.4e12, "fp32": 163.4e12, "fp8": 2614.9e12},
+            5.3e12,
+            192e9,
+            "AMD Instinct MI300X data sheet",
+        ),
+        Device(
+            "l4",
+            {"bf16": 121e12, "fp16": 121e12, "fp32": 30.3e12, "fp8": 242.5e12},
+            300e9,
+            24e9,
+            "NVIDIA L4 data sheet",
+        ),
     )
 }
 THIS = "cpu"
@@ -85,8 +111,10 @@ def device(name: str) -> Device:
         return this_machine()
     if name.lower() not in SHEETS:
         near = did_you_mean(name, SHEETS)
-        raise ValueError(f"--device {name}: no sheet of that name{near}; choose {', '.join(SHEETS)} or {THIS} (this machine, "
-            "measured)")
+        raise ValueError(
+            f"--device {name}: no sheet of that name{near}; choose {', '.join(SHEETS)} or {THIS} (this machine, "
+            "measured)"
+        )
     return SHEETS[name.lower()]
 
 
@@ -119,7 +147,10 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    name = next((line.split(":", 1)[1] for line in lines if line.startswith("model name")), platform.processor() or platform.machine())
+    name = next(
+        (line.split(":", 1)[1] for line in lines if line.startswith("model name")),
+        platform.processor() or platform.machine(),
+    )
     return "-".join(re.findall("[a-z0-9]+", name.lower()))
 
 
@@ -138,7 +169,9 @@ def measured(size: int = 512, rounds: int = 500, matrices: int = 32, width: int 
     bandwidth = 4 * width * width / reads[len(reads) // 4]
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     how = f"measured: best of {rounds} products of {size}, one row times {matrices} matrices of {width}"
-    return Device(f"this CPU, {torch.get_num_threads()} threads", {"fp32": 2 * size**3 / product}, bandwidth, memory, how, True)
+    return Device(
+        f"this CPU, {torch.get_num_threads()} threads", {"fp32": 2 * size**3 / product}, bandwidth, memory, how, True
+    )
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -22,7 +22,9 @@ def _sdpa(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, *
     return sdpa_flop_count(query, key, value)
 
 
-def _sdpa_backward(gradient: Any, query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def _sdpa_backward(
+    gradient: Any, query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
     return sdpa_backward_flop_count(gradient, query, key, value)
 
 
@@ -49,7 +51,9 @@ def count_flops(work: Callable[[], Any]) -> int:
 def cache_bytes(cache: Any) -> tuple[int, int]:
     """Bytes of a cache: of keys and values, and of the states of linear layers. No device access."""
     pairs = [_bytes(getattr(layer, name, None)) for layer in cache.layers for name in ("keys", "values")]
-    states = [_bytes(getattr(layer, name, None)) for layer in cache.layers for name in ("conv_states", "recurrent_states")]
+    states = [
+        _bytes(getattr(layer, name, None)) for layer in cache.layers for name in ("conv_states", "recurrent_states")
+    ]
     return sum(pairs), sum(states)
 
 

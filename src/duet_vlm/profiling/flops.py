@@ -15,7 +15,8 @@ from duet_vlm.planning.budget import TowerStages
 from duet_vlm.profiling.model_dims import LINEAR, DecoderDims, VisionDims
 
 Grid = tuple[int, int] | None
-Spare = tuple[int, int]  # of a picture: patches that become no token, and patches of padding around it, which are embedded and go no further
+# of a picture: patches that become no token, and patches of padding around it, which are embedded and go no further
+Spare = tuple[int, int]
 
 
 def decoder_layer_flops(shape: DecoderDims, rows: int, keys: int | None = None, layer: int = 0) -> int:
@@ -38,7 +39,10 @@ def linear_attention_flops(shape: DecoderDims, rows: int) -> int:
     linear = shape.linear
     assert linear is not None  # a layer of this kind has one
     values = linear.value_heads * linear.value_dim
-    maps = 2 * rows * shape.hidden * (linear.mixed + 2 * values + 2 * linear.value_heads) + 2 * rows * linear.mixed * linear.kernel
+    maps = (
+        2 * rows * shape.hidden * (linear.mixed + 2 * values + 2 * linear.value_heads)
+        + 2 * rows * linear.mixed * linear.kernel
+    )
     if rows == 1:
         return maps
     padded = math.ceil(rows / linear.chunk) * linear.chunk
@@ -55,7 +59,9 @@ def mlp_flops(shape: DecoderDims, rows: int, layer: int = 0) -> int:
     return 2 * rows * shape.hidden * (experts.count + 3 * (experts.active * experts.mlp + experts.shared))
 
 
-def scoring_flops(shape: DecoderDims, rows: int, queries: int, reused: int = 0, products: bool = True, layer: int | None = None) -> int:
+def scoring_flops(
+    shape: DecoderDims, rows: int, queries: int, reused: int = 0, products: bool = True, layer: int | None = None
+) -> int:
     """Ranking before one drop: keys of every row, queries of the query rows, their products (unless ``products`` is
     False).
 
@@ -75,7 +81,11 @@ def probe_flops(shape: DecoderDims, rows: int, layer: int, predicted: int) -> in
     """A gradient of ``rows`` rows through one layer with attention, and of ``predicted`` of them through the head:
     forward, and backward to the rows alone (a linear map costs once more, attention two and a half times)."""
     attention = 4 * rows * rows * shape.wide
-    return 2 * (decoder_layer_flops(shape, rows, layer=layer) - attention) + attention * 7 // 2 + 2 * head_flops(shape, predicted)
+    return (
+        2 * (decoder_layer_flops(shape, rows, layer=layer) - attention)
+        + attention * 7 // 2
+        + 2 * head_flops(shape, predicted)
+    )
 
 
 def head_flops(shape: DecoderDims, rows: int) -> int:
@@ -85,7 +95,9 @@ def head_flops(shape: DecoderDims, rows: int) -> int:
 def prefill_flops(shape: DecoderDims, rows_per_layer: Sequence[int], logits: int = 1) -> int:
     """A prompt through the decoder, ``rows_per_layer[l]`` rows entering layer l, and ``logits`` rows through the
     head."""
-    return sum(decoder_layer_flops(shape, rows, layer=i) for i, rows in enumerate(rows_per_layer)) + head_flops(shape, logits)
+    return sum(decoder_layer_flops(shape, rows, layer=i) for i, rows in enumerate(rows_per_layer)) + head_flops(
+        shape, logits
+    )
 
 
 def tower_rows(shape: VisionDims, tokens: int) -> int:
@@ -103,10 +115,15 @@ def tower_flops(shape: VisionDims, parts: Sequence[tuple[int, Grid, TowerStages,
     mergers = 1 + len(shape.deeper)
     one = sum(2 * a * b for a, b in shape.projector[: len(shape.projector) // mergers])
     for tokens, _, stages, _ in parts:
-        total += one * sum(_left_after(tokens, stages, after) - _left_after(tokens, stages, shape.layers) for after in shape.deeper)
+        total += one * sum(
+            _left_after(tokens, stages, after) - _left_after(tokens, stages, shape.layers) for after in shape.deeper
+        )
     if shape.joined:
         for layer in range(shape.layers):
-            rows = [tower_rows(shape, _left_after(n, stages, layer)) + spare[0] * (not stages) for n, _, stages, spare in parts]
+            rows = [
+                tower_rows(shape, _left_after(n, stages, layer)) + spare[0] * (not stages)
+                for n, _, stages, spare in parts
+            ]
             total += 4 * shape.width * (sum(rows) ** 2 - sum(n * n for n in rows))
     return total
 
@@ -116,7 +133,9 @@ def _left_after(tokens: int, stages: TowerStages, blocks: int) -> int:
     return next((kept for after, kept in reversed(stages) if after <= blocks), tokens)
 
 
-def vision_flops(shape: VisionDims, tokens: int, grid: Grid = None, stages: TowerStages = (), spare: Spare = (0, 0)) -> int:
+def vision_flops(
+    shape: VisionDims, tokens: int, grid: Grid = None, stages: TowerStages = (), spare: Spare = (0, 0)
+) -> int:
     """The vision tower over one image, crop or frame of ``tokens`` visual tokens (every layer is counted; stock towers
     run all of them).
 
@@ -131,9 +150,19 @@ def vision_flops(shape: VisionDims, tokens: int, grid: Grid = None, stages: Towe
     for begin, end, attending, kept in stretches(shape, tokens, stages):
         layers, rows = end - begin, tower_rows(shape, attending) + spare_rows
         global_layers = share_of(full, begin, end, shape.layers)
-        attention = 4 * shape.width * (global_layers * rows**2 + (layers - global_layers) * round(windowed * (rows / all_rows) ** 2))
+        attention = (
+            4
+            * shape.width
+            * (global_layers * rows**2 + (layers - global_layers) * round(windowed * (rows / all_rows) ** 2))
+        )
         total += layers * (8 * rows * shape.width**2) + attention
-        total += 2 * shape.mlp_matrices * shape.width * shape.mlp * ((layers - 1) * rows + tower_rows(shape, kept) + spare_rows)
+        total += (
+            2
+            * shape.mlp_matrices
+            * shape.width
+            * shape.mlp
+            * ((layers - 1) * rows + tower_rows(shape, kept) + spare_rows)
+        )
     return total + patch_flops(shape, tokens, sum(spare))
 
 
@@ -150,7 +179,10 @@ def stretches(shape: VisionDims, tokens: int, stages: TowerStages) -> list[tuple
 
 def mean_rows(shape: VisionDims, tokens: int, grid: Grid, stages: TowerStages) -> float:
     """Rows that a block of the tower attends over, mean over the blocks."""
-    return sum((end - begin) * tower_rows(shape, count) for begin, end, count, _ in stretches(shape, tokens, stages)) / shape.layers
+    return (
+        sum((end - begin) * tower_rows(shape, count) for begin, end, count, _ in stretches(shape, tokens, stages))
+        / shape.layers
+    )
 
 
 def share_of(full: int, begin: int, end: int, layers: int) -> int:

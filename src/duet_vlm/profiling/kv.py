@@ -15,13 +15,18 @@ def kv_bytes_per_layer(shape: DecoderDims, rows_per_layer: Sequence[int], elemen
 
     Full layers keep every row, sliding ones all but one of their window, linear ones none.
     """
-    return tuple(2 * _kept(shape, rows, layer) * shape.narrow * element_bytes for layer, rows in enumerate(rows_per_layer))
+    return tuple(
+        2 * _kept(shape, rows, layer) * shape.narrow * element_bytes for layer, rows in enumerate(rows_per_layer)
+    )
 
 
 def rows_held(shape: DecoderDims, rows_per_layer: Sequence[int], cut: bool) -> tuple[int, ...]:
     """Rows in each layer's cache after the prompt; ``cut``: full layers keep only those that reached the last layer."""
     last = rows_per_layer[-1]
-    return tuple(last if cut and shape.kind(layer) not in (LINEAR, SLIDING) else rows for layer, rows in enumerate(rows_per_layer))
+    return tuple(
+        last if cut and shape.kind(layer) not in (LINEAR, SLIDING) else rows
+        for layer, rows in enumerate(rows_per_layer)
+    )
 
 
 def kv_bytes(shape: DecoderDims, rows_per_layer: Sequence[int], element_bytes: int) -> int:
@@ -34,7 +39,10 @@ def state_bytes(shape: DecoderDims, element_bytes: int) -> int:
     linear = shape.linear
     if linear is None:
         return 0
-    layer_bytes = linear.value_heads * linear.key_dim * linear.value_dim * STATE_BYTES + linear.mixed * linear.kernel * element_bytes
+    layer_bytes = (
+        linear.value_heads * linear.key_dim * linear.value_dim * STATE_BYTES
+        + linear.mixed * linear.kernel * element_bytes
+    )
     return layer_bytes * sum(shape.kind(layer) == LINEAR for layer in range(shape.layers))
 
 

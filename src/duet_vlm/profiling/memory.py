@@ -31,18 +31,24 @@ def layer_weights(shape: DecoderDims, layer: int, rows: int | None = None) -> fl
 def mlp_width(shape: DecoderDims, layer: int) -> int:
     """Inner width of a layer's MLP; all experts of a row together."""
     experts = shape.experts
-    return experts.active * experts.mlp + experts.shared if experts is not None and shape.has_experts(layer) else shape.mlp
+    return (
+        experts.active * experts.mlp + experts.shared if experts is not None and shape.has_experts(layer) else shape.mlp
+    )
 
 
 def decoder_weights(shape: DecoderDims) -> int:
     """Number of weights of the decoder's maps, its embeddings and its head."""
-    return round(sum(layer_weights(shape, layer) for layer in range(shape.layers))) + shape.hidden * shape.vocab * (2 - shape.tied)
+    return round(sum(layer_weights(shape, layer) for layer in range(shape.layers))) + shape.hidden * shape.vocab * (
+        2 - shape.tied
+    )
 
 
 def vision_weights(shape: VisionDims, towers: int = 1) -> int:
     """Number of weights of the projector and of ``towers`` towers: one by default, as an image passes through one."""
     per_layer = 4 * shape.width**2 + shape.mlp_matrices * shape.width * shape.mlp
-    return towers * (shape.layers * per_layer + shape.patch_inputs * shape.width) + sum(a * b for a, b in shape.projector)
+    return towers * (shape.layers * per_layer + shape.patch_inputs * shape.width) + sum(
+        a * b for a, b in shape.projector
+    )
 
 
 def vision_peak_bytes(shape: VisionDims, rows: int, element_bytes: int) -> int:
@@ -51,7 +57,9 @@ def vision_peak_bytes(shape: VisionDims, rows: int, element_bytes: int) -> int:
     return rows * (4 * shape.width + max(2, shape.mlp_matrices) * shape.mlp) * element_bytes
 
 
-def prefill_peak_bytes(shape: DecoderDims, entry: int, rows_per_layer: Sequence[int], tokens: int, element_bytes: int) -> int:
+def prefill_peak_bytes(
+    shape: DecoderDims, entry: int, rows_per_layer: Sequence[int], tokens: int, element_bytes: int
+) -> int:
     """Activations and cache at the peak of one prompt's pass through the decoder.
 
     In layer l: the cache of the layers so far, ``rows_per_layer[l]`` rows in the MLP (gate, up and their product, the
@@ -60,9 +68,12 @@ def prefill_peak_bytes(shape: DecoderDims, entry: int, rows_per_layer: Sequence[
     """
     embeddings = 2 * (entry + tokens) * shape.hidden
     cache, peak = state_bytes(shape, element_bytes), 0
-    for layer, (rows, layer_cache) in enumerate(zip(rows_per_layer, kv_bytes_per_layer(shape, rows_per_layer, element_bytes), strict=True)):
+    for layer, (rows, layer_cache) in enumerate(
+        zip(rows_per_layer, kv_bytes_per_layer(shape, rows_per_layer, element_bytes), strict=True)
+    ):
         cache += layer_cache
-        copies = shape.experts.active * shape.hidden if shape.experts is not None and shape.has_experts(layer) else 0  # one for each expert
+        # one for each expert
+        copies = shape.experts.active * shape.hidden if shape.experts is not None and shape.has_experts(layer) else 0
         activations = max(3 * (mlp_width(shape, layer) + copies), shape.query_width + 4 * shape.wide + 2 * shape.narrow)
         peak = max(peak, cache + (embeddings + rows * (activations + 3 * shape.hidden)) * element_bytes)
     return peak

@@ -12,7 +12,8 @@ KINDS = {"full_attention": FULL, "sliding_attention": SLIDING, "chunked_attentio
 
 @dataclass(frozen=True)
 class ExpertDims:
-    """A mixture in place of the MLP: every row visits ``active`` of ``count`` experts of width ``mlp``, and a shared one of width ``shared``."""
+    """A mixture in place of the MLP: every row visits ``active`` of ``count`` experts of width ``mlp``, and a shared
+    one of width ``shared``."""
 
     count: int
     active: int
@@ -239,11 +240,17 @@ def _linear(config: Any) -> LinearAttentionDims | None:
 
 
 def _experts(config: Any) -> ExpertDims | None:
-    count, active = _first(config, "num_experts", "num_local_experts", "n_routed_experts"), getattr(config, "num_experts_per_tok", None)
+    count, active = (
+        _first(config, "num_experts", "num_local_experts", "n_routed_experts"),
+        getattr(config, "num_experts_per_tok", None),
+    )
     if not count or not active:
         return None
     width = _first(config, "moe_intermediate_size", "intermediate_size")
-    shared = getattr(config, "shared_expert_intermediate_size", None) or (getattr(config, "n_shared_experts", None) or 0) * width
+    shared = (
+        getattr(config, "shared_expert_intermediate_size", None)
+        or (getattr(config, "n_shared_experts", None) or 0) * width
+    )
     return ExpertDims(count, active, width, shared)
 
 

@@ -89,17 +89,23 @@ class SampleCounts:
     def encoded_parts(self, parts: Sequence[Sequence[Part]]) -> tuple[tuple[Part, ...], ...]:
         """Select from values per part those of the parts that the tower encoded."""
         spans = zip(parts, self._repeated(), strict=True)
-        return tuple(tuple(some for some, again in zip(span, repeated, strict=True) if not again) for span, repeated in spans)
+        return tuple(
+            tuple(some for some, again in zip(span, repeated, strict=True) if not again) for span, repeated in spans
+        )
 
     def _repeated(self) -> tuple[tuple[bool, ...], ...]:
         repeated = self.repeated or ((),) * len(self.tokens_per_crop)
-        return tuple(flags or (False,) * len(parts) for flags, parts in zip(repeated, self.tokens_per_crop, strict=True))
+        return tuple(
+            flags or (False,) * len(parts) for flags, parts in zip(repeated, self.tokens_per_crop, strict=True)
+        )
 
     @property
     def steps(self) -> tuple[tuple[int, ...], ...]:
         """Per span: tokens of each time step."""
         still = self.still or (False,) * len(self.tokens_per_crop)
-        return tuple((sum(parts),) if alone else parts for parts, alone in zip(self.tokens_per_crop, still, strict=True))
+        return tuple(
+            (sum(parts),) if alone else parts for parts, alone in zip(self.tokens_per_crop, still, strict=True)
+        )
 
     def visual(self, layer: int) -> int:
         """Planned visual tokens at the input of ``layer`` (-1: at the entry to the decoder)."""
@@ -114,8 +120,13 @@ class SampleCounts:
     def parts(self) -> list[tuple[int, Grid, TowerStages, Spare]]:
         """Tokens, grid and spare patches of everything that the tower encodes independently, as if nothing were dropped
         inside it."""
-        grids, spare = self.grids or (None,) * len(self.tokens_per_crop), [pair for span in self.spare_patches() for pair in span]
-        all_parts = [(n, _part_of(grid, span)) for span, grid in zip(self.tokens_per_crop, grids, strict=True) for n in span]
+        grids, spare = (
+            self.grids or (None,) * len(self.tokens_per_crop),
+            [pair for span in self.spare_patches() for pair in span],
+        )
+        all_parts = [
+            (n, _part_of(grid, span)) for span, grid in zip(self.tokens_per_crop, grids, strict=True) for n in span
+        ]
         return [(*part, (), pair) for part, pair in zip(all_parts, spare, strict=True)]
 
     def spare_patches(self) -> tuple[tuple[Spare, ...], ...]:
@@ -126,7 +137,10 @@ class SampleCounts:
         """Per span: rows at the projector's input in the reduced model if the encoder stage drops nothing before it."""
         if not self.projects_survivors_only:
             shares = zip(self.to_project, self.encoded, self.tokens_per_crop, strict=True)
-            return [rows * len(encoded) // max(1, len(parts)) if len(encoded) < len(parts) else rows for rows, encoded, parts in shares]
+            return [
+                rows * len(encoded) // max(1, len(parts)) if len(encoded) < len(parts) else rows
+                for rows, encoded, parts in shares
+            ]
         spans = zip(self.tokens_per_crop, self._left(measured), strict=True)
         return [sum(stages[-1][1] if stages else n for n, stages in zip(*span, strict=True)) for span in spans]
 
@@ -135,19 +149,31 @@ class SampleCounts:
         """Per span: rows at the projector's input if the encoder stage runs before it: the kept ones, or the encoded
         ones of unreduced spans."""
         spans = zip(self.plans, self.encoded, self.tokens_per_crop, strict=True)
-        return [p.entry * len(encoded) // len(parts) if len(encoded) < len(parts) and not p.merges else p.entry for p, encoded, parts in spans]
+        return [
+            p.entry * len(encoded) // len(parts) if len(encoded) < len(parts) and not p.merges else p.entry
+            for p, encoded, parts in spans
+        ]
 
     def in_tower(self, measured: bool = False, still: bool | None = None) -> list[tuple[int, Grid, TowerStages, Spare]]:
         """As ``parts``, with the drops inside the tower and without repeated parts; of images (``still``), of videos,
         or of both."""
         kinds = self.still or (True,) * len(self.tokens_per_crop)
         which = (still in (None, kind) for kind, span in zip(kinds, self.tokens_per_crop, strict=True) for _ in span)
-        left, repeated = (s for span in self._left(measured) for s in span), (repeats for span in self._repeated() for repeats in span)
+        left, repeated = (
+            (s for span in self._left(measured) for s in span),
+            (repeats for span in self._repeated() for repeats in span),
+        )
         all_parts = zip(self.parts(), left, repeated, which, strict=True)
-        return [(n, grid, stages, spare) for (n, grid, _, spare), stages, repeats, selected in all_parts if selected and not repeats]
+        return [
+            (n, grid, stages, spare)
+            for (n, grid, _, spare), stages, repeats, selected in all_parts
+            if selected and not repeats
+        ]
 
     def _left(self, measured: bool) -> tuple[tuple[TowerStages, ...], ...]:
-        return (self.in_tower_counts if measured else self.planned_left) or tuple(((),) * len(span) for span in self.tokens_per_crop)
+        return (self.in_tower_counts if measured else self.planned_left) or tuple(
+            ((),) * len(span) for span in self.tokens_per_crop
+        )
 
 
 def _part_of(grid: Grid, passes: tuple[int, ...]) -> Grid:
@@ -245,7 +271,11 @@ class Report:
 
     def to_json(self) -> str:
         """All fields, the two means and ``flops_bound`` as one JSON object."""
-        derived = {"nominal_mean": self.nominal_mean, "measured_mean": self.measured_mean, "flops_bound": self.flops_bound}
+        derived = {
+            "nominal_mean": self.nominal_mean,
+            "measured_mean": self.measured_mean,
+            "flops_bound": self.flops_bound,
+        }
         return json.dumps(dataclasses.asdict(self) | derived)
 
     def __str__(self) -> str:
@@ -271,7 +301,9 @@ class Report:
         if self.clamped:
             lines.append(f"kept whole (no larger than the budget): images {', '.join(map(str, self.clamped))}")
         if self.floored:
-            lines.append(f"kept the method's floor (too small for the budget): images {', '.join(map(str, self.floored))}")
+            lines.append(
+                f"kept the method's floor (too small for the budget): images {', '.join(map(str, self.floored))}"
+            )
         return "\n".join(lines)
 
 
@@ -348,14 +380,22 @@ def make_report(
     def reduced(measured: bool) -> tuple[int, list[int]]:
         """FLOPs of the tower, and the rows that reach the projector."""
         shapes = {s.skipped: vision.read() if s.skipped else vision for s in samples}
-        runs = {skipped: [part for s in samples if s.skipped == skipped for part in s.in_tower(measured)] for skipped in shapes}
+        runs = {
+            skipped: [part for s in samples if s.skipped == skipped for part in s.in_tower(measured)]
+            for skipped in shapes
+        }
         tower = sum(tower_flops(shape, runs[skipped]) for skipped, shape in shapes.items())
-        return tower, [n for s in samples for n in (s.reaching_projector(measured) if projects_all else s.entering_projector)]
+        return tower, [
+            n for s in samples for n in (s.reaching_projector(measured) if projects_all else s.entering_projector)
+        ]
 
     towers = tower_flops(vision, [part for s in samples for part in s.parts()])
 
-    def costs(rows: Sequence[Sequence[int]], tower: int, projected: Sequence[int], ranked: bool, kv: int | None) -> CostTotals:
-        entering = [(s.text + s.visual(-1), *r) for r, s in zip(rows, samples, strict=True)]  # rows before layer i's drop
+    def costs(
+        rows: Sequence[Sequence[int]], tower: int, projected: Sequence[int], ranked: bool, kv: int | None
+    ) -> CostTotals:
+        # rows before layer i's drop
+        entering = [(s.text + s.visual(-1), *r) for r, s in zip(rows, samples, strict=True)]
         scored = [
             (before[i + scores_after_drop], s.queries, before[i + 1] if i in reused_layers else 0, products, i)
             for before, s in zip(entering, samples, strict=True)
@@ -364,7 +404,9 @@ def make_report(
         ]
         ranking = sum(scoring_flops(decoder, *some) for some in scored) + deciding * ranked
         projector = sum(projector_flops(vision, n) for n in projected)
-        return CostTotals(tower + projector, sum(prefill_flops(decoder, r) for r in rows), ranking, kv, selection * ranked)
+        return CostTotals(
+            tower + projector, sum(prefill_flops(decoder, r) for r in rows), ranking, kv, selection * ranked
+        )
 
     full_width = max(w[0] for w in full_rows)
     return Report(
@@ -376,9 +418,15 @@ def make_report(
         nominal=tuple(sum(s.visual(i) for s in samples) / batch for i in range(depth)),
         measured=tuple(sum(s.measured[0][i] for s in samples) / batch for i in range(depth)),
         images=tuple(s.kept for s in samples),
-        full=costs(full_rows, towers, all_projected, False, batch * kv_bytes(decoder, (full_width,) * depth, element_bytes)),
-        predicted=costs(nominal, *reduced(False), True, batch * kv_bytes(decoder, rows_held(decoder, width, cut), element_bytes)),
-        observed=costs([s.measured[1] for s in samples], *reduced(True), True, None if cache_bytes is None else sum(cache_bytes)),
+        full=costs(
+            full_rows, towers, all_projected, False, batch * kv_bytes(decoder, (full_width,) * depth, element_bytes)
+        ),
+        predicted=costs(
+            nominal, *reduced(False), True, batch * kv_bytes(decoder, rows_held(decoder, width, cut), element_bytes)
+        ),
+        observed=costs(
+            [s.measured[1] for s in samples], *reduced(True), True, None if cache_bytes is None else sum(cache_bytes)
+        ),
         clamped=tuple(i for i, p in enumerate(plans) if budget is not None and min(p.counts) == p.tokens),
         floored=tuple(i for i, p in enumerate(plans) if p.floored),
         decoded=decoded,

@@ -1,6 +1,8 @@
-"""Time from shapes: every stage takes what its products need at the device's speed or what its bytes need at the memory's, the larger.
+"""Time from shapes: every stage takes what its products need at the device's speed or what its bytes need at the
+memory's, the larger.
 
-A prediction, to plan with: it knows nothing of a kernel. What it assumes is in ``Assumptions``, all of it printed by ``duet-vlm budget``.
+A prediction, to plan with: it knows nothing of a kernel. What it assumes is in ``Assumptions``, all of it printed by
+``duet-vlm budget``.
 """
 
 from __future__ import annotations
@@ -11,9 +13,24 @@ from dataclasses import dataclass, replace
 
 from duet_vlm.planning.budget import SpanPlan, largest_int
 from duet_vlm.profiling.devices import ELEMENT_BYTES, Device
-from duet_vlm.profiling.flops import decoder_layer_flops, head_flops, mean_rows, projector_flops, scoring_flops, tower_flops, tower_rows
+from duet_vlm.profiling.flops import (
+    decoder_layer_flops,
+    head_flops,
+    mean_rows,
+    projector_flops,
+    scoring_flops,
+    tower_flops,
+    tower_rows,
+)
 from duet_vlm.profiling.kv import kv_bytes, kv_bytes_per_layer, rows_held, state_bytes
-from duet_vlm.profiling.memory import decoder_weights, layer_weights, mlp_width, prefill_peak_bytes, vision_peak_bytes, vision_weights
+from duet_vlm.profiling.memory import (
+    decoder_weights,
+    layer_weights,
+    mlp_width,
+    prefill_peak_bytes,
+    vision_peak_bytes,
+    vision_weights,
+)
 from duet_vlm.profiling.model_dims import LINEAR, DecoderDims, VisionDims
 from duet_vlm.profiling.report import SampleCounts
 
@@ -189,7 +206,12 @@ class Prediction:
 
 
 def predict(
-    model: ModelCost, work: Workload, device: Device, dtype: str = "bf16", batch: int = 1, assumed: Assumptions | None = None
+    model: ModelCost,
+    work: Workload,
+    device: Device,
+    dtype: str = "bf16",
+    batch: int = 1,
+    assumed: Assumptions | None = None,
 ) -> Prediction:
     """Predict a batch of ``batch`` equal requests, on as few devices (1, 2, 4, ...) as hold it.
 
@@ -203,9 +225,13 @@ def predict(
     memory = memory_bytes(model, work, size, batch)
     devices = next((n for n in (2**i for i in range(11)) if memory <= n * device.memory * assumed.usable), None)
     if devices is None:
-        raise ValueError(f"batch={batch}: {memory / 1e9:.0f} GB do not fit on 1,024 devices of {device.memory / 1e9:.0f} GB")
+        raise ValueError(
+            f"batch={batch}: {memory / 1e9:.0f} GB do not fit on 1,024 devices of {device.memory / 1e9:.0f} GB"
+        )
     speed = _DeviceSpeed(device, dtype, assumed, devices)
-    max_batch = largest_int(2**20, lambda n: memory_bytes(model, work, size, n) <= devices * device.memory * assumed.usable)
+    max_batch = largest_int(
+        2**20, lambda n: memory_bytes(model, work, size, n) <= devices * device.memory * assumed.usable
+    )
     return Prediction(
         batch=batch, new=work.new, devices=devices, vision=_vision(model, work, speed, batch),
         selection=speed.exact(batch * work.selection, batch * work.selection_bytes),
@@ -248,7 +274,13 @@ class _DeviceSpeed:
         """Time of products with ``weights`` numbers, and of ``touched`` numbers that no product hides."""
         compute, stream = flops / self.flops, weights * self.size / self.bytes
         seconds, launch = max(compute, stream) + touched * self.size / self.bytes, self.assumed.launch * launches
-        bound = "host" if launch > seconds else "compute" if compute > stream + touched * self.size / self.bytes else "memory"
+        bound = (
+            "host"
+            if launch > seconds
+            else "compute"
+            if compute > stream + touched * self.size / self.bytes
+            else "memory"
+        )
         return StageTime(flops, (weights + touched) * self.size, max(seconds, launch), bound)
 
 
@@ -266,7 +298,9 @@ def _vision(model: ModelCost, work: Workload, speed: _DeviceSpeed, batch: int) -
     shape = model.vision.read() if work.sample.skipped else model.vision
     tower_parts = work.sample.in_tower()
     rows = sum(mean_rows(shape, n, grid, stages) for n, grid, stages, _ in tower_parts)
-    projected = sum(work.sample.reaching_projector()) if work.projects_all else sum(plan.entry for plan in work.sample.plans)
+    projected = (
+        sum(work.sample.reaching_projector()) if work.projects_all else sum(plan.entry for plan in work.sample.plans)
+    )
     flops = tower_flops(shape, tower_parts) + projector_flops(shape, projected)
     touched = rows * shape.layers * (speed.assumed.hidden_touches * shape.width + speed.assumed.mlp_touches * shape.mlp)
     return speed.layer(batch * flops, vision_weights(shape), batch * touched, shape.layers)
@@ -282,8 +316,13 @@ def _prefill(model: ModelCost, work: Workload, speed: _DeviceSpeed, batch: int) 
         touched = rows * _touched(shape, layer, assumed)
         stages.append(speed.layer(batch * flops, layer_weights(shape, layer, batch * rows), batch * touched))
     before = [work.entry, *work.rows(shape.layers)]
-    for layer in work.scored_layers:  # projections as in a layer, then float32 scores of each query and row, touched some six times
-        rows, queries, reused = before[layer + work.scores_after_drop], work.sample.queries, before[layer + 1] if layer in work.reused_layers else 0
+    # projections as in a layer, then float32 scores of each query and row, touched some six times
+    for layer in work.scored_layers:
+        rows, queries, reused = (
+            before[layer + work.scores_after_drop],
+            work.sample.queries,
+            before[layer + 1] if layer in work.reused_layers else 0,
+        )
         projections = scoring_flops(shape, rows, queries, reused, products=False, layer=layer)
         product = scoring_flops(shape, rows, queries, reused, work.products, layer) - projections
         weights = shape.hidden * _made_width(shape, layer, bool(reused))

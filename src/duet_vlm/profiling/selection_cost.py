@@ -61,21 +61,33 @@ def selection_flops(
     beyond = [0] * len(parts) if spare is None else [patches for span in spare for patches, _ in span]
     signals = 0
     if reducer.requires & VISION_LAYER_INPUTS:
-        looks = zip(parts, beyond, strict=True) if reducer.scoring_rules().signal_segments else [(sum(parts), sum(beyond))]
+        looks = (
+            zip(parts, beyond, strict=True) if reducer.scoring_rules().signal_segments else [(sum(parts), sum(beyond))]
+        )
         heads = 1 if reducer.scoring_rules().signal_heads == "one" else vision.width // key_width
-        signals = sum(signal_flops(vision, n, reducer.signal_queries, heads, more) for n, more in looks) * _attentions(reducer)
+        signals = sum(signal_flops(vision, n, reducer.signal_queries, heads, more) for n, more in looks) * _attentions(
+            reducer
+        )
     keys = vision.width if reducer.scoring_rules().signal_heads == "one" else key_width
     timed = _steps(plans, passes if steps is None else steps) if reducer.compares_frames else None
-    return signals + choice_flops(reducer, tuple(_plans_by_part(plans, passes)), keys, feature_width, vision, timed, projecting)
+    return signals + choice_flops(
+        reducer, tuple(_plans_by_part(plans, passes)), keys, feature_width, vision, timed, projecting
+    )
 
 
 def _steps(plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]]) -> tuple[int, int] | None:
     """The largest number of steps of a span and of tokens of a step, for methods that compare steps."""
     steps = max(map(len, passes), default=0)
-    return (steps, max(-(-plan.tokens // max(1, len(parts))) for plan, parts in zip(plans, passes, strict=True))) if steps > 1 else None
+    return (
+        (steps, max(-(-plan.tokens // max(1, len(parts))) for plan, parts in zip(plans, passes, strict=True)))
+        if steps > 1
+        else None
+    )
 
 
-def tower_choice_flops(reducer: Reducer, parts: Sequence[tuple[int, Grid, TowerStages, Spare]], vision: VisionDims, key_width: int) -> int:
+def tower_choice_flops(
+    reducer: Reducer, parts: Sequence[tuple[int, Grid, TowerStages, Spare]], vision: VisionDims, key_width: int
+) -> int:
     """Similarities inside the tower, and its attention where it ranks units, in one call; ``parts`` as
     ``SampleCounts.in_tower`` lists them.
 
@@ -89,14 +101,22 @@ def tower_choice_flops(reducer: Reducer, parts: Sequence[tuple[int, Grid, TowerS
         after, left = cuts[0][0], [count for _, count in cuts]
         total += 2 * len(here) * tower.merge_pairs(max(here), max(left)) * (key_width if after else vision.width)
         if Input.BLOCK_ATTENTION in tower.requires:
-            total += sum(signal_flops(vision, tokens, tower.signal_queries, vision.width // key_width) for tokens in here)
+            total += sum(
+                signal_flops(vision, tokens, tower.signal_queries, vision.width // key_width) for tokens in here
+            )
         here = left
     return total
 
 
-def selection_bytes(reducer: Reducer, plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]], vision: VisionDims, key_width: int) -> int:
+def selection_bytes(
+    reducer: Reducer, plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]], vision: VisionDims, key_width: int
+) -> int:
     """Bytes that the softmax of the signals moves, in float32: every head's scores some four times."""
-    if not isinstance(reducer, EncoderReducer) or not reducer.requires & VISION_LAYER_INPUTS or not any(plan.merges for plan in plans):
+    if (
+        not isinstance(reducer, EncoderReducer)
+        or not reducer.requires & VISION_LAYER_INPUTS
+        or not any(plan.merges for plan in plans)
+    ):
         return 0
     rows = [tower_rows(vision, n) for span in passes for n in span]
     heads = 1 if reducer.scoring_rules().signal_heads == "one" else vision.width // key_width
@@ -141,7 +161,9 @@ def choice_flops(
     """
     batch, tokens, projector_runs = len(plans), max(plan.tokens for plan in plans), 0
     decoder = vision.projector[-1][1]
-    sizes = ModuleSizes(feature_width, len(reducer.signal_layers) * vision.width, decoder, steps[1] if steps else tokens)
+    sizes = ModuleSizes(
+        feature_width, len(reducer.signal_layers) * vision.width, decoder, steps[1] if steps else tokens
+    )
     with torch.no_grad(), torch.device("meta") as meta, FlopCounterMode(display=False) as counter:
         count = torch.empty(batch, dtype=torch.long, device=meta)
         empty = functools.partial(torch.empty, batch, tokens, device=meta)
@@ -202,7 +224,9 @@ def question_flops(reducer: Reducer, words: Sequence[int], shape: DecoderDims) -
 PREDICTED = 4  # rows that a gradient is taken of (runtime/prefill/prediction_gradient.py)
 
 
-def deciding_flops(reducer: Reducer, visual: Sequence[int], rows: Sequence[int], queries: int, shape: DecoderDims) -> int:
+def deciding_flops(
+    reducer: Reducer, visual: Sequence[int], rows: Sequence[int], queries: int, shape: DecoderDims
+) -> int:
     """Cost of a method inside the decoder beyond attention from text (``profiling.flops.scoring_flops``), for one
     sample.
 
@@ -223,8 +247,15 @@ def deciding_flops(reducer: Reducer, visual: Sequence[int], rows: Sequence[int],
             scored = probed_layer(shape.attends, layer - reducer.score_layer_offset + 1, last=True)
             among[scored] = scored + (scored < layer)
         if Input.GRADIENT in reducer.requires:
-            total += probe_flops(shape, rows[layer], probed_layer(shape.attends, layer, reducer.scoring_rules().probe == "last"), PREDICTED)
-    return total + sum(2 * visual[at] * (shape.hidden * shape.query_width + rows[at] * shape.wide) for at in among.values())
+            total += probe_flops(
+                shape,
+                rows[layer],
+                probed_layer(shape.attends, layer, reducer.scoring_rules().probe == "last"),
+                PREDICTED,
+            )
+    return total + sum(
+        2 * visual[at] * (shape.hidden * shape.query_width + rows[at] * shape.wide) for at in among.values()
+    )
 
 
 @lru_cache(maxsize=256)

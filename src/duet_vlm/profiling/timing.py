@@ -83,8 +83,10 @@ def time_paired(
 def ratio(first: PairedTiming, second: PairedTiming) -> Ratio:
     """Time of ``first`` over time of ``second``, round by round; both from the same ``time_paired`` call."""
     if len(first.seconds) != len(second.seconds):
-        raise ValueError(f"{len(first.seconds)} rounds against {len(second.seconds)}: both timings must come from the same "
-            "time_paired() call")
+        raise ValueError(
+            f"{len(first.seconds)} rounds against {len(second.seconds)}: both timings must come from the same "
+            "time_paired() call"
+        )
     ratios = sorted(a / b for a, b in zip(first.seconds, second.seconds, strict=True))
     below = _outside(len(ratios))
     return Ratio(statistics.median(ratios), ratios[below], ratios[-1 - below])

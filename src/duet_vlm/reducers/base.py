@@ -1,7 +1,8 @@
 """The base of all methods. Methods decide; they never see a model, a mask, a cache or a label.
 
-An *encoder reducer* (``reducers.encoder``) turns the visual tokens of each span into fewer before the decoder; a *decoder reducer*
-(``reducers.decoder``) keeps or drops visual tokens between decoder layers. A method is one frozen dataclass that implements one or both.
+An *encoder reducer* (``reducers.encoder``) turns the visual tokens of each span into fewer before the decoder; a
+*decoder reducer* (``reducers.decoder``) keeps or drops visual tokens between decoder layers. A method is one frozen
+dataclass that implements one or both.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ ROUNDINGS = ("floor", "int", "round")
 class Reducer(ABC):
     """Base of all methods. Settings are fields; ``plan`` turns a budget or the settings into exact counts.
 
-    Fields hold plain Python values (numbers of numpy become Python's), and those annotated as int, float or bool nothing else: a
-    TypeError otherwise. A subclass with checks of its own calls ``super().__post_init__()`` first.
+    Fields hold plain Python values (numbers of numpy become Python's), and those annotated as int, float or bool
+    nothing else: a TypeError otherwise. A subclass with checks of its own calls ``super().__post_init__()`` first.
 
     Attributes
     ----------
     positions : str
         "keep": survivors keep their original position; "compact": positions are renumbered after every reduction.
     protect_predicting_tokens : bool
-        A visual row whose logits predict text (the last row of a prompt that ends in an image; in training, one in front of a label) never
-        leaves the sequence. It counts: one that the method had left out comes on top of its plan. False: it leaves like any other (released
-        code).
+        A visual row whose logits predict text (the last row of a prompt that ends in an image; in training, one in
+        front of a label) never leaves the sequence. It counts: one that the method had left out comes on top of its
+        plan. False: it leaves like any other (released code).
     small_image_tokens : int
-        Spans of fewer visual tokens than this (inside the tower: crops and frames) that a fractional budget cannot be met on are reduced to the
-        method's floor instead of an error; 0: always an error.
+        Spans of fewer visual tokens than this (inside the tower: crops and frames) that a fractional budget cannot be
+        met on are reduced to the method's floor instead of an error; 0: always an error.
     """
 
     name: ClassVar[str]
@@ -49,10 +50,13 @@ class Reducer(ABC):
     requires: ClassVar[frozenset[Input]] = frozenset()  # made for the method, nothing else is
     available: ClassVar[frozenset[Input]] = frozenset()  # of a contract: what it can make
 
-    # Neutral values: a method that differs has its own, or a setting of the same name (no annotation here, or it would be one everywhere).
+    # Neutral values: a method that differs has its own, or a setting of the same name (no annotation here, or it would
+    # be one everywhere).
     compares_frames: ClassVar[bool] = False  # compares frames, so "auto" never takes them apart
-    compares_positions: ClassVar[bool] = False  # compares the same places of frames, so nothing may narrow a clip before it
-    reduces_in_tower: ClassVar[bool] = False  # then ``tower_reducer`` says what does (``duet_vlm.reducers.vision_tower``)
+    # compares the same places of frames, so nothing may narrow a clip before it
+    compares_positions: ClassVar[bool] = False
+    # then ``tower_reducer`` says what does (``duet_vlm.reducers.vision_tower``)
+    reduces_in_tower: ClassVar[bool] = False
     merges: ClassVar[bool] = False  # ``prune_tokens`` returns selections
     score_layer_offset: ClassVar[int] = 0  # how many layers before the drop the score is taken
     cls_token = False
@@ -77,11 +81,14 @@ class Reducer(ABC):
             raise ValueError(f"{type(self).__name__}.requires names {names}: choose from {known}")
         check_choice("positions", self.positions, POSITIONS)
         if self.small_image_tokens < 0:
-            raise ValueError(f"small_image_tokens={self.small_image_tokens}: a number of visual tokens, at least 0 (0 clamps nothing)")
+            raise ValueError(
+                f"small_image_tokens={self.small_image_tokens}: a number of visual tokens, at least 0 (0 clamps nothing)"
+            )
 
     @abstractmethod
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
-        """Exact counts for a span of ``tokens`` in a decoder of ``depth`` layers; raises ``BudgetError`` below the floor."""
+        """Exact counts for a span of ``tokens`` in a decoder of ``depth`` layers; raises ``BudgetError`` below the
+        floor."""
 
     def settings(self) -> dict[str, object]:
         """Every field with its value."""
@@ -89,8 +96,8 @@ class Reducer(ABC):
 
     @property
     def signal_layers(self) -> tuple[Layer, ...]:
-        """The vision layers whose signals the method is given: numbers, shares of the tower's depth (0.25: the last layer of its first quarter), or
-        None for the family's own."""
+        """The vision layers whose signals the method is given: numbers, shares of the tower's depth (0.25: the last
+        layer of its first quarter), or None for the family's own."""
         return ()
 
     @property
@@ -100,12 +107,14 @@ class Reducer(ABC):
 
     @property
     def tower_reducer(self) -> Reducer | None:
-        """The method, of those that this one is made of, that reduces inside the vision tower (``vision_tower.tower_of`` has its type)."""
+        """The method, of those that this one is made of, that reduces inside the vision tower
+        (``vision_tower.tower_of`` has its type)."""
         return None
 
     @property
     def trained_reducer(self) -> Reducer | None:
-        """The method, of those that this one is made of, whose module makes the rows (``compressor.compressor_of`` has its type)."""
+        """The method, of those that this one is made of, whose module makes the rows (``compressor.compressor_of`` has
+        its type)."""
         return None
 
     def plan_after_tower(self, tokens: int, depth: int, budget: Budget | None, left: int) -> SpanPlan:

@@ -17,8 +17,8 @@ FORMAT = 1
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """``data`` (plain values, or tensors by name) made by ``method`` for a model with the facts ``model``: family, layers, hidden, heads, tokens
-    of an image."""
+    """``data`` (plain values, or tensors by name) made by ``method`` for a model with the facts ``model``: family,
+    layers, hidden, heads, tokens of an image."""
 
     method: str
     model: dict[str, Any]
@@ -54,7 +54,9 @@ class Calibration:
         """Raise a ValueError unless it was made for a model with these facts."""
         for name, here in facts.items():
             if self.model.get(name) != here:
-                raise ValueError(f"{self.path} was made for a model with {name} {self.model.get(name)}, this one has {here}: {self.advice}")
+                raise ValueError(
+                    f"{self.path} was made for a model with {name} {self.model.get(name)}, this one has {here}: {self.advice}"
+                )
 
 
 def read(path: str, method: str, setting: str) -> Calibration:

@@ -1,8 +1,10 @@
-"""The contract of methods whose rows a module makes that has weights of its own, and the file that such weights are kept in.
+"""The contract of methods whose rows a module makes that has weights of its own, and the file that such weights are
+kept in.
 
-A *compressor* is an encoder reducer with such a module. `select_tokens` returns, beside its choice, the rows that the module made (``Selection.rows``); where
-they stand and which tokens they were made of it says like any other method. The module is made for a model by the sizes of the model, belongs
-to the handle, and is a part of the model only while it is attached.
+A *compressor* is an encoder reducer with such a module. `select_tokens` returns, beside its choice, the rows that the
+module made (``Selection.rows``); where they stand and which tokens they were made of it says like any other method. The
+module is made for a model by the sizes of the model, belongs to the handle, and is a part of the model only while it is
+attached.
 """
 
 from __future__ import annotations
@@ -60,13 +62,14 @@ class ModuleSizes:
 
 @dataclass(frozen=True)
 class Compressor(EncoderReducer):
-    """A method with a module of its own (``EncoderView.module``). Subclasses say in ``module_inputs`` which settings change what it is made of.
+    """A method with a module of its own (``EncoderView.module``). Subclasses say in ``module_inputs`` which settings
+    change what it is made of.
 
     Attributes
     ----------
     keep : int, float or None
-        Rows that enter the decoder for an image or clip, or a fraction of its tokens; None leaves it to the budget. One module serves every
-        number of them.
+        Rows that enter the decoder for an image or clip, or a fraction of its tokens; None leaves it to the budget. One
+        module serves every number of them.
     weights : str or None
         A file of trained weights (``Handle.save_weights``, ``duet-vlm train``); None: a new module, untrained.
     seed : int
@@ -86,7 +89,9 @@ class Compressor(EncoderReducer):
         if self.weights is not None and not isinstance(self.weights, str):
             raise TypeError(f"weights={self.weights!r}: give the path of a file as text")
         if self.cls_token:
-            raise ValueError(f"cls_token=True: {self.name} makes its rows of patches, the CLS row is none of them; leave it out")
+            raise ValueError(
+                f"cls_token=True: {self.name} makes its rows of patches, the CLS row is none of them; leave it out"
+            )
 
     @property
     def trained_reducer(self) -> Compressor:
@@ -108,14 +113,16 @@ class Compressor(EncoderReducer):
         """
 
     def imitation_target(self, view: EncoderView, made: Selection) -> Tensor:
-        """Regression targets for warming up a module, [B, K, C]: the mean of the tokens that each of the rows ``made`` consists of."""
+        """Regression targets for warming up a module, [B, K, C]: the mean of the tokens that each of the rows ``made``
+        consists of."""
         return merged_rows(view.require(Input.FEATURES).float(), replace(made, custom_rows=None))
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         return plan_fixed_count(self, self.keep, tokens, depth, budget)
 
     def build_module(self, sizes: ModuleSizes, facts: dict[str, Any]) -> nn.Module:
-        """The module with its weights, in float32 on the CPU: those of the file, or new ones, the same for the same seed, with a warning.
+        """The module with its weights, in float32 on the CPU: those of the file, or new ones, the same for the same
+        seed, with a warning.
 
         Raises
         ------
@@ -146,11 +153,16 @@ def compressor_of(reducer: Reducer) -> Compressor | None:
 def check_heads(heads: int, width: int, what: str) -> None:
     """Refuse a number of heads that does not divide a width."""
     if heads < 1 or width % heads:
-        raise ValueError(f"heads={heads}: {what} of this model are {width} numbers wide, give a number that divides {width}")
+        raise ValueError(
+            f"heads={heads}: {what} of this model are {width} numbers wide, give a number that divides {width}"
+        )
 
 
-def attended(attention: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None = None) -> Tensor:
-    """Rows [B, Q, C] that attend to [B, T, C], of which ``hidden`` [B, T] bool are not there. By matrix products, so that all of it is counted."""
+def attended(
+    attention: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None = None
+) -> Tensor:
+    """Rows [B, Q, C] that attend to [B, T, C], of which ``hidden`` [B, T] bool are not there. By matrix products, so
+    that all of it is counted."""
     if query is key:
         query = query.clone()  # torch has an uncounted kernel for rows that attend to themselves
     return attention(query, key, value, key_padding_mask=hidden, need_weights=True)[0]
@@ -172,7 +184,9 @@ def store(module: nn.Module, reducer: Compressor, facts: dict[str, Any], place: 
         raise ValueError(f"{path}: weights are a .safetensors file, or go into a folder that there is")
     path.parent.mkdir(parents=True, exist_ok=True)
     said = {"format": FORMAT, "method": reducer.name, "model": facts, "settings": reducer.shape}
-    tensors = {name: weight.detach().to("cpu", torch.float32).contiguous() for name, weight in module.state_dict().items()}
+    tensors = {
+        name: weight.detach().to("cpu", torch.float32).contiguous() for name, weight in module.state_dict().items()
+    }
     unfinished = path.with_suffix(".part")  # a kill must not leave half a file that counts as whole
     save_file(tensors, unfinished, {"duet_vlm_weights": json.dumps(said)})
     unfinished.replace(path)
@@ -184,7 +198,8 @@ def _file(place: str | Path) -> Path:
 
 
 def stored(place: str | Path, method: str, facts: dict[str, Any], settings: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights in a file or folder that was made by ``method`` for a model with these ``facts``, with these ``settings``."""
+    """The weights in a file or folder that was made by ``method`` for a model with these ``facts``, with these
+    ``settings``."""
     path = _file(place)
     advice = f"train some for this model with 'duet-vlm train --method {method}'"
     if not path.is_file():
@@ -201,9 +216,13 @@ def stored(place: str | Path, method: str, facts: dict[str, Any], settings: dict
         raise ValueError(f"weights={str(path)!r} are no weights of a compressor ({error}); {advice}") from None
     for name, here in ({"method": method} | facts).items():
         if made.get(name) != here:
-            raise ValueError(f"weights={str(path)!r} were trained for a model with {name} {made.get(name)}, here it is {here}; {advice}")
+            raise ValueError(
+                f"weights={str(path)!r} were trained for a model with {name} {made.get(name)}, here it is {here}; {advice}"
+            )
     for name, here in settings.items():
         if chosen.get(name) != here:
             was = chosen.get(name)
-            raise ValueError(f"weights={str(path)!r} were trained with {name}={was!r}, the settings say {here!r}: give them the same value")
+            raise ValueError(
+                f"weights={str(path)!r} were trained with {name}={was!r}, the settings say {here!r}: give them the same value"
+            )
     return tensors

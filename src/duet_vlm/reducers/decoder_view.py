@@ -33,8 +33,9 @@ def _unchanged(rows: Tensor) -> Tensor:
 class DecoderView:
     """Inputs of a method at one drop inside the decoder, for B samples of up to V visual tokens that are left.
 
-    With ``multi_image="per_image"`` the rows are spans instead of samples. What the method does not list in ``requires`` is None; nothing carries a
-    gradient. D is the width of the decoder, Q the largest number of text queries.
+    With ``multi_image="per_image"`` the rows are spans instead of samples. What the method does not list in
+    ``requires`` is None; nothing carries a gradient. D is the width of the decoder, Q the largest number of text
+    queries.
 
     Attributes
     ----------
@@ -51,7 +52,8 @@ class DecoderView:
     span_index, token_index : Tensor or None
         [B, V] long, entry of ``spans`` that each token belongs to, and its number there. Need ``Input.TOKENS``.
     scores : Tensor or None
-        [B, V] float32 attention from the text queries; [B, V, H] where ``score_heads`` is "each". Needs ``Input.SCORES``.
+        [B, V] float32 attention from the text queries; [B, V, H] where ``score_heads`` is "each". Needs
+        ``Input.SCORES``.
     hidden_states : Tensor or None
         [B, V, D] hidden states that the layer after the drop would read. Needs ``Input.HIDDEN_STATES``.
     previous_hidden_states : Tensor or None
@@ -61,13 +63,16 @@ class DecoderView:
     keys, text_keys : Tensor or None
         [B, V, w] and [B, Q, w] rotated keys of the scoring layer, heads side by side. Need ``Input.DECODER_KEYS``.
     positions, text_positions : Tensor or None
-        [B, V] and [B, Q] long, places in the prompt, counted from its first token that is no padding. Need ``Input.POSITIONS``.
+        [B, V] and [B, Q] long, places in the prompt, counted from its first token that is no padding. Need
+        ``Input.POSITIONS``.
     visual_self_attention : Tensor or None
         [B, V] float32 attention from the visual tokens themselves. Needs ``Input.VISUAL_SELF_ATTENTION``.
     gradient : Tensor or None
-        [B, V, D] float32 gradient of the decoder's own prediction by the tokens' hidden states. Needs ``Input.GRADIENT``.
+        [B, V, D] float32 gradient of the decoder's own prediction by the tokens' hidden states. Needs
+        ``Input.GRADIENT``.
     tags : Tensor or None
-        [B, V] float32 numbers that the method gave its tokens before the decoder (``Selection.tags``), else 0. Needs ``Input.TAGS``.
+        [B, V] float32 numbers that the method gave its tokens before the decoder (``Selection.tags``), else 0. Needs
+        ``Input.TAGS``.
     final_norm : callable
         The decoder's last norm, of rows [..., D].
     method : str
@@ -103,8 +108,9 @@ class DecoderView:
     def require(self, needed: Input) -> Any:
         """The field, or fields, of an input that the method has declared.
 
-        ``Input.TOKENS``: ``span_index``, ``token_index``; ``Input.TEXT_HIDDEN_STATES``: ``text_hidden_states``, ``text_valid``; ``Input.DECODER_KEYS``:
-        ``keys``, ``text_keys``; ``Input.POSITIONS``: ``positions``, ``text_positions``; any other: its one field.
+        ``Input.TOKENS``: ``span_index``, ``token_index``; ``Input.TEXT_HIDDEN_STATES``: ``text_hidden_states``,
+        ``text_valid``; ``Input.DECODER_KEYS``: ``keys``, ``text_keys``; ``Input.POSITIONS``: ``positions``,
+        ``text_positions``; any other: its one field.
 
         Raises
         ------

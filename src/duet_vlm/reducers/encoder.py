@@ -24,24 +24,25 @@ QUERIES = 256  # rows of a picture that rank its tokens where the tower has no C
 class EncoderReducer(Reducer):
     """A method that reduces before the decoder.
 
-    One that requires neither ``Input.FEATURES`` nor ``Input.PROJECTED_FEATURES`` chooses as soon as its signals are recorded, and keeps no more in
-    memory than its choice.
+    One that requires neither ``Input.FEATURES`` nor ``Input.PROJECTED_FEATURES`` chooses as soon as its signals are
+    recorded, and keeps no more in memory than its choice.
 
     Attributes
     ----------
     cls_token : bool
-        Feed the tower's CLS row as a visual token (released code of DUET-VLM and VisionZip). It counts among the dominant tokens; needs
-        ``positions="compact"`` and a tower with a CLS row.
+        Feed the tower's CLS row as a visual token (released code of DUET-VLM and VisionZip). It counts among the
+        dominant tokens; needs ``positions="compact"`` and a tower with a CLS row.
     signal_layer : int or None
         Vision layer whose attention is read; None: the model family's choice.
     signal_queries : int or None
-        In a tower without a CLS row: number of rows of each picture, spread over its grid, whose attention ranks the tokens. None: all of them
-        (released code). The cost is this number times the number of tokens.
+        In a tower without a CLS row: number of rows of each picture, spread over its grid, whose attention ranks the
+        tokens. None: all of them (released code). The cost is this number times the number of tokens.
     crops : str
-        "joint": all crops of an image or frames of a clip are reduced together; "per_crop": each by itself, within one budget, with the method's
-        own counts per crop; "auto": what the model family's documentation states.
+        "joint": all crops of an image or frames of a clip are reduced together; "per_crop": each by itself, within one
+        budget, with the method's own counts per crop; "auto": what the model family's documentation states.
     newline_tokens : str
-        "drop": newline rows of packed crops leave first when their image is reduced; "keep": all of them enter, within the budget.
+        "drop": newline rows of packed crops leave first when their image is reduced; "keep": all of them enter, within
+        the budget.
     """
 
     available = ENCODER_INPUTS
@@ -59,15 +60,21 @@ class EncoderReducer(Reducer):
         check_choice("crops", self.crops, CROPS)
         check_choice("newline_tokens", self.newline_tokens, NEWLINES)
         if self.cls_token and self.positions != "compact":
-            raise ValueError(f"cls_token=True needs positions='compact' (the CLS row has no position of its own), got {self.positions!r}")
+            raise ValueError(
+                f"cls_token=True needs positions='compact' (the CLS row has no position of its own), got {self.positions!r}"
+            )
         if self.cls_token and Input.PROJECTED_FEATURES in self.requires:
-            raise ValueError(f"cls_token=True cannot work with {self.name}: it reads projected rows, and the CLS row is not projected")
+            raise ValueError(
+                f"cls_token=True cannot work with {self.name}: it reads projected rows, and the CLS row is not projected"
+            )
         if self.cls_token and getattr(self, "dominant", None) == 0:
-            raise ValueError("cls_token=True with dominant=0: the CLS row counts as a dominant token, give dominant >= 1")
+            raise ValueError(
+                "cls_token=True with dominant=0: the CLS row counts as a dominant token, give dominant >= 1"
+            )
 
     def plan_entry(self, tokens: int, budget: Budget, depth: int = 32) -> SpanPlan:
-        """The plan of a span of which ``budget`` tokens (or that fraction of them, at least one) enter the decoder and stay: what the method's
-        first stage does where nothing is dropped inside the decoder.
+        """The plan of a span of which ``budget`` tokens (or that fraction of them, at least one) enter the decoder and
+        stay: what the method's first stage does where nothing is dropped inside the decoder.
 
         Parameters
         ----------
@@ -99,8 +106,8 @@ class EncoderReducer(Reducer):
 
     @property
     def signal_layers(self) -> tuple[Layer, ...]:
-        """The vision layers that are read: numbers, shares of the tower's depth (0.25: the last layer of its first quarter), or None for the
-        family's own."""
+        """The vision layers that are read: numbers, shares of the tower's depth (0.25: the last layer of its first
+        quarter), or None for the family's own."""
         return (self.signal_layer,)
 
     @abstractmethod

@@ -40,7 +40,8 @@ class LayerView:
     Attributes
     ----------
     importance : Tensor or None
-        [B, N] attention of the CLS row, summed over heads; in a tower without one, attention that a token receives. Needs ``Input.IMPORTANCE``.
+        [B, N] attention of the CLS row, summed over heads; in a tower without one, attention that a token receives.
+        Needs ``Input.IMPORTANCE``.
     heads : Tensor or None
         [B, N, H] the same head by head. Needs ``Input.HEAD_IMPORTANCE``.
     keys, queries : Tensor or None
@@ -67,7 +68,8 @@ class LayerView:
 class QuestionView:
     """The question that belongs to each span, as the decoder gets it.
 
-    It is the text after the last image of the span's sample (with labels, up to the first answer); where there is none, all of the sample's text.
+    It is the text after the last image of the span's sample (with labels, up to the first answer); where there is none,
+    all of the sample's text.
 
     Attributes
     ----------
@@ -85,7 +87,8 @@ class QuestionView:
 class EncoderView:
     """Inputs of a method before the decoder, for B spans of up to N tokens.
 
-    What the method does not list in ``requires`` is None. ``require`` gives an input, or an error that names what to declare.
+    What the method does not list in ``requires`` is None. ``require`` gives an input, or an error that names what to
+    declare.
 
     Attributes
     ----------
@@ -98,31 +101,37 @@ class EncoderView:
     importance, keys : Tensor or None
         Those of the first of ``layers``: [B, N], [B, N, d].
     features : Tensor or None
-        [B, N, C] rows that are reduced, without gradient: tower features before a point-wise projector, merged rows of a grid merger. With
-        ``Input.PROJECTED_FEATURES`` rows as the decoder gets them. Of a compressor they carry a gradient.
+        [B, N, C] rows that are reduced, without gradient: tower features before a point-wise projector, merged rows of
+        a grid merger. With ``Input.PROJECTED_FEATURES`` rows as the decoder gets them. Of a compressor they carry a
+        gradient.
     parts : Tensor or None
-        [B, N] long, crop, tile or frame of each token; -1 for padding and separator rows. In a video all have equally many rows, in one order.
+        [B, N] long, crop, tile or frame of each token; -1 for padding and separator rows. In a video all have equally
+        many rows, in one order.
     modality : str
         "image" or "video".
     layers : tuple of LayerView
         The vision layers that ``signal_layers`` names, in that order.
     coords : Tensor or None
-        [B, N, 2] long, row and column of each token in its crop; -1 for padding and separator rows. Needs ``Input.GRID``.
+        [B, N, 2] long, row and column of each token in its crop; -1 for padding and separator rows. Needs
+        ``Input.GRID``.
     grid_size : Tensor or None
         [B, 2] long, rows and columns of a crop. Needs ``Input.GRID``.
     crop_grid : Tensor or None
-        [B, 2] long, rows and columns of the crops that follow the overview; 0 where the image was not cut. Needs ``Input.GRID``.
+        [B, 2] long, rows and columns of the crops that follow the overview; 0 where the image was not cut. Needs
+        ``Input.GRID``.
     question : QuestionView or None
         Needs ``Input.QUESTION``.
     text_similarity : Tensor or None
-        [B, N, c] cosine of each token and each piece of the question in the space of a text tower. Needs ``Input.TEXT_SIMILARITY``.
+        [B, N, c] cosine of each token and each piece of the question in the space of a text tower. Needs
+        ``Input.TEXT_SIMILARITY``.
     text_similarity_valid : Tensor or None
         [B, c] bool, False for padding among the pieces.
     project : callable or None
-        ``project(change)`` runs the projector in float32 on ``change`` of its input [..., C] and returns [B, N, D]. Needs ``Input.PROJECTOR``.
+        ``project(change)`` runs the projector in float32 on ``change`` of its input [..., C] and returns [B, N, D].
+        Needs ``Input.PROJECTOR``.
     question_state : Tensor or None
-        [B, D] last hidden state, after the last norm, of a decoder that reads the question alone; without gradient, zeros where there is no text.
-        Needs ``Input.QUESTION_STATE``.
+        [B, D] last hidden state, after the last norm, of a decoder that reads the question alone; without gradient,
+        zeros where there is no text. Needs ``Input.QUESTION_STATE``.
     module : nn.Module or None
         The module that makes the rows of a compressor.
     max_parts : tuple of int or None
@@ -166,8 +175,8 @@ class EncoderView:
     def require(self, needed: Input, layer: int | None = None) -> Any:
         """The field, or fields, of an input that the method has declared, of the view or of one of its ``layers``.
 
-        ``Input.GRID``: ``coords``, ``grid_size``, ``crop_grid``; ``Input.TEXT_SIMILARITY``: ``text_similarity``, ``text_similarity_valid``; any other:
-        its one field.
+        ``Input.GRID``: ``coords``, ``grid_size``, ``crop_grid``; ``Input.TEXT_SIMILARITY``: ``text_similarity``,
+        ``text_similarity_valid``; any other: its one field.
 
         Raises
         ------
@@ -181,23 +190,35 @@ class EncoderView:
     def require_parts(self) -> Tensor:
         """``parts``, which every view of a prompt has; a ValueError for one made without."""
         if self.parts is None:
-            raise ValueError(f"{self.method or 'this method'}: EncoderView.parts is not there: give the crop or frame of each token")
+            raise ValueError(
+                f"{self.method or 'this method'}: EncoderView.parts is not there: give the crop or frame of each token"
+            )
         return self.parts
 
     def require_module(self) -> nn.Module:
         """``module``, which every view of a compressor has; a ValueError for one made without."""
         if self.module is None:
-            raise ValueError(f"{self.method or 'this method'}: EncoderView.module is not there: give the module that makes the rows")
+            raise ValueError(
+                f"{self.method or 'this method'}: EncoderView.module is not there: give the module that makes the rows"
+            )
         return self.module
 
     def select_rows(self, rows: Change, spans: Change = lambda x: x) -> EncoderView:
-        """The view of other rows: ``rows`` picks from tensors [B, N, ...], ``spans`` from those that have one entry for each span [B, ...]."""
+        """The view of other rows: ``rows`` picks from tensors [B, N, ...], ``spans`` from those that have one entry for
+        each span [B, ...]."""
 
         def some(x: Tensor | None, pick: Change = rows) -> Tensor | None:
             return None if x is None else pick(x)
 
-        layers = tuple(LayerView(some(layer.importance), some(layer.heads), some(layer.keys), some(layer.queries), some(layer.states)) for layer in self.layers)
-        importance, keys = (layers[0].importance, layers[0].keys) if layers else (some(self.importance), some(self.keys))
+        layers = tuple(
+            LayerView(
+                some(layer.importance), some(layer.heads), some(layer.keys), some(layer.queries), some(layer.states)
+            )
+            for layer in self.layers
+        )
+        importance, keys = (
+            (layers[0].importance, layers[0].keys) if layers else (some(self.importance), some(self.keys))
+        )
         asked, project = self.question, self.project
         return replace(
             self, valid=rows(self.valid), importance=importance, keys=keys, features=some(self.features), parts=some(self.parts), layers=layers,

@@ -86,7 +86,8 @@ TOWER_INPUTS = frozenset({Input.PATCH_CONTRAST, Input.PIXELS, Input.BLOCK_KEYS, 
 
 
 def required(view: Any, needed: Input, fields: Mapping[Input, tuple[str, ...]]) -> Any:
-    """The field of a view that an input fills, or a tuple where it fills several; ``fields``: the names of the fields by input.
+    """The field of a view that an input fills, or a tuple where it fills several; ``fields``: the names of the fields
+    by input.
 
     Raises
     ------
@@ -95,7 +96,9 @@ def required(view: Any, needed: Input, fields: Mapping[Input, tuple[str, ...]]) 
     """
     method, kind = view.method or "this method", type(view).__name__
     if needed not in fields:
-        raise ValueError(f"{method}: {kind} has no Input.{needed.name}: choose from {', '.join(f'Input.{known.name}' for known in fields)}")
+        raise ValueError(
+            f"{method}: {kind} has no Input.{needed.name}: choose from {', '.join(f'Input.{known.name}' for known in fields)}"
+        )
     found = tuple(getattr(view, name) for name in fields[needed])
     for name, value in zip(fields[needed], found, strict=True):
         if value is None:

@@ -1,8 +1,9 @@
 """Methods in files of somebody's own, outside of any package: what ``--method ./mine.py`` names.
 
-The command line announces a file in the environment, and every process that looks a method up (this one, workers, servers) imports it then: running
-code from a file is for who starts the command, never for a text that a request or a page's visitor sends. What a file is called by is read from its
-text, so that a wrong name is answered before anything large is imported.
+The command line announces a file in the environment, and every process that looks a method up (this one, workers,
+servers) imports it then: running code from a file is for who starts the command, never for a text that a request or a
+page's visitor sends. What a file is called by is read from its text, so that a wrong name is answered before anything
+large is imported.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def announce(method: str) -> str:
     if match["name"] is not None and match["name"] not in found:
         raise ValueError(f"--method {method}: {path.name} registers {', '.join(found)}")
     if match["name"] is None and len(found) > 1:
-        raise ValueError(f"--method {method}: {path.name} registers {', '.join(found)}; say which one: {path}:{found[0]}")
+        raise ValueError(
+            f"--method {method}: {path.name} registers {', '.join(found)}; say which one: {path}:{found[0]}"
+        )
     announced = dict.fromkeys([*map(str, files()), str(path.resolve())])
     os.environ[VARIABLE] = os.pathsep.join(announced)
     return match["name"] or found[0]
@@ -54,7 +57,9 @@ def registered(path: Path) -> list[str]:
         No such file, no Python, or no such line.
     """
     if not path.is_file():
-        raise ValueError(f"--method {path}: {'is a folder' if path.is_dir() else 'no such file'}; give a .py file that registers a method")
+        raise ValueError(
+            f"--method {path}: {'is a folder' if path.is_dir() else 'no such file'}; give a .py file that registers a method"
+        )
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -63,11 +68,23 @@ def registered(path: Path) -> list[str]:
         raise ValueError(f"--method {path}, line {error.lineno}: {error.msg}") from error
     except ValueError as error:
         raise ValueError(f"--method {path}: is no Python file ({error})") from error
-    marks = [mark for each in ast.walk(tree) if isinstance(each, ast.ClassDef) for mark in each.decorator_list if isinstance(mark, ast.Call)]
-    named = [mark.args[0] for mark in marks if getattr(mark.func, "attr", getattr(mark.func, "id", "")) == "register" and mark.args]
+    marks = [
+        mark
+        for each in ast.walk(tree)
+        if isinstance(each, ast.ClassDef)
+        for mark in each.decorator_list
+        if isinstance(mark, ast.Call)
+    ]
+    named = [
+        mark.args[0]
+        for mark in marks
+        if getattr(mark.func, "attr", getattr(mark.func, "id", "")) == "register" and mark.args
+    ]
     found = [name.value for name in named if isinstance(name, ast.Constant) and isinstance(name.value, str)]
     if not found:
-        raise ValueError(f"--method {path}: registers no method: write @duet_vlm.register(\"name\") above its class, as 'duet-vlm new-method' does")
+        raise ValueError(
+            f"--method {path}: registers no method: write @duet_vlm.register(\"name\") above its class, as 'duet-vlm new-method' does"
+        )
     return found
 
 
@@ -87,7 +104,8 @@ def digest() -> bytes:
 
 
 def load() -> None:
-    """Import the announced files that are not imported yet; a file of this package is, and one that an installed package has imported.
+    """Import the announced files that are not imported yet; a file of this package is, and one that an installed
+    package has imported.
 
     Raises
     ------
@@ -96,7 +114,9 @@ def load() -> None:
     """
     for path in (path for path in files() if path not in _loaded):
         _loaded.add(path)
-        there = {Path(file).resolve() for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))}
+        there = {
+            Path(file).resolve() for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))
+        }
         if path in there:
             continue
         name = f"duet_vlm_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"

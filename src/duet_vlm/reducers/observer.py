@@ -1,4 +1,5 @@
-"""Looking without dropping: what ``calibrate`` attaches in place of a method, to learn about a model what the method wants to know."""
+"""Looking without dropping: what ``calibrate`` attaches in place of a method, to learn about a model what the method
+wants to know."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ class Observations:
 
 @dataclass(frozen=True)
 class Observer(DecoderReducer):
-    """Keeps every token; says with ``asked`` in front of which layers it looks, with ``note`` what it writes down of a view, whose rows are spans."""
+    """Keeps every token; says with ``asked`` in front of which layers it looks, with ``note`` what it writes down of a
+    view, whose rows are spans."""
 
     name = "calibrate"
     paper = summary = ""
@@ -44,4 +46,5 @@ class Observer(DecoderReducer):
 
     @abstractmethod
     def result(self, depth: int) -> dict[str, Any]:
-        """The calibration to store, from all observations of a decoder of ``depth`` layers: plain values, or tensors by name."""
+        """The calibration to store, from all observations of a decoder of ``depth`` layers: plain values, or tensors by
+        name."""

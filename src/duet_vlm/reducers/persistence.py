@@ -1,4 +1,5 @@
-"""A reduction as plain values: in the config of a checkpoint that knows how it was trained (under ``duet_vlm``), or in a file of its own."""
+"""A reduction as plain values: in the config of a checkpoint that knows how it was trained (under ``duet_vlm``), or in
+a file of its own."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ PARTS = {"method", "budget", "settings"}
 def to_record(reducer: Reducer, budget: Budget | None) -> dict[str, Any]:
     """The record that is saved: the method, the budget, and the settings that are not the method's defaults."""
     changed = {
-        field.name: getattr(reducer, field.name) for field in dataclasses.fields(reducer) if getattr(reducer, field.name) != field.default
+        field.name: getattr(reducer, field.name)
+        for field in dataclasses.fields(reducer)
+        if getattr(reducer, field.name) != field.default
     }
     return {"method": reducer.name, "budget": to_plain(budget), "settings": changed}
 
@@ -29,7 +32,10 @@ def to_record(reducer: Reducer, budget: Budget | None) -> dict[str, Any]:
 def to_checkpoint_record(reducer: Reducer, budget: Budget | None) -> dict[str, Any]:
     """As ``record``, for the config of a checkpoint: weights of the method's own are in the file beside it."""
     found = to_record(reducer, budget)
-    return found | {"settings": found["settings"] | {field.name: BESIDE for field in dataclasses.fields(reducer) if _names_weights(field.name)}}
+    return found | {
+        "settings": found["settings"]
+        | {field.name: BESIDE for field in dataclasses.fields(reducer) if _names_weights(field.name)}
+    }
 
 
 def _names_weights(setting: str) -> bool:
@@ -39,7 +45,9 @@ def _names_weights(setting: str) -> bool:
 
 def _located(settings: dict[str, Any], place: str | Path) -> dict[str, Any]:
     """Settings with the weights' file where the checkpoint is: its folder, or what was fetched from a hub with it."""
-    return {name: _file_of(place) if _names_weights(name) and value == BESIDE else value for name, value in settings.items()}
+    return {
+        name: _file_of(place) if _names_weights(name) and value == BESIDE else value for name, value in settings.items()
+    }
 
 
 def _file_of(place: str | Path) -> str:
@@ -51,7 +59,8 @@ def _file_of(place: str | Path) -> str:
 
 
 def load_from_config(place: Any) -> dict[str, Any] | None:
-    """The reduction that a model, its config or a checkpoint folder remembers: ``method``, ``budget`` and ``settings``; None if none.
+    """The reduction that a model, its config or a checkpoint folder remembers: ``method``, ``budget`` and ``settings``;
+    None if none.
 
     Raises
     ------
@@ -69,7 +78,9 @@ def load_from_config(place: Any) -> dict[str, Any] | None:
     if found is None:
         return None
     if not isinstance(found, dict) or set(found) != PARTS or not isinstance(found["settings"], dict):
-        raise ValueError(f"config.{KEY} is {found!r}: expected {', '.join(sorted(PARTS))}, as duet_vlm.save_to_config writes them")
+        raise ValueError(
+            f"config.{KEY} is {found!r}: expected {', '.join(sorted(PARTS))}, as duet_vlm.save_to_config writes them"
+        )
     return found | {"settings": _located({name: _tuples(value) for name, value in found["settings"].items()}, place)}
 
 
@@ -98,10 +109,17 @@ def load_from_file(file: str | Path) -> dict[str, Any]:
         raise ValueError(f"{file}: holds no reduction: {written}")
     if missing := sorted(PARTS - set(found)):
         raise ValueError(f"{file}: holds no reduction: {' and '.join(map(repr, missing))} missing; it is {written}")
-    wrong = {"method": not isinstance(found["method"], str) or is_method_file(found["method"]), "settings": not isinstance(found["settings"], dict)}
+    wrong = {
+        "method": not isinstance(found["method"], str) or is_method_file(found["method"]),
+        "settings": not isinstance(found["settings"], dict),
+    }
     for part in (name for name, bad in wrong.items() if bad):
         raise ValueError(f"{file}: holds no reduction: {part!r} is {found[part]!r}; it is {written}")
-    return {"method": found["method"], "budget": found["budget"], "settings": {name: _tuples(value) for name, value in found["settings"].items()}}
+    return {
+        "method": found["method"],
+        "budget": found["budget"],
+        "settings": {name: _tuples(value) for name, value in found["settings"].items()},
+    }
 
 
 def _tuples(value: Any) -> Any:

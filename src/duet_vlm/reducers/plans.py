@@ -1,4 +1,5 @@
-"""Plans that several methods share: all tokens, a fixed count, a schedule under a budget; and the floor of small images."""
+"""Plans that several methods share: all tokens, a fixed count, a schedule under a budget; and the floor of small
+images."""
 
 from __future__ import annotations
 
@@ -31,30 +32,47 @@ def check_budget_or_fields(method: Reducer, budget: Budget | None, given: bool, 
     if budget is not None and given:
         raise ValueError(f"{method.name}: give either budget= or the method's own settings ({example}), not both")
     if budget is None and not given:
-        raise NoBudget(f"{method.name} needs a budget (budget=64 tokens, budget=0.22 of the tokens) or its own settings ({example})", example)
+        raise NoBudget(
+            f"{method.name} needs a budget (budget=64 tokens, budget=0.22 of the tokens) or its own settings ({example})",
+            example,
+        )
 
 
-def plan_or_clamp(reducer: Reducer, tokens: int, depth: int, budget: Budget | None, left: int | None = None) -> SpanPlan:
-    """``reducer.plan``, but a small span that a fractional budget cannot be met on gets the method's floor (``Reducer.small_image_tokens``).
+def plan_or_clamp(
+    reducer: Reducer, tokens: int, depth: int, budget: Budget | None, left: int | None = None
+) -> SpanPlan:
+    """``reducer.plan``, but a small span that a fractional budget cannot be met on gets the method's floor
+    (``Reducer.small_image_tokens``).
 
     ``left``: of the span, how many tokens a threshold in the tower left.
 
-    A floor of one token is more than 5 % of ten tokens and less than 5 % of a hundred: an error there would end a whole batch for its
-    smallest image. A floor that grows with the span (layers that run at full width) stays an error, as no image could meet the budget.
+    A floor of one token is more than 5 % of ten tokens and less than 5 % of a hundred: an error there would end a whole
+    batch for its smallest image. A floor that grows with the span (layers that run at full width) stays an error, as no
+    image could meet the budget.
 
     Raises
     ------
     BudgetError
-        As ``reducer.plan``, where the span is not small or a span on which the budget means ``small_image_tokens`` tokens is refused as well.
+        As ``reducer.plan``, where the span is not small or a span on which the budget means ``small_image_tokens``
+        tokens is refused as well.
     """
 
     def solve(budget: Budget | None) -> SpanPlan:
-        return reducer.plan(tokens, depth, budget) if left is None else reducer.plan_after_tower(tokens, depth, budget, left)
+        return (
+            reducer.plan(tokens, depth, budget)
+            if left is None
+            else reducer.plan_after_tower(tokens, depth, budget, left)
+        )
 
     try:
         return solve(budget)
     except BudgetError as error:
-        if budget is None or isinstance(budget, Integral) or error.floor is None or tokens >= reducer.small_image_tokens:
+        if (
+            budget is None
+            or isinstance(budget, Integral)
+            or error.floor is None
+            or tokens >= reducer.small_image_tokens
+        ):
             raise
         try:
             reducer.plan(math.ceil(reducer.small_image_tokens / budget), depth, budget)
@@ -68,9 +86,11 @@ def plan_keep_all(tokens: int, depth: int) -> SpanPlan:
     return SpanPlan(tokens, tokens, 0, (tokens,) * depth)
 
 
-def plan_fixed_count(method: Reducer, keep: Keep | None, tokens: int, depth: int, budget: Budget | None, rounding: str = "floor") -> SpanPlan:
-    """The plan of a method that enters ``keep`` tokens of a span (a fraction rounded as ``count_of`` says), or as many as ``budget`` allows, and
-    drops none later."""
+def plan_fixed_count(
+    method: Reducer, keep: Keep | None, tokens: int, depth: int, budget: Budget | None, rounding: str = "floor"
+) -> SpanPlan:
+    """The plan of a method that enters ``keep`` tokens of a span (a fraction rounded as ``count_of`` says), or as many
+    as ``budget`` allows, and drops none later."""
     check_budget_or_fields(method, budget, keep is not None, "keep=")
     if budget is None:
         assert keep is not None  # just checked
@@ -84,10 +104,11 @@ def plan_fixed_count(method: Reducer, keep: Keep | None, tokens: int, depth: int
 
 
 def plan_with_schedule(method: Reducer, schedule: Schedule, tokens: int, depth: int, target: float) -> SpanPlan:
-    """The largest entry whose mean under ``schedule`` (fractions) is within ``target``; every entering token counts as dominant.
+    """The largest entry whose mean under ``schedule`` (fractions) is within ``target``; every entering token counts as
+    dominant.
 
-    When even all tokens leave budget over, each stage keeps more: first the fractions of a larger number than there is, at last the stages
-    that drop everything.
+    When even all tokens leave budget over, each stage keeps more: first the fractions of a larger number than there is,
+    at last the stages that drop everything.
     """
 
     def counts(entry: int, end: int) -> tuple[int, ...]:

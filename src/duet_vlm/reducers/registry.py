@@ -1,5 +1,5 @@
-"""Single methods by name: those that registered themselves, those of installed packages (entry points), and those of files that the command line
-names."""
+"""Single methods by name: those that registered themselves, those of installed packages (entry points), and those of
+files that the command line names."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def _offered() -> tuple[EntryPoint, ...]:
 
 
 def _load(*names: str) -> None:
-    """Import methods that other packages offer, those of these ``names`` or all, each once, and files that have been announced since."""
+    """Import methods that other packages offer, those of these ``names`` or all, each once, and files that have been
+    announced since."""
     for entry in _offered():
         if entry.value not in _loaded and (not names or entry.name in names):
             _loaded.add(entry.value)

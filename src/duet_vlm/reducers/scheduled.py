@@ -27,11 +27,12 @@ Self = TypeVar("Self", bound="ScheduledReducer")
 
 @dataclass(frozen=True)
 class ScheduledReducer(DecoderReducer):
-    """A method that drops at a few layers; a subclass says what stays (`prune_tokens`), and at which layers its paper drops (``stages``).
+    """A method that drops at a few layers; a subclass says what stays (`prune_tokens`), and at which layers its paper
+    drops (``stages``).
 
-    With a budget every token enters, and each stage of the paper keeps the same multiple of the share that it keeps there, never more than all:
-    the largest that the budget allows. What rounding leaves over goes to the last stage. The layers before the first stage run at full width,
-    which is the floor.
+    With a budget every token enters, and each stage of the paper keeps the same multiple of the share that it keeps
+    there, never more than all: the largest that the budget allows. What rounding leaves over goes to the last stage.
+    The layers before the first stage run at full width, which is the floor.
 
     Parameters
     ----------
@@ -72,7 +73,8 @@ class ScheduledReducer(DecoderReducer):
         return tuple({max(self.min_layer, layer * depth // 32): keep for layer, keep in self.paper_schedule}.items())
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
-        """All tokens up to the first drop; behind each, as many as the schedule says, or the budget allows. ``BudgetError`` below the floor."""
+        """All tokens up to the first drop; behind each, as many as the schedule says, or the budget allows.
+        ``BudgetError`` below the floor."""
         check_budget_or_fields(self, budget, self.schedule is not None, "schedule=")
         if budget is None:
             assert self.schedule is not None  # just checked
@@ -89,7 +91,11 @@ class ScheduledReducer(DecoderReducer):
         smallest = min(keep for _, keep in stages if keep)
 
         def counts(share: float, end: int = 0) -> tuple[int, ...]:
-            return self._counts(tokens, depth, tuple((layer, min(1.0, share * keep / smallest) if keep else end) for layer, keep in stages))
+            return self._counts(
+                tokens,
+                depth,
+                tuple((layer, min(1.0, share * keep / smallest) if keep else end) for layer, keep in stages),
+            )
 
         share = largest_fraction(lambda x: mean_within(counts(x), target))
         found = counts(share, largest_int(tokens, lambda n: mean_within(counts(share, n), target)) if share == 1 else 0)

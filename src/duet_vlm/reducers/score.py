@@ -17,7 +17,8 @@ from duet_vlm.reducers.plans import plan_fixed_count
 
 @dataclass(frozen=True)
 class ScoreReducer(EncoderReducer):
-    """A method that keeps a planned number of tokens by their scores; a subclass writes ``score``, and ``choose`` where the highest are not it.
+    """A method that keeps a planned number of tokens by their scores; a subclass writes ``score``, and ``choose`` where
+    the highest are not it.
 
     Attributes
     ----------
@@ -48,5 +49,6 @@ class ScoreReducer(EncoderReducer):
         """[B, N], larger is better; what padding has does not matter."""
 
     def choose(self, scores: Tensor, view: EncoderView) -> Tensor:
-        """Mask [B, N] of exactly ``view.dominant`` tokens of each span: those with the highest scores, ties to the lower index."""
+        """Mask [B, N] of exactly ``view.dominant`` tokens of each span: those with the highest scores, ties to the
+        lower index."""
         return top(scores, view.valid, view.dominant)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ScoringRules:
-    """Rules by which the runtime makes the signals and scores of a method. The defaults are what papers describe; another value reproduces the code of one.
+    """Rules by which the runtime makes the signals and scores of a method. The defaults are what papers describe;
+    another value reproduces the code of one.
 
     Attributes
     ----------
@@ -20,7 +21,8 @@ class ScoringRules:
     score_positions : str
         "as_is"; "divided": attention divided by what positions alone would give.
     probe : str
-        Layer behind which ``Input.GRADIENT`` is taken: the "next"; "last": the one before once more, with the input embeddings in place of the head.
+        Layer behind which ``Input.GRADIENT`` is taken: the "next"; "last": the one before once more, with the input
+        embeddings in place of the head.
     skip_unanswered : bool
         Samples without any supervised label stay whole in training.
     """

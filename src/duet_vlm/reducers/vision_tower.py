@@ -1,11 +1,11 @@
 """The contract of methods that reduce inside the vision tower, and what they may look at.
 
-A *tower reducer* says which units of each picture go through the tower's blocks, or through the rest of them. A unit is what later becomes one
-token: a patch, or a cell of patches that a merger joins. Rows that leave are gone for whatever follows; a method behind the tower chooses
-among those that are left.
+A *tower reducer* says which units of each picture go through the tower's blocks, or through the rest of them. A unit is
+what later becomes one token: a patch, or a cell of patches that a merger joins. Rows that leave are gone for whatever
+follows; a method behind the tower chooses among those that are left.
 
-Where units leave is counted in blocks whose attention has run: 0 is in front of the first block, k behind the attention of the k-th block and
-in front of its MLP, so that scores of that attention cost no MLP of rows that leave.
+Where units leave is counted in blocks whose attention has run: 0 is in front of the first block, k behind the attention
+of the k-th block and in front of its MLP, so that scores of that attention cost no MLP of rows that leave.
 """
 
 from __future__ import annotations
@@ -21,7 +21,16 @@ from torch import Tensor
 
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import top
-from duet_vlm.planning.budget import EPSILON, Budget, Keep, SpanPlan, check_keep, count_of, infeasible_budget, target_mean
+from duet_vlm.planning.budget import (
+    EPSILON,
+    Budget,
+    Keep,
+    SpanPlan,
+    check_keep,
+    count_of,
+    infeasible_budget,
+    target_mean,
+)
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import Reducer
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
@@ -44,8 +53,9 @@ FIELDS = {  # the field that an input fills
 class TowerView:
     """Inputs of a method inside the vision tower, for P pictures of up to U units.
 
-    A picture is what the tower processes by itself: an image, a crop or a frame. A unit is what enters or leaves together: a patch, or the
-    patches that a merger joins. Signals are float32 means over the patches of a unit, and None unless the method requires them.
+    A picture is what the tower processes by itself: an image, a crop or a frame. A unit is what enters or leaves
+    together: a patch, or the patches that a merger joins. Signals are float32 means over the patches of a unit, and
+    None unless the method requires them.
 
     Attributes
     ----------
@@ -58,9 +68,11 @@ class TowerView:
     grids : tuple of (int, int)
         Rows and columns of units of each picture; before the first block they stand line by line.
     contrast : Tensor or None
-        [P, U] distance of a unit's patch embeddings, without position, from the picture's mean. Needs ``Input.PATCH_CONTRAST``.
+        [P, U] distance of a unit's patch embeddings, without position, from the picture's mean. Needs
+        ``Input.PATCH_CONTRAST``.
     pixels : Tensor or None
-        [P, U, T, m] pixels of a unit as the processor made them, of each of the T frames that it shows. Needs ``Input.PIXELS``.
+        [P, U, T, m] pixels of a unit as the processor made them, of each of the T frames that it shows. Needs
+        ``Input.PIXELS``.
     previous_picture : tuple of int
         Number of the picture one step of time earlier; -1 where there is none.
     after : int
@@ -98,7 +110,8 @@ class TowerView:
     method: str = ""
 
     def require(self, needed: Input) -> Tensor:
-        """The field of an input that the method has declared; a ValueError that names the method and the input if it has not."""
+        """The field of an input that the method has declared; a ValueError that names the method and the input if it
+        has not."""
         found: Tensor = required(self, needed, FIELDS)
         return found
 
@@ -123,20 +136,21 @@ class MergePairs:
 class TowerReducer(EncoderReducer):
     """A method that reduces inside the vision tower.
 
-    Alone, all that the tower leaves enters the decoder, and a budget says how much that is. Before other methods (``"contrast+duet_plus"``) the
-    budget is theirs, over the unreduced tokens, and ``keep`` belongs to the tower.
+    Alone, all that the tower leaves enters the decoder, and a budget says how much that is. Before other methods
+    (``"contrast+duet_plus"``) the budget is theirs, over the unreduced tokens, and ``keep`` belongs to the tower.
 
     Attributes
     ----------
     keep : int or float or None
         Tokens of a span that the tower leaves: a count, or a fraction.
     proportional_attention : bool
-        Count each dropped unit with the one that is most like it (cosine of patch embeddings, or of keys): the kept unit weighs as many rows as
-        it stands for, in the tower's attention and in rankings by it. Kernels without a bias (flash attention) go without.
+        Count each dropped unit with the one that is most like it (cosine of patch embeddings, or of keys): the kept
+        unit weighs as many rows as it stands for, in the tower's attention and in rankings by it. Kernels without a
+        bias (flash attention) go without.
     pooled_context_tokens : int
-        Rows that stand for the dropped units of a picture; 0: none. Before the first block these, line by line, form so many groups of equal
-        size. The mean of a group goes through the tower at the place of its middle unit, with the weight of its members, and leaves after it.
-        ``proportional_attention`` then plays no part.
+        Rows that stand for the dropped units of a picture; 0: none. Before the first block these, line by line, form so
+        many groups of equal size. The mean of a group goes through the tower at the place of its middle unit, with the
+        weight of its members, and leaves after it. ``proportional_attention`` then plays no part.
     """
 
     available = TOWER_INPUTS
@@ -150,7 +164,9 @@ class TowerReducer(EncoderReducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.pooled_context_tokens < 0:
-            raise ValueError(f"pooled_context_tokens={self.pooled_context_tokens}: a number of rows for what leaves a picture, 0 or more")
+            raise ValueError(
+                f"pooled_context_tokens={self.pooled_context_tokens}: a number of rows for what leaves a picture, 0 or more"
+            )
         if self.keep is not None:
             check_keep("keep", self.keep)
             if self.keep == 0:
@@ -165,7 +181,9 @@ class TowerReducer(EncoderReducer):
         else:
             left = math.floor(target_mean(budget, tokens) + EPSILON)
             if left < 1:
-                raise infeasible_budget(self.name, target_mean(budget, tokens), 1, tokens, "at least one token enters the decoder")
+                raise infeasible_budget(
+                    self.name, target_mean(budget, tokens), 1, tokens, "at least one token enters the decoder"
+                )
         return plan_survivors(tokens, left, depth)
 
     def plan_after_tower(self, tokens: int, depth: int, budget: Budget | None, left: int) -> SpanPlan:
@@ -196,20 +214,25 @@ class TowerReducer(EncoderReducer):
         return any(self.boundaries(1 << 10))
 
     def stage_counts(self, units: int, left: int, depth: int) -> Sequence[int]:
-        """Number of units of a picture that each boundary leaves: equal shares of what reaches it, the last one ``left``."""
+        """Number of units of a picture that each boundary leaves: equal shares of what reaches it, the last one
+        ``left``."""
         several = len(self.boundaries(depth))
-        return [max(left, math.ceil(units * (left / units) ** (k / several) - EPSILON)) for k in range(1, several)] + [left]
+        return [max(left, math.ceil(units * (left / units) ** (k / several) - EPSILON)) for k in range(1, several)] + [
+            left
+        ]
 
     @abstractmethod
     def keep_patches(self, view: TowerView) -> Tensor | MergePairs:
-        """Mask [P, U] of the units that stay, exactly ``view.num_keep`` of each picture's ``view.valid``; or who joins whom."""
+        """Mask [P, U] of the units that stay, exactly ``view.num_keep`` of each picture's ``view.valid``; or who joins
+        whom."""
 
     def merge_pairs(self, units: int, left: int) -> int:
         """Number of pairwise similarities that a boundary computes that leaves ``left`` of ``units``."""
         return units * left if self.proportional_attention and not self.pooled_context_tokens else 0
 
     def pooled_features(self, units: int, left: int) -> int:
-        """Number of units that stand for the dropped ones of a picture of ``units`` of which ``left`` stay: each for two or more."""
+        """Number of units that stand for the dropped ones of a picture of ``units`` of which ``left`` stay: each for
+        two or more."""
         return min(self.pooled_context_tokens, (units - left) // 2)
 
 
@@ -238,10 +261,11 @@ def plan_survivors(tokens: int, left: int, depth: int) -> SpanPlan:
 
 @dataclass(frozen=True)
 class ThresholdReducer(TowerReducer):
-    """A tower reducer that keeps what passes a threshold, however many that are; with ``keep``, or alone with a budget, the highest of them.
+    """A tower reducer that keeps what passes a threshold, however many that are; with ``keep``, or alone with a budget,
+    the highest of them.
 
-    What is left is known when the tower has begun. A budget for the decoder is planned then: no more enters than is left. Of a picture of which
-    nothing passes, the unit with the highest score stays.
+    What is left is known when the tower has begun. A budget for the decoder is planned then: no more enters than is
+    left. Of a picture of which nothing passes, the unit with the highest score stays.
     """
 
     @property

@@ -52,7 +52,12 @@ class ActiveConfig:
         return self._plans[tokens, num_survivors]
 
     def plan_span(
-        self, sizes: Sequence[int], structure: int, per_crop: bool, num_survivors: Sequence[int] | None = None, num_cls: int = 0
+        self,
+        sizes: Sequence[int],
+        structure: int,
+        per_crop: bool,
+        num_survivors: Sequence[int] | None = None,
+        num_cls: int = 0,
     ) -> SpanPlan:
         """The plan of a span of several parts (crops or frames).
 
@@ -76,7 +81,9 @@ class ActiveConfig:
             fraction, parts of fewer tokens than ``small_image_tokens`` get the smallest possible count instead.
         """
         tower, keep_structure = self.tower_reducer, self.reducer.newline_tokens == "keep"
-        solve = functools.partial(plan_span, self.plan, self.budget, sizes, structure, per_crop, keep_structure, num_survivors)
+        solve = functools.partial(
+            plan_span, self.plan, self.budget, sizes, structure, per_crop, keep_structure, num_survivors
+        )
         if tower is None or tower is not self.reducer or num_survivors is not None:
             return solve()
         least = [min(size, tower.least + num_cls) for size in sizes]
@@ -87,7 +94,15 @@ class ActiveConfig:
         except BudgetError as error:
             if error.floor is None or error.floor >= floor:
                 raise
-            plan = SpanPlan(tokens, kept, 0, (kept,) * self.depth, structure=kept, parts=((0, 0),) * (len(sizes) * per_crop), tower=0)
+            plan = SpanPlan(
+                tokens,
+                kept,
+                0,
+                (kept,) * self.depth,
+                structure=kept,
+                parts=((0, 0),) * (len(sizes) * per_crop),
+                tower=0,
+            )
         if not plan.merges or plan.entry - plan.structure >= sum(least) or self.budget is None:
             return of_each_part(plan, sizes, least)
         if isinstance(self.budget, Integral) or max(sizes) >= tower.small_image_tokens:

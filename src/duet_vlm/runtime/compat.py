@@ -1,4 +1,5 @@
-"""Every fact about a transformers version that the runtime depends on, in one place (tests/test_compat.py fails loudly when one changes).
+"""Every fact about a transformers version that the runtime depends on, in one place (tests/test_compat.py fails loudly
+when one changes).
 
 Oldest supported: 5.21; the rest of the package takes 5.16, as vLLM holds transformers back. From 5.18 on generate()
 encodes images before prefill and hands the output on, and M-RoPE tables reach the layers mixed; from 5.19 on beams
@@ -40,7 +41,8 @@ def check_version() -> None:
 
 
 def decoder_mask(config: Any, hidden: Tensor, mask: Tensor | None, cache: Any, layer: int) -> Any:
-    """The causal mask that the decoder would build for one layer: ``mask`` is 2-D [B, keys] or None, sizes come from that layer's cache.
+    """The causal mask that the decoder would build for one layer: ``mask`` is 2-D [B, keys] or None, sizes come from
+    that layer's cache.
 
     Position ids are never handed over: without a cache and mask, gaps in them would be read as packed sequences. Where
     padding is known the mask is made here, as the stock function would read the device to find it out.
@@ -49,9 +51,16 @@ def decoder_mask(config: Any, hidden: Tensor, mask: Tensor | None, cache: Any, l
         keys, rows = mask.shape[1], hidden.shape[1]
         place = torch.arange(keys, device=hidden.device)
         allowed = mask.bool()[:, None, None, :] & (place <= place[keys - rows :, None])
-        return prepared_mask(config, hidden, torch.nn.functional.pad(allowed, (0, max(0, capacity(cache, layer) - keys))))
+        return prepared_mask(
+            config, hidden, torch.nn.functional.pad(allowed, (0, max(0, capacity(cache, layer) - keys)))
+        )
     return create_causal_mask(
-        config=config, inputs_embeds=hidden, attention_mask=mask, past_key_values=cache, position_ids=None, layer_idx=layer
+        config=config,
+        inputs_embeds=hidden,
+        attention_mask=mask,
+        past_key_values=cache,
+        position_ids=None,
+        layer_idx=layer,
     )
 
 
@@ -99,7 +108,9 @@ def fixed_cache(cache: Any, new: int) -> Cache:
     """
     for held in cache.layers:
         if isinstance(held, StaticLayer) or not isinstance(getattr(held, "keys", None), Tensor) or held.keys.ndim != 4:
-            raise ValueError(f"a static cache is made of a dynamic one that holds a prompt as it is, and {type(held).__name__} does not")
+            raise ValueError(
+                f"a static cache is made of a dynamic one that holds a prompt as it is, and {type(held).__name__} does not"
+            )
     made = Cache(layers=[StaticLayer(int(held.keys.shape[2]) + new) for held in cache.layers])
     for index, held in enumerate(cache.layers):
         made.update(held.keys, held.values, index)
@@ -107,12 +118,16 @@ def fixed_cache(cache: Any, new: int) -> Cache:
 
 
 def cache_bytes(cache: Any) -> tuple[int, ...] | None:
-    """Bytes of keys and values per layer, read from the tensors' shapes (no device access); a linear layer's state has neither, nor has a
-    layer that was not filled (recomputed layers pass the cache over). A quantised layer's are its packed numbers, their
-    scales and what it has not packed yet. None where a layer holds rows, but not where any known layer has them.
+    """Bytes of keys and values per layer, read from the tensors' shapes (no device access); a linear layer's state has
+    neither, nor has a layer that was not filled (recomputed layers pass the cache over). A quantised layer's are its
+    packed numbers, their scales and what it has not packed yet. None where a layer holds rows, but not where any known
+    layer has them.
     """
     stored = tuple(sum(_bytes(getattr(layer, name, None)) for name in STORED) for layer in cache.layers)
-    unknown = any(size == 0 and getattr(layer, "get_seq_length", int)() > 0 for layer, size in zip(cache.layers, stored, strict=True))
+    unknown = any(
+        size == 0 and getattr(layer, "get_seq_length", int)() > 0
+        for layer, size in zip(cache.layers, stored, strict=True)
+    )
     return None if unknown else stored
 
 
@@ -136,7 +151,9 @@ def keep_cached(cache: Any, layer: int, rows: int, index: Tensor) -> None:
     for name in ("keys", "values"):
         stored = getattr(held, name, None)
         if not isinstance(stored, Tensor) or stored.ndim != 4 or stored.shape[2] != rows:
-            raise ValueError(f"trim_kv_cache=True needs a cache that holds keys and values as they are, {type(held).__name__} does not: use trim_kv_cache=False")
+            raise ValueError(
+                f"trim_kv_cache=True needs a cache that holds keys and values as they are, {type(held).__name__} does not: use trim_kv_cache=False"
+            )
         wanted = index.to(stored.device)[:, None, :, None].expand(-1, stored.shape[1], -1, stored.shape[3])
         setattr(held, name, stored.gather(2, wanted))
 
@@ -189,7 +206,9 @@ def _in_a_graph(name: str) -> None:
 
 
 _in_a_graph._torchdynamo_disable = True  # type: ignore[attr-defined]  # else torch forgets the error and goes on without a graph
-_in_a_graph._torchdynamo_disable_msg = "a reducer is attached, and its hooks cannot be part of a graph: compile layers, or detach"  # type: ignore[attr-defined]
+_in_a_graph._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
+    "a reducer is attached, and its hooks cannot be part of a graph: compile layers, or detach"
+)
 
 
 def is_dispatched(layer: nn.Module) -> bool:
@@ -219,8 +238,8 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def uncached_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """The running autocast (or none) without its cache of casted weights: up to torch 2.9 the casts that ranking made under no_grad
-    were handed to the layer's own pass, whose weights then got no gradient."""
+    """The running autocast (or none) without its cache of casted weights: up to torch 2.9 the casts that ranking made
+    under no_grad were handed to the layer's own pass, whose weights then got no gradient."""
     kind = x.device.type
     if not torch.is_autocast_enabled(kind):
         return nullcontext()

@@ -18,7 +18,9 @@ from duet_vlm.runtime.encode.build_view import layer_number
 from duet_vlm.runtime.prefill.layers import scoring_layers
 from duet_vlm.runtime.vision_tower.block_hooks import check_boundaries
 
-WITHOUT = {Input.TEXT_SIMILARITY.value: "take relevance='decoder', which compares with the question as the decoder encodes it"}
+WITHOUT = {
+    Input.TEXT_SIMILARITY.value: "take relevance='decoder', which compares with the question as the decoder encodes it"
+}
 ANY_SIZE = 4096  # a span size to try settings on where images differ in size
 
 
@@ -30,17 +32,26 @@ def hook_settings(reducer: Reducer) -> tuple[Any, ...]:
 
 
 def check(
-    adapter: Adapter, reducer: Reducer, plan: Callable[[int], SpanPlan], processor: Any, budget: Budget | None, text_tower: Any = None
+    adapter: Adapter,
+    reducer: Reducer,
+    plan: Callable[[int], SpanPlan],
+    processor: Any,
+    budget: Budget | None,
+    text_tower: Any = None,
 ) -> None:
     """Raise for every setting that is known to be wrong before a call."""
     if reducer.positions == "compact" and adapter.mrope:
-        raise TypeError(f"positions='compact' cannot work on {adapter.family}: its positions are grids (M-RoPE); use positions='keep'")
+        raise TypeError(
+            f"positions='compact' cannot work on {adapter.family}: its positions are grids (M-RoPE); use positions='keep'"
+        )
     if isinstance(reducer, EncoderReducer):
         if reducer.tower_reducer is not None:
             check_boundaries(adapter, reducer)
             for layer in (layer_number(adapter, layer) for layer in reducer.signal_layers):
                 if layer is not None and not adapter.attends_globally(layer):
-                    raise ValueError(f"signal_layer={layer} attends within windows, of which a reduced tower leaves pieces: name another")
+                    raise ValueError(
+                        f"signal_layer={layer} attends within windows, of which a reduced tower leaves pieces: name another"
+                    )
             if Input.STATES in reducer.requires:
                 raise TypeError(
                     f"{reducer.name} uses the output of blocks of the vision tower, which a reduced tower has for some patches only: do not reduce the tower"
@@ -48,33 +59,51 @@ def check(
         if reducer.cls_token:
             adapter.cls_module()
             if adapter.feeds_cls:
-                raise ValueError("cls_token=True adds the CLS row, but this model feeds it already (vision_feature_select_strategy='full')")
+                raise ValueError(
+                    "cls_token=True adds the CLS row, but this model feeds it already (vision_feature_select_strategy='full')"
+                )
         _check_layers(adapter, reducer)
-        for missing in sorted({needed.value for needed in reducer.requires & ENCODER_INPUTS} & adapter.unsupported.keys()):
-            raise TypeError(f"{reducer.name} needs {missing!r}, which {adapter.family} cannot give: {adapter.unsupported[missing]}. {WITHOUT[missing]}")
+        for missing in sorted(
+            {needed.value for needed in reducer.requires & ENCODER_INPUTS} & adapter.unsupported.keys()
+        ):
+            raise TypeError(
+                f"{reducer.name} needs {missing!r}, which {adapter.family} cannot give: {adapter.unsupported[missing]}. {WITHOUT[missing]}"
+            )
         if Input.TEXT_SIMILARITY in reducer.requires:
             _check_text_tower(adapter, reducer, text_tower, processor)
     if processor is not None and not hasattr(processor, "tokenizer"):
         raise TypeError(f"processor= must be the model's processor (with a tokenizer), got {type(processor).__name__}")
     if isinstance(reducer, DecoderReducer) and reducer.text_query == "salient" and processor is None:
-        warnings.warn("text_query='salient' without processor=: every call must bring salient_mask (duet_vlm.inputs.text_queries.salient_mask)", stacklevel=3)
+        warnings.warn(
+            "text_query='salient' without processor=: every call must bring salient_mask (duet_vlm.inputs.text_queries.salient_mask)",
+            stacklevel=3,
+        )
     stored = reducer.calibration()
     if stored is not None:
         stored.check(facts(adapter))
     if adapter.fixed_tokens is not None:
         _check_counts(adapter.fixed_tokens, reducer)
-    if adapter.fixed_tokens is not None or budget is None:  # layers out of range are wrong for every image; budgets wait for its size
+    # layers out of range are wrong for every image; budgets wait for its size
+    if adapter.fixed_tokens is not None or budget is None:
         example_plan = plan(adapter.fixed_tokens or ANY_SIZE)
         counts = example_plan.counts
         if example_plan.floored:
             reducer.plan(example_plan.tokens, len(counts), budget)  # raises: no image of this tower could do better
-        scoring_layers(adapter, reducer, [layer for layer in range(1, len(counts)) if 0 < counts[layer] < counts[layer - 1]])
+        scoring_layers(
+            adapter, reducer, [layer for layer in range(1, len(counts)) if 0 < counts[layer] < counts[layer - 1]]
+        )
 
 
 def facts(adapter: Adapter) -> dict[str, Any]:
     """Facts that a calibration must share with the model that it is used on."""
     shape = adapter.decoder_dims()
-    return {"family": adapter.family, "layers": shape.layers, "hidden": shape.hidden, "heads": shape.heads, "tokens": adapter.fixed_tokens}
+    return {
+        "family": adapter.family,
+        "layers": shape.layers,
+        "hidden": shape.hidden,
+        "heads": shape.heads,
+        "tokens": adapter.fixed_tokens,
+    }
 
 
 def _check_layers(adapter: Adapter, reducer: EncoderReducer) -> None:

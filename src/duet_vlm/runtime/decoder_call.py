@@ -23,11 +23,16 @@ def begin_decoder(adapter: Adapter, context: ForwardContext, kwargs: dict[str, A
             raise ValueError("new image on a reduced cache: start a new conversation (no past_key_values) or detach")
         cache.duet_prompt_state.num_decoded += kwargs["inputs_embeds"].shape[1]
         return DecodePass(adapter, cache, context.attention_mask, kwargs)
-    config = next((received.decisions.config for received in context.received.values() if received.decisions is not None), context.config)
+    config = next(
+        (received.decisions.config for received in context.received.values() if received.decisions is not None),
+        context.config,
+    )
     if config is None:
         return None
     if filled and context.received:
-        raise ValueError("new image on a cache that already holds tokens: start a new conversation (no past_key_values) or detach")
+        raise ValueError(
+            "new image on a cache that already holds tokens: start a new conversation (no past_key_values) or detach"
+        )
     if not context.placeholders or filled:
         return None
     return begin_prompt(adapter, config, context, kwargs)

@@ -31,24 +31,38 @@ from duet_vlm.utils.hooks import Hooks
 
 
 def install(
-    model_hooks: ModelHooks, reducer: Reducer, processor: Any, text_tower: Any, facts: dict[str, Any], chunks: ChunkConfig | None = None
+    model_hooks: ModelHooks,
+    reducer: Reducer,
+    processor: Any,
+    text_tower: Any,
+    facts: dict[str, Any],
+    chunks: ChunkConfig | None = None,
 ) -> None:
     """Install the hooks that ``reducer`` needs, and its module if it has one; ``model_hooks.hooks`` undoes them.
 
     ``facts`` describe the model that saved weights must have been trained for.
     """
     model_hooks.module = install_module(model_hooks.adapter, reducer, facts, model_hooks.hooks)
-    _on_tower(model_hooks, reducer, QuestionTextEncoder(text_tower, getattr(processor, "tokenizer", None)), chunks or ChunkConfig())
+    _on_tower(
+        model_hooks,
+        reducer,
+        QuestionTextEncoder(text_tower, getattr(processor, "tokenizer", None)),
+        chunks or ChunkConfig(),
+    )
     _on_model(model_hooks)
     _on_decoder(model_hooks)
     if processor is not None:
         model_hooks.hooks.on_undo(SalientProcessor(processor, model_hooks.adapter.image_token_id).remove)
     model = model_hooks.adapter.model
     if processor is not None or isinstance(reducer, DecoderReducer):
-        model_hooks.hooks.shadow(model, "prepare_inputs_for_generation", accept_salient(model.prepare_inputs_for_generation))
+        model_hooks.hooks.shadow(
+            model, "prepare_inputs_for_generation", accept_salient(model.prepare_inputs_for_generation)
+        )
 
 
-def _on_tower(model_hooks: ModelHooks, reducer: Reducer, text_encoder: QuestionTextEncoder, chunks: ChunkConfig) -> None:
+def _on_tower(
+    model_hooks: ModelHooks, reducer: Reducer, text_encoder: QuestionTextEncoder, chunks: ChunkConfig
+) -> None:
     """Hooks on the encoder calls, the vision tower and the projector."""
     adapter = model_hooks.adapter
     hooks = model_hooks.hooks
@@ -100,7 +114,14 @@ def _in_tower(model_hooks: ModelHooks, reducer: EncoderReducer) -> None:
         else:
             tower_hooks = concatenated if isinstance(blocks, ConcatenatedBlocks) else batched
             hooks.add(blocks.patches.register_forward_hook, tower_hooks.embedded)
-            hooks.add(blocks.stack.register_forward_pre_hook, tower_hooks.enter, blocks, depth, parameter_names(blocks.stack), with_kwargs=True)
+            hooks.add(
+                blocks.stack.register_forward_pre_hook,
+                tower_hooks.enter,
+                blocks,
+                depth,
+                parameter_names(blocks.stack),
+                with_kwargs=True,
+            )
             hooks.add(blocks.tower.register_forward_hook, tower_hooks.leave)
         if prunes_inside:
             _in_blocks(hooks, blocks, depth, BlockHooks(batched))

@@ -13,13 +13,16 @@ from duet_vlm.runtime.compat import is_allowed
 
 
 def valid_tokens(mask: Any, embeds: Tensor) -> Tensor:
-    """Valid tokens [B, S] bool of a 2-D mask, a prepared 4-D mask (a valid token attends to itself), a dict of those, or None."""
+    """Valid tokens [B, S] bool of a 2-D mask, a prepared 4-D mask (a valid token attends to itself), a dict of those,
+    or None."""
     if isinstance(mask, dict):
         mask = mask.get(FULL)
     if mask is None:
         return torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
     if not isinstance(mask, Tensor):
-        raise ValueError(f"attention masks of type {type(mask).__name__} cannot follow dropped tokens: use sdpa, eager or flash attention")
+        raise ValueError(
+            f"attention masks of type {type(mask).__name__} cannot follow dropped tokens: use sdpa, eager or flash attention"
+        )
     if mask.ndim == 2:
         if mask.shape != embeds.shape[:2]:
             raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, the prompt {tuple(embeds.shape[:2])}")
@@ -40,7 +43,8 @@ def documents(mask: Any, position_ids: Tensor | None, valid: Tensor, cached: boo
         return valid & (first == torch.arange(valid.shape[1], device=valid.device))
     starts = torch.zeros_like(valid)
     if mask is None and not cached and position_ids is not None and (position_ids.ndim == 2 or len(position_ids) == 4):
-        text_positions = position_ids if position_ids.ndim == 2 else position_ids[0]  # the other three are patch coordinates
+        # the other three are patch coordinates
+        text_positions = position_ids if position_ids.ndim == 2 else position_ids[0]
         starts[:, 1:] = (text_positions.diff(dim=-1) != 1).to(valid.device)
         starts[:, 0] = starts.any(1)
     return starts

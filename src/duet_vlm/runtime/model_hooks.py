@@ -18,7 +18,14 @@ from duet_vlm.runtime.active_config import ActiveConfig
 from duet_vlm.runtime.call_tracker import CallTracker
 from duet_vlm.runtime.context import ForwardContext, OriginalArgs, PromptText, ThreadState
 from duet_vlm.runtime.decoder_call import begin_decoder
-from duet_vlm.runtime.encode.multimodal_inputs import OUTPUTS, collect_features, collect_inputs, restore_decisions, swap_in_reduced, without_marks
+from duet_vlm.runtime.encode.multimodal_inputs import (
+    OUTPUTS,
+    collect_features,
+    collect_inputs,
+    restore_decisions,
+    swap_in_reduced,
+    without_marks,
+)
 from duet_vlm.runtime.prefill.align_output import align
 from duet_vlm.runtime.prefill.layers import PrefillPass
 from duet_vlm.runtime.prefill.projection_reuse import ProjectionCache, reuse_projection
@@ -67,7 +74,8 @@ class ModelHooks:
 
     @property
     def prompt_state(self) -> PromptState | None:
-        """The prompt of this thread's last call; in a thread without calls (another one generates for it), that of the last call of all."""
+        """The prompt of this thread's last call; in a thread without calls (another one generates for it), that of the
+        last call of all."""
         return self.state.last_prompt_state if self.state.has_prompt_state else self.latest_prompt_state
 
     # ---- calls: generate, its encoding, forwards
@@ -91,7 +99,8 @@ class ModelHooks:
 
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
-            with self.begin(full=compat.is_assistant_call(kwargs)) as config:  # an assistant gets no images, only their placeholders
+            # an assistant gets no images, only their placeholders
+            with self.begin(full=compat.is_assistant_call(kwargs)) as config:
                 swap_in_reduced(config, kwargs, copy_all=True)
                 self.state.generate_prompts.append(_prompt_text(args, kwargs))
                 try:
@@ -114,12 +123,16 @@ class ModelHooks:
 
         return prepare
 
-    def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def before_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Pre-hook of the model and of the multimodal model inside it, before other wrappers of their forward."""
         compat.refuse_graph(module)
         mask = kwargs.pop(SALIENT, None)
         if module is self.adapter.model or self.state.original_args is None:
-            self.state.original_args = OriginalArgs(kwargs.get("labels"), mask, kwargs.get("logits_to_keep"), kwargs.get(OUTPUTS))
+            self.state.original_args = OriginalArgs(
+                kwargs.get("labels"), mask, kwargs.get("logits_to_keep"), kwargs.get(OUTPUTS)
+            )
         return args, kwargs
 
     def after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -153,7 +166,12 @@ class ModelHooks:
     def _forward_context(self, module: nn.Module, config: ActiveConfig | None) -> Iterator[ForwardContext]:
         """The call that a forward belongs to: its own, or that of the model around the multimodal model."""
         contexts = self.state.forward_contexts
-        if contexts and module is self.adapter.base and contexts[-1].owner is self.adapter.model and not contexts[-1].in_base_model:
+        if (
+            contexts
+            and module is self.adapter.base
+            and contexts[-1].owner is self.adapter.model
+            and not contexts[-1].in_base_model
+        ):
             contexts[-1].in_base_model = True
             try:
                 yield contexts[-1]
@@ -191,18 +209,31 @@ class ModelHooks:
 
     # ---- the decoder stack and its layers
 
-    def before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def before_decoder(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
         """Pre-hook of the decoder stack."""
         compat.refuse_graph(module)
         if not self.state.forward_contexts or kwargs.get("inputs_embeds") is None:
             return None
         context = self.state.forward_contexts[-1]
-        # here, where images would have been encoded, not in the embedding's hook, which sharding counts as part of the embedding
+        # here, where images would have been encoded, not in the embedding's hook, which sharding counts as part of the
+        # embedding
         if context.placeholders and not context.brings_images and needs_rank_sync(self.adapter.model):
             kwargs["inputs_embeds"] = add_dummy_image(self.adapter, self._encode, kwargs["inputs_embeds"])
-        if self.module is not None and context.config is not None and torch.is_grad_enabled() and needs_rank_sync(self.adapter.model):
+        if (
+            self.module is not None
+            and context.config is not None
+            and torch.is_grad_enabled()
+            and needs_rank_sync(self.adapter.model)
+        ):
             kwargs["inputs_embeds"] = touch_all_params(kwargs["inputs_embeds"], self.module)
-        if self.module is not None and context.config is not None and torch.is_grad_enabled() and self.adapter.model.training:
+        if (
+            self.module is not None
+            and context.config is not None
+            and torch.is_grad_enabled()
+            and self.adapter.model.training
+        ):
             check_learns(self.adapter, context.config.reducer.name)
         running_pass = begin_decoder(self.adapter, context, kwargs)
         if running_pass is not None:
@@ -216,7 +247,12 @@ class ModelHooks:
     def record_rotary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Post-hook of the decoder's rotary embedding, for scoring in half precision."""
         context = self.state.forward_contexts[-1] if self.state.forward_contexts else None
-        if context is not None and args and isinstance(args[0], Tensor) and args[0].dtype in (torch.float16, torch.bfloat16):
+        if (
+            context is not None
+            and args
+            and isinstance(args[0], Tensor)
+            and args[0].dtype in (torch.float16, torch.bfloat16)
+        ):
             example = args[0][..., :1].clone()  # only dtype and device are used; frees the hidden states
             context.rotary_calls = [*(context.rotary_calls or ()), (module, (example, *args[1:]), kwargs, output)]
 
@@ -235,10 +271,13 @@ class ModelHooks:
             if running_pass.reducer.trim_kv_cache:
                 trim_cache(cache, running_pass.prompt_state, running_pass.kinds)
         if running_pass is not None and running_pass.prompt_state.cache_bytes is None:
-            cache_after = getattr(output, "past_key_values", None) if cache is None else cache  # without a given cache the decoder made its own
+            # without a given cache the decoder made its own
+            cache_after = getattr(output, "past_key_values", None) if cache is None else cache
             running_pass.prompt_state.cache_bytes = None if cache_after is None else compat.cache_bytes(cache_after)
 
-    def before_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def before_layer(
+        self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
         """Pre-hook of a decoder layer."""
         running_pass = kwargs.pop(PASS, None)
         if running_pass is None:
@@ -270,7 +309,11 @@ class ModelHooks:
     def current_tokens(self) -> TokenMap | None:
         """The tokens of the decoder layer that just ran; None where they are those of the prompt."""
         context = self.state.forward_contexts[-1] if self.state.forward_contexts else None
-        return None if context is None or context.prompt_state is None else context.prompt_state.layer_group(context.layer).tokens
+        return (
+            None
+            if context is None or context.prompt_state is None
+            else context.prompt_state.layer_group(context.layer).tokens
+        )
 
     def record_cls(self, module: nn.Module, args: Any, output: Any) -> None:
         """Post-hook of the vision layer with the CLS row."""

@@ -1,4 +1,5 @@
-"""The prompt as a value between the stages: what the encoder stage selected, who is ranked together, which tokens each layer has."""
+"""The prompt as a value between the stages: what the encoder stage selected, who is ranked together, which tokens each
+layer has."""
 
 from __future__ import annotations
 
@@ -77,7 +78,8 @@ class RankingGroup:
 
 @dataclass
 class PromptState:
-    """One prompt: its spans, the tokens of each layer, and the position of the next token. Plain data; no modules, no cache.
+    """One prompt: its spans, the tokens of each layer, and the position of the next token. Plain data; no modules, no
+    cache.
 
     Attributes
     ----------

@@ -44,7 +44,9 @@ class PrunedCacheMixin:
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        self._reorder(self._sample_numbers(self.duet_prompt_state.prompt.prompt_index.device).repeat_interleave(repeats))
+        self._reorder(
+            self._sample_numbers(self.duet_prompt_state.prompt.prompt_index.device).repeat_interleave(repeats)
+        )
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove tokens after the last visual one, or all of them: before that, the layers hold different tokens."""
@@ -72,7 +74,11 @@ class PrunedCacheMixin:
 
     def _sample_numbers(self, device: torch.device) -> Tensor:
         """[rows] sample number of each batch row."""
-        return torch.arange(len(self.duet_prompt_state.spans), device=device) if self.duet_order is None else self.duet_order
+        return (
+            torch.arange(len(self.duet_prompt_state.spans), device=device)
+            if self.duet_order is None
+            else self.duet_order
+        )
 
     def _reorder(self, index: Tensor) -> None:
         self.duet_order = self._sample_numbers(index.device)[index]
@@ -81,7 +87,12 @@ class PrunedCacheMixin:
 @functools.lru_cache(maxsize=64)
 def _pruned_class(original: Any) -> Any:
     """A subclass of a cache class that keeps the prompt state; same name."""
-    names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__, "_plain": original}
+    names = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "_plain": original,
+    }
     return type(original.__name__, (PrunedCacheMixin, original), names)
 
 
@@ -114,15 +125,29 @@ def trim_cache(cache: Any, prompt_state: PromptState, kinds: list[str]) -> None:
         group = prompt_state.layer_group(index)
         if kind != FULL or group is last:
             continue
-        zeros = torch.zeros(len(group.tokens.prompt_index), prompt_state.prompt_len, dtype=torch.long, device=group.tokens.prompt_index.device)
-        index_of_position = zeros.scatter(1, group.tokens.prompt_index, torch.arange(group.width, device=zeros.device).expand_as(group.tokens.prompt_index))
-        compat.keep_cached(cache, index, group.width, index_of_position.gather(1, last.tokens.prompt_index.to(zeros.device)))
+        zeros = torch.zeros(
+            len(group.tokens.prompt_index),
+            prompt_state.prompt_len,
+            dtype=torch.long,
+            device=group.tokens.prompt_index.device,
+        )
+        index_of_position = zeros.scatter(
+            1,
+            group.tokens.prompt_index,
+            torch.arange(group.width, device=zeros.device).expand_as(group.tokens.prompt_index),
+        )
+        compat.keep_cached(
+            cache, index, group.width, index_of_position.gather(1, last.tokens.prompt_index.to(zeros.device))
+        )
         prompt_state.trimmed_layers = (*prompt_state.trimmed_layers, index)
 
 
 def record_evicted(cache: Any, prompt_state: PromptState, kinds: list[str]) -> None:
     """Record how many rows of each layer other code removed (cache compression by hooks on attention)."""
-    num_missing = (prompt_state.cache_len(index).width - int(cache.get_seq_length(index)) if kind == FULL else 0 for index, kind in enumerate(kinds))
+    num_missing = (
+        prompt_state.cache_len(index).width - int(cache.get_seq_length(index)) if kind == FULL else 0
+        for index, kind in enumerate(kinds)
+    )
     evicted = tuple(max(0, rows) for rows in num_missing)
     prompt_state.rows_evicted_elsewhere = evicted if any(evicted) else ()
 
@@ -134,9 +159,13 @@ def static_copy(adapter: Adapter, cache: Any, num_new: int) -> Any:
     other = sorted(set(adapter.layer_types) - {FULL})
     if other:
         kinds = ", ".join(other)
-        raise ValueError(f"static caches are made of layers with full attention, and {adapter.family} has others ({kinds}): use a dynamic cache")
+        raise ValueError(
+            f"static caches are made of layers with full attention, and {adapter.family} has others ({kinds}): use a dynamic cache"
+        )
     if not compat.makes_masks(adapter.text_model.config):
-        raise ValueError("static caches hold rows that are not written yet, which a mask must hide: load the model with sdpa or eager attention")
+        raise ValueError(
+            "static caches hold rows that are not written yet, which a mask must hide: load the model with sdpa or eager attention"
+        )
     static = compat.fixed_cache(cache, num_new)
     if isinstance(cache, PrunedCacheMixin):
         bind_prompt(static, cache.duet_prompt_state)
@@ -149,5 +178,3 @@ def unbind_prompt(cache: Any) -> None:
     if isinstance(cache, PrunedCacheMixin):
         del cache.duet_prompt_state, cache.duet_order
         cache.__class__ = cache._plain
-
-

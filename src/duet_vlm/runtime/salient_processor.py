@@ -41,7 +41,8 @@ class SalientProcessor:
             self.users.append(self)
 
     def remove(self) -> str | None:
-        """The last one gives the instance its class back, or names the subclass that somebody else has made of ours since."""
+        """The last one gives the instance its class back, or names the subclass that somebody else has made of ours
+        since."""
         with _changes:
             now = type(self.processor)
             self.users.remove(self)
@@ -80,7 +81,8 @@ def _marking(plain: Any) -> Any:
 
 
 def _mask(tokenizer: Any, text: Any, ids: Any, image: int) -> Any:
-    """The mask in the form of the ids: a tensor, an array, or rows of any lengths as lists (one row alone for one text)."""
+    """The mask in the form of the ids: a tensor, an array, or rows of any lengths as lists (one row alone for one
+    text)."""
     if isinstance(ids, Tensor):
         return salient_mask(tokenizer, text, ids, image)
     if isinstance(ids, np.ndarray):

@@ -13,10 +13,18 @@ from duet_vlm.runtime.prompt import LayerGroup, PromptState
 
 
 def rows_per_layer(prompt_state: PromptState) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Per sample: (visual tokens, all tokens) at the input of each layer, counted on the token maps that the layers used."""
-    counts = [(group.tokens.visual.sum(1).tolist(), group.tokens.valid.sum(1).tolist()) for group in prompt_state.layer_groups]
-    used = [counts[prompt_state.layer_groups.index(prompt_state.layer_group(layer))] for layer in range(prompt_state.depth)]
-    return [(tuple(visual[sample] for visual, _ in used), tuple(rows[sample] for _, rows in used)) for sample in range(len(prompt_state.spans))]
+    """Per sample: (visual tokens, all tokens) at the input of each layer, counted on the token maps that the layers
+    used."""
+    counts = [
+        (group.tokens.visual.sum(1).tolist(), group.tokens.valid.sum(1).tolist()) for group in prompt_state.layer_groups
+    ]
+    used = [
+        counts[prompt_state.layer_groups.index(prompt_state.layer_group(layer))] for layer in range(prompt_state.depth)
+    ]
+    return [
+        (tuple(visual[sample] for visual, _ in used), tuple(rows[sample] for _, rows in used))
+        for sample in range(len(prompt_state.spans))
+    ]
 
 
 def trace_of(prompt_state: PromptState) -> list[list[SpanTrace]]:
@@ -26,10 +34,18 @@ def trace_of(prompt_state: PromptState) -> list[list[SpanTrace]]:
     """
     rank = prompt_state.prompt.visual.cumsum(1) - 1
     ranks = rank.tolist()
-    protected_ranks = [{ranks[b][s] for s in slots} for b, slots in enumerate(_selected_positions(prompt_state.prompt.prompt_index, prompt_state.prompt.protected))]
+    protected_ranks = [
+        {ranks[b][s] for s in slots}
+        for b, slots in enumerate(_selected_positions(prompt_state.prompt.prompt_index, prompt_state.prompt.protected))
+    ]
     kept_ranks = []  # per layer group: the visual ranks of each sample that are kept
     for group in prompt_state.layer_groups:
-        kept_ranks.append([{ranks[b][s] for s in slots} for b, slots in enumerate(_selected_positions(group.tokens.prompt_index, group.tokens.visual))])
+        kept_ranks.append(
+            [
+                {ranks[b][s] for s in slots}
+                for b, slots in enumerate(_selected_positions(group.tokens.prompt_index, group.tokens.visual))
+            ]
+        )
     history: list[list[SpanTrace]] = []
     number = 0
     for sample, spans in enumerate(prompt_state.spans):
@@ -38,20 +54,31 @@ def trace_of(prompt_state: PromptState) -> list[list[SpanTrace]]:
             source = prompt_state.sources[number]
             token_at, merged = _after_encoder(*source, span.tokens)
             number += 1
-            restored = {r - span.offset for r in protected_ranks[sample] if 0 <= r - span.offset < span.tokens and token_at[r - span.offset] < 0}
+            restored = {
+                r - span.offset
+                for r in protected_ranks[sample]
+                if 0 <= r - span.offset < span.tokens and token_at[r - span.offset] < 0
+            }
             for token in restored:
                 token_at[token] = token
             merged = {anchor: tuple(m for m in members if m not in restored) for anchor, members in merged.items()}
             merged = {anchor: members for anchor, members in merged.items() if members}
             tower = _tower_trace(*source, span.tokens)
-            before = set(range(span.tokens) if tower is None else tower.kept) - {m for members in merged.values() for m in members}
+            before = set(range(span.tokens) if tower is None else tower.kept) - {
+                m for members in merged.values() for m in members
+            }
             stages = []
             for group, group_ranks in zip(prompt_state.layer_groups, kept_ranks, strict=True):
-                current = {token_at[r - span.offset] for r in group_ranks[sample] if span.offset <= r < span.offset + span.tokens}
+                current = {
+                    token_at[r - span.offset]
+                    for r in group_ranks[sample]
+                    if span.offset <= r < span.offset + span.tokens
+                }
                 kept = {token for token in current if token >= 0}
                 into = {}
                 for anchor, members in _merged_before(group, sample, ranks[sample]).items():
-                    own_members = [m - span.offset for m in members if 0 <= m - span.offset < span.tokens]  # tokens of other images count as dropped there
+                    # tokens of other images count as dropped there
+                    own_members = [m - span.offset for m in members if 0 <= m - span.offset < span.tokens]
                     if 0 <= anchor - span.offset < span.tokens and own_members:
                         into[token_at[anchor - span.offset]] = tuple(sorted(token_at[m] for m in own_members))
                 dropped = before - kept - {m for members in into.values() for m in members}
@@ -94,7 +121,11 @@ def _tower_trace(encoded: EncodedFeatures, number: int, tokens: int) -> StageTra
         return None
     survivors = encoded.tower_survivors[number, int(encoded.cls_token) :][:tokens].tolist()
     kept = tuple(token for token, flag in enumerate(survivors) if flag)
-    return None if len(kept) == tokens else StageTrace(-1, kept, tuple(token for token, flag in enumerate(survivors) if not flag))
+    return (
+        None
+        if len(kept) == tokens
+        else StageTrace(-1, kept, tuple(token for token, flag in enumerate(survivors) if not flag))
+    )
 
 
 def _after_encoder(encoded: EncodedFeatures, number: int, tokens: int) -> tuple[list[int], dict[int, tuple[int, ...]]]:
@@ -111,7 +142,9 @@ def _after_encoder(encoded: EncodedFeatures, number: int, tokens: int) -> tuple[
         if is_valid:
             token_at[slot] = source - shift
     merged: dict[int, tuple[int, ...]] = {}
-    for member, into in zip(selection.source_tokens[number].tolist(), selection.target_row[number].tolist(), strict=True):
+    for member, into in zip(
+        selection.source_tokens[number].tolist(), selection.target_row[number].tolist(), strict=True
+    ):
         if into >= 0 and member != index[into]:
             anchor = index[into] - shift
             merged[anchor] = (*merged.get(anchor, ()), member - shift)

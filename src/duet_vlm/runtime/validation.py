@@ -10,10 +10,11 @@ meaning, and a row that is not valid, or a member that joins none (-1), may hold
 
 How to call them::
 
-    plan = check_plan(reducer, reducer.plan(tokens, depth, budget), tokens, depth)         # where plans are made, once per size
-    selection, code = check_selection(reducer, reducer.select_tokens(view), view, view.plans)        # wherever select_tokens is called, parts too
-    mask, code = check_mask(reducer, reducer.prune_tokens(view), view.valid, view.num_keep)             # wherever prune_tokens is called
-    raise_if_invalid(int(code), reducer)                                                       # where the code has been read
+    plan = check_plan(reducer, reducer.plan(tokens, depth, budget), tokens, depth)         # where plans are made, once
+    per size selection, code = check_selection(reducer, reducer.select_tokens(view), view, view.plans)        # wherever
+    select_tokens is called, parts too mask, code = check_mask(reducer, reducer.prune_tokens(view), view.valid,
+    view.num_keep)             # wherever prune_tokens is called raise_if_invalid(int(code), reducer)
+    # where the code has been read
 
 Codes of several calls of one method are one: ``torch.stack(codes).amax()``. In a prefill the codes of selections stand
 beside ``finite`` in the one read of the entry; look at ``finite`` first, numbers that are not finite explain any
@@ -45,7 +46,8 @@ from duet_vlm.reducers.vision_tower import MergePairs, TowerReducer, TowerView
 MEMBER = 1 << 32  # how a member counts in a table where a kept row counts 1
 
 Values: TypeAlias = "Tensor | tuple[Tensor, Tensor] | None"
-Faults: TypeAlias = "dict[InvalidSelection, tuple[Tensor, Values]]"  # where each kind is true, and what was found there (instead of what)
+# where each kind is true, and what was found there (instead of what)
+Faults: TypeAlias = "dict[InvalidSelection, tuple[Tensor, Values]]"
 
 
 class InvalidSelection(IntEnum):
@@ -107,12 +109,12 @@ def check_finite(flag: Tensor, what: str) -> None:
         raise not_finite(what)
 
 
-
 # ---- plans
 
 
 def check_plan(reducer: Reducer, plan: SpanPlan, tokens: int, depth: int) -> SpanPlan:
-    """The plan that ``reducer`` made for a span of ``tokens`` in a decoder of ``depth`` layers, its counts as plain ints.
+    """The plan that ``reducer`` made for a span of ``tokens`` in a decoder of ``depth`` layers, its counts as plain
+    ints.
 
     Raises
     ------
@@ -127,11 +129,16 @@ def check_plan(reducer: Reducer, plan: SpanPlan, tokens: int, depth: int) -> Spa
         refuse("return a duet_vlm.SpanPlan")
     if not isinstance(plan.counts, Sequence):
         refuse("counts must be a tuple of ints, one per decoder layer")
-    if not all(isinstance(n, Integral) and not isinstance(n, bool) for n in (plan.tokens, plan.dominant, plan.contextual, *plan.counts)):
+    if not all(
+        isinstance(n, Integral) and not isinstance(n, bool)
+        for n in (plan.tokens, plan.dominant, plan.contextual, *plan.counts)
+    ):
         refuse("tokens, dominant, contextual and counts must be ints")
     counts = tuple(int(n) for n in plan.counts)
     tower = None if plan.tower is None else int(plan.tower)
-    checked = SpanPlan(int(plan.tokens), int(plan.dominant), int(plan.contextual), counts, floored=bool(plan.floored), tower=tower)
+    checked = SpanPlan(
+        int(plan.tokens), int(plan.dominant), int(plan.contextual), counts, floored=bool(plan.floored), tower=tower
+    )
     if plan.structure or plan.parts:
         refuse("structure and parts are filled in later; leave them out")
     if checked.tokens != tokens:
@@ -147,19 +154,25 @@ def check_plan(reducer: Reducer, plan: SpanPlan, tokens: int, depth: int) -> Spa
     before = checked.entry
     for layer, count in enumerate(checked.counts):
         if count > before:
-            refuse(f"layer {layer} cannot read {count} tokens where {before} are left: counts may not grow with depth, nor exceed what enters")
+            refuse(
+                f"layer {layer} cannot read {count} tokens where {before} are left: counts may not grow with depth, nor exceed what enters"
+            )
         if 0 < count < before and not isinstance(reducer, DecoderReducer):
             refuse(f"it drops tokens before layer {layer}, but this method is no DecoderReducer: nothing says which")
         before = count
     if checked.merges and not isinstance(reducer, EncoderReducer):
-        refuse("fewer rows enter than the span has, but this method is no EncoderReducer: nothing says which; drop at layer 0 instead")
+        refuse(
+            "fewer rows enter than the span has, but this method is no EncoderReducer: nothing says which; drop at layer 0 instead"
+        )
     return checked
 
 
 # ---- selections
 
 
-def check_selection(reducer: Reducer, selection: Selection, view: EncoderView, plans: Sequence[SpanPlan]) -> tuple[Selection, Tensor]:
+def check_selection(
+    reducer: Reducer, selection: Selection, view: EncoderView, plans: Sequence[SpanPlan]
+) -> tuple[Selection, Tensor]:
     """The selection that ``reducer`` made of ``view``, and the code of what is wrong with it.
 
     Parameters
@@ -182,18 +195,31 @@ def check_selection(reducer: Reducer, selection: Selection, view: EncoderView, p
         The message names the fault, the method and its result.
     """
     max_planned = max(plan.entry for plan in plans)
-    return _checked(reducer, "select_tokens", selection, view.valid, view.dominant + view.contextual, max_planned, _shown_to(view))
+    return _checked(
+        reducer, "select_tokens", selection, view.valid, view.dominant + view.contextual, max_planned, _shown_to(view)
+    )
 
 
 def check_rows(reducer: DecoderReducer, selection: Selection, view: DecoderView) -> tuple[Selection, Tensor]:
-    """As ``check_selection``, for the ``view.num_keep`` of rows [B, V] that `prune_tokens` keeps and merges inside the decoder."""
+    """As ``check_selection``, for the ``view.num_keep`` of rows [B, V] that `prune_tokens` keeps and merges inside the
+    decoder."""
     if not reducer.merges:
-        raise ValueError(f"{_name(reducer)}.prune_tokens returned a Selection: a method that merges inside the decoder says so (merges = True)")
-    return _checked(reducer, "prune_tokens", selection, view.valid, view.num_keep, max(stay for _, stay in view.host_counts), None)
+        raise ValueError(
+            f"{_name(reducer)}.prune_tokens returned a Selection: a method that merges inside the decoder says so (merges = True)"
+        )
+    return _checked(
+        reducer, "prune_tokens", selection, view.valid, view.num_keep, max(stay for _, stay in view.host_counts), None
+    )
 
 
 def _checked(
-    reducer: Reducer, verb: str, selection: Selection, view_valid: Tensor, num_planned: Tensor, max_planned: int, view_inputs: Tensor | None
+    reducer: Reducer,
+    verb: str,
+    selection: Selection,
+    view_valid: Tensor,
+    num_planned: Tensor,
+    max_planned: int,
+    view_inputs: Tensor | None,
 ) -> tuple[Selection, Tensor]:
     """A selection and the code of what is wrong with it.
 
@@ -214,7 +240,8 @@ def _checked(
         if weights is not None:
             faults[InvalidSelection.WEIGHTS] = joins & ~weights.isfinite(), members
         into = torch.where(joins, into, -1)
-    inside = chosen.clamp(0, tokens - 1)  # those outside are the worst that is wrong, so that they count as others hides nothing
+    # those outside are the worst that is wrong, so that they count as others hides nothing
+    inside = chosen.clamp(0, tokens - 1)
     times = weight.new_zeros(view_valid.shape).scatter_add_(1, inside, weight)
     if members.shape[1] and weights is None:
         faults[InvalidSelection.MEMBERS] = times > MEMBER, None
@@ -226,7 +253,9 @@ def _checked(
         faults[InvalidSelection.INPUT] = view_inputs * 0 != 0, None
     code = _code(reducer, faults)
     kept = valid & (valid.cumsum(1) <= num_planned[:, None])
-    return Selection(inside[:, :rows], kept, inside[:, rows:], into, selection.merge, weights, selection.tags, selection.custom_rows), code
+    return Selection(
+        inside[:, :rows], kept, inside[:, rows:], into, selection.merge, weights, selection.tags, selection.custom_rows
+    ), code
 
 
 def _check_form(reducer: Reducer, verb: str, selection: Selection, view_valid: Tensor, max_planned: int) -> None:
@@ -238,7 +267,12 @@ def _check_form(reducer: Reducer, verb: str, selection: Selection, view_valid: T
     if not isinstance(selection, Selection):
         refuse(f"{_shown(selection)}: return a duet_vlm.Selection")
     batch = len(view_valid)
-    for name, dtype in (("index", torch.int64), ("valid", torch.bool), ("source_tokens", torch.int64), ("target_row", torch.int64)):
+    for name, dtype in (
+        ("index", torch.int64),
+        ("valid", torch.bool),
+        ("source_tokens", torch.int64),
+        ("target_row", torch.int64),
+    ):
         tensor = getattr(selection, name)
         form = isinstance(tensor, Tensor) and tensor.ndim == 2 and len(tensor) == batch and tensor.dtype == dtype
         if not form or tensor.device != view_valid.device:
@@ -249,18 +283,31 @@ def _check_form(reducer: Reducer, verb: str, selection: Selection, view_valid: T
         if shapes[0] != shapes[1]:
             refuse(f"{a} of shape {shapes[0]} and {b} of shape {shapes[1]}: they must be alike")
     if (weights := selection.weights) is not None:
-        form = isinstance(weights, Tensor) and weights.shape == selection.source_tokens.shape and weights.is_floating_point()
+        form = (
+            isinstance(weights, Tensor)
+            and weights.shape == selection.source_tokens.shape
+            and weights.is_floating_point()
+        )
         if not form or weights.device != view_valid.device:
             expected = f"give a tensor {list(selection.source_tokens.shape)} of floating point, as members, on {view_valid.device}, or None"
             refuse(f"weights = {_shown(weights)}: {expected}")
     if (tags := selection.tags) is not None:
         form = isinstance(tags, Tensor) and tags.shape == selection.index.shape and tags.dtype == torch.float32
         if not form or tags.device != view_valid.device:
-            refuse(f"notes = {_shown(tags)}: give a tensor {list(selection.index.shape)} of {torch.float32}, as index, on {view_valid.device}, or None")
+            refuse(
+                f"notes = {_shown(tags)}: give a tensor {list(selection.index.shape)} of {torch.float32}, as index, on {view_valid.device}, or None"
+            )
     if (custom_rows := selection.custom_rows) is not None:
-        form = isinstance(custom_rows, Tensor) and custom_rows.ndim == 3 and custom_rows.shape[:2] == selection.index.shape and custom_rows.is_floating_point()
+        form = (
+            isinstance(custom_rows, Tensor)
+            and custom_rows.ndim == 3
+            and custom_rows.shape[:2] == selection.index.shape
+            and custom_rows.is_floating_point()
+        )
         if not form or custom_rows.device != view_valid.device or weights is None:
-            refuse(f"rows = {_shown(custom_rows)}: give a tensor {[*selection.index.shape, 'C']} of floating point on {view_valid.device}, with weights, or None")
+            refuse(
+                f"rows = {_shown(custom_rows)}: give a tensor {[*selection.index.shape, 'C']} of floating point on {view_valid.device}, with weights, or None"
+            )
     if selection.merge not in MERGES:
         refuse(f"merge={selection.merge!r}: choose one of {', '.join(map(repr, MERGES))}")
     if selection.index.shape[1] < max_planned:
@@ -289,16 +336,26 @@ def check_merge_pairs(reducer: TowerReducer, merged: MergePairs, view: TowerView
     """The target of each unit [P, U] (invalid units keep themselves), the mask of the kept units, and the code."""
     position = torch.arange(view.valid.shape[1], device=view.valid.device).expand(view.valid.shape)
     for name, value in (("target", merged.target), ("order", position if merged.order is None else merged.order)):
-        form = isinstance(value, Tensor) and value.shape == position.shape and value.dtype == torch.int64 and value.device == position.device
+        form = (
+            isinstance(value, Tensor)
+            and value.shape == position.shape
+            and value.dtype == torch.int64
+            and value.device == position.device
+        )
         if not form:
-            raise ValueError(f"{_name(reducer)}.keep_patches returned {name} = {_shown(value)}: give a tensor {list(position.shape)} of {torch.int64}")
+            raise ValueError(
+                f"{_name(reducer)}.keep_patches returned {name} = {_shown(value)}: give a tensor {list(position.shape)} of {torch.int64}"
+            )
     inside = merged.target.clamp(0, position.shape[1] - 1)
     into = torch.where(view.valid, inside, position)
     mask = (into == position) & view.valid
     faults: Faults = {InvalidSelection.UNITS: _differ(mask.sum(1), view.num_keep)}
     faults[InvalidSelection.JOINS] = view.valid & ((into != merged.target) | ~mask.gather(1, into)), merged.target
     if merged.order is not None:
-        faults[InvalidSelection.JOINS] = faults[InvalidSelection.JOINS][0] | (merged.order.sort(1).values != position), merged.target
+        faults[InvalidSelection.JOINS] = (
+            faults[InvalidSelection.JOINS][0] | (merged.order.sort(1).values != position),
+            merged.target,
+        )
     return into, mask, _code(reducer, faults)
 
 
@@ -311,7 +368,11 @@ def check_counts(reducer: TowerReducer, units: int, left: int, depth: int) -> Se
         If these are no counts that a picture can have.
     """
     boundaries, counts = reducer.boundaries(depth), reducer.stage_counts(units, left, depth)
-    if len(counts) != len(boundaries) or list(counts) != sorted(counts, reverse=True) or not 1 <= left == counts[-1] <= counts[0] <= units:
+    if (
+        len(counts) != len(boundaries)
+        or list(counts) != sorted(counts, reverse=True)
+        or not 1 <= left == counts[-1] <= counts[0] <= units
+    ):
         raise ValueError(
             f"{_name(reducer)}.stage_counts(units={units}, left={left}, depth={depth}) returned {list(counts)}: for each of the {len(boundaries)} "
             f"boundaries a number of units, none above the one before, at last {left}"
@@ -320,9 +381,15 @@ def check_counts(reducer: TowerReducer, units: int, left: int, depth: int) -> Se
 
 
 def check_mask(
-    reducer: Reducer, mask: Tensor, valid: Tensor, keep: Tensor | None, verb: str = "prune_tokens", wrong: InvalidSelection = InvalidSelection.KEPT
+    reducer: Reducer,
+    mask: Tensor,
+    valid: Tensor,
+    keep: Tensor | None,
+    verb: str = "prune_tokens",
+    wrong: InvalidSelection = InvalidSelection.KEPT,
 ) -> tuple[Tensor, Tensor]:
-    """The mask [B, V] that ``reducer`` made of the tokens that stay, False for padding, and the code of what is wrong with it.
+    """The mask [B, V] that ``reducer`` made of the tokens that stay, False for padding, and the code of what is wrong
+    with it.
 
     ``valid`` [B, V] bool and ``keep`` [B] are those of the ``DecoderView`` (None: any number, but one at least where
     there are any). The code is a 0-dim int64 tensor; on the CPU it is 0.
@@ -338,7 +405,8 @@ def check_mask(
         raise ValueError(f"{_name(reducer)}.{verb} returned {_shown(mask)}: {expected}")
     mask = mask & valid
     num_kept = mask.sum(1)
-    num_expected = num_kept.maximum(valid.any(1).long()) if keep is None else keep  # of a picture of one unit there is nothing to choose
+    # of a picture of one unit there is nothing to choose
+    num_expected = num_kept.maximum(valid.any(1).long()) if keep is None else keep
     return mask, _code(reducer, {wrong: _differ(num_kept, num_expected)})
 
 
@@ -380,4 +448,6 @@ def _name(reducer: Reducer) -> str:
 
 
 def _shown(value: object) -> str:
-    return f"a tensor {list(value.shape)} of {value.dtype} on {value.device}" if isinstance(value, Tensor) else repr(value)
+    return (
+        f"a tensor {list(value.shape)} of {value.dtype} on {value.device}" if isinstance(value, Tensor) else repr(value)
+    )

@@ -1,1 +1,2 @@
-"""The part of a method that an engine which owns model and scheduler (vLLM) runs: settings, counts, rows, stages. No engine is imported."""
+"""The part of a method that an engine which owns model and scheduler (vLLM) runs: settings, counts, rows, stages. No
+engine is imported."""

@@ -1,7 +1,7 @@
 """Stages of a decoder that drops visual tokens between its layers: runs of layers that read the same rows.
 
-Stage 0 reads all rows that entered, stage ``s`` those that the first ``s`` drops left. Numbers of rows follow from plans, so a server
-knows them before anything runs; only *which* rows stay depends on the model.
+Stage 0 reads all rows that entered, stage ``s`` those that the first ``s`` drops left. Numbers of rows follow from
+plans, so a server knows them before anything runs; only *which* rows stay depends on the model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ from duet_vlm.reducers.inputs import DECODER_INPUTS, Input
 INPUTS = frozenset({
     Input.SCORES, Input.HIDDEN_STATES, Input.PREVIOUS_HIDDEN_STATES, Input.TEXT_HIDDEN_STATES, Input.DECODER_KEYS, Input.POSITIONS,
 })  # fmt: skip
-SERVED_SETTINGS: dict[str, tuple[object, ...]] = {"text_query": ("all", "last"), "multi_image": ("joint",), "trim_kv_cache": (False,)}
+SERVED_SETTINGS: dict[str, tuple[object, ...]] = {
+    "text_query": ("all", "last"),
+    "multi_image": ("joint",),
+    "trim_kv_cache": (False,),
+}
 SERVED_RULES: dict[str, tuple[object, ...]] = {"score_mask": ("causal",), "score_positions": ("as_is",)}
 REASONS = {
     "text_query": "the engine shows the decoder token numbers, and no words of the question",
@@ -38,7 +42,8 @@ class DecoderStages:
     depth : int
         Layers of the decoder.
     starts : tuple of int
-        The first layer of each stage behind stage 0, strictly increasing, from 1 to ``depth - 1``: rows leave in front of it.
+        The first layer of each stage behind stage 0, strictly increasing, from 1 to ``depth - 1``: rows leave in front
+        of it.
     """
 
     depth: int
@@ -134,4 +139,6 @@ def check_decoder_method(reducer: Reducer) -> None:
     for holder, served in ((reducer, SERVED_SETTINGS), (reducer.scoring_rules(), SERVED_RULES)):
         for setting, allowed in served.items():
             if (value := getattr(holder, setting)) not in allowed:
-                raise ValueError(f"{name}: {setting}={value!r}: {REASONS[setting]}; set {' or '.join(map(repr, allowed))}")
+                raise ValueError(
+                    f"{name}: {setting}={value!r}: {REASONS[setting]}; set {' or '.join(map(repr, allowed))}"
+                )

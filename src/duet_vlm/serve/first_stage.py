@@ -32,7 +32,8 @@ def reduce_rows(
     Parameters
     ----------
     rows : sequence of Tensor
-        Per image [n, C]: what the projector reads, or, for methods that read projected rows and for grid mergers, what it made.
+        Per image [n, C]: what the projector reads, or, for methods that read projected rows and for grid mergers, what
+        it made.
     parts : sequence of Tensor
         Per image, on the host: the part (crop, frame) that each row shows [n], -1 for newlines.
     asked : sequence of float
@@ -47,8 +48,8 @@ def reduce_rows(
     Returns
     -------
     list of (Tensor, Tensor)
-        Per image the rows [K, C], as many as planned, and the token that each stands for [K]: in the method's order where positions are
-        compact, ascending where they are kept.
+        Per image the rows [K, C], as many as planned, and the token that each stands for [K]: in the method's order
+        where positions are compact, ascending where they are kept.
     """
     plans = [served.span(*part_sizes(shown), wanted) for shown, wanted in zip(parts, asked, strict=True)]
     if not any(plan.merges for plan in plans):
@@ -68,4 +69,6 @@ def reduce_rows(
         number = torch.arange(selection.index.shape[1], device=features.device)
         place = selection.index if reducer.positions == "keep" else number.expand_as(selection.index)
         order = torch.where(selection.valid, place, features.shape[1] + len(number)).argsort(dim=1, stable=True)
-    return [(merged[i, order[i, : plan.entry]], selection.index[i, order[i, : plan.entry]]) for i, plan in enumerate(plans)]
+    return [
+        (merged[i, order[i, : plan.entry]], selection.index[i, order[i, : plan.entry]]) for i, plan in enumerate(plans)
+    ]

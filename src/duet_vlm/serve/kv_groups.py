@@ -1,7 +1,8 @@
 """KV-cache groups of a decoder with stages: how many vLLM makes, and how many layers of memory they waste.
 
-vLLM (0.32, ``_get_kv_cache_groups_uniform_page_size``) gives all groups the same number of layers: that of the smallest stage, or of the
-largest where it is below 1.5 times the smallest. A stage that is no multiple of it ends in a group with layers that nobody uses.
+vLLM (0.32, ``_get_kv_cache_groups_uniform_page_size``) gives all groups the same number of layers: that of the smallest
+stage, or of the largest where it is below 1.5 times the smallest. A stage that is no multiple of it ends in a group
+with layers that nobody uses.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class KVGroups:
 
 
 def nearest_good(stages: DecoderStages) -> DecoderStages | None:
-    """The stages with good groups whose drops are moved least (in layers, added up); of equals those with fewer groups, then later drops.
+    """The stages with good groups whose drops are moved least (in layers, added up); of equals those with fewer groups,
+    then later drops.
 
     None where no such stages with as many drops exist, as in a decoder of a prime number of layers.
     """

@@ -1,5 +1,6 @@
-"""The method that a server reduces by, and how many rows of an image it leaves. Counts depend on sizes and settings only, never on pixels
-or text: the engine lays out a prompt before anything is encoded, and whoever encodes later must make exactly as many rows."""
+"""The method that a server reduces by, and how many rows of an image it leaves. Counts depend on sizes and settings
+only, never on pixels or text: the engine lays out a prompt before anything is encoded, and whoever encodes later must
+make exactly as many rows."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ from duet_vlm.utils.field_types import to_plain
 
 KEY = "duet"  # of the model's config: {"method": ..., "budget": ..., and settings of the method}
 REQUEST = "duet_budget"  # of a request's processor arguments
-ARCHITECTURES = {  # whose first stage vLLM can run, and their positions there; the plug-in registers each with PREFIX in front
+# whose first stage vLLM can run, and their positions there; the plug-in registers each with PREFIX in front
+ARCHITECTURES = {
     "LlavaForConditionalGeneration": "compact",
     "LlavaNextForConditionalGeneration": "compact",
     "LlavaOnevisionForConditionalGeneration": "compact",
@@ -37,7 +39,8 @@ ARCHITECTURES = {  # whose first stage vLLM can run, and their positions there; 
     "Qwen2_5_VLForConditionalGeneration": "keep",
     "Qwen3VLForConditionalGeneration": "keep",
 }
-STAGED = ("LlavaForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")  # of these, whose decoder can drop rows there
+# of these, whose decoder can drop rows there
+STAGED = ("LlavaForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
 PREFIX = "Duet"
 WORKER = "duet_vlm_vllm.stages.worker.StagedWorker"
 SCHEDULER = "duet_vlm_vllm.stages.scheduler.StagedScheduler"
@@ -47,11 +50,17 @@ STAGE_FLAGS = (  # of an engine whose decoder drops rows; the plug-in refuses to
 )  # fmt: skip
 STAGES = ("first", "all")  # what of a method a server runs: before the decoder only, or inside it, too
 
-DEPTH = 32  # of the decoder in which a method divides what enters into dominant and contextual rows, where nobody says how deep it is
-SECOND = {each.name for each in dataclasses.fields(DecoderReducer)} - {each.name for each in dataclasses.fields(Reducer)}
-OWN_SECOND = ("schedule", "skip_unanswered", "score_mask", "score_positions", "probe")  # of a method; in a composition behind its name
+# of the decoder in which a method divides what enters into dominant and contextual rows, where nobody says how deep it
+# is
+DEPTH = 32
+SECOND = {each.name for each in dataclasses.fields(DecoderReducer)} - {
+    each.name for each in dataclasses.fields(Reducer)
+}
+# of a method; in a composition behind its name
+OWN_SECOND = ("schedule", "skip_unanswered", "score_mask", "score_positions", "probe")
 NOTHING_ASKED = -1.0
-SIZES = tuple(size for power in range(14) for size in (2**power, 3 * 2**power))  # of spans for which a method's drops are looked up
+# of spans for which a method's drops are looked up
+SIZES = tuple(size for power in range(14) for size in (2**power, 3 * 2**power))
 
 
 def _late(name: str) -> bool:
@@ -68,9 +77,11 @@ class ServedMethod:
     reducer : EncoderReducer
         What it does before the decoder.
     budget : Budget or None
-        Tokens of an image or clip: those that enter the decoder, or, with ``decoder_reducer``, the mean over its layers.
+        Tokens of an image or clip: those that enter the decoder, or, with ``decoder_reducer``, the mean over its
+        layers.
     decoder_reducer : DecoderReducer, optional
-        What it drops inside the decoder by, where the server does: the same object for a method that reduces in both places.
+        What it drops inside the decoder by, where the server does: the same object for a method that reduces in both
+        places.
     depth : int, optional
         Layers of the decoder, where rows are dropped inside it.
     """
@@ -87,10 +98,11 @@ class ServedMethod:
         Parameters
         ----------
         given : mapping
-            ``method`` (default "duet"), ``budget``, ``stages`` ("first", the default, or "all": drops inside the decoder, too), and settings
-            of the method.
+            ``method`` (default "duet"), ``budget``, ``stages`` ("first", the default, or "all": drops inside the
+            decoder, too), and settings of the method.
         positions : str
-            What the family has: "compact" (rows are numbered anew, in the method's own order) or "keep" (grids, M-RoPE).
+            What the family has: "compact" (rows are numbered anew, in the method's own order) or "keep" (grids,
+            M-RoPE).
         depth : int, optional
             Layers of the decoder; needed for ``stages="all"``.
 
@@ -102,7 +114,11 @@ class ServedMethod:
         if not isinstance(given, Mapping):
             raise TypeError(f"{KEY}={given!r}: give a dictionary such as {{'method': 'duet_plus', 'budget': 64}}")
         settings = {name: to_plain(value) for name, value in given.items()}
-        method, budget, stages = settings.pop("method", "duet"), settings.pop("budget", None), settings.pop("stages", "first")
+        method, budget, stages = (
+            settings.pop("method", "duet"),
+            settings.pop("budget", None),
+            settings.pop("stages", "first"),
+        )
         check_choice("stages", stages, STAGES)
         check_budget(budget)
         if stages == "all":
@@ -111,7 +127,9 @@ class ServedMethod:
             _check_stage(part, get_method(part))
         late = sorted(name for name in settings if _late(name) and settings[name] not in (None, ()))
         if late:
-            raise ValueError(f"{late[0]}: a setting of what is dropped inside the decoder, and this server runs the first stage: leave it out")
+            raise ValueError(
+                f"{late[0]}: a setting of what is dropped inside the decoder, and this server runs the first stage: leave it out"
+            )
         _check_first_settings(settings, positions)
         reducer = with_fields(get_method(method), {**settings, "positions": positions})
         assert isinstance(reducer, EncoderReducer)  # checked stage by stage
@@ -121,9 +139,13 @@ class ServedMethod:
         return made
 
     @classmethod
-    def _of_all_stages(cls, method: str, budget: Budget | None, settings: dict[str, Any], positions: str, depth: int | None) -> ServedMethod:
+    def _of_all_stages(
+        cls, method: str, budget: Budget | None, settings: dict[str, Any], positions: str, depth: int | None
+    ) -> ServedMethod:
         if depth is None:
-            raise ValueError("stages='all': how many layers the decoder has is not known; serve the first stage (stages='first')")
+            raise ValueError(
+                "stages='all': how many layers the decoder has is not known; serve the first stage (stages='first')"
+            )
         for part in method.split("+"):
             _check_tower(part, get_method(part))
         kind = get_method(method)
@@ -168,7 +190,9 @@ class ServedMethod:
         """A digest of the settings: it tells rows of this server from those of another, where caches are shared."""
         late = self.decoder_reducer
         inside = () if late is None else (late.name, sorted(late.settings().items()), self.depth)
-        text = repr((duet_vlm.__version__, self.reducer.name, self.budget, sorted(self.reducer.settings().items()), *inside))
+        text = repr(
+            (duet_vlm.__version__, self.reducer.name, self.budget, sorted(self.reducer.settings().items()), *inside)
+        )
         return hashlib.sha256(text.encode()).hexdigest()
 
     def asked(self, request: Mapping[str, Any]) -> float:
@@ -185,13 +209,17 @@ class ServedMethod:
         try:
             check_budget(budget)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{REQUEST}={budget!r}: {error}") from None  # servers answer a TypeError as a fault of their own
+            # servers answer a TypeError as a fault of their own
+            raise ValueError(f"{REQUEST}={budget!r}: {error}") from None
         if self.budget is None:
-            raise ValueError(f"{REQUEST}={budget!r}: this server has counts of its own instead of a budget, so requests cannot choose one")
+            raise ValueError(
+                f"{REQUEST}={budget!r}: this server has counts of its own instead of a budget, so requests cannot choose one"
+            )
         return budget + 1.0 if isinstance(budget, int) else float(budget)
 
     def span(self, sizes: Sequence[int], structure: int = 0, asked: float = NOTHING_ASKED) -> SpanPlan:
-        """The plan of an image or clip whose parts (crops, frames) have ``sizes`` tokens, with ``structure`` rows (newlines) beside them.
+        """The plan of an image or clip whose parts (crops, frames) have ``sizes`` tokens, with ``structure`` rows
+        (newlines) beside them.
 
         Raises
         ------
@@ -200,13 +228,17 @@ class ServedMethod:
         """
         own = self._span(self.budget, tuple(sizes), structure)
         if own.entry < 1:
-            raise ValueError(f"these settings leave none of an image's {own.tokens} visual tokens, and vLLM needs one at least: give budget=")
+            raise ValueError(
+                f"these settings leave none of an image's {own.tokens} visual tokens, and vLLM needs one at least: give budget="
+            )
         if asked == NOTHING_ASKED:
             return own
         wanted = int(asked - 1) if asked > 1 else asked
         plan = self._span(wanted, tuple(sizes), structure)
         if plan.entry > own.entry:
-            raise ValueError(f"{REQUEST}={wanted}: {plan.entry} of {plan.tokens} visual tokens, but this server allows {own.entry} at most")
+            raise ValueError(
+                f"{REQUEST}={wanted}: {plan.entry} of {plan.tokens} visual tokens, but this server allows {own.entry} at most"
+            )
         return plan
 
     def _span(self, budget: Budget | None, sizes: tuple[int, ...], structure: int) -> SpanPlan:
@@ -219,7 +251,9 @@ class ServedMethod:
 
 
 @lru_cache(maxsize=4096, typed=True)  # 1 is a token, 1.0 is all of them
-def _span(reducer: Reducer, depth: int | None, budget: Budget | None, sizes: tuple[int, ...], structure: int) -> SpanPlan:
+def _span(
+    reducer: Reducer, depth: int | None, budget: Budget | None, sizes: tuple[int, ...], structure: int
+) -> SpanPlan:
     """The plan of a span: over a decoder of ``depth`` layers, or (None) of the rows that enter it."""
 
     def solve(tokens: int) -> SpanPlan:
@@ -229,7 +263,14 @@ def _span(reducer: Reducer, depth: int | None, budget: Budget | None, sizes: tup
         plan = reducer.plan(tokens, DEPTH, None) if budget is None else reducer.plan_entry(tokens, budget, DEPTH)
         return check_plan(reducer, plan, tokens, DEPTH)
 
-    return plan_span(solve, budget, sizes, structure, reduces_per_crop(reducer, family_default=False), reducer.newline_tokens == "keep")
+    return plan_span(
+        solve,
+        budget,
+        sizes,
+        structure,
+        reduces_per_crop(reducer, family_default=False),
+        reducer.newline_tokens == "keep",
+    )
 
 
 def _keep_all(positions: str) -> EncoderReducer:
@@ -244,17 +285,25 @@ def _check_first_settings(settings: Mapping[str, Any], positions: str) -> None:
     if settings.get("cls_token"):
         raise ValueError("cls_token=True: no server feeds the tower's CLS row to the decoder, leave it out")
     if any(settings.get(name) is False for name in settings if name.endswith("signal_segments")):
-        raise ValueError("signal_segments=False: it ranks all images of a call together, and a server decides which those are, leave it out")
+        raise ValueError(
+            "signal_segments=False: it ranks all images of a call together, and a server decides which those are, leave it out"
+        )
     if settings.get("positions", positions) != positions:
-        raise ValueError(f"positions={settings['positions']!r}: vLLM gives this model {positions!r} positions, leave it out")
+        raise ValueError(
+            f"positions={settings['positions']!r}: vLLM gives this model {positions!r} positions, leave it out"
+        )
 
 
 def _check_signals(reducer: EncoderReducer) -> None:
     """Refuse a method that reads more of the tower than the plug-in makes."""
-    beyond = sorted(need.value for need in reducer.requires & ENCODER_INPUTS - FEATURE_INPUTS - {Input.IMPORTANCE, Input.KEYS})
+    beyond = sorted(
+        need.value for need in reducer.requires & ENCODER_INPUTS - FEATURE_INPUTS - {Input.IMPORTANCE, Input.KEYS}
+    )
     if beyond or len(reducer.signal_layers) > 1:
         what = ", ".join(beyond) or "several vision layers"
-        raise ValueError(f"{reducer.name}: it reads {what}, and the plug-in makes the importance and keys of one vision layer only: choose another")
+        raise ValueError(
+            f"{reducer.name}: it reads {what}, and the plug-in makes the importance and keys of one vision layer only: choose another"
+        )
 
 
 def check_staged(architecture: str) -> None:
@@ -266,13 +315,17 @@ def check_staged(architecture: str) -> None:
         Names the models that can.
     """
     if architecture not in STAGED:
-        raise ValueError(f"{architecture}: stages='all' can be served for {', '.join(STAGED)}; serve the first stage (stages='first')")
+        raise ValueError(
+            f"{architecture}: stages='all' can be served for {', '.join(STAGED)}; serve the first stage (stages='first')"
+        )
 
 
 def _check_tower(name: str, cls: type[Reducer]) -> None:
     """Refuse a method that works inside the tower."""
     if issubclass(cls, TowerReducer):
-        raise ValueError(f"method {name}: it works inside the vision tower, which vLLM runs as it is; take one behind it (duet_plus, visionzip, ...)")
+        raise ValueError(
+            f"method {name}: it works inside the vision tower, which vLLM runs as it is; take one behind it (duet_plus, visionzip, ...)"
+        )
 
 
 def _check_stage(name: str, cls: type[Reducer]) -> None:
@@ -285,7 +338,8 @@ def _check_stage(name: str, cls: type[Reducer]) -> None:
 
 
 def flags(config: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """Flags that make vLLM reduce by ``given`` (as ``ServedMethod.of``); none holds blanks, quotes or brackets that a shell reads.
+    """Flags that make vLLM reduce by ``given`` (as ``ServedMethod.of``); none holds blanks, quotes or brackets that a
+    shell reads.
 
     Parameters
     ----------
@@ -300,12 +354,19 @@ def flags(config: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     (architecture,) = config.get("architectures") or ["no architecture in config.json"]
     if architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise ValueError(f"{architecture}: vLLM cannot run a first stage for this model, only for {known}; --backend transformers runs others")
+        raise ValueError(
+            f"{architecture}: vLLM cannot run a first stage for this model, only for {known}; --backend transformers runs others"
+        )
     every = given.get("stages") == "all"
     if every:
         check_staged(architecture)
-    ServedMethod.of(given, ARCHITECTURES[architecture], config.get("text_config", config).get("num_hidden_layers", DEPTH))
-    values = {name: value if isinstance(value, str) else json.dumps(value, separators=(",", ":")) for name, value in given.items()}
+    ServedMethod.of(
+        given, ARCHITECTURES[architecture], config.get("text_config", config).get("num_hidden_layers", DEPTH)
+    )
+    values = {
+        name: value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+        for name, value in given.items()
+    }
     return [
         "--hf-overrides.architectures+", PREFIX + architecture,
         *(part for name, value in values.items() for part in (f"--hf-overrides.{KEY}.{name}", value)),

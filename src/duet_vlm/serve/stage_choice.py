@@ -1,6 +1,8 @@
-"""The rows that go on behind a drop inside the decoder, for several requests of one step: what the method is shown, and what follows.
+"""The rows that go on behind a drop inside the decoder, for several requests of one step: what the method is shown, and
+what follows.
 
-An engine brings the rows of the layer, its queries and keys; shapes are known on the host, so nothing here waits for a device.
+An engine brings the rows of the layer, its queries and keys; shapes are known on the host, so nothing here waits for a
+device.
 """
 
 from __future__ import annotations
@@ -51,8 +53,8 @@ class DropTables:
 
     @classmethod
     def of(cls, step: StagedStep, stage: int, text_query: str, current: Tensor) -> DropTables | None:
-        """The drop in front of ``stage``; ``current`` [T] are the numbers, in the batch as it came, of the rows of the stage before. None where
-        no request loses rows."""
+        """The drop in front of ``stage``; ``current`` [T] are the numbers, in the batch as it came, of the rows of the
+        stage before. None where no request loses rows."""
         drop = step.drop(stage, text_query)
         if drop is None:
             return None
@@ -79,7 +81,8 @@ def attention_scores(
     query, key : Tensor
         [D, H, L, d] and [D, Hkv, L, d], rotated, of the rows of ``tables``.
     prefix : (Tensor, Tensor), optional
-        Keys [D, Hkv, P, d] of rows that an earlier step left in the cache, and which are real [D, P]: the softmax runs over them, too.
+        Keys [D, Hkv, P, d] of rows that an earlier step left in the cache, and which are real [D, P]: the softmax runs
+        over them, too.
 
     Returns
     -------
@@ -150,7 +153,11 @@ def _view(
     needed, made = reducer.requires, dict(signals)
     if Input.POSITIONS in needed:
         made["positions"] = tables.places
-    columns = {name: gather_rows(rows, tables.visual) for name, rows in made.items() if name != "hidden_states" or Input.HIDDEN_STATES in needed}
+    columns = {
+        name: gather_rows(rows, tables.visual)
+        for name, rows in made.items()
+        if name != "hidden_states" or Input.HIDDEN_STATES in needed
+    }
     of_text = {"keys", "positions"} | ({"hidden_states"} if Input.TEXT_HIDDEN_STATES in needed else set())
     columns |= {f"text_{name}": gather_rows(made[name], tables.queries) for name in of_text & made.keys()}
     keep = upload([after for _, after in tables.counts], tables.visual.device)

@@ -1,4 +1,5 @@
-"""One prompt with images as a decoder with stages reads it: where its visual rows stand, and how many of them each stage has."""
+"""One prompt with images as a decoder with stages reads it: where its visual rows stand, and how many of them each
+stage has."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ class StagedPrompt:
 
     @classmethod
     def of(cls, length: int, spans: Sequence[tuple[int, int]], counts: Sequence[Sequence[int]]) -> StagedPrompt:
-        """From the spans of its images in any order, and for each image the rows of every stage (``DecoderStages.counts``).
+        """From the spans of its images in any order, and for each image the rows of every stage
+        (``DecoderStages.counts``).
 
         Raises
         ------

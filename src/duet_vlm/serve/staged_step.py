@@ -1,6 +1,8 @@
-"""One step of an engine through a decoder with stages: rows, lengths and cache slots of every stage, for several requests at once.
+"""One step of an engine through a decoder with stages: rows, lengths and cache slots of every stage, for several
+requests at once.
 
-All of it is counted on the host, in numpy arrays, before the step runs. R requests, S stages, T_s rows of all requests in stage s.
+All of it is counted on the host, in numpy arrays, before the step runs. R requests, S stages, T_s rows of all requests
+in stage s.
 """
 
 from __future__ import annotations
@@ -128,13 +130,14 @@ class StagedStep:
         return np.repeat(np.arange(len(self.prompts)), self.num_rows[stage])
 
     def rows(self, stage: int) -> Ints:
-        """The number of every row of the flat batch in its request's own sequence of that stage [T_s]: its place in the cache, and its position
-        where positions are compact."""
+        """The number of every row of the flat batch in its request's own sequence of that stage [T_s]: its place in the
+        cache, and its position where positions are compact."""
         shift = self.first_rows[stage] - self.query_starts(stage)[:-1]
         return np.arange(self.num_rows[stage].sum()) + np.repeat(shift, self.num_rows[stage])
 
     def slots(self, stage: int, blocks: Tensor, block_size: int) -> Tensor:
-        """The place of every row in the cache [T_s] int64, on the device of ``blocks`` [R, M], the numbers of each request's blocks."""
+        """The place of every row in the cache [T_s] int64, on the device of ``blocks`` [R, M], the numbers of each
+        request's blocks."""
         rows, requests = (upload(torch.from_numpy(x), blocks.device) for x in (self.rows(stage), self.requests(stage)))
         return blocks[requests, rows // block_size].long() * block_size + rows % block_size
 
@@ -152,8 +155,9 @@ class StagedStep:
         return edges[:-1].cumsum().astype(bool)
 
     def query_rows(self, text_query: str) -> Bools:
-        """Mask of the rows of stage 0 that rank [T_0]: of requests that drop, the prompt's text behind its last image ("all"), or its
-        "last" row. What was generated before a preemption comes back behind the prompt, and does not rank."""
+        """Mask of the rows of stage 0 that rank [T_0]: of requests that drop, the prompt's text behind its last image
+        ("all"), or its "last" row. What was generated before a preemption comes back behind the prompt, and does not
+        rank."""
         last_end = np.array([prompt.last_end for prompt in self.prompts], np.int64)
         first = self._lengths - 1 if text_query == "last" else last_end
         place, request = self.rows(0), self.requests(0)

@@ -57,7 +57,8 @@ class FrozenTowerCallback(TrainerCallback):
 
 
 class RememberCallback(TrainerCallback):
-    """Keeps the reduction with every checkpoint: in the model's config, and beside adapters, which have no config of their own."""
+    """Keeps the reduction with every checkpoint: in the model's config, and beside adapters, which have no config of
+    their own."""
 
     def __init__(self, handle: Handle) -> None:
         self.handle = handle
@@ -74,7 +75,8 @@ class RememberCallback(TrainerCallback):
         """The config beside adapters in ``folder``; a whole model has saved its own."""
         file = folder / "config.json"
         if not file.exists():
-            unfinished = file.with_suffix(".part")  # a kill must not leave half a config in a checkpoint that counts as whole
+            # a kill must not leave half a config in a checkpoint that counts as whole
+            unfinished = file.with_suffix(".part")
             handle.adapter.model.config.to_json_file(unfinished)
             unfinished.replace(file)
 
@@ -84,7 +86,11 @@ class ProgressCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
         )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -27,7 +27,9 @@ class Collator:
         if not tokenizer.is_fast:
             raise TypeError(f"training needs a fast tokenizer (with offsets), got {type(tokenizer).__name__}")
         if prompts == "chat" and not getattr(processor, "chat_template", None):
-            raise ValueError("prompts: chat needs a processor with a chat template; this one has none (prompts: plain does without)")
+            raise ValueError(
+                "prompts: chat needs a processor with a chat template; this one has none (prompts: plain does without)"
+            )
         self.processor, self.prompts, self.max_length = processor, prompts, max_length
         self.image = tokenizer.convert_tokens_to_ids(processor.image_token)
         self.ends = tuple(token for token in tokenizer.all_special_tokens if token != processor.image_token)
@@ -37,17 +39,29 @@ class Collator:
         rendered = [self.render(conversation) for conversation in batch]
         texts = [text for text, _ in rendered]
         images = [list(conversation.images) for conversation in batch]
-        special = not (self.bos and any(text.startswith(self.bos) for text in texts))  # some templates write it themselves
+        # some templates write it themselves
+        special = not (self.bos and any(text.startswith(self.bos) for text in texts))
         kwargs: dict[str, Any] = {"images": images} if any(images) else {}
         inputs = dict(
-            self.processor(text=texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=special, **kwargs)
+            self.processor(
+                text=texts,
+                return_tensors="pt",
+                padding=True,
+                padding_side="right",
+                add_special_tokens=special,
+                **kwargs,
+            )
         )
         ids = inputs["input_ids"]
         labels = torch.full_like(ids, IGNORED)
         for row, (text, spans) in enumerate(rendered):
             real = ids[row, : int(inputs["attention_mask"][row].sum())].tolist()
             columns, offsets = columns_of(self.processor.tokenizer, text, real, {self.image}, special)
-            learned = [c for c, (a, b) in zip(columns, offsets, strict=True) if any(a < end and start < b for start, end in spans)]
+            learned = [
+                c
+                for c, (a, b) in zip(columns, offsets, strict=True)
+                if any(a < end and start < b for start, end in spans)
+            ]
             labels[row, learned] = ids[row, learned]
         return self._cut(inputs | {"labels": labels}, batch)
 
@@ -71,7 +85,9 @@ class Collator:
             text += piece
         places = text.count(self.processor.image_token)
         if places != len(conversation.images):
-            raise ValueError(f"{conversation.where}: {places} x {self.processor.image_token} in its text for {len(conversation.images)} images")
+            raise ValueError(
+                f"{conversation.where}: {places} x {self.processor.image_token} in its text for {len(conversation.images)} images"
+            )
         return text, spans
 
     def _chat(self, conversation: Conversation) -> list[tuple[str, bool]]:
@@ -94,7 +110,13 @@ class Collator:
         return [*pieces, (whole[done:], False)]
 
     def _plain(self, conversation: Conversation) -> list[tuple[str, bool]]:
-        said = [part["text"] for m in conversation.messages if m["role"] == "assistant" for part in m["content"] if part["type"] == "text"]
+        said = [
+            part["text"]
+            for m in conversation.messages
+            if m["role"] == "assistant"
+            for part in m["content"]
+            if part["type"] == "text"
+        ]
         return [(self.processor.image_token * len(conversation.images), False), *((text, True) for text in said)]
 
     def _cut(self, inputs: dict[str, Tensor], batch: Sequence[Conversation]) -> dict[str, Tensor]:
@@ -104,5 +126,10 @@ class Collator:
             return inputs
         for conversation, lost in zip(batch, (ids[:, self.max_length :] == self.image).any(1).tolist(), strict=True):
             if lost:
-                raise ValueError(f"{conversation.where}: max_length={self.max_length} would cut an image: raise it or leave this sample out")
-        return {k: v[:, : self.max_length] if v.shape == ids.shape and not v.is_floating_point() else v for k, v in inputs.items()}
+                raise ValueError(
+                    f"{conversation.where}: max_length={self.max_length} would cut an image: raise it or leave this sample out"
+                )
+        return {
+            k: v[:, : self.max_length] if v.shape == ids.shape and not v.is_floating_point() else v
+            for k, v in inputs.items()
+        }

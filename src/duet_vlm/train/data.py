@@ -66,18 +66,21 @@ class Conversations(Dataset[Conversation]):
 def conversations(
     sources: Sequence[str], images: str | None = None, limit: int | None = None, seed: int = 0, split: str = "train"
 ) -> Dataset[Conversation]:
-    """All sources, one after the other; ``split`` is for those that are drawn. Image files must exist; they are opened later.
+    """All sources, one after the other; ``split`` is for those that are drawn. Image files must exist; they are opened
+    later.
 
     Raises
     ------
     ValueError
-        An unknown source, a file that is no JSON, a row that is no conversation, an image that is missing: file and row are named.
+        An unknown source, a file that is no JSON, a row that is no conversation, an image that is missing: file and row
+        are named.
     """
     return ConcatDataset([_source(name, images, limit, seed, split) for name in sources])
 
 
 def digest(sources: Sequence[str], images: str | None = None, limit: int | None = None) -> str | None:
-    """Of what all conversations say and of every byte of their images; None where all are drawn. Errors are those of ``conversations``."""
+    """Of what all conversations say and of every byte of their images; None where all are drawn. Errors are those of
+    ``conversations``."""
     rows = [_rows(name, images, limit) for name in sources if name not in task_names()]
     said = [[(row.messages, len(row.files)) for row in some] for some in rows]
     return digest_of(said, [file for some in rows for row in some for file in row.files]) if rows else None
@@ -110,7 +113,10 @@ def _opened(rows: Sequence[DataRow], index: int) -> Conversation:
 
 def _drawn(name: str, split: str, seed: int, index: int) -> Conversation:
     item = embedded_task(name).sample(split, index, seed)
-    ask = {"role": "user", "content": [*({"type": "image"} for _ in item.images), {"type": "text", "text": item.question}]}
+    ask = {
+        "role": "user",
+        "content": [*({"type": "image"} for _ in item.images), {"type": "text", "text": item.question}],
+    }
     said = {"role": "assistant", "content": [{"type": "text", "text": item.answer}]}
     return Conversation([ask, said], item.images, f"{name}, {split} sample {index}")
 
@@ -151,7 +157,9 @@ def _row(value: Any, where: str, folder: Path) -> DataRow:
     if not isinstance(value, dict) or not isinstance(turns := value.get("conversations", value.get("messages")), list):
         raise ValueError(f"{where}: needs a list under 'conversations' (LLaVA) or 'messages' (chat)")
     if not turns or any(not isinstance(turn, dict) for turn in turns):
-        raise ValueError(f"{where}: a conversation is a list of turns, at least one, each with a speaker and what is said; got {turns!r}")
+        raise ValueError(
+            f"{where}: a conversation is a list of turns, at least one, each with a speaker and what is said; got {turns!r}"
+        )
     who, what = ("from", "value") if "conversations" in value else ("role", "content")
     listed = value.get("image") or value.get("images") or []
     waiting = [listed] if isinstance(listed, str) else list(listed)
@@ -164,10 +172,14 @@ def _row(value: Any, where: str, folder: Path) -> DataRow:
         for part in parts:
             if part["type"] == "image":
                 files.append(folder / _file(part, waiting, where))
-        plain = [{"type": "image"} if part["type"] == "image" else {"type": "text", "text": part["text"]} for part in parts]
+        plain = [
+            {"type": "image"} if part["type"] == "image" else {"type": "text", "text": part["text"]} for part in parts
+        ]
         messages.append({"role": ROLES[turn[who]], "content": plain})
     if waiting:
-        raise ValueError(f"{where}: {len(files)} places for {len(files) + len(waiting)} images: put {MARKER} where each image goes")
+        raise ValueError(
+            f"{where}: {len(files)} places for {len(files) + len(waiting)} images: put {MARKER} where each image goes"
+        )
     return DataRow(messages, tuple(files), where)
 
 

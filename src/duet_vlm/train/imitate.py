@@ -27,10 +27,14 @@ RATE = 3e-3
 SHOWN = 10  # lines of progress
 
 
-def imitate(model: nn.Module, settings: TrainSettings, args: TrainingArguments, data: Dataset[Any], collator: Collator) -> dict[str, Tensor]:
-    """The weights that the method's module has after ``settings.imitate`` steps on the images and questions of ``data``; the model stays as it is.
+def imitate(
+    model: nn.Module, settings: TrainSettings, args: TrainingArguments, data: Dataset[Any], collator: Collator
+) -> dict[str, Tensor]:
+    """The weights that the method's module has after ``settings.imitate`` steps on the images and questions of
+    ``data``; the model stays as it is.
 
-    The error is the squared difference to what ``Compressor.imitation_target`` says, over the variance of that. Every process of a launch takes the same steps.
+    The error is the squared difference to what ``Compressor.imitation_target`` says, over the variance of that. Every
+    process of a launch takes the same steps.
 
     Raises
     ------
@@ -49,12 +53,15 @@ def imitate(model: nn.Module, settings: TrainSettings, args: TrainingArguments, 
         model.to(args.device)
         weights = list(handle.module.parameters())
         if not weights:
-            raise ValueError(f"imitate: {settings.imitate}: the module of {method.name} has no weights in this form; leave it out")
+            raise ValueError(
+                f"imitate: {settings.imitate}: the module of {method.name} has no weights in this form; leave it out"
+            )
         optimizer = torch.optim.AdamW(weights, RATE)
         rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=settings.imitate)
         seen = batches(data, collator, args)
         for step in range(1, settings.imitate + 1):
-            inputs = {name: value.to(args.device) for name, value in next(seen).items()}  # labels too: answers are no part of the question
+            # labels too: answers are no part of the question
+            inputs = {name: value.to(args.device) for name, value in next(seen).items()}
             with torch.no_grad(), torch.autocast(args.device.type, torch.bfloat16, args.bf16, cache_enabled=False):
                 model(**inputs)
             if not wrong:
@@ -67,7 +74,9 @@ def imitate(model: nn.Module, settings: TrainSettings, args: TrainingArguments, 
             optimizer.step()
             rate.step()
             if args.process_index == 0 and step % max(1, settings.imitate // SHOWN) == 0:
-                print(f"imitating, step {step} of {settings.imitate}: {loss.item():.3f} of the variance left", flush=True)
+                print(
+                    f"imitating, step {step} of {settings.imitate}: {loss.item():.3f} of the variance left", flush=True
+                )
         return {name: weight.detach().cpu().clone() for name, weight in handle.module.state_dict().items()}
 
 
@@ -75,7 +84,9 @@ def batches(data: Dataset, collator: Collator, args: TrainingArguments) -> Itera
     """Batches without end, each round in an order of its own."""
     for turn in count():
         order = torch.Generator().manual_seed(args.seed + turn)
-        yield from DataLoader(data, args.per_device_train_batch_size, shuffle=True, generator=order, collate_fn=collator)
+        yield from DataLoader(
+            data, args.per_device_train_batch_size, shuffle=True, generator=order, collate_fn=collator
+        )
 
 
 def imitating(reducer: EncoderReducer, wrong: list[Tensor]) -> EncoderReducer:
@@ -89,7 +100,12 @@ def imitating(reducer: EncoderReducer, wrong: list[Tensor]) -> EncoderReducer:
             assert found.custom_rows is not None  # as there is a module
             there = found.valid[:, : found.custom_rows.shape[1]]
             target = self.imitation_target(view, found)[:, : found.custom_rows.shape[1]].float()[there].detach()
-            wrong.append((found.custom_rows.float()[there] - target).square().mean() / target.var(0, unbiased=False).mean().clamp(min=1e-6))
+            wrong.append(
+                (found.custom_rows.float()[there] - target).square().mean()
+                / target.var(0, unbiased=False).mean().clamp(min=1e-6)
+            )
         return found
 
-    return type(kind.__name__, (kind,), {"select_tokens": select_tokens})(**{each.name: getattr(reducer, each.name) for each in fields(reducer)})
+    return type(kind.__name__, (kind,), {"select_tokens": select_tokens})(
+        **{each.name: getattr(reducer, each.name) for each in fields(reducer)}
+    )

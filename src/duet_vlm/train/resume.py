@@ -45,7 +45,9 @@ def begin(settings: TrainSettings, restart: bool) -> None:
         before, now = _flat(settings_from(config=file).to_dict()), _flat(settings.to_dict())
         differ = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         if differ:
-            raise ValueError(f"{out} holds a run with other settings ({', '.join(differ)}): choose another --out, or --restart to replace it")
+            raise ValueError(
+                f"{out} holds a run with other settings ({', '.join(differ)}): choose another --out, or --restart to replace it"
+            )
         if (out / DATA).exists() and (out / DATA).read_text() != contents:
             raise ValueError(
                 f"{out} holds a run on other data: conversations or images have changed since; choose another --out, or --restart to replace it"
@@ -80,7 +82,12 @@ def state(out: Path) -> dict[str, Any]:
     never)."""
     found = json.loads((out / STATE).read_text())
     logged = {key: line[key] for line in found["log_history"] for key in ("loss", "eval_loss") if key in line}
-    return {"steps": found["global_step"], "epoch": found["epoch"], "loss": logged.get("loss"), "eval_loss": logged.get("eval_loss")}
+    return {
+        "steps": found["global_step"],
+        "epoch": found["epoch"],
+        "loss": logged.get("loss"),
+        "eval_loss": logged.get("eval_loss"),
+    }
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -90,7 +97,8 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def last_whole(out: Path) -> Path | None:
-    """The newest checkpoint that can be read; a newer one that a kill or a full disk left damaged is passed over with a warning.
+    """The newest checkpoint that can be read; a newer one that a kill or a full disk left damaged is passed over with a
+    warning.
 
     Raises
     ------
@@ -105,7 +113,9 @@ def last_whole(out: Path) -> Path | None:
         warnings.warn(f"{path} is damaged ({damage}): going on from what was there before it", stacklevel=2)
         lost += [path] if damage != UNFINISHED else []
     if lost:
-        raise ValueError(f"{out}: none of its checkpoints can be read ({', '.join(p.name for p in lost)}): --restart begins anew")
+        raise ValueError(
+            f"{out}: none of its checkpoints can be read ({', '.join(p.name for p in lost)}): --restart begins anew"
+        )
     return None
 
 
@@ -132,4 +142,8 @@ def damaged(checkpoint: Path) -> str | None:
 def _flat(values: Any, name: str = "") -> dict[str, Any]:
     if not isinstance(values, dict):
         return {name: values}
-    return {key: value for part, inner in values.items() for key, value in _flat(inner, f"{name}.{part}" if name else part).items()}
+    return {
+        key: value
+        for part, inner in values.items()
+        for key, value in _flat(inner, f"{name}.{part}" if name else part).items()
+    }

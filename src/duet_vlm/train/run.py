@@ -72,7 +72,9 @@ class ConversationTrainer(Trainer):
         found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         losses, tokens = (torch.cat(some).double() for some in zip(*self.held_out, strict=True))
         if not bool(tokens.any()):
-            raise ValueError("eval_data: no row has an answer, so there is no held-out loss: give some, or leave it out")
+            raise ValueError(
+                "eval_data: no row has an answer, so there is no held-out loss: give some, or leave it out"
+            )
         found.metrics[f"{metric_key_prefix}_loss"] = float((losses * tokens)[tokens > 0].sum() / tokens.sum())
         return found
 
@@ -84,7 +86,9 @@ class ConversationTrainer(Trainer):
         self.held_out.append((losses.cpu(), tokens.cpu()))
         return (loss, *more)
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
         if bool((inputs["labels"][:, 1:] != IGNORED).any()):
             if not model.training:
                 kwargs.pop("num_items_in_batch", None)  # of all processes: the mean over this one's tokens is wanted
@@ -114,15 +118,24 @@ def arguments(settings: TrainSettings) -> TrainingArguments:
     ValueError
         A name that TrainingArguments does not know, or a value it refuses.
     """
-    here = {"dataloader_pin_memory": torch.accelerator.is_available(), "eval_strategy": "epoch" if settings.eval_data else "no"}
+    here = {
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+        "eval_strategy": "epoch" if settings.eval_data else "no",
+    }
     usual = {each.name: each.default for each in dataclasses.fields(TrainingArguments)}
     for name, value in settings.trainer.items():
         if name not in usual:
             near = did_you_mean(name, usual)
-            raise ValueError(f"trainer: {name}: unknown{near}; these are the arguments of transformers.TrainingArguments")
+            raise ValueError(
+                f"trainer: {name}: unknown{near}; these are the arguments of transformers.TrainingArguments"
+            )
         if isinstance(value, str) and isinstance(usual[name], int | float):
-            raise ValueError(f"trainer: {name}: {value!r}: give a {'truth value' if isinstance(usual[name], bool) else 'number'}")
-    compiling = [name for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode") if settings.trainer.get(name)]
+            raise ValueError(
+                f"trainer: {name}: {value!r}: give a {'truth value' if isinstance(usual[name], bool) else 'number'}"
+            )
+    compiling = [
+        name for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode") if settings.trainer.get(name)
+    ]
     if compiling:  # before the arguments are made: they tell the whole process
         why = "it compiles the model as a whole, and a reducer's hooks cannot be part of a graph"
         raise ValueError(f"trainer: {compiling[0]}={settings.trainer[compiling[0]]}: {why}: leave it out")
@@ -131,7 +144,9 @@ def arguments(settings: TrainSettings) -> TrainingArguments:
     except TypeError as error:
         raise ValueError(f"trainer: {error} (arguments of transformers.TrainingArguments)") from error
     if args.label_smoothing_factor:
-        raise ValueError("trainer: label_smoothing_factor: the Trainer's smoothing does not shift labels for these models: leave it out")
+        raise ValueError(
+            "trainer: label_smoothing_factor: the Trainer's smoothing does not shift labels for these models: leave it out"
+        )
     return args
 
 
@@ -145,7 +160,9 @@ def tuned(model: nn.Module, settings: TrainSettings) -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
         (name,) = (name for name, module in model.named_modules() if module is projector)
-        model = get_peft_model(model, LoraConfig(**{"target_modules": LORA_TARGETS, "modules_to_save": [name], **settings.lora}))
+        model = get_peft_model(
+            model, LoraConfig(**{"target_modules": LORA_TARGETS, "modules_to_save": [name], **settings.lora})
+        )
     else:
         if settings.tune == "full":
             model.requires_grad_(True)
@@ -166,9 +183,15 @@ def build(settings: TrainSettings, checkpoint: Path | None = None) -> tuple[Trai
     """
     args = arguments(settings)
     if settings.tune == "lora" and base_of(settings.model) is not None:
-        raise ValueError(f"model: {settings.model} holds adapters; new ones need a whole model under them: save it merged first")
+        raise ValueError(
+            f"model: {settings.model} holds adapters; new ones need a whole model under them: save it merged first"
+        )
     data = conversations(settings.data, settings.images, settings.limit, args.seed)
-    held_out = conversations(settings.eval_data, settings.images, settings.eval_limit, args.seed, "validation") if settings.eval_data else None
+    held_out = (
+        conversations(settings.eval_data, settings.images, settings.eval_limit, args.seed, "validation")
+        if settings.eval_data
+        else None
+    )
     set_seed(args.seed)  # adapters begin with random weights
     source = settings.model if checkpoint is None or settings.tune == "lora" else str(checkpoint)
     loaded = load(source, "cpu", torch.float32)  # the Trainer moves it to this process's device
@@ -192,7 +215,12 @@ def build(settings: TrainSettings, checkpoint: Path | None = None) -> tuple[Trai
             eval_dataset=held_out,
             data_collator=collator,
             processing_class=loaded.processor,
-            callbacks=[RememberCallback(handle), FrozenTowerCallback(), ProgressCallback(), BudgetCallback(handle, settings)],
+            callbacks=[
+                RememberCallback(handle),
+                FrozenTowerCallback(),
+                ProgressCallback(),
+                BudgetCallback(handle, settings),
+            ],
         )
     except BaseException:
         handle.detach()

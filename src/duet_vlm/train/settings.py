@@ -28,13 +28,15 @@ class TrainSettings:
     model : str
         'tiny', a folder, or a hub id.
     data : sequence of str
-        JSON or JSON-lines files (LLaVA conversations or chat messages), or 'tiny' / 'tiny-crowded', whose pictures are drawn.
+        JSON or JSON-lines files (LLaVA conversations or chat messages), or 'tiny' / 'tiny-crowded', whose pictures are
+        drawn.
     images : str or None
         Folder that image paths are relative to; default: the folder of the data file.
     limit : int or None
         Only the first so many conversations of each source (drawn sources have no end and need it).
     eval_data, eval_limit : as ``data`` and ``limit``
-        Held-out conversations; their loss is logged at every epoch (or as trainer.eval_strategy says), at the last of the budgets.
+        Held-out conversations; their loss is logged at every epoch (or as trainer.eval_strategy says), at the last of
+        the budgets.
     prompts : str
         'chat': the model's chat template; 'plain': image, caption, nothing else (LLaVA's first stage).
     max_length : int or None
@@ -48,7 +50,8 @@ class TrainSettings:
     projector_lr : float or None
         The projector's own learning rate; default: trainer.learning_rate for everything.
     frozen_dtype : str
-        Precision of weights that do not learn; those that do are float32. 'bfloat16' halves their memory and needs trainer.bf16.
+        Precision of weights that do not learn; those that do are float32. 'bfloat16' halves their memory and needs
+        trainer.bf16.
     method : str
         The reducer; 'none' trains the full model.
     budget : int, float, sequence of them, or None
@@ -60,8 +63,8 @@ class TrainSettings:
     settings : dict
         Settings of the method.
     imitate : int
-        Of a method with weights of its own: steps before the run in which the new module alone learns to make means of tokens, which the
-        decoder can read already.
+        Of a method with weights of its own: steps before the run in which the new module alone learns to make means of
+        tokens, which the decoder can read already.
     out : str
         Folder for checkpoints, logs and the trained model.
     trainer : dict
@@ -113,7 +116,9 @@ class TrainSettings:
         if not isinstance(self.imitate, int) or self.imitate < 0:
             raise ValueError(f"imitate: {self.imitate!r}: a whole number of steps, 0 for none")
         if self.imitate and self.settings.get("weights") is not None:
-            raise ValueError("imitate: a new module imitates means, and settings.weights names a trained one: leave one of them out")
+            raise ValueError(
+                "imitate: a new module imitates means, and settings.weights names a trained one: leave one of them out"
+            )
         if not self.data:
             raise ValueError("data: nothing to train on: name JSON files of conversations, or 'tiny'")
         if self.train_vision and self.tune != "full":
@@ -125,7 +130,9 @@ class TrainSettings:
         if self.anneal_from is not None:
             check_budget(float(self.anneal_from))
             if len(self.budgets) != 1 or not isinstance(self.budgets[0], float):
-                raise ValueError(f"anneal_from needs one budget as a fraction to fall to (0.11), got budget: {self.budget}")
+                raise ValueError(
+                    f"anneal_from needs one budget as a fraction to fall to (0.11), got budget: {self.budget}"
+                )
             if not 0 < self.anneal_until <= 1:
                 raise ValueError(f"anneal_until: {self.anneal_until}: a share of the steps, above 0 and at most 1")
 
@@ -144,22 +151,32 @@ class TrainSettings:
 def recipes() -> dict[str, str]:
     """Names of the recipes that ship with the package, with their first line."""
     files = (resources.files("duet_vlm.train") / "recipes").iterdir()
-    found = {file.name.removesuffix(".yaml"): file.read_text().splitlines()[0].lstrip("# ") for file in files if file.name.endswith(".yaml")}
+    found = {
+        file.name.removesuffix(".yaml"): file.read_text().splitlines()[0].lstrip("# ")
+        for file in files
+        if file.name.endswith(".yaml")
+    }
     return dict(sorted(found.items()))
 
 
-def settings_from(recipe: str | None = None, config: Path | None = None, options: Mapping[str, Any] | None = None) -> TrainSettings:
-    """A recipe, then a YAML file, then single options: later layers win; ``trainer``, ``lora`` and ``settings`` are merged key by key.
+def settings_from(
+    recipe: str | None = None, config: Path | None = None, options: Mapping[str, Any] | None = None
+) -> TrainSettings:
+    """A recipe, then a YAML file, then single options: later layers win; ``trainer``, ``lora`` and ``settings`` are
+    merged key by key.
 
     Raises
     ------
     ValueError
-        An unknown recipe, a file that is no YAML mapping, an unknown key (the known ones are listed), or a value out of range.
+        An unknown recipe, a file that is no YAML mapping, an unknown key (the known ones are listed), or a value out of
+        range.
     """
     layers: list[Mapping[str, Any]] = []
     if recipe is not None:
         if recipe not in recipes():
-            raise ValueError(f"--recipe {recipe}: unknown{did_you_mean(recipe, recipes())}; there are {', '.join(recipes())}")
+            raise ValueError(
+                f"--recipe {recipe}: unknown{did_you_mean(recipe, recipes())}; there are {', '.join(recipes())}"
+            )
         layers.append(mapping((resources.files("duet_vlm.train") / "recipes" / f"{recipe}.yaml").read_text(), recipe))
     if config is not None:
         if not config.is_file():
@@ -174,7 +191,9 @@ def settings_from(recipe: str | None = None, config: Path | None = None, options
     for layer in (*layers, options or {}):
         for key, value in layer.items():
             if key not in known:
-                raise ValueError(f"unknown setting {key!r}{did_you_mean(key, known)}; known: {', '.join(sorted(known))}")
+                raise ValueError(
+                    f"unknown setting {key!r}{did_you_mean(key, known)}; known: {', '.join(sorted(known))}"
+                )
             merged[key] = {**merged.get(key, {}), **_pairs(key, value)} if key in MERGED else value
     return TrainSettings(**merged)
 

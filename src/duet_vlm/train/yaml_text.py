@@ -54,7 +54,8 @@ def _loader() -> Any:
 
     class Loader(yaml.SafeLoader):
         yaml_implicit_resolvers = {
-            first: [(tag, rule) for tag, rule in rules if tag != BOOL] for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+            first: [(tag, rule) for tag, rule in rules if tag != BOOL]
+            for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
         }
 
     Loader.add_implicit_resolver(BOOL, TRUTH, list("tTfF"))

@@ -14,7 +14,8 @@ PIECE = 1 << 20
 
 
 def digest_of(values: Any, files: Iterable[Path]) -> str:
-    """The digest of ``values`` (plain values) and of every byte of ``files``, wherever they are; an unreadable file counts by its error."""
+    """The digest of ``values`` (plain values) and of every byte of ``files``, wherever they are; an unreadable file
+    counts by its error."""
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     unique = list(dict.fromkeys(files))
     with ThreadPoolExecutor(READERS) as pool:  # reading and hashing let the other threads run

@@ -12,7 +12,8 @@ import numpy as np
 from duet_vlm.utils.renamed_settings import check_renamed
 from duet_vlm.utils.suggest import did_you_mean
 
-DECLARED: dict[str, tuple[Callable[[Any], bool], str]] = {  # what a field says of itself -> which values are meant, and in words
+# what a field says of itself -> which values are meant, and in words
+DECLARED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "int": (lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number (int)"),
     "float": (lambda value: isinstance(value, int | float) and not isinstance(value, bool), "a number"),
     "bool": (lambda value: isinstance(value, bool), "True or False"),
@@ -20,7 +21,10 @@ DECLARED: dict[str, tuple[Callable[[Any], bool], str]] = {  # what a field says 
         lambda value: value is None or (isinstance(value, int | float) and not isinstance(value, bool)),
         "the number of a vision layer (int), a share of the tower's depth (float) or None",
     ),
-    "tuple[int, ...]": (lambda value: isinstance(value, tuple) and all(type(item) is int for item in value), "whole numbers, as (4, 7)"),
+    "tuple[int, ...]": (
+        lambda value: isinstance(value, tuple) and all(type(item) is int for item in value),
+        "whole numbers, as (4, 7)",
+    ),
 }
 
 FILE = {"file": True}  # metadata of a field that names a file: field(default=None, metadata=FILE)
@@ -41,7 +45,8 @@ def read_value(text: str) -> Any:
 
 
 def to_plain(value: Any) -> Any:
-    """Numbers of numpy as Python's, lists as tuples; all else unchanged. The result can be written as JSON and compared."""
+    """Numbers of numpy as Python's, lists as tuples; all else unchanged. The result can be written as JSON and
+    compared."""
     if isinstance(value, list | tuple):
         return tuple(to_plain(item) for item in value)
     if isinstance(value, np.floating):
@@ -54,11 +59,14 @@ def check_names(method: str, given: Mapping[str, Any], known: Sequence[str]) -> 
     check_renamed(method, given, known)
     for name in given:
         if name not in known:
-            raise ValueError(f"{method} has no setting {name!r}{did_you_mean(name, known)}; its settings: {', '.join(known)}")
+            raise ValueError(
+                f"{method} has no setting {name!r}{did_you_mean(name, known)}; its settings: {', '.join(known)}"
+            )
 
 
 def check_type(name: str, annotation: Any, value: Any) -> Any:
-    """The plain value of a field annotated as int, float or bool, or as one of them or None; other annotations are not looked at.
+    """The plain value of a field annotated as int, float or bool, or as one of them or None; other annotations are not
+    looked at.
 
     Raises
     ------

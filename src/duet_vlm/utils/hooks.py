@@ -1,4 +1,5 @@
-"""Hooks on one model instance that undo themselves, in reverse order of their installation, and keep hooks that other code put there since."""
+"""Hooks on one model instance that undo themselves, in reverse order of their installation, and keep hooks that other
+code put there since."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ ABSENT: Any = object()  # no instance attribute of that name
 
 
 class Hook:
-    """A hook that refuses to be copied: a copied model would call back into the original's handle. After ``end`` it does nothing, for
-    whoever still holds it."""
+    """A hook that refuses to be copied: a copied model would call back into the original's handle. After ``end`` it
+    does nothing, for whoever still holds it."""
 
     def __init__(self, function: Callable[..., Any], *first: Any) -> None:
         self.call: tuple[Callable[..., Any], tuple[Any, ...]] | None = (function, first)
@@ -34,11 +35,14 @@ class Hook:
     def __reduce_ex__(self, protocol: Any) -> Any:
         if self.call is None:
             return super().__reduce_ex__(protocol)
-        raise TypeError("a duet_vlm reducer is attached, so this model cannot be copied or pickled: detach() first, then copy")
+        raise TypeError(
+            "a duet_vlm reducer is attached, so this model cannot be copied or pickled: detach() first, then copy"
+        )
 
 
 class MethodWrapper(Hook):
-    """A wrapped bound method of a module; keeps the signature that callers read. After ``end`` it passes straight to the method.
+    """A wrapped bound method of a module; keeps the signature that callers read. After ``end`` it passes straight to
+    the method.
 
     ``plain`` is what was called before, None where the module had nothing of that name; ``below`` the instance
     attribute that it hides.
@@ -104,7 +108,8 @@ class Hooks:
 
 
 def _take_off(module: nn.Module, name: str, ours: MethodWrapper) -> str | None:
-    """Put back what ``ours`` hides; return the name of an attribute of other code that stands there by now, and may call ours."""
+    """Put back what ``ours`` hides; return the name of an attribute of other code that stands there by now, and may
+    call ours."""
     ours.end()
     top = vars(module).get(name, ABSENT)
     if top is ours:

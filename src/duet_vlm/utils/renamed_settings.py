@@ -24,8 +24,8 @@ VALUES: dict[str, dict[object, object]] = {  # new name -> old value -> new valu
 
 
 def renamed(method: str, name: str, value: object) -> str | None:
-    """The advice for an old name or an old value of a setting of ``method``, None if neither is old; in a composition the name may carry the name
-    of one of its methods."""
+    """The advice for an old name or an old value of a setting of ``method``, None if neither is old; in a composition
+    the name may carry the name of one of its methods."""
     prefix = next((f"{part}_" for part in method.split("+") if "+" in method and name.startswith(f"{part}_")), "")
     bare = name.removeprefix(prefix)
     new = NAMES.get(bare, bare)

@@ -9,7 +9,8 @@ NEAR = 3  # names that an error offers
 
 
 def did_you_mean(given: object, known: Iterable[str], most: int = 1) -> str:
-    """``" (did you mean 'duet'?)"`` for the nearest of the ``known`` names, to stand behind the unknown one; "" where none is near.
+    """``" (did you mean 'duet'?)"`` for the nearest of the ``known`` names, to stand behind the unknown one; "" where
+    none is near.
 
     ``most``: so many near names at most, the nearest first ("'duet', 'dart' or 'fastv'").
     """

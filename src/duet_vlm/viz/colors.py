@@ -1,7 +1,7 @@
 """The colours of every picture of the project: plots, reports, patches on photographs.
 
-Series and groups stay apart for eyes without one kind of cone (a test measures it), and each is also told by something else: a marker, a dash, a
-number. The heat scale grows lighter all the way, so that it can be read without any colour.
+Series and groups stay apart for eyes without one kind of cone (a test measures it), and each is also told by something
+else: a marker, a dash, a number. The heat scale grows lighter all the way, so that it can be read without any colour.
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ from typing import Any
 
 Color = tuple[int, int, int]
 
-# what a page replaces by its own variables, so that one SVG serves light and dark; no other colour of a plot may equal one of these
+# what a page replaces by its own variables, so that one SVG serves light and dark; no other colour of a plot may equal
+# one of these
 INK, MUTED, GRID, GROUND = "#1c2127", "#5a626c", "#dfe3e8", "#fefefd"
 COLOURS = ("#000fff", "#b4870f", "#4b9687", "#872d00", "#d24bc3", "#1e4b3c", "#b44bff", "#87965a", "#690f69", "#4b0096")
-VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", GROUND: "ground"} | {colour: f"series-{i}" for i, colour in enumerate(COLOURS)}
-GROUPS = ("#1e69a5", "#ffb400", "#3ce1b4", "#ff5aff", "#e13c0f", "#a500ff", "#a5d278", "#f0c3ff")  # on photographs; numbers tell groups of one apart
+VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", GROUND: "ground"} | {
+    colour: f"series-{i}" for i, colour in enumerate(COLOURS)
+}
+# on photographs; numbers tell groups of one apart
+GROUPS = ("#1e69a5", "#ffb400", "#3ce1b4", "#ff5aff", "#e13c0f", "#a500ff", "#a5d278", "#f0c3ff")
 HEAT = ("#14163c", "#26547c", "#3c9682", "#aac850", "#fff078")  # from the least to the most
 
 RC: dict[str, Any] = {  # of matplotlib, for every plot

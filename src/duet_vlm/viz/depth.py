@@ -12,7 +12,19 @@ from duet_vlm.inputs.images import rgb
 from duet_vlm.planning.tokens import SpanTrace
 from duet_vlm.viz.colors import group
 from duet_vlm.viz.merges import numbered, stage_name, stages
-from duet_vlm.viz.overlay import ANCHOR, DROPPED, MEMBER, NUMBERED, SHADE, Panel, cell_box, heat_map, mix, number_patch, outline
+from duet_vlm.viz.overlay import (
+    ANCHOR,
+    DROPPED,
+    MEMBER,
+    NUMBERED,
+    SHADE,
+    Panel,
+    cell_box,
+    heat_map,
+    mix,
+    number_patch,
+    outline,
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +51,9 @@ def token_fates(trace: SpanTrace, layer: int) -> TokenFates:
         If ``layer`` is below -1.
     """
     if layer < -1:
-        raise ValueError(f"layer {layer}: give -1 (the vision tower), 0 (the entry to the decoder) or the number of a layer")
+        raise ValueError(
+            f"layer {layer}: give -1 (the vision tower), 0 (the entry to the decoder) or the number of a layer"
+        )
     alive = frozenset(range(trace.span.tokens))
     joined: dict[int, list[int]] = {}
     dropped: dict[int, int] = {}
@@ -72,7 +86,9 @@ def history(trace: SpanTrace, token: int, layer: int, steps: int = 1) -> str:
         return f"{name} is alive{joined}"
     if token in found.into:
         groups, anchors = numbered(trace), found.into[token]
-        whom = " and ".join(f"{_place(trace, anchor, steps).lower()} (group {groups[anchor] + 1})" for anchor in anchors)
+        whom = " and ".join(
+            f"{_place(trace, anchor, steps).lower()} (group {groups[anchor] + 1})" for anchor in anchors
+        )
         return f"{name} is merged into {whom}"
     return f"{name} was dropped {stage_name(found.dropped[token])}"
 
@@ -81,7 +97,10 @@ def told(traces: Sequence[SpanTrace], layer: int) -> tuple[str, str]:
     """Numbers of tokens at a layer: alive, and in a second line merged and dropped; of several spans together."""
     found = [token_fates(trace, layer) for trace in traces]
     left = [where for each in found for where in each.dropped.values()]
-    into, groups = sum(len(each.into) for each in found), sum(len({end for ends in each.into.values() for end in ends}) for each in found)
+    into, groups = (
+        sum(len(each.into) for each in found),
+        sum(len({end for ends in each.into.values() for end in ends}) for each in found),
+    )
     alive, tokens = sum(len(each.alive) for each in found), sum(trace.span.tokens for trace in traces)
     merged = f"{into} merged into {groups} of them, " if into else ""
     here = left.count(layer)
@@ -90,7 +109,14 @@ def told(traces: Sequence[SpanTrace], layer: int) -> tuple[str, str]:
     return f"{where}: {alive} of {tokens} alive", merged + gone
 
 
-def at_depth(image: Image.Image, trace: SpanTrace, layer: int, scores: Sequence[Mapping[int, float] | None] = (), *, size: int = 352) -> Panel:
+def at_depth(
+    image: Image.Image,
+    trace: SpanTrace,
+    layer: int,
+    scores: Sequence[Mapping[int, float] | None] = (),
+    *,
+    size: int = 352,
+) -> Panel:
     """One image at one depth as a picture.
 
     Parameters
@@ -125,7 +151,9 @@ def at_depth(image: Image.Image, trace: SpanTrace, layer: int, scores: Sequence[
     pixels = np.asarray(rgb(image).resize((columns * cell, rows * cell), Image.Resampling.LANCZOS), np.float32)
     out = mix(pixels, SHADE, DROPPED)
     anchors = {anchor for ends in found.into.values() for anchor in ends}
-    shares = [(token, group(groups[token]), ANCHOR) for token in anchors] + [(m, group(groups[ends[0]]), MEMBER) for m, ends in found.into.items()]
+    shares = [(token, group(groups[token]), ANCHOR) for token in anchors] + [
+        (m, group(groups[ends[0]]), MEMBER) for m, ends in found.into.items()
+    ]
     for token in found.alive - anchors:
         _paint(out, pixels, cell_box(trace, token, cell))
     for token, color, share in shares:
@@ -137,7 +165,9 @@ def at_depth(image: Image.Image, trace: SpanTrace, layer: int, scores: Sequence[
             outline(pen, box, group(groups[token]), max(2, cell // 8))
     if cell >= NUMBERED:
         for token in (*anchors, *found.into):
-            number_patch(pen, cell_box(trace, token, cell), groups[token if token in anchors else found.into[token][0]] + 1, cell)
+            number_patch(
+                pen, cell_box(trace, token, cell), groups[token if token in anchors else found.into[token][0]] + 1, cell
+            )
     decided = [number for number, stage in enumerate(trace.stages) if stage.layer <= layer]
     shown = scores[decided[-1]] if decided and decided[-1] < len(scores) else None
     return Panel(*told([trace], layer), picture, heat_map(pixels, trace, shown, cell) if shown else None)

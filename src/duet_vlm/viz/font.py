@@ -38,7 +38,8 @@ def _known() -> list[str]:
     except ImportError:
         return []
     upright = [entry for entry in fontManager.ttflist if (entry.style, entry.weight) == ("normal", 400)]
-    upright = [entry for entry in upright if not entry.name.startswith("Last Resort")]  # draws every letter as a box with a number
+    # draws every letter as a box with a number
+    upright = [entry for entry in upright if not entry.name.startswith("Last Resort")]
     return [entry.fname for entry in sorted(upright, key=lambda entry: ("DejaVu Sans" != entry.name, entry.name))]
 
 
@@ -47,7 +48,9 @@ def has(font: Font, letter: str) -> bool:
     """True if a font has a glyph for a letter, other than its glyph for missing letters."""
     if letter.isspace() or unicodedata.category(letter) in ("Cf", "Mn"):
         return True
-    return bytes(font.getmask(letter)) != bytes(font.getmask(MISSING)) or font.getlength(letter) != font.getlength(MISSING)
+    return bytes(font.getmask(letter)) != bytes(font.getmask(MISSING)) or font.getlength(letter) != font.getlength(
+        MISSING
+    )
 
 
 def pieces(text: str, size: int) -> Iterator[tuple[str, Font]]:
@@ -65,7 +68,9 @@ def width(text: str, size: int) -> int:
     return round(sum(ruler.textlength(piece, font) for piece, font in pieces(text, size)))
 
 
-def write(pen: ImageDraw.ImageDraw, place: tuple[float, float], text: str, size: int, color: tuple[int, int, int]) -> None:
+def write(
+    pen: ImageDraw.ImageDraw, place: tuple[float, float], text: str, size: int, color: tuple[int, int, int]
+) -> None:
     """A line of text with a common baseline, whatever the fonts of its letters."""
     x, y = place
     base = y + fonts(size)[0].getmetrics()[0]

@@ -38,5 +38,9 @@ def origins(trace: SpanTrace) -> str:
     for stage, merged in stages(trace):
         first, known = len(known) + 1, known.union(merged)
         if len(known) >= first:
-            said.append(f"{first}-{len(known)} {stage_name(stage.layer)}" if len(known) > first else f"{first} {stage_name(stage.layer)}")
+            said.append(
+                f"{first}-{len(known)} {stage_name(stage.layer)}"
+                if len(known) > first
+                else f"{first} {stage_name(stage.layer)}"
+            )
     return f"groups by where their merging begins: {', '.join(said)}" if said else ""

@@ -30,7 +30,8 @@ TITLE, BOLD, SMALL = 19, 17, 13  # sizes of text
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture with a large line and a faint line above it, and the scores that decided, where there were any, below it."""
+    """One picture with a large line and a faint line above it, and the scores that decided, where there were any, below
+    it."""
 
     title: str
     note: str
@@ -117,7 +118,9 @@ def cell_box(trace: SpanTrace, token: int, cell: int) -> tuple[int, int, int, in
     return left * cell, top * cell, (left + 1) * cell, (top + 1) * cell
 
 
-def _panel(base: Image.Image, trace: SpanTrace, number: int, cell: int, scores: Mapping[int, float] | None = None) -> Panel:
+def _panel(
+    base: Image.Image, trace: SpanTrace, number: int, cell: int, scores: Mapping[int, float] | None = None
+) -> Panel:
     stage = trace.stages[number]
     reached = [merged for _, merged in stages(trace)][: number + 1 + (trace.tower is not None)]
     merged, kept, begun, numbers = reached[-1], set(stage.kept), set().union(*reached), numbered(trace)
@@ -133,7 +136,9 @@ def _panel(base: Image.Image, trace: SpanTrace, number: int, cell: int, scores: 
             left, top, right, bottom = box
             out[top:bottom, left:right] = source[top:bottom, left:right]
 
-    tints = {anchor: mix(pixels, group(numbers[anchor]), MEMBER) for anchor in merged} | {None: mix(pixels, EVERYWHERE, MEMBER)}
+    tints = {anchor: mix(pixels, group(numbers[anchor]), MEMBER) for anchor in merged} | {
+        None: mix(pixels, EVERYWHERE, MEMBER)
+    }
     for token in kept:
         paint(token, pixels)
     for anchor in anchors:
@@ -156,7 +161,14 @@ def _panel(base: Image.Image, trace: SpanTrace, number: int, cell: int, scores: 
 def number_patch(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int] | None, number: int, cell: int) -> None:
     """The number of a group in the corner of its patch, readable on light and dark."""
     if box is not None:
-        pen.text((box[0] + 2, box[1] + 1), str(number), (255, 255, 255), font_size=max(7, cell // 2), stroke_width=1, stroke_fill=SHADE)
+        pen.text(
+            (box[0] + 2, box[1] + 1),
+            str(number),
+            (255, 255, 255),
+            font_size=max(7, cell // 2),
+            stroke_width=1,
+            stroke_fill=SHADE,
+        )
 
 
 def heat_map(pixels: np.ndarray, trace: SpanTrace, scores: Mapping[int, float], cell: int) -> Image.Image:
@@ -197,7 +209,8 @@ def outline(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], color: Col
     """A frame inside a patch, in a colour and a dark line within."""
     left, top, right, bottom = box
     pen.rectangle((left, top, right - 1, bottom - 1), outline=color, width=width)
-    pen.rectangle((left + width, top + width, right - 1 - width, bottom - 1 - width), outline=SHADE)  # stands out on bright images too
+    # stands out on bright images too
+    pen.rectangle((left + width, top + width, right - 1 - width, bottom - 1 - width), outline=SHADE)
 
 
 def _sheet(panels: list[Panel], title: str, lines: Sequence[str], merging: str) -> Image.Image:
@@ -235,7 +248,10 @@ def _legend(pen: ImageDraw.ImageDraw, merges: bool, scored: bool, y: int) -> Non
     x, clear = MARGIN, (214, 208, 196)
     items: list[tuple[str, Color, Color | None]] = [("kept", clear, None)]
     if merges:
-        items += [("merged: a colour and a number per group", _blend(clear, group(1)), None), ("what the group is merged into", clear, group(0))]
+        items += [
+            ("merged: a colour and a number per group", _blend(clear, group(1)), None),
+            ("what the group is merged into", clear, group(0)),
+        ]
     items.append(("dropped", _blend(clear, SHADE, DROPPED), None))
     for text, fill, border in items:
         pen.rectangle((x, y, x + 13, y + 13), fill=fill, outline=border or (150, 150, 150), width=3 if border else 1)

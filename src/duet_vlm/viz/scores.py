@@ -45,7 +45,9 @@ class ScoreRecorder:
         """For each stage of ``trace``, span ``number`` of the only sample of the last prompt: the score of every token
         that was ranked there, by its number within the span; None where nothing was ranked, or not token by token
         (crops or frames reduced independently)."""
-        found: list[dict[int, float] | None] = [self._at_entry(trace, number) if trace.stages and trace.stages[0].dropped or trace.merged else None]
+        found: list[dict[int, float] | None] = [
+            self._at_entry(trace, number) if trace.stages and trace.stages[0].dropped or trace.merged else None
+        ]
         drops = iter(self._drops)
         for _ in trace.stages[1:]:
             found.append(_of_span(*drop, number) if (drop := next(drops, None)) is not None else None)
@@ -61,7 +63,9 @@ class ScoreRecorder:
     def _see_entry(self, view: EncoderView) -> None:
         if view.importance is not None and not view.importance.is_meta:  # costs are counted on tensors without numbers
             lengths = view.valid.cumsum(1).argmax(1) + 1
-            self._entry += [row[: int(n)].float().cpu().numpy() for row, n in zip(view.importance, lengths, strict=True)]
+            self._entry += [
+                row[: int(n)].float().cpu().numpy() for row, n in zip(view.importance, lengths, strict=True)
+            ]
 
     def _see_drop(self, view: DecoderView) -> None:
         if view.scores is not None and not view.scores.is_meta:
@@ -72,4 +76,8 @@ class ScoreRecorder:
 def _of_span(view: DecoderView, scores: np.ndarray, number: int) -> dict[int, float]:
     """Scores of one span of the first sample."""
     valid, span, token = (x.cpu().numpy() for x in (view.valid, *view.require(Input.TOKENS)))
-    return {int(token[place]): float(scores[place]) for place in zip(*np.nonzero(valid), strict=True) if span[place] == number}
+    return {
+        int(token[place]): float(scores[place])
+        for place in zip(*np.nonzero(valid), strict=True)
+        if span[place] == number
+    }

@@ -20,7 +20,8 @@ def model_view(image: Image.Image, pixels: Any, processor: Any) -> Image.Image:
     image : PIL.Image.Image
         As the user gave it.
     pixels : Tensor
-        [3, H, W] of this image in ``pixel_values``; other shapes (packed patches) mean that the processor only resized it.
+        [3, H, W] of this image in ``pixel_values``; other shapes (packed patches) mean that the processor only resized
+        it.
     processor : object
         The model's processor (or image processor): its mean and standard deviation are undone.
     """
@@ -40,14 +41,22 @@ def part_pictures(inputs: Any, processor: Any, count: int) -> list[Image.Image]:
     """The ``count`` crops of a processor that returns tiles one by one; none where it made another number."""
     pixels = _pixels(inputs)
     tiles = pixels.flatten(0, -4) if pixels.ndim > 3 else pixels[:0]
-    return [_picture(tile, getattr(processor, "image_processor", processor)) for tile in tiles] if len(tiles) == count else []
+    return (
+        [_picture(tile, getattr(processor, "image_processor", processor)) for tile in tiles]
+        if len(tiles) == count
+        else []
+    )
 
 
-def frame_pictures(frames: Sequence[Image.Image], inputs: Any, number: int, processor: Any) -> tuple[list[Image.Image], int]:
+def frame_pictures(
+    frames: Sequence[Image.Image], inputs: Any, number: int, processor: Any
+) -> tuple[list[Image.Image], int]:
     """The frames of video ``number`` of a one-sample call as ``model_view``, and the number of the model's time
     steps."""
     pixels, grids = inputs["pixel_values_videos"], inputs.get("video_grid_thw")
-    found = [model_view(frame, pixels[number, i] if pixels.ndim == 5 else None, processor) for i, frame in enumerate(frames)]
+    found = [
+        model_view(frame, pixels[number, i] if pixels.ndim == 5 else None, processor) for i, frame in enumerate(frames)
+    ]
     return found, len(found) if grids is None else int(grids[number, 0])
 
 

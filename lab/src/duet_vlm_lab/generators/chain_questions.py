@@ -1,9 +1,10 @@
-"""Questions of ``tiny-chain``: the kinds of the tiny model, chains of one to three hops, and questions over two pictures.
+"""Questions of ``tiny-chain``: the kinds of the tiny model, chains of one to three hops, and questions over two
+pictures.
 
-A chain names a thing and goes from neighbour to neighbour: "Star, right, same color: what tag?" starts at the star, goes to the thing in
-the next cell on the right, then to the only other thing of that colour, and reads the number or word there. Every hop is one such step. No
-step can be left out, nor can the start: the same moves lead from other things to other answers. The move by colour comes last, in half of the
-chains of two and three hops.
+A chain names a thing and goes from neighbour to neighbour: "Star, right, same color: what tag?" starts at the star,
+goes to the thing in the next cell on the right, then to the only other thing of that colour, and reads the number or
+word there. Every hop is one such step. No step can be left out, nor can the start: the same moves lead from other
+things to other answers. The move by colour comes last, in half of the chains of two and three hops.
 """
 
 from __future__ import annotations
@@ -28,18 +29,24 @@ SINGLE = (*plain.KINDS, *CHAINS)
 PAIRS = ("pair_compare", "pair_count")
 KINDS = (*SINGLE, *PAIRS)
 CHANCE = {**plain.CHANCE, "hop1": 0.13, "hop2": 0.15, "hop3": 0.14, "pair_compare": 0.5, "pair_count": 0.2}
-WAYS = {  # what a chain of so many hops may be; those that end by colour stand there twice, since there are half as many
+# what a chain of so many hops may be; those that end by colour stand there twice, since there are half as many
+WAYS = {
     1: tuple((move,) for move in MOVES),
-    **{hops: (*product(STEPS, repeat=hops), *(2 * [(*way, "same color") for way in product(STEPS, repeat=hops - 1)])) for hops in (2, 3)},
+    **{
+        hops: (*product(STEPS, repeat=hops), *(2 * [(*way, "same color") for way in product(STEPS, repeat=hops - 1)]))
+        for hops in (2, 3)
+    },
 }
 READS = ("tag", "tag", "shape")  # a tag is a number or a word
-LIMITS = {4: 0.25, 3: 0.34, 2: 0.5}  # by ``side``: share of the ends of the same moves from anywhere that may have the right answer
+# by ``side``: share of the ends of the same moves from anywhere that may have the right answer
+LIMITS = {4: 0.25, 3: 0.34, 2: 0.5}
 PAIR_COUNTS = (1, 2, 3, 4, 5)  # answers of "in both pictures"
 
 
 @dataclass(frozen=True)
 class Chain(SceneQuestion):
-    """A chain question: ``path`` are the things gone through, the named one first and the one that is read last; ``read`` what is read."""
+    """A chain question: ``path`` are the things gone through, the named one first and the one that is read last;
+    ``read`` what is read."""
 
     path: tuple[int, ...] = ()
     moves: tuple[str, ...] = ()
@@ -58,7 +65,8 @@ def neighbours(scene: GridScene, move: str) -> list[int | None]:
 
 
 def walk(steps: dict[str, list[int | None]], start: int, moves: tuple[str, ...]) -> tuple[int, ...] | None:
-    """The things that ``moves`` lead through from ``start``, or None where a step leads nowhere or back; ``steps``: :func:`neighbours`."""
+    """The things that ``moves`` lead through from ``start``, or None where a step leads nowhere or back; ``steps``:
+    :func:`neighbours`."""
     path = [start]
     for move in moves:
         found = steps[move][path[-1]]
@@ -91,7 +99,13 @@ class ChainAsker(plain.Asker):
         super().__init__(scene, rng)
         self.steps = {move: neighbours(scene, move) for move in MOVES}
 
-    def chain(self, hops: int, reads: tuple[str, ...] = READS, limit: float | None = None, ways: Sequence[tuple[str, ...]] = ()) -> Chain | None:
+    def chain(
+        self,
+        hops: int,
+        reads: tuple[str, ...] = READS,
+        limit: float | None = None,
+        ways: Sequence[tuple[str, ...]] = (),
+    ) -> Chain | None:
         """Draw a chain: what is read and the moves come first, so that neither depends on where things stand."""
         read, limit = reads[int(self.rng.integers(len(reads)))], limit or LIMITS[self.scene.side]
         ways = ways or WAYS[hops]
@@ -99,7 +113,11 @@ class ChainAsker(plain.Asker):
             paths = [path for i in range(len(self.things)) if (path := walk(self.steps, i, ways[n]))]
             said = [readable(self.scene, path[-1], read) for path in paths]
             shown = [answer for answer in said if answer]
-            fair = [p for p, a in zip(paths, said, strict=True) if a and p[0] in self.unique and shown.count(a) <= limit * len(shown)]
+            fair = [
+                p
+                for p, a in zip(paths, said, strict=True)
+                if a and p[0] in self.unique and shown.count(a) <= limit * len(shown)
+            ]
             if fair:
                 return self.asked(self.pick(fair), ways[n], read)
         return None
@@ -128,7 +146,8 @@ def question(scene: GridScene, kind: str, rng: np.random.Generator) -> SceneQues
 
 
 def needed_of(scene: GridScene, asked: SceneQuestion) -> np.ndarray:
-    """Patches that show what the answer needs, (256,) bool: of a chain everything it goes through, and the tag that is read."""
+    """Patches that show what the answer needs, (256,) bool: of a chain everything it goes through, and the tag that is
+    read."""
     if not isinstance(asked, Chain):
         return needed_patches(scene, asked)
     tag = tag_patches(scene.things[asked.path[-1]]) if asked.reads else False
@@ -146,10 +165,14 @@ class PairQuestion:
 
 
 def pair_question(scenes: tuple[GridScene, GridScene], kind: str, rng: np.random.Generator) -> PairQuestion | None:
-    """One question over two pictures, or None when they offer none. The answer is drawn first, so that all are equally frequent."""
+    """One question over two pictures, or None when they offer none. The answer is drawn first, so that all are equally
+    frequent."""
     if kind not in PAIRS:
         raise ValueError(f"unknown question kind {kind!r}; use one of {', '.join(PAIRS)}")
-    found = [[[i for i, t in enumerate(scene.things) if t.shape == shape] for shape in range(len(SHAPES))] for scene in scenes]
+    found = [
+        [[i for i, t in enumerate(scene.things) if t.shape == shape] for shape in range(len(SHAPES))]
+        for scene in scenes
+    ]
     if kind == "pair_count":
         wanted = PAIR_COUNTS[int(rng.integers(len(PAIR_COUNTS)))]
         shapes = [s for s in range(len(SHAPES)) if len(found[0][s]) + len(found[1][s]) == wanted]
@@ -165,5 +188,8 @@ def pair_question(scenes: tuple[GridScene, GridScene], kind: str, rng: np.random
     if not shapes:
         return None
     shape = shapes[int(rng.integers(len(shapes)))]
-    needed = [needed_patches(scene, SceneQuestion("", "", kind, tuple(seen[shape]), False, ())) for scene, seen in zip(scenes, found, strict=True)]
+    needed = [
+        needed_patches(scene, SceneQuestion("", "", kind, tuple(seen[shape]), False, ()))
+        for scene, seen in zip(scenes, found, strict=True)
+    ]
     return PairQuestion(text.format(many=PLURALS[shape]), answer, kind, np.concatenate(needed))

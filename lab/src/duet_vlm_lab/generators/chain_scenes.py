@@ -1,6 +1,8 @@
-"""Layouts of ``tiny-chain``: things on a grid of 4 x 4 cells, a thing in every one, so that there are neighbours to go to.
+"""Layouts of ``tiny-chain``: things on a grid of 4 x 4 cells, a thing in every one, so that there are neighbours to go
+to.
 
-The things, their tags and the drawing are those of :mod:`duet_vlm.evaluation.tiny.scenes`; a layout is a pure function of (split, seed, index, side).
+The things, their tags and the drawing are those of :mod:`duet_vlm.evaluation.tiny.scenes`; a layout is a pure function
+of (split, seed, index, side).
 """
 
 from __future__ import annotations
@@ -10,13 +12,25 @@ from dataclasses import dataclass
 import numpy as np
 
 from duet_vlm.evaluation.tiny.assets import WORDS
-from duet_vlm.evaluation.tiny.scenes import CELL, COLORS, SHAPES, SIZES, Scene, SceneObject, extent, generator, put, tag_size
+from duet_vlm.evaluation.tiny.scenes import (
+    CELL,
+    COLORS,
+    SHAPES,
+    SIZES,
+    Scene,
+    SceneObject,
+    extent,
+    generator,
+    put,
+    tag_size,
+)
 
 SIDE = 4  # cells in a row and in a column
 CELLS = tuple(f"{column}{row}" for row in range(1, SIDE + 1) for column in "abcd"[:SIDE])  # their names, row by row
 ROOM = 56  # pixels of a cell: four patches
 BOX = ROOM - CELL  # what a thing and its tag may fill: things of two cells never touch
-STREAMS = {4: 20, 3: 30, 2: 40}  # by ``side``, added to the purpose of random numbers: these pictures share none with the others
+# by ``side``, added to the purpose of random numbers: these pictures share none with the others
+STREAMS = {4: 20, 3: 30, 2: 40}
 TAGS = (0.1, 0.45, 0.45)  # none, digit, word
 
 
@@ -32,7 +46,8 @@ class GridScene(Scene):
 
 
 def _shapes(side: int, rng: np.random.Generator) -> tuple[list[int], int, int | None]:
-    """Shapes of the things (some once, some repeated, at least one not at all), the answer for counting and the shape counted."""
+    """Shapes of the things (some once, some repeated, at least one not at all), the answer for counting and the shape
+    counted."""
     count, order = int(rng.integers(3 if side == 2 else 5)), [int(s) for s in rng.permutation(len(SHAPES))]
     first = count if count >= 2 else int(rng.integers(2, 5))
     if side == 2:
@@ -53,7 +68,9 @@ def _colors(n: int, rng: np.random.Generator) -> list[int]:
     return [int(c) for c in rng.permutation([*order, *order[:pairs]])]
 
 
-def thing_in(cell: tuple[int, int], shape: int, color: int, kind: int, split: str, rng: np.random.Generator) -> SceneObject:
+def thing_in(
+    cell: tuple[int, int], shape: int, color: int, kind: int, split: str, rng: np.random.Generator
+) -> SceneObject:
     """A thing with its tag (kind 0 none, 1 digit, 2 word) somewhere in a cell."""
     value = int(rng.integers(10 if kind == 1 else len(WORDS)))
     below = bool(rng.random() < 0.5)
@@ -63,7 +80,9 @@ def thing_in(cell: tuple[int, int], shape: int, color: int, kind: int, split: st
     fitting = [size for size in SIZES if max(extent(size, tag, below)) <= BOX]
     size = fitting[int(rng.integers(len(fitting)))]
     width, height = extent(size, tag, below)
-    x, y = (ROOM * at + CELL * int(rng.integers((BOX - n) // CELL + 1)) for at, n in ((cell[1], width), (cell[0], height)))
+    x, y = (
+        ROOM * at + CELL * int(rng.integers((BOX - n) // CELL + 1)) for at, n in ((cell[1], width), (cell[0], height))
+    )
     return put(x, y, below, (shape, color, size), (kind, value), split, rng)
 
 
@@ -77,7 +96,8 @@ def grid_scene(split: str, seed: int, index: int, side: int = SIDE) -> GridScene
     seed, index : int
         Stream and position in it.
     side : int
-        2 or 3: only a block of so many cells in a row and in a column is filled, somewhere. The first lessons of training.
+        2 or 3: only a block of so many cells in a row and in a column is filled, somewhere. The first lessons of
+        training.
     """
     rng = generator(split, seed, index, STREAMS[side])
     shapes, count, group = _shapes(side, rng)
@@ -85,5 +105,7 @@ def grid_scene(split: str, seed: int, index: int, side: int = SIDE) -> GridScene
     cells = [(top + int(c) // side, left + int(c) % side) for c in rng.permutation(side * side)]
     colors = _colors(len(shapes), rng)
     kinds = rng.choice(3, len(shapes), p=TAGS)
-    things = tuple(thing_in(c, s, k, int(t), split, rng) for c, s, k, t in zip(cells, shapes, colors, kinds, strict=True))
+    things = tuple(
+        thing_in(c, s, k, int(t), split, rng) for c, s, k, t in zip(cells, shapes, colors, kinds, strict=True)
+    )
     return GridScene(split, seed, index, things, count, group, cells=tuple(cells), side=side)

@@ -1,7 +1,7 @@
 """Short clips: eight frames of a small scene in which things move, appear, change colour, and words flash up.
 
-A clip is a pure function of (split, seed, index), like a scene. It is made of actors, each with a place and a colour per frame; what
-an actor does is what may be asked. Background, shapes, colours and words are those of the pictures.
+A clip is a pure function of (split, seed, index), like a scene. It is made of actors, each with a place and a colour
+per frame; what an actor does is what may be asked. Background, shapes, colours and words are those of the pictures.
 """
 
 from __future__ import annotations
@@ -102,11 +102,14 @@ class _ClipStage:
         spot = _place(self.free[frames.start : frames.stop].all(0), width // CELL, height // CELL, self.rng)
         if spot is None:
             return None
-        self.free[frames.start : frames.stop, spot[0] : spot[0] + height // CELL, spot[1] : spot[1] + width // CELL] = False
+        self.free[frames.start : frames.stop, spot[0] : spot[0] + height // CELL, spot[1] : spot[1] + width // CELL] = (
+            False
+        )
         return spot[1] * CELL, spot[0] * CELL
 
     def add(self, role: str, value: int, colors: list[int], path: list[tuple[int, int]], around: int = 0) -> None:
-        """Place an actor on a ``path`` of cells relative to its place; nothing else may come there ``around`` frames before or after."""
+        """Place an actor on a ``path`` of cells relative to its place; nothing else may come there ``around`` frames
+        before or after."""
         width = height = SIZES[self.pick(0, len(SIZES))]
         variant = 0
         if role == "word":
@@ -178,7 +181,11 @@ def pixels(actor: Actor, color: int, rng: np.random.Generator) -> tuple[np.ndarr
         tone = _COLOR_TABLE[color] * np.float32(rng.uniform(0.85, 1.08)) + rng.normal(0, 8, 3).astype(np.float32)
         grain = rng.standard_normal((actor.height, actor.width, 1), np.float32) * np.float32(10)
         return tone + grain, shape_mask(actor.value, actor.width)[..., None]
-    ink, paper = (rng.uniform(0, 60), rng.uniform(180, 255)) if rng.random() < 0.5 else (rng.uniform(190, 255), rng.uniform(0, 70))
+    ink, paper = (
+        (rng.uniform(0, 60), rng.uniform(180, 255))
+        if rng.random() < 0.5
+        else (rng.uniform(190, 255), rng.uniform(0, 70))
+    )
     mask = tag_mask(Tag("word", actor.value, actor.variant, 0, 0, actor.width, actor.height))[..., None]
     tint = rng.normal(0, 5, 3).astype(np.float32)
     return np.float32(paper) + mask * np.float32(ink - paper) + tint, np.full_like(mask, 0.88)
@@ -205,7 +212,11 @@ def render(shown: Clip) -> np.ndarray:
 def covered(actor: Actor) -> np.ndarray:
     """Visual rows that show an actor, (8, 65) bool; row 0 of a frame is CLS and shows nothing by itself."""
     out = np.zeros((FRAMES, ROWS), bool)
-    mask = np.ones((actor.height, actor.width), np.float32) if actor.role == "word" else shape_mask(actor.value, actor.width)
+    mask = (
+        np.ones((actor.height, actor.width), np.float32)
+        if actor.role == "word"
+        else shape_mask(actor.value, actor.width)
+    )
     for f in actor.frames:
         x, y = actor.places[f]
         page = np.zeros((SIDE, SIDE), np.float32)

@@ -3,8 +3,10 @@
 | kind | asks | why a frame is not enough |
 | --- | --- | --- |
 | motion | where does the star move? | the same place is passed in either direction |
-| order | does the moon appear before the ring? | each shows for a while and leaves again: a frame with one of them fits both orders |
-| change | what is the first (last) color of the heart? | a frame shows a colour, but not whether another one came before or after |
+| order | does the moon appear before the ring? | each shows for a while and leaves again: a frame with one of them fits
+both orders |
+| change | what is the first (last) color of the heart? | a frame shows a colour, but not whether another one came
+before or after |
 | read | what is the first (last) word? | two words flash up one after the other |
 | count | how many arrows appear? | they flash up one at a time |
 
@@ -47,7 +49,8 @@ class ClipQuestion:
     counted : ndarray (520,) bool
         One row per thing to be counted.
     gaps : tuple of three floats
-        What a comparison compares: right and down in units of four cells, later in units of three frames; NaN elsewhere.
+        What a comparison compares: right and down in units of four cells, later in units of three frames; NaN
+        elsewhere.
     """
 
     text: str
@@ -99,7 +102,9 @@ class _ClipAsker:
         way = next(name for name, (dx, dy) in STEPS.items() if dx * (x1 - x0) + dy * (y1 - y0) > 0)
         looks = self.rows(i, [0, 1, 2]), self.rows(i, [5, 6, 7])
         pieces = ["where does the", (self.name(i), self.shown[i].ravel()), "move"]
-        return self.make("motion", pieces, way, self.rows(i, [0, FRAMES - 1]), looks, gaps=((x1 - x0) / 28, (y1 - y0) / 28, math.nan))
+        return self.make(
+            "motion", pieces, way, self.rows(i, [0, FRAMES - 1]), looks, gaps=((x1 - x0) / 28, (y1 - y0) / 28, math.nan)
+        )
 
     def order(self) -> ClipQuestion:
         a, b = (int(i) for i in self.rng.permutation(self.clip.played("comer"))[:2])
@@ -108,9 +113,21 @@ class _ClipAsker:
         if ((starts[0] < starts[1]) == before) != yes:  # yes and no are equally likely for any clip
             a, b, starts = b, a, starts[::-1]
         looks = self.shown[a].ravel(), self.shown[b].ravel()
-        pieces = ["does the", (self.name(a), looks[0]), f"appear {'before' if before else 'after'} the", (self.name(b), looks[1])]
+        pieces = [
+            "does the",
+            (self.name(a), looks[0]),
+            f"appear {'before' if before else 'after'} the",
+            (self.name(b), looks[1]),
+        ]
         needed = self.rows(a, [starts[0]]) | self.rows(b, [starts[1]])
-        return self.make("order", pieces, "yes" if yes else "no", needed, looks, gaps=(math.nan, math.nan, (starts[0] - starts[1]) / 3))
+        return self.make(
+            "order",
+            pieces,
+            "yes" if yes else "no",
+            needed,
+            looks,
+            gaps=(math.nan, math.nan, (starts[0] - starts[1]) / 3),
+        )
 
     def change(self) -> ClipQuestion:
         i, end = self.pick(self.clip.played("changer")), self.end()
@@ -124,18 +141,29 @@ class _ClipAsker:
         end = self.end()
         i = self.clip.played("word")[0 if end == "first" else -1]
         look = self.shown[i].ravel()
-        return self.make("read", [f"what is the {end}", ("word", look)], WORDS[self.clip.actors[i].value], look, (look, look))
+        return self.make(
+            "read", [f"what is the {end}", ("word", look)], WORDS[self.clip.actors[i].value], look, (look, look)
+        )
 
     def count(self) -> ClipQuestion:
-        flashes, look, one = self.clip.played("flash"), np.zeros(CLIP_ROWS, bool), np.zeros((FRAMES, len(self.shown[0][0])), bool)
+        flashes, look, one = (
+            self.clip.played("flash"),
+            np.zeros(CLIP_ROWS, bool),
+            np.zeros((FRAMES, len(self.shown[0][0])), bool),
+        )
         shape, n = self.clip.actors[flashes[0]].value, len(flashes)
         if self.rng.random() < 0.2:
-            shape, n = self.pick(sorted(set(range(len(SHAPES))) - {a.value for a in self.clip.actors if a.role != "word"})), 0
+            shape, n = (
+                self.pick(sorted(set(range(len(SHAPES))) - {a.value for a in self.clip.actors if a.role != "word"})),
+                0,
+            )
         for i in flashes[:n]:
             frame = self.clip.actors[i].frames[0]
             look |= self.shown[i].ravel()
             one[frame, center(self.clip.actors[i], frame)] = True
-        return self.make("count", ["how many", (PLURALS[shape], look), "appear"], str(n), look, (look, look), counted=one.ravel())
+        return self.make(
+            "count", ["how many", (PLURALS[shape], look), "appear"], str(n), look, (look, look), counted=one.ravel()
+        )
 
     def end(self) -> str:
         return "first" if self.rng.random() < 0.5 else "last"

@@ -1,8 +1,8 @@
 """Long clips: 64 to 256 small frames on which hardly anything happens, and what happens is over soon.
 
-A clip is a pure function of (split, seed, index, frames), like all that is drawn here. Four scenes of equal length follow one another, each with a
-background of its own. Things and words show one at a time, with nothing but the background before and after, and the camera is a little noisy,
-so no two frames are equal.
+A clip is a pure function of (split, seed, index, frames), like all that is drawn here. Four scenes of equal length
+follow one another, each with a background of its own. Things and words show one at a time, with nothing but the
+background before and after, and the camera is a little noisy, so no two frames are equal.
 """
 
 from __future__ import annotations

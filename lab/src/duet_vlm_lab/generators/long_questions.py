@@ -2,7 +2,8 @@
 
 | kind | asks | what it takes |
 | --- | --- | --- |
-| beside | what is right before (after) the star? | the star, and the nearest thing or word on that side, be it a hundred frames away |
+| beside | what is right before (after) the star? | the star, and the nearest thing or word on that side, be it a
+hundred frames away |
 | when | in what scene does the star appear? (1 to 4) | the star, and how much of the clip came before it |
 | order | does the star appear before (after) the moon? | two things, and which was first |
 | read | what is the first (last) word? | two or three words show for two frames each |
@@ -21,12 +22,14 @@ from duet_vlm.evaluation.tiny.scenes import SHAPES
 from duet_vlm_lab.generators.long_clips import ROWS, Event, LongClip, center
 
 KINDS = ("beside", "when", "order", "read", "count")
-CHANCE = {"beside": 1 / 10, "when": 1 / 4, "order": 1 / 2, "read": 1 / 12, "count": 1 / 5}  # what is reached without looking, nearly
+# what is reached without looking, nearly
+CHANCE = {"beside": 1 / 10, "when": 1 / 4, "order": 1 / 2, "read": 1 / 12, "count": 1 / 5}
 
 
 @dataclass(frozen=True)
 class LongQuestion:
-    """One question; ``needed`` (5 x frames,) bool: the middle of everything that the answer depends on, in the first frame where it shows."""
+    """One question; ``needed`` (5 x frames,) bool: the middle of everything that the answer depends on, in the first
+    frame where it shows."""
 
     text: str
     answer: str
@@ -56,11 +59,18 @@ class _LongAsker:
     def beside(self) -> LongQuestion:
         side, step = (("before", -1), ("after", 1))[int(self.rng.integers(2))]
         i = self.some([i for i in self.clip.played("guest") if 0 <= i + step < len(self.events)])
-        return self.made(f"What is right {side} the {name(self.events[i])}?", name(self.events[i + step]), "beside", i, i + step)
+        return self.made(
+            f"What is right {side} the {name(self.events[i])}?", name(self.events[i + step]), "beside", i, i + step
+        )
 
     def when(self) -> LongQuestion:
         i = self.some(self.clip.played("guest"))
-        return self.made(f"In what scene does the {name(self.events[i])} appear?", str(self.clip.scene_of(self.events[i]) + 1), "when", i)
+        return self.made(
+            f"In what scene does the {name(self.events[i])} appear?",
+            str(self.clip.scene_of(self.events[i]) + 1),
+            "when",
+            i,
+        )
 
     def order(self) -> LongQuestion:
         a, b = (int(i) for i in self.rng.permutation(self.clip.played("guest"))[:2])
@@ -77,7 +87,9 @@ class _LongAsker:
         flashes = self.clip.played("flash")
         shape = self.events[flashes[0]].actor.value
         if self.rng.random() < 0.2:
-            absent = sorted(set(range(len(SHAPES))) - {event.actor.value for event in self.events if event.actor.role != "word"})
+            absent = sorted(
+                set(range(len(SHAPES))) - {event.actor.value for event in self.events if event.actor.role != "word"}
+            )
             shape, flashes = self.some(absent), []
         return self.made(f"How many {PLURALS[shape]} appear?", str(len(flashes)), "count", *flashes)
 

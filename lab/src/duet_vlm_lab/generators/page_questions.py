@@ -6,7 +6,8 @@
 | existence | Is there a red star? | the same; the star is there, red or not |
 | read_digit, read_word | What number is next to the star? | the same, and the small print beside it |
 | count | How many rings are there? (0 to 4) | all quarters |
-| hop1, hop2 | Star, right, above: what tag? | the thing, its quarter, and the small print in the cell that the moves lead to |
+| hop1, hop2 | Star, right, above: what tag? | the thing, its quarter, and the small print in the cell that the moves
+lead to |
 """
 
 from __future__ import annotations
@@ -24,7 +25,15 @@ from duet_vlm_lab.generators.page_scenes import QUARTERS, ROWS, ScenePage, packe
 
 KINDS = ("attribute", "existence", "read_digit", "read_word", "count", "hop1", "hop2")
 HOPS = {"hop1": 1, "hop2": 2}
-CHANCE = {"attribute": 1 / 8, "existence": 1 / 2, "read_digit": 1 / 10, "read_word": 1 / 16, "count": 1 / 5, "hop1": 0.05, "hop2": 0.05}
+CHANCE = {
+    "attribute": 1 / 8,
+    "existence": 1 / 2,
+    "read_digit": 1 / 10,
+    "read_word": 1 / 16,
+    "count": 1 / 5,
+    "hop1": 0.05,
+    "hop2": 0.05,
+}
 
 
 class PageAsker(plain.Asker):
@@ -35,7 +44,11 @@ class PageAsker(plain.Asker):
         self.page, self.quarter = page, page.where
         firsts = [self.quarter.index(number) for number in range(QUARTERS)]
         self.steps = {
-            move: [i if i is None else first + i for first, part in zip(firsts, page.quarters, strict=True) for i in neighbours(part, move)]
+            move: [
+                i if i is None else first + i
+                for first, part in zip(firsts, page.quarters, strict=True)
+                for i in neighbours(part, move)
+            ]
             for move in STEPS
         }
 
@@ -56,11 +69,15 @@ class PageAsker(plain.Asker):
         """The moves are drawn first, so that they do not depend on where things stand."""
         ways = list(product(STEPS, repeat=hops))
         for n in self.rng.permutation(len(ways)):
-            paths = [path for i in self.unique if (path := walk(self.steps, i, ways[n])) and self.readable(path[-1], read)]
+            paths = [
+                path for i in self.unique if (path := walk(self.steps, i, ways[n])) and self.readable(path[-1], read)
+            ]
             if paths:
                 path = self.pick(paths)
                 text = f"{SHAPES[self.things[path[0]].shape].capitalize()}, {', '.join(ways[n])}: what {read}?"
-                return Chain(text, self.readable(path[-1], read), f"hop{hops}", path, read == "tag", (), path, ways[n], read)
+                return Chain(
+                    text, self.readable(path[-1], read), f"hop{hops}", path, read == "tag", (), path, ways[n], read
+                )
         return None
 
     def hop1(self) -> Chain | None:
@@ -78,7 +95,8 @@ def question(page: ScenePage, kind: str, rng: np.random.Generator) -> SceneQuest
 
 
 def needed_of(page: ScenePage, asked: SceneQuestion) -> np.ndarray:
-    """Rows of the packed page that show what the answer needs, in the crops: (1312,) bool; of a chain everything it goes through."""
+    """Rows of the packed page that show what the answer needs, in the crops: (1312,) bool; of a chain everything it
+    goes through."""
     rows, things, where = np.zeros(ROWS, bool), page.things, page.where
     for i in asked.needed:
         rows[packed_rows(where[i])[body_patches(things[i])]] = True

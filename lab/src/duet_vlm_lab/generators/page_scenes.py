@@ -1,6 +1,8 @@
-"""Layouts of ``tiny-page``: a page of 2 x 2 quarters, each as large as a picture of the tiny models and with things on its 4 x 4 cells.
+"""Layouts of ``tiny-page``: a page of 2 x 2 quarters, each as large as a picture of the tiny models and with things on
+its 4 x 4 cells.
 
-The things, their tags and the drawing are those of :mod:`duet_vlm.evaluation.tiny.scenes`; a layout is a pure function of (split, seed, index).
+The things, their tags and the drawing are those of :mod:`duet_vlm.evaluation.tiny.scenes`; a layout is a pure function
+of (split, seed, index).
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ class Quarter(GridScene):
 
 @dataclass(frozen=True)
 class ScenePage:
-    """Four quarters, row by row. ``count`` is the answer that count questions should get; ``group``: the shape to count, if it repeats."""
+    """Four quarters, row by row. ``count`` is the answer that count questions should get; ``group``: the shape to
+    count, if it repeats."""
 
     split: str
     seed: int
@@ -63,7 +66,11 @@ def _shapes(rng: np.random.Generator) -> tuple[list[int], int, int | None]:
     count, order = int(rng.integers(5)), [int(s) for s in rng.permutation(len(SHAPES))]
     many = count if count >= 2 else int(rng.integers(2, 5))
     rest = rng.integers(SINGLE + 1, SINGLE + 1 + FILLERS, FILLED * QUARTERS - SINGLE - many)
-    return [*order[:SINGLE], *many * [order[SINGLE]], *(order[i] for i in rest)], count, order[SINGLE] if count >= 2 else None
+    return (
+        [*order[:SINGLE], *many * [order[SINGLE]], *(order[i] for i in rest)],
+        count,
+        order[SINGLE] if count >= 2 else None,
+    )
 
 
 def page(split: str, seed: int, index: int) -> ScenePage:
@@ -82,7 +89,9 @@ def page(split: str, seed: int, index: int) -> ScenePage:
     for number, mine in enumerate(rng.permutation(shapes).reshape(QUARTERS, FILLED)):
         cells = [(int(c) // SIDE, int(c) % SIDE) for c in rng.permutation(SIDE * SIDE)[:FILLED]]
         looks = zip(cells, mine, rng.integers(len(COLORS), size=FILLED), rng.choice(3, FILLED, p=TAGS), strict=True)
-        things = tuple(thing_in(cell, int(shape), int(color), int(tag), split, rng) for cell, shape, color, tag in looks)
+        things = tuple(
+            thing_in(cell, int(shape), int(color), int(tag), split, rng) for cell, shape, color, tag in looks
+        )
         quarters.append(Quarter(split, seed, QUARTERS * index + number, things, 0, None, cells=tuple(cells)))
     return ScenePage(split, seed, index, tuple(quarters), count, group)
 
@@ -94,7 +103,8 @@ def render_page(drawn: ScenePage) -> np.ndarray:
 
 
 def packed_rows(quarter: int) -> np.ndarray:
-    """Positions of the patches of a quarter among the ``ROWS`` rows that LLaVA-NeXT packs: (256,) int, row by row of the quarter."""
+    """Positions of the patches of a quarter among the ``ROWS`` rows that LLaVA-NeXT packs: (256,) int, row by row of
+    the quarter."""
     down, along = (n * GRID for n in divmod(quarter, ACROSS))
     at = np.arange(GRID)
     return (OVERVIEW + (down + at)[:, None] * LINE + along + at).ravel()

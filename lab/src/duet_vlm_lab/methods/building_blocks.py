@@ -1,4 +1,5 @@
-"""Building blocks of ``custom``: scorers, selectors, mergers and schedules by name, each with its inputs. The rules themselves are in ``ops``."""
+"""Building blocks of ``custom``: scorers, selectors, mergers and schedules by name, each with its inputs. The rules
+themselves are in ``ops``."""
 
 from __future__ import annotations
 
@@ -68,8 +69,8 @@ class BlockSettings(Protocol):
 
 @dataclass(frozen=True)
 class ChoiceState:
-    """A choice on its way, what selectors and mergers look at: ``weight`` [B, N], the scores, not negative; ``shown`` [B, N, d], the rows whose
-    likeness counts, None where nobody compares."""
+    """A choice on its way, what selectors and mergers look at: ``weight`` [B, N], the scores, not negative; ``shown``
+    [B, N, d], the rows whose likeness counts, None where nobody compares."""
 
     view: EncoderView
     settings: BlockSettings
@@ -106,8 +107,8 @@ class ChoiceState:
 
 @dataclass(frozen=True)
 class Scorer:
-    """``score`` of each token [B, N], larger is better. ``rows`` that it reads: "" none, "features", or "projected"; ``scale``: how the score becomes
-    a weight unless the settings say otherwise, with ``offset`` where it is a range."""
+    """``score`` of each token [B, N], larger is better. ``rows`` that it reads: "" none, "features", or "projected";
+    ``scale``: how the score becomes a weight unless the settings say otherwise, with ``offset`` where it is a range."""
 
     score: Callable[[EncoderView], Tensor]
     requires: frozenset[Input] = frozenset()
@@ -122,7 +123,9 @@ def _asked(view: EncoderView) -> Tensor:
 
 
 def _dense(view: EncoderView) -> Tensor:
-    return peak_scores(distances(view.require(Input.FEATURES).masked_fill(~view.valid[..., None], 0)), view.valid, CLOSEST)
+    return peak_scores(
+        distances(view.require(Input.FEATURES).masked_fill(~view.valid[..., None], 0)), view.valid, CLOSEST
+    )
 
 
 def _moved(view: EncoderView) -> Tensor:
@@ -132,9 +135,13 @@ def _moved(view: EncoderView) -> Tensor:
 SCORERS: dict[str, Scorer] = {
     "importance": Scorer(lambda view: view.require(Input.IMPORTANCE), requires=frozenset({Input.IMPORTANCE})),
     "uniform": Scorer(lambda view: view.valid.float()),
-    "relevance": Scorer(_asked, requires=frozenset({Input.QUESTION}), rows="projected", scale="range", offset=saliency.OFFSET),
+    "relevance": Scorer(
+        _asked, requires=frozenset({Input.QUESTION}), rows="projected", scale="range", offset=saliency.OFFSET
+    ),
     "sensitivity": Scorer(_moved, requires=frozenset({Input.PROJECTOR}), rows="projected", scale="range"),
-    "key_norm": Scorer(lambda view: -saliency.length(view.require(Input.KEYS)), requires=frozenset({Input.KEYS}), scale="range"),
+    "key_norm": Scorer(
+        lambda view: -saliency.length(view.require(Input.KEYS)), requires=frozenset({Input.KEYS}), scale="range"
+    ),
     "feature_norm": Scorer(lambda view: saliency.length(view.require(Input.FEATURES)), rows="features"),
     "contrast": Scorer(lambda view: saliency.contrast(view.require(Input.FEATURES), view.valid), rows="features"),
     "density": Scorer(_dense, rows="features"),
@@ -146,7 +153,8 @@ SCORERS: dict[str, Scorer] = {
 
 @dataclass(frozen=True)
 class Selector:
-    """``choose`` the tokens [B, N] bool, ``view.dominant`` of each picture; whether it looks at scores, and at likeness; what else it reads."""
+    """``choose`` the tokens [B, N] bool, ``view.dominant`` of each picture; whether it looks at scores, and at
+    likeness; what else it reads."""
 
     choose: Callable[[ChoiceState], Tensor]
     scores: bool = True
@@ -173,7 +181,9 @@ def _stretches(c: ChoiceState) -> Tensor:
 
 
 def _determinantal(c: ChoiceState) -> Tensor:
-    return greedy_dpp_map(conditional_kernel(c.table, c.weight, c.settings.ridge), c.view.valid, c.view.dominant, c.steps)
+    return greedy_dpp_map(
+        conditional_kernel(c.table, c.weight, c.settings.ridge), c.view.valid, c.view.dominant, c.steps
+    )
 
 
 def _graph(c: ChoiceState) -> Tensor:
@@ -183,7 +193,9 @@ def _graph(c: ChoiceState) -> Tensor:
 
 
 def _distinct(c: ChoiceState) -> Tensor:
-    return remove_duplicates(c.table, c.weight, c.view.valid, [(plan.tokens, plan.dominant) for plan in c.view.plans], c.settings.important)
+    return remove_duplicates(
+        c.table, c.weight, c.view.valid, [(plan.tokens, plan.dominant) for plan in c.view.plans], c.settings.important
+    )
 
 
 SELECTORS = {
@@ -191,14 +203,25 @@ SELECTORS = {
     "even": Selector(lambda c: spaced_picks(c.view.valid, c.view.dominant), scores=False),
     "windows": Selector(_windows, requires=frozenset({Input.GRID})),
     "stretches": Selector(_stretches),
-    "nms": Selector(lambda c: greedy_nms(c.table, c.weight, c.view.valid, c.view.dominant, c.steps, c.settings.alike), compares=True),
+    "nms": Selector(
+        lambda c: greedy_nms(c.table, c.weight, c.view.valid, c.view.dominant, c.steps, c.settings.alike), compares=True
+    ),
     "graph": Selector(_graph, compares=True),
     "distinct": Selector(_distinct, compares=True),
-    "max_min": Selector(lambda c: max_min_diversity(c.table, c.view.valid, c.view.dominant, c.steps), scores=False, compares=True),
-    "apart": Selector(lambda c: pairwise_distance(c.table, c.weight, c.view.valid, c.view.dominant, c.steps), compares=True),
+    "max_min": Selector(
+        lambda c: max_min_diversity(c.table, c.view.valid, c.view.dominant, c.steps), scores=False, compares=True
+    ),
+    "apart": Selector(
+        lambda c: pairwise_distance(c.table, c.weight, c.view.valid, c.view.dominant, c.steps), compares=True
+    ),
     "determinantal": Selector(_determinantal, compares=True),
-    "coverage": Selector(lambda c: greedy_coverage(c.table, c.weight, c.view.valid, c.view.dominant, c.steps), compares=True),
-    "discount": Selector(lambda c: greedy_discounted(c.table.clamp(min=0), c.weight, c.view.valid, c.view.dominant, c.steps), compares=True),
+    "coverage": Selector(
+        lambda c: greedy_coverage(c.table, c.weight, c.view.valid, c.view.dominant, c.steps), compares=True
+    ),
+    "discount": Selector(
+        lambda c: greedy_discounted(c.table.clamp(min=0), c.weight, c.view.valid, c.view.dominant, c.steps),
+        compares=True,
+    ),
 }
 
 
@@ -207,8 +230,8 @@ SELECTORS = {
 
 @dataclass(frozen=True)
 class Merger:
-    """``merge`` the tokens that were not chosen ([B, N] bool are the chosen ones); whether it looks at scores, and at likeness; ``own``: how many of
-    the rows that enter, of a picture of how many tokens, it makes of these alone."""
+    """``merge`` the tokens that were not chosen ([B, N] bool are the chosen ones); whether it looks at scores, and at
+    likeness; ``own``: how many of the rows that enter, of a picture of how many tokens, it makes of these alone."""
 
     merge: Callable[[ChoiceState, Tensor], Selection]
     scores: bool = False
@@ -231,7 +254,9 @@ def _local(c: ChoiceState, chosen: Tensor) -> Selection:
     rest, share = c.view.valid & ~chosen, 4.0 if c.settings.pool is None else c.settings.pool
     pools = [math.ceil(share * plan.contextual - EPSILON) for plan in c.view.plans]
     order, pool = ranking(c.weight, rest)[:, : max(1, *pools)], torch.minimum(c.counts(pools), rest.sum(1))
-    return merge_around_anchors(*_kept(c, chosen), order, pool, c.view.contextual, max(plan.contextual for plan in c.view.plans), c.rows)
+    return merge_around_anchors(
+        *_kept(c, chosen), order, pool, c.view.contextual, max(plan.contextual for plan in c.view.plans), c.rows
+    )
 
 
 def _spaced(c: ChoiceState, chosen: Tensor) -> Selection:
@@ -304,10 +329,17 @@ class Blocks:
 
     @classmethod
     def named(cls, scorer: str, selector: str, merger: str, compare: str, scale: str | None) -> Blocks:
-        """By their names; where nobody looks at scores all tokens are the same, and where nobody looks at likeness nothing is compared."""
+        """By their names; where nobody looks at scores all tokens are the same, and where nobody looks at likeness
+        nothing is compared."""
         select, merge = SELECTORS[selector], MERGERS[merger]
         score = SCORERS[scorer if select.scores or merge.scores else "uniform"]
-        return cls(score, select, merge, compare if select.compares or merge.compares else "", score.scale if scale is None else scale)
+        return cls(
+            score,
+            select,
+            merge,
+            compare if select.compares or merge.compares else "",
+            score.scale if scale is None else scale,
+        )
 
     @property
     def requires(self) -> frozenset[Input]:

@@ -1,4 +1,5 @@
-"""A reference that no method can know: keep the tokens that the answer needs, fill up by importance. No bound: methods may pass it."""
+"""A reference that no method can know: keep the tokens that the answer needs, fill up by importance. No bound: methods
+may pass it."""
 
 from __future__ import annotations
 
@@ -17,10 +18,11 @@ from duet_vlm.reducers.inputs import Input
 
 @dataclass(frozen=True, eq=False)
 class Oracle(EncoderReducer):
-    """A constant count from the decoder's entry on, needed tokens first, then those that the vision encoder attends to most.
+    """A constant count from the decoder's entry on, needed tokens first, then those that the vision encoder attends to
+    most.
 
-    ``needed`` holds one bool array per image or clip of the batch, in order, so that a clip is never taken apart; as arrays do not hash, two of
-    these are never equal. No method: a reference for tables.
+    ``needed`` holds one bool array per image or clip of the batch, in order, so that a clip is never taken apart; as
+    arrays do not hash, two of these are never equal. No method: a reference for tables.
     """
 
     name: ClassVar[str] = "oracle"
@@ -35,10 +37,13 @@ class Oracle(EncoderReducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.crops != "joint":
-            raise ValueError(f"the oracle knows what a whole picture or clip needs: use crops='joint', not {self.crops!r}")
+            raise ValueError(
+                f"the oracle knows what a whole picture or clip needs: use crops='joint', not {self.crops!r}"
+            )
 
     def plan(self, tokens: int, depth: int, budget: Any) -> SpanPlan:
-        counts = duet_vlm.get_method("uniform")().plan(tokens, depth, budget).counts  # the floors' rule: one count for all layers
+        # the floors' rule: one count for all layers
+        counts = duet_vlm.get_method("uniform")().plan(tokens, depth, budget).counts
         return SpanPlan(tokens, counts[0], 0, counts)
 
     def select_tokens(self, view: EncoderView) -> Selection:

@@ -13,7 +13,8 @@ from duet_vlm.reducers.inputs import Input
 
 @dataclass(frozen=True)
 class WholeFrames(EncoderReducer):
-    """``frames`` of every ``of`` frames stay as they are, at the position numbers that they had; the rest leave at the decoder's entry.
+    """``frames`` of every ``of`` frames stay as they are, at the position numbers that they had; the rest leave at the
+    decoder's entry.
 
     Has no budget of its own: a count of frames can be no finer than a frame.
     """
@@ -38,7 +39,9 @@ class WholeFrames(EncoderReducer):
 
     def plan(self, tokens: int, depth: int, budget: Any) -> SpanPlan:
         if budget is not None:
-            raise ValueError(f"whole_frames takes a count of frames and no budget, got {budget!r}: give frames= and of=")
+            raise ValueError(
+                f"whole_frames takes a count of frames and no budget, got {budget!r}: give frames= and of="
+            )
         if tokens % self.of:
             raise ValueError(f"a clip of {tokens} tokens is not made of {self.of} equal frames: give of=")
         kept = tokens // self.of * self.frames

@@ -1,4 +1,5 @@
-"""The model ``tiny-page``: a stock LLaVA-NeXT with the tower, the projector and the decoder of ``tiny-chain``, and one word more."""
+"""The model ``tiny-page``: a stock LLaVA-NeXT with the tower, the projector and the decoder of ``tiny-chain``, and one
+word more."""
 
 from __future__ import annotations
 
@@ -35,7 +36,11 @@ def build_page_model(layers: int = LAYERS) -> LlavaNextForConditionalGeneration:
     model = LlavaNextForConditionalGeneration(config)
     model.tie_weights()
     model.generation_config = GenerationConfig(
-        bos_token_id=TOKEN["<s>"], eos_token_id=TOKEN["</s>"], pad_token_id=TOKEN["<pad>"], max_new_tokens=4, do_sample=False
+        bos_token_id=TOKEN["<s>"],
+        eos_token_id=TOKEN["</s>"],
+        pad_token_id=TOKEN["<pad>"],
+        max_new_tokens=4,
+        do_sample=False,
     )
     return model
 
@@ -46,7 +51,11 @@ def start_from_chain(layers: int = LAYERS) -> LlavaNextForConditionalGeneration:
     model, (chains, _) = build_page_model(layers), chain.load()
     model.model.vision_tower.load_state_dict(chains.model.vision_tower.state_dict())
     model.model.multi_modal_projector.load_state_dict(chains.model.multi_modal_projector.state_dict())
-    kept = {n: w for n, w in chains.model.language_model.state_dict().items() if not n.startswith("layers.") or int(n.split(".")[1]) < layers}
+    kept = {
+        n: w
+        for n, w in chains.model.language_model.state_dict().items()
+        if not n.startswith("layers.") or int(n.split(".")[1]) < layers
+    }
     model.model.language_model.load_state_dict(kept)
     model.model.image_newline.zero_()
     return model
@@ -59,7 +68,9 @@ def build_page_processor() -> LlavaNextProcessor:
     side, tokenizer = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}, build_tokenizer(PAGE_TOKEN)
     tokenizer.model_max_length = POSITIONS
     return LlavaNextProcessor(
-        image_processor=LlavaNextImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=side, image_grid_pinpoints=[[PAGE_SIDE] * 2]),
+        image_processor=LlavaNextImageProcessor(
+            size={"shortest_edge": IMAGE_SIZE}, crop_size=side, image_grid_pinpoints=[[PAGE_SIDE] * 2]
+        ),
         tokenizer=tokenizer,
         patch_size=PATCH,
         vision_feature_select_strategy="default",

@@ -28,7 +28,8 @@ def build_video_tokenizer(words: tuple[str, ...] = NEW_WORDS) -> PreTrainedToken
 
 
 def video_config(side: int = SIDE, rows: int = CLIP_ROWS) -> VideoLlavaConfig:
-    """Eight frames of 112 px: 64 patches and CLS each, which stock Video-LLaVA hands to the decoder, too; 520 rows per clip. Or others."""
+    """Eight frames of 112 px: 64 patches and CLS each, which stock Video-LLaVA hands to the decoder, too; 520 rows per
+    clip. Or others."""
     tower = tower_config()
     tower.image_size = side
     return VideoLlavaConfig(
@@ -50,7 +51,11 @@ def build_video_model(config: VideoLlavaConfig | None = None) -> VideoLlavaForCo
     model = VideoLlavaForConditionalGeneration(config or video_config())
     model.tie_weights()
     model.generation_config = GenerationConfig(
-        bos_token_id=TOKEN["<s>"], eos_token_id=TOKEN["</s>"], pad_token_id=TOKEN["<pad>"], max_new_tokens=4, do_sample=False
+        bos_token_id=TOKEN["<s>"],
+        eos_token_id=TOKEN["</s>"],
+        pad_token_id=TOKEN["<pad>"],
+        max_new_tokens=4,
+        do_sample=False,
     )
     return model
 
@@ -59,7 +64,8 @@ def build_video_model(config: VideoLlavaConfig | None = None) -> VideoLlavaForCo
 def start_from_pictures() -> VideoLlavaForConditionalGeneration:
     """The model with the weights of the shipped tiny LLaVA.
 
-    Both towers are its tower; of its position table they keep the upper left corner, so that a patch is as large as it was.
+    Both towers are its tower; of its position table they keep the upper left corner, so that a patch is as large as it
+    was.
     """
     model, (pictures, _) = build_video_model(), load()
     state = pictures.model.vision_tower.state_dict()
@@ -70,8 +76,11 @@ def start_from_pictures() -> VideoLlavaForConditionalGeneration:
 
 
 @torch.no_grad()
-def start_towers(model: VideoLlavaForConditionalGeneration, state: dict[str, torch.Tensor], given: int, grid: int) -> None:
-    """Both towers from the weights of one for ``given`` x ``given`` patches; of its positions they keep the upper left ``grid`` x ``grid``."""
+def start_towers(
+    model: VideoLlavaForConditionalGeneration, state: dict[str, torch.Tensor], given: int, grid: int
+) -> None:
+    """Both towers from the weights of one for ``given`` x ``given`` patches; of its positions they keep the upper left
+    ``grid`` x ``grid``."""
     key = next(name for name in state if name.endswith("position_embedding.weight"))
     table = state[key]
     corner = table[1:].view(given, given, -1)[:grid, :grid].flatten(0, 1)

@@ -1,6 +1,7 @@
 """Frames and text -> inputs of the tiny video model.
 
-Stock Video-LLaVA processors need torchvision for their video half. Frames are pictures, so the picture processor and the tokenizer do.
+Stock Video-LLaVA processors need torchvision for their video half. Frames are pictures, so the picture processor and
+the tokenizer do.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ class TinyVideoProcessor:
         """Write tokenizer and processor files."""
         self.tokenizer.save_pretrained(folder)
         sizes = {key: getattr(self.image_processor, key) for key in ("size", "crop_size")}
-        plain = {key: {name: side for name, side in dict(value).items() if side is not None} for key, value in sizes.items()}
+        plain = {
+            key: {name: side for name, side in dict(value).items() if side is not None} for key, value in sizes.items()
+        }
         kept = {"image_processor": plain, "num_frames": self.num_frames, "processor_class": type(self).__name__}
         (Path(folder) / FILE).write_text(json.dumps(kept, indent=1) + "\n")
 
@@ -76,9 +79,10 @@ class TinyVideoProcessor:
         text : str or sequence of str
             Prompts with one ``<video>`` for each clip, in order.
         videos : clip or sequence of clips, optional
-            A clip is a sequence of frames (PIL pictures, or arrays [height, width, 3] of one size) or one array [frames, height, width, 3].
-            Modes and numbers as in ``duet_vlm.inputs.images.rgb``; the range of numbers is that of the whole clip. All clips have the same
-            number of frames; ``tiny-video`` was trained on 8, ``tiny-long`` on 64 to 256.
+            A clip is a sequence of frames (PIL pictures, or arrays [height, width, 3] of one size) or one array
+            [frames, height, width, 3]. Modes and numbers as in ``duet_vlm.inputs.images.rgb``; the range of numbers is
+            that of the whole clip. All clips have the same number of frames; ``tiny-video`` was trained on 8,
+            ``tiny-long`` on 64 to 256.
         images : sequence
             None: the model was trained on clips only.
         return_tensors : str
@@ -92,22 +96,33 @@ class TinyVideoProcessor:
             Clips and ``<video>`` do not match in number, clips differ in length, or pictures are given.
         """
         if len(images):
-            raise ValueError("this model was trained on clips only: give frames as videos=, or take the model 'tiny' for pictures")
+            raise ValueError(
+                "this model was trained on clips only: give frames as videos=, or take the model 'tiny' for pictures"
+            )
         if return_tensors != "pt":
             raise ValueError(f"return_tensors={return_tensors!r}: only 'pt' is made")
         prompts, clips, made = [text] if isinstance(text, str) else list(text), _clips(videos), {}
         asked = sum(prompt.count(VIDEO) for prompt in prompts)
         if asked != len(clips):
-            raise ValueError(f"the text has {asked} {VIDEO}, but {len(clips)} clips were given: write one {VIDEO} for each clip")
+            raise ValueError(
+                f"the text has {asked} {VIDEO}, but {len(clips)} clips were given: write one {VIDEO} for each clip"
+            )
         if clips:
             lengths = sorted({len(clip) for clip in clips})
             if len(lengths) > 1 or not lengths[0]:
-                raise ValueError(f"clips of {lengths} frames: give all clips of a batch the same number of frames, at least 1")
-            pixels = self.image_processor(images=[frame for clip in clips for frame in _frames(clip)], return_tensors="pt")["pixel_values"]
+                raise ValueError(
+                    f"clips of {lengths} frames: give all clips of a batch the same number of frames, at least 1"
+                )
+            pixels = self.image_processor(
+                images=[frame for clip in clips for frame in _frames(clip)], return_tensors="pt"
+            )["pixel_values"]
             made["pixel_values_videos"] = pixels.view(len(clips), lengths[0], *pixels.shape[1:])
-            rows = lengths[0] * ((pixels.shape[-2] // PATCH) * (pixels.shape[-1] // PATCH) + 1)  # CLS is handed over, too
+            # CLS is handed over, too
+            rows = lengths[0] * ((pixels.shape[-2] // PATCH) * (pixels.shape[-1] // PATCH) + 1)
             prompts = [prompt.replace(VIDEO, VIDEO * rows) for prompt in prompts]
-        return BatchFeature({**self.tokenizer(prompts, return_tensors="pt", return_token_type_ids=False, **text_settings), **made})
+        return BatchFeature(
+            {**self.tokenizer(prompts, return_tensors="pt", return_token_type_ids=False, **text_settings), **made}
+        )
 
     def apply_chat_template(self, messages: list, **settings: Any) -> Any:
         """The text of a conversation whose user turns may hold parts of type "video" and "text"."""
@@ -153,8 +168,11 @@ def _image_processor(**kept: Any) -> Any:
         logging.set_verbosity(level)
 
 
-def build_video_processor(side: int = SIDE, words: tuple[str, ...] = NEW_WORDS, num_frames: int = FRAMES, longest: int = 1024) -> TinyVideoProcessor:
-    """Processor of the tiny video model: 112 px, 65 visual rows per frame. Or of one with another size of frames, other words and longer prompts."""
+def build_video_processor(
+    side: int = SIDE, words: tuple[str, ...] = NEW_WORDS, num_frames: int = FRAMES, longest: int = 1024
+) -> TinyVideoProcessor:
+    """Processor of the tiny video model: 112 px, 65 visual rows per frame. Or of one with another size of frames, other
+    words and longer prompts."""
     tokenizer = build_video_tokenizer(words)
     tokenizer.chat_template, tokenizer.model_max_length = CHAT_TEMPLATE, longest
     pictures = _image_processor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})

@@ -1,7 +1,9 @@
-"""``tiny-chain`` learns from answers alone: no attention targets, no probes, no blinding, no counting head, at any time.
+"""``tiny-chain`` learns from answers alone: no attention targets, no probes, no blinding, no counting head, at any
+time.
 
-The tower is the shipped one and stays as it is. The projector starts as a fit from what the tower sees to the words for it; from there on
-projector and decoder learn from the cross-entropy of answers and nothing else. What makes this feasible is the order of the lessons.
+The tower is the shipped one and stays as it is. The projector starts as a fit from what the tower sees to the words for
+it; from there on projector and decoder learn from the cross-entropy of answers and nothing else. What makes this
+feasible is the order of the lessons.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ FIT_STEPS, FIT_ROWS, FIT_PICTURES = 1500, 1024, 320
 
 @dataclass(frozen=True)
 class CurriculumPart:
-    """A part of the curriculum, up to step ``until``: pictures of side x side cells, so many a step with ``keep`` tokens each; weighted kinds."""
+    """A part of the curriculum, up to step ``until``: pictures of side x side cells, so many a step with ``keep``
+    tokens each; weighted kinds."""
 
     until: int
     side: int
@@ -55,7 +58,8 @@ class CurriculumPart:
 PLACES = ("cell", "at", "paint")
 MORE = ("existence", "count", "spatial", "compare")
 TWINS = {"twin": 3.0, "other": 2.0, "there": 2.0}
-CHAINS = {"twin": 1.0, "other": 0.3, "there": 1.0, "tint": 0.5, "mixed": 2.0, "far": 2.0, "land2": 0.3, "land3": 0.5}  # of long chains
+# of long chains
+CHAINS = {"twin": 1.0, "other": 0.3, "there": 1.0, "tint": 0.5, "mixed": 2.0, "far": 2.0, "land2": 0.3, "land3": 0.5}
 JOINED = {**CHAINS, "mixed": 4.0, "far": 3.0, "land3": 1.0}
 AFTER = {**CHAINS, "far": 1.5, "mixed": 1.0, "near": 5.0, "tint": 0.3}
 WHOLE = {
@@ -78,12 +82,22 @@ def weighted(lookups: float, places: float, more: float, **others: float) -> dic
 
 PARTS = (
     CurriculumPart(700, 2, 8, (10,), weighted(1.0, 1.0, 0.0)),
-    CurriculumPart(1400, 2, 8, (10,), weighted(0.5, 0.7, 0.3, land1=1.0, hop1=1.5, twin=0.7, other=0.4, there=0.7, tint=0.4)),
-    CurriculumPart(2400, 3, 8, (20, 28), weighted(0.5, 0.7, 0.3, land1=0.5, land2=0.7, hop1=1.5, any2=1.0, order=0.3, tint=0.4, twin=0.7, there=0.7)),
+    CurriculumPart(
+        1400, 2, 8, (10,), weighted(0.5, 0.7, 0.3, land1=1.0, hop1=1.5, twin=0.7, other=0.4, there=0.7, tint=0.4)
+    ),
+    CurriculumPart(
+        2400,
+        3,
+        8,
+        (20, 28),
+        weighted(0.5, 0.7, 0.3, land1=0.5, land2=0.7, hop1=1.5, any2=1.0, order=0.3, tint=0.4, twin=0.7, there=0.7),
+    ),
     CurriculumPart(3400, 3, 8, (20, 28), weighted(0.2, 0.2, 0.3, hop1=0.7, any2=1.0, tint=0.3, **TWINS)),
     CurriculumPart(4600, 3, 8, (20, 28), weighted(0.2, 0.2, 0.3, hop1=0.7, any2=1.0, any3=1.0, **CHAINS)),
     CurriculumPart(6400, 3, 8, (20, 28), weighted(0.2, 0.2, 0.2, hop1=0.7, any2=1.0, any3=1.5, **JOINED)),
-    CurriculumPart(9000, 4, 8, (32, 40, 57), weighted(0.3, 0.2, 0.7, order=0.3, hop1=0.7, any2=1.5, any3=2.0, **CHAINS)),
+    CurriculumPart(
+        9000, 4, 8, (32, 40, 57), weighted(0.3, 0.2, 0.7, order=0.3, hop1=0.7, any2=1.5, any3=2.0, **CHAINS)
+    ),
     CurriculumPart(10400, 4, 4, (VISUAL_TOKENS,), WHOLE),
     CurriculumPart(12400, 4, 8, (32, 40, 57), weighted(0.2, 0.2, 0.5, hop1=0.5, any2=1.0, any3=2.0, **AFTER)),
     CurriculumPart(12800, 4, 4, (VISUAL_TOKENS,), {**WHOLE, "near": 1.5}),
@@ -115,7 +129,8 @@ def tower() -> CLIPVisionModel:
 
 
 class FeaturePool:
-    """Pictures of a stream with what the tower sees on them, in memory, made when they are first asked for; always ``CHUNK`` at a time."""
+    """Pictures of a stream with what the tower sees on them, in memory, made when they are first asked for; always
+    ``CHUNK`` at a time."""
 
     def __init__(self, split: str, seed: int, side: int, size: int, bf16: bool) -> None:
         self.split, self.seed, self.side, self.size, self.bf16 = split, seed, side, size, bf16
@@ -127,7 +142,9 @@ class FeaturePool:
         if number not in self.chunks:
             scenes = [grid_scene(self.split, self.seed, number * CHUNK + i, self.side) for i in range(CHUNK)]
             with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-                seen = self.tower(to_pixels([render(s) for s in scenes]), output_hidden_states=True).hidden_states[FEATURE_LAYER][:, 1:]
+                seen = self.tower(to_pixels([render(s) for s in scenes]), output_hidden_states=True).hidden_states[
+                    FEATURE_LAYER
+                ][:, 1:]
             self.chunks[number] = [lesson(s, []) for s in scenes], seen.half()
         return self.chunks[number]
 
@@ -146,7 +163,8 @@ def cell_words() -> Tensor:
 
 
 def start_projector(words: Tensor, pool: FeaturePool, seed: int) -> LlavaMultiModalProjector:
-    """A projector that makes of a patch what the decoder's words for it are, plus its place: a fit of ``FIT_STEPS`` small steps."""
+    """A projector that makes of a patch what the decoder's words for it are, plus its place: a fit of ``FIT_STEPS``
+    small steps."""
     model = load()[0]
     projector, rng = LlavaMultiModalProjector(model.config), torch.Generator().manual_seed(seed)
     wanted, content = LabelFeatures(), words - words.mean(0)  # what is on a picture is no word
@@ -183,7 +201,10 @@ class ChainStage(Stage):
 
     def __init__(self, seed: int, steps: int, bf16: bool, pictures: int = 9000) -> None:
         super().__init__(seed, steps, bf16)
-        self.pools = {side: FeaturePool("train", seed, side, pictures if side == SIDE else pictures // 3, bf16) for side in STREAMS}
+        self.pools = {
+            side: FeaturePool("train", seed, side, pictures if side == SIDE else pictures // 3, bf16)
+            for side in STREAMS
+        }
         self.decoder = build_decoder(seed)
         self.projector: nn.Module = start_projector(self.decoder.embed_tokens.weight.detach(), self.pools[SIDE], seed)
         self.held = {side: FeaturePool("validation", seed, side, 10**6, bf16) for side in STREAMS}
@@ -210,11 +231,15 @@ class ChainStage(Stage):
             pairs.append((a, b))
             asked.append(found)
         keep = min(part.keep[-1], VISUAL_TOKENS)
-        patches = np.concatenate([chosen([p[n][0][0] for p in pairs], keep, rng) + n * VISUAL_TOKENS for n in (0, 1)], 1)
+        patches = np.concatenate(
+            [chosen([p[n][0][0] for p in pairs], keep, rng) + n * VISUAL_TOKENS for n in (0, 1)], 1
+        )
         seen = torch.stack([torch.cat([a[1][0], b[1][0]]) for a, b in pairs])
         return {"asked": asked, "seen": seen, "patches": patches, "packed": pack(asked, patches, 2 * VISUAL_TOKENS)}
 
-    def answers(self, asked: list[list[PackedQuestion]], seen: Tensor, patches: np.ndarray, packed: PackedChains) -> tuple[Tensor, Tensor]:
+    def answers(
+        self, asked: list[list[PackedQuestion]], seen: Tensor, patches: np.ndarray, packed: PackedChains
+    ) -> tuple[Tensor, Tensor]:
         """Loss and hits."""
         kept = seen[torch.arange(len(seen))[:, None], torch.from_numpy(patches)]
         return answer_loss(self.decoder, decode(self.decoder, self.projector(kept), packed, TURNS), packed)
@@ -232,7 +257,8 @@ class ChainStage(Stage):
 
     @torch.no_grad()
     def validate(self, pictures: int = 24) -> dict[str, float]:
-        """Accuracy per kind on validation pictures with all their tokens; ``few2_`` and ``few3_``: on smaller ones with few tokens."""
+        """Accuracy per kind on validation pictures with all their tokens; ``few2_`` and ``few3_``: on smaller ones with
+        few tokens."""
         out: dict[str, float] = {}
         for side, pool in self.held.items():
             rng, hits, asked = np.random.default_rng(0), [], []
@@ -243,7 +269,10 @@ class ChainStage(Stage):
                 hits += list(self.answers(mine, seen, patches, pack(mine, patches, VISUAL_TOKENS))[1])
                 asked += mine
                 if side == SIDE:
-                    mine = [some_pairs((lessons[i].scene, lessons[i - 1].scene), lessons[i].scene.generator(3)) for i in range(4)]
+                    mine = [
+                        some_pairs((lessons[i].scene, lessons[i - 1].scene), lessons[i].scene.generator(3))
+                        for i in range(4)
+                    ]
                     seen = torch.stack([torch.cat([seen[i], seen[i - 1]]) for i in range(4)])
                     everything = np.tile(np.arange(2 * VISUAL_TOKENS), (4, 1))
                     hits += list(self.answers(mine, seen, everything, pack(mine, everything, 2 * VISUAL_TOKENS))[1])

@@ -1,7 +1,8 @@
-"""Lessons: questions that only training asks. They are the steps of an answer, in the form of the task's questions, by answers alone.
+"""Lessons: questions that only training asks. They are the steps of an answer, in the form of the task's questions, by
+answers alone.
 
-Where a thing is, and what is in a cell; where moves lead; chains with the move by colour anywhere; that move alone, with the colour said, from
-a cell, before or behind another move; which of two cells is left of the other.
+Where a thing is, and what is in a cell; where moves lead; chains with the move by colour anywhere; that move alone,
+with the colour said, from a cell, before or behind another move; which of two cells is left of the other.
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ class ChainTeacher(ChainAsker):
         return found and replace(found, kind="tint")
 
     def tally(self) -> Chain | None:
-        """Number of things with the shape of the one that a move leads to: the answer is drawn first, of those that the picture offers."""
+        """Number of things with the shape of the one that a move leads to: the answer is drawn first, of those that the
+        picture offers."""
         shapes = [t.shape for t in self.things]
         (move,) = self.pick([(step,) for step in STEPS])
         paths = [path for i in range(len(self.things)) if (path := walk(self.steps, i, (move,)))]

@@ -1,7 +1,8 @@
 """Many questions about one picture, or about two, in one sequence, and the decoder's pass over it.
 
-``<s> USER:`` and the visual tokens come first. Every question with its answer follows; it sees these and itself, and its position numbers
-start again. That is the single-turn computation at a fraction of the cost; there is nothing else in it than tokens and answers.
+``<s> USER:`` and the visual tokens come first. Every question with its answer follows; it sees these and itself, and
+its position numbers start again. That is the single-turn computation at a fraction of the cost; there is nothing else
+in it than tokens and answers.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ class PackedChains:
     answers: Tensor
 
 
-def pack(asked: Sequence[Sequence[PackedQuestion]], patches: np.ndarray, total: int, tokens: Mapping[str, int] = CHAIN_TOKEN) -> PackedChains:
+def pack(
+    asked: Sequence[Sequence[PackedQuestion]], patches: np.ndarray, total: int, tokens: Mapping[str, int] = CHAIN_TOKEN
+) -> PackedChains:
     """Pack a batch.
 
     Parameters
@@ -63,7 +66,9 @@ def pack(asked: Sequence[Sequence[PackedQuestion]], patches: np.ndarray, total: 
         Numbers of the words; the first ones are the same in all of the tiny models.
     """
     b, k = patches.shape
-    rows = [[[tokens[w] for w in (*split_words(q.text), "ASSISTANT:", q.answer)] for q in questions] for questions in asked]
+    rows = [
+        [[tokens[w] for w in (*split_words(q.text), "ASSISTANT:", q.answer)] for q in questions] for questions in asked
+    ]
     length = max(sum(map(len, row)) for row in rows)
     ids, places, owners = (np.full((b, length), fill) for fill in (CHAIN_TOKEN["<pad>"], 0, -1))
     ends = np.array([np.cumsum([len(q) for q in row]) for row in rows])
@@ -80,9 +85,11 @@ def pack(asked: Sequence[Sequence[PackedQuestion]], patches: np.ndarray, total: 
 
 
 def decode(decoder: LlamaModel, visual: Tensor, packed: PackedChains, turns: int = 1) -> Tensor:
-    """Normalised states of the text rows, (B, T, WIDTH), from visual tokens (B, K, WIDTH), through all layers so many ``turns``.
+    """Normalised states of the text rows, (B, T, WIDTH), from visual tokens (B, K, WIDTH), through all layers so many
+    ``turns``.
 
-    The stock layers, with their attention in two parts: the prefix is causal and never sees text, so no mask of N x N rows is needed.
+    The stock layers, with their attention in two parts: the prefix is causal and never sees text, so no mask of N x N
+    rows is needed.
     """
     b, front = len(visual), PREFIX + visual.shape[1]
     start = torch.tensor([[CHAIN_TOKEN["<s>"], CHAIN_TOKEN["USER:"]]]).expand(b, -1)
@@ -93,7 +100,9 @@ def decode(decoder: LlamaModel, visual: Tensor, packed: PackedChains, turns: int
         shape = (b, hidden.shape[1], -1, own.head_dim)
         query, key, value = (p(normed).view(shape).transpose(1, 2) for p in (own.q_proj, own.k_proj, own.v_proj))
         query, key = apply_rotary_pos_emb(query, key, cos, sin)
-        seen = F.scaled_dot_product_attention(query[:, :, :front], key[:, :, :front], value[:, :, :front], is_causal=True)
+        seen = F.scaled_dot_product_attention(
+            query[:, :, :front], key[:, :, :front], value[:, :, :front], is_causal=True
+        )
         read = F.scaled_dot_product_attention(query[:, :, front:], key, value, attn_mask=packed.mask)
         hidden = hidden + own.o_proj(torch.cat([seen, read], 2).transpose(1, 2).flatten(2))
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))

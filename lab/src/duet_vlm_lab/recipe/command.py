@@ -15,9 +15,12 @@ APART = ("out", "report_to", "export_only")  # options that change nothing in th
 
 
 def parser(name: str, about: str | None, out: str, threads: int = 1, joined: str = "") -> argparse.ArgumentParser:
-    """Options of every training command; ``name`` is the module, ``out`` the usual folder, ``joined`` says what the threads are for."""
+    """Options of every training command; ``name`` is the module, ``out`` the usual folder, ``joined`` says what the
+    threads are for."""
     made = argparse.ArgumentParser(prog=f"python -m {name}", description=about)
-    made.add_argument("--out", type=Path, default=Path(out), help="folder for checkpoints and the finished model (weights/)")
+    made.add_argument(
+        "--out", type=Path, default=Path(out), help="folder for checkpoints and the finished model (weights/)"
+    )
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--threads", type=int, default=threads, help=joined or None)
     made.add_argument("--fp32", action="store_true", help="no bf16 matrix products (for cores without a bf16 unit)")
@@ -45,4 +48,6 @@ def write(model: PreTrainedModel, processor: ProcessorMixin, target: Path, **log
     model.half().save_pretrained(target)
     processor.save_pretrained(target)
     (target / "model.safetensors").chmod(0o644)
-    (target / "training_log.json").write_text(json.dumps({"torch": torch.__version__, **log}).replace("}, {", "},\n{") + "\n")
+    (target / "training_log.json").write_text(
+        json.dumps({"torch": torch.__version__, **log}).replace("}, {", "},\n{") + "\n"
+    )

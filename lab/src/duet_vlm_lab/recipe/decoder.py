@@ -17,7 +17,15 @@ from duet_vlm.evaluation.tiny.scenes import COLOR_NAMES, GRID, SHAPES, generator
 from duet_vlm.evaluation.tiny.text import TOKEN
 from duet_vlm_lab.recipe.optim import optimizers, rate
 from duet_vlm_lab.recipe.packing import Lesson, PackedLesson, choose_patches, lesson, pack
-from duet_vlm_lab.recipe.reading import AttentionWatch, FactProbes, accuracy_by_kind, answer_loss, attention_loss, decode, probe_loss
+from duet_vlm_lab.recipe.reading import (
+    AttentionWatch,
+    FactProbes,
+    accuracy_by_kind,
+    answer_loss,
+    attention_loss,
+    decode,
+    probe_loss,
+)
 from duet_vlm_lab.recipe.stages import Stage
 from duet_vlm_lab.recipe.starts import position_waves, start_decoder
 
@@ -28,7 +36,8 @@ LABEL_WORDS = {"shape": SHAPES, "color": COLOR_NAMES, "digit": tuple("0123456789
 
 
 class LabelFeatures(nn.Module):
-    """Patch labels, row and column -> a visual token: the sum of learned embeddings, which start at the words they mean."""
+    """Patch labels, row and column -> a visual token: the sum of learned embeddings, which start at the words they
+    mean."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,16 +124,29 @@ class DecoderStage(Stage):
         packed = lecture(items, t, rng)
         depth, cut = (8 if t < 0.35 else DECODER_LAYERS), int(rng.choice((6, 7, 9, 10)))
         guide = min(1.0, max(0.2, (0.9 - t) / 0.4))
-        return {"items": items, "packed": packed, "labels": labels_of(items, packed, 0.1, rng), "depth": depth, "cut": cut, "guide": guide}
+        return {
+            "items": items,
+            "packed": packed,
+            "labels": labels_of(items, packed, 0.1, rng),
+            "depth": depth,
+            "cut": cut,
+            "guide": guide,
+        }
 
-    def forward(self, items: list[Lesson], packed: PackedLesson, labels: Tensor, depth: int, cut: int, guide: float) -> dict[str, Any]:
+    def forward(
+        self, items: list[Lesson], packed: PackedLesson, labels: Tensor, depth: int, cut: int, guide: float
+    ) -> dict[str, Any]:
         with self.autocast():
             last, states = decode(self.decoder, self.features(labels, packed.patches), packed, depth, cut)
         answer, hits = answer_loss(self.decoder, last, packed)
         lookup, shared = attention_loss(self.watch, packed, depth)
         facts = probe_loss(self.probes, states, packed)
         losses = {"answer": answer.item(), "lookup": lookup.item(), "shared": shared.item(), "facts": facts.item()}
-        return {"loss": answer + guide * (0.3 * lookup + 0.15 * shared + 0.1 * facts), **losses, **accuracy_by_kind(list(hits), items)}
+        return {
+            "loss": answer + guide * (0.3 * lookup + 0.15 * shared + 0.1 * facts),
+            **losses,
+            **accuracy_by_kind(list(hits), items),
+        }
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         return optimizers(self.named_parameters(), matrix=0.006, query_key=0.0015, embedding=1e-3, rest=1.5e-3)

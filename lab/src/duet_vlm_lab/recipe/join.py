@@ -1,4 +1,5 @@
-"""Stage C: tower and decoder meet. First the projector alone learns to imitate the label features, then everything is trained."""
+"""Stage C: tower and decoder meet. First the projector alone learns to imitate the label features, then everything is
+trained."""
 
 from __future__ import annotations
 
@@ -16,7 +17,15 @@ from duet_vlm.evaluation.tiny.render import render
 from duet_vlm_lab.recipe.decoder import FEW, DecoderStage, all_patches, lessons, shorten
 from duet_vlm_lab.recipe.optim import optimizers, rate
 from duet_vlm_lab.recipe.packing import Lesson, PackedLesson, pack
-from duet_vlm_lab.recipe.reading import AttentionWatch, accuracy_by_kind, answer_loss, attention_loss, count_loss, decode, probe_loss
+from duet_vlm_lab.recipe.reading import (
+    AttentionWatch,
+    accuracy_by_kind,
+    answer_loss,
+    attention_loss,
+    count_loss,
+    decode,
+    probe_loss,
+)
 from duet_vlm_lab.recipe.stages import Stage, weights
 from duet_vlm_lab.recipe.tower import TowerStage, dense_loss, presence_loss, to_pixels
 
@@ -31,7 +40,8 @@ def pixels_of(items: list[Lesson]) -> Tensor:
 
 
 class ProjectorStage(Stage):
-    """Tower and decoder of the stages before in one model, whose projector alone learns to make label features of tower features.
+    """Tower and decoder of the stages before in one model, whose projector alone learns to make label features of tower
+    features.
 
     Drawing and the tower cost far more than the projector, so every batch is used for ``REPEATS`` steps.
     """
@@ -60,12 +70,19 @@ class ProjectorStage(Stage):
         items = lessons("train", self.seed + 2000, number * FIT_BATCH, FIT_BATCH, 0)
         labels = torch.from_numpy(np.stack([i.labels for i in items]))
         with self.autocast():
-            seen = self.core.vision_tower(pixels_of(items), output_hidden_states=True).hidden_states[FEATURE_LAYER][:, 1:].float()
+            seen = (
+                self.core.vision_tower(pixels_of(items), output_hidden_states=True)
+                .hidden_states[FEATURE_LAYER][:, 1:]
+                .float()
+            )
             target = self.features(labels, torch.arange(VISUAL_TOKENS).expand(len(items), -1))
         return {"seen": seen, "target": target, "weight": 1.0 + 3.0 * (labels[..., :1] > 0)}
 
     def forward(self, seen: Tensor, target: Tensor, weight: Tensor) -> dict[str, Any]:
-        return {"loss": (weight * (self.core.multi_modal_projector(seen) - target) ** 2).mean() / (weight * target**2).mean()}
+        return {
+            "loss": (weight * (self.core.multi_modal_projector(seen) - target) ** 2).mean()
+            / (weight * target**2).mean()
+        }
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         return [torch.optim.AdamW(self.core.multi_modal_projector.parameters(), 3e-3)]
@@ -75,7 +92,8 @@ class ProjectorStage(Stage):
 
 
 def visual_tokens(core: LlavaModel, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Visual tokens (B, 256, WIDTH), the tower features they come from (B, 257, WIDTH), and the last CLS output (B, WIDTH)."""
+    """Visual tokens (B, 256, WIDTH), the tower features they come from (B, 257, WIDTH), and the last CLS output (B,
+    WIDTH)."""
     out = core.vision_tower(pixels, output_hidden_states=True)
     features = out.hidden_states[FEATURE_LAYER]
     return core.multi_modal_projector(features[:, 1:]), features.float(), out.pooler_output.float()
@@ -106,8 +124,17 @@ class JoinStage(Stage):
         rng = np.random.default_rng([self.seed, 7, step])
         items = lessons("train", self.seed + 3000, step * BATCH, BATCH, QUESTIONS)
         short = rng.random() < 0.5
-        packed = shorten(items, int(rng.choice(FEW)), rng) if short else pack(items, all_patches(BATCH), rng, late=rng.random() < 0.5)
-        return {"items": items, "packed": packed, "cut": int(rng.choice((6, 7, 9, 10))), "guide": max(0.25, 1 - step / self.steps / 0.7)}
+        packed = (
+            shorten(items, int(rng.choice(FEW)), rng)
+            if short
+            else pack(items, all_patches(BATCH), rng, late=rng.random() < 0.5)
+        )
+        return {
+            "items": items,
+            "packed": packed,
+            "cut": int(rng.choice((6, 7, 9, 10))),
+            "guide": max(0.25, 1 - step / self.steps / 0.7),
+        }
 
     def forward(self, items: list[Lesson], packed: PackedLesson, cut: int, guide: float) -> dict[str, Any]:
         decoder = self.core.language_model
@@ -125,13 +152,25 @@ class JoinStage(Stage):
         facts = probe_loss(self.probes, states, packed)
         loss = answer + 0.1 * dense + 0.3 * seen
         loss = loss + guide * (0.15 * lookup + 0.15 * shared + 0.1 * counted + 0.05 * facts)
-        losses = {"answer": answer, "dense": dense, "seen": seen, "lookup": lookup, "shared": shared, "counted": counted, "facts": facts}
+        losses = {
+            "answer": answer,
+            "dense": dense,
+            "seen": seen,
+            "lookup": lookup,
+            "shared": shared,
+            "counted": counted,
+            "facts": facts,
+        }
         numbers = {"tokens": packed.patches.shape[1], **{k: v.item() for k, v in losses.items()}}
         return {"loss": loss, **numbers, **accuracy_by_kind(list(hits), items)}
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        opts = optimizers(self.core.vision_tower.named_parameters(), matrix=0.0015, query_key=4e-4, embedding=1e-4, rest=4e-4)
-        opts += optimizers(self.core.language_model.named_parameters(), matrix=0.003, query_key=8e-4, embedding=4e-4, rest=8e-4)
+        opts = optimizers(
+            self.core.vision_tower.named_parameters(), matrix=0.0015, query_key=4e-4, embedding=1e-4, rest=4e-4
+        )
+        opts += optimizers(
+            self.core.language_model.named_parameters(), matrix=0.003, query_key=8e-4, embedding=4e-4, rest=8e-4
+        )
         rest = [*self.core.multi_modal_projector.parameters(), *self.heads.parameters(), *self.probes.parameters()]
         return [*opts, torch.optim.AdamW(rest, 8e-4, betas=(0.9, 0.98), weight_decay=0.01)]
 

@@ -1,7 +1,8 @@
 """The decoder of the tiny video model learns to find what is brief among hundreds of frames.
 
-It learns from answers, and with two supports for what a clip's rows should remember: where something shows, one head each of two early layers is
-told, less and less, to look back at what showed before that, and a linear read-out should find its name there. Where text looks nobody tells it.
+It learns from answers, and with two supports for what a clip's rows should remember: where something shows, one head
+each of two early layers is told, less and less, to look back at what showed before that, and a linear read-out should
+find its name there. Where text looks nobody tells it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ ASKED = ("beside",) * 7 + ("when",) * 3 + ("order",) + ("read",) + ("count",) * 
 CLIPS, WHOLE_FRAMES = 8, 384  # clips of a step with few rows; frames of a step that shows them whole, about
 SHOWN = (64, 128, 192, 256)  # frames of a clip
 FEW = (24, 48, 96)  # visual rows of the shortened clips
-PARTS = ((0.3, 0.0, 1), (0.6, 0.35, 1), (0.8, 0.5, 2), (1.0, 0.4, 4))  # until when which share of the steps is whole, of how many of the lengths
+# until when which share of the steps is whole, of how many of the lengths
+PARTS = ((0.3, 0.0, 1), (0.6, 0.35, 1), (0.8, 0.5, 2), (1.0, 0.4, 4))
 BACK_LAYERS, BACK_HEAD = (1, 2), 2  # look back
 MEMORY_LAYER = 4  # what enters it should know what came before
 
@@ -40,7 +42,8 @@ def questions(clip: LongClip) -> list[LongQuestion]:
 
 
 def chosen(clip: LongClip, keep: int, rng: np.random.Generator) -> np.ndarray:
-    """``keep`` rows in order, enough for every question: of every event two at most, half of them CLS, the rest by chance.
+    """``keep`` rows in order, enough for every question: of every event two at most, half of them CLS, the rest by
+    chance.
 
     Any row of a frame will do: it holds one thing at most, and all of them have seen it.
     """
@@ -81,14 +84,16 @@ def by_kind(hits: list[Tensor], asked: list[list[LongQuestion]]) -> dict[str, fl
 
 
 class LongStage(Stage):
-    """Projector and decoder: clips of all lengths with few rows first, then more and more clips with all of theirs, the longest last."""
+    """Projector and decoder: clips of all lengths with few rows first, then more and more clips with all of theirs, the
+    longest last."""
 
     def __init__(self, seed: int, steps: int, bf16: bool) -> None:
         super().__init__(seed, steps, bf16)
         self.core = start_from_clips().model
         self.core.video_tower.requires_grad_(False)
         self.core.image_tower.requires_grad_(False)
-        self.memory = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, len(LONG_TOKEN)))  # the read-out, in training only
+        # the read-out, in training only
+        self.memory = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, len(LONG_TOKEN)))
         layers, self.kept = self.core.language_model.layers, dict[Any, Tensor]()
         layers[MEMORY_LAYER].input_layernorm.register_forward_pre_hook(lambda _, args: self.kept.update(memory=args[0]))
         for i in BACK_LAYERS:
@@ -106,7 +111,10 @@ class LongStage(Stage):
         _, share, lengths = next(part for part in PARTS if step / self.steps < part[0])
         whole = rng.random() < share
         frames = int(rng.choice(SHOWN[:lengths] if whole else SHOWN))
-        clips = [long_clip("train", self.seed, step * CLIPS + i, frames) for i in range(WHOLE_FRAMES // frames if whole else CLIPS)]
+        clips = [
+            long_clip("train", self.seed, step * CLIPS + i, frames)
+            for i in range(WHOLE_FRAMES // frames if whole else CLIPS)
+        ]
         keep = int(rng.choice(FEW))
         rows = everything(clips) if whole else np.stack([chosen(clip, keep, rng) for clip in clips])
         return {**self.packed(clips, rows), "guide": 0.3 * max(0.0, 1 - step / self.steps / 0.7)}
@@ -114,9 +122,17 @@ class LongStage(Stage):
     def packed(self, clips: list[LongClip], rows: np.ndarray) -> dict[str, Any]:
         asked = [questions(clip) for clip in clips]
         numbered = np.stack([numbers(clip, mine) for clip, mine in zip(clips, rows, strict=True)])
-        return {"clips": clips, "asked": asked, "rows": rows, "numbered": numbered, "packed": pack(asked, rows, clips[0].frames * ROWS, LONG_TOKEN)}
+        return {
+            "clips": clips,
+            "asked": asked,
+            "rows": rows,
+            "numbered": numbered,
+            "packed": pack(asked, rows, clips[0].frames * ROWS, LONG_TOKEN),
+        }
 
-    def answers(self, clips: list[LongClip], asked: list[list[LongQuestion]], rows: np.ndarray, packed: PackedChains) -> tuple[Tensor, Tensor]:
+    def answers(
+        self, clips: list[LongClip], asked: list[list[LongQuestion]], rows: np.ndarray, packed: PackedChains
+    ) -> tuple[Tensor, Tensor]:
         """Loss and hits. Only frames of which a row is handed over go through the tower."""
         visual = torch.stack([self.seen(clip, mine) for clip, mine in zip(clips, rows, strict=True)])
         with self.autocast():
@@ -135,18 +151,27 @@ class LongStage(Stage):
     def forward(self, **batch: Any) -> dict[str, Any]:
         guide, numbered = batch.pop("guide"), batch.pop("numbered")
         answer, hits = self.answers(**batch)
-        known = torch.from_numpy(np.stack([before(clip, mine) for clip, mine in zip(batch["clips"], numbered, strict=True)]))
-        memory = F.cross_entropy(self.memory(self.kept["memory"][:, PREFIX : PREFIX + known.shape[1]].float()).flatten(0, 1), known.flatten())
+        known = torch.from_numpy(
+            np.stack([before(clip, mine) for clip, mine in zip(batch["clips"], numbered, strict=True)])
+        )
+        memory = F.cross_entropy(
+            self.memory(self.kept["memory"][:, PREFIX : PREFIX + known.shape[1]].float()).flatten(0, 1), known.flatten()
+        )
         back = self.back_loss(batch["packed"], torch.from_numpy(numbered))
         numbers = {"answer": answer.item(), "memory": memory.item(), "back": back.item(), "tokens": known.shape[1]}
         return {"loss": answer + 0.5 * memory + guide * back, **numbers, **by_kind(list(hits), batch["asked"])}
 
     def back_loss(self, packed: PackedChains, numbered: Tensor) -> Tensor:
-        """-log of the attention that rows of an event pay to those of the event before it; those of the first: to ``<s>``."""
+        """-log of the attention that rows of an event pay to those of the event before it; those of the first: to
+        ``<s>``."""
         b, front = len(numbered), PREFIX + numbered.shape[1]
-        event = torch.cat([torch.tensor([[0, -1]]).expand(b, -1), torch.where(numbered > 0, numbered, -1)], 1)  # <s> is number 0
+        # <s> is number 0
+        event = torch.cat([torch.tensor([[0, -1]]).expand(b, -1), torch.where(numbered > 0, numbered, -1)], 1)
         previous = event[:, None] == event[:, :, None] - 1
-        rotary, total = self.core.language_model.rotary_emb(self.kept["memory"].float(), packed.positions[:, :front]), torch.zeros(())
+        rotary, total = (
+            self.core.language_model.rotary_emb(self.kept["memory"].float(), packed.positions[:, :front]),
+            torch.zeros(()),
+        )
         for layer in BACK_LAYERS:
             kept = (self.kept[layer, which][:, :front].float() for which in ("q_proj", "k_proj"))
             heads = (states.view(b, front, -1, HEAD_SIZE)[:, None, :, BACK_HEAD] for states in kept)
@@ -166,9 +191,14 @@ class LongStage(Stage):
 
     @torch.no_grad()
     def validate(self, clips: int = 8) -> dict[str, float]:
-        """Accuracy per kind on whole validation clips of the shortest and the longest kind, and on short ones with few rows."""
+        """Accuracy per kind on whole validation clips of the shortest and the longest kind, and on short ones with few
+        rows."""
         out: dict[str, float] = {}
-        for name, frames, keep in (("", SHOWN[0], None), (f"{SHOWN[-1]}_", SHOWN[-1], None), ("few_", SHOWN[0], FEW[1])):
+        for name, frames, keep in (
+            ("", SHOWN[0], None),
+            (f"{SHOWN[-1]}_", SHOWN[-1], None),
+            ("few_", SHOWN[0], FEW[1]),
+        ):
             rng, hits, asked = np.random.default_rng(0), [], []
             for first in range(0, clips, 2):
                 some = [long_clip("validation", 0, first + i, frames) for i in range(2)]

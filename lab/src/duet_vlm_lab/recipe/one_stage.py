@@ -16,9 +16,9 @@ from duet_vlm_lab.recipe.stages import Stage, curve, fit, weights
 
 @dataclass(frozen=True)
 class OneStage:
-    """``stage(seed, steps, bf16)`` learns for ``steps`` steps; ``build()`` makes the model whose ``.model`` it holds as ``core``, and ``processor()``
-    what reads clips or pictures for it. ``module`` is the command's, ``about`` its help. ``whole`` makes the weights of the model from those of
-    ``core``, where the one has more than the other."""
+    """``stage(seed, steps, bf16)`` learns for ``steps`` steps; ``build()`` makes the model whose ``.model`` it holds as
+    ``core``, and ``processor()`` what reads clips or pictures for it. ``module`` is the command's, ``about`` its help.
+    ``whole`` makes the weights of the model from those of ``core``, where the one has more than the other."""
 
     module: str
     about: str | None

@@ -57,8 +57,8 @@ def optimizers(
 ) -> list[torch.optim.Optimizer]:
     """Optimisers with the learning rates that this width bears.
 
-    Query and key matrices take a quarter of the usual Muon rate: at full rate they forget the attention patterns that they
-    start with before the rest has learned to use them.
+    Query and key matrices take a quarter of the usual Muon rate: at full rate they forget the attention patterns that
+    they start with before the rest has learned to use them.
 
     Parameters
     ----------

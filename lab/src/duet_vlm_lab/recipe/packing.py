@@ -1,7 +1,7 @@
 """Many questions about one picture in one sequence.
 
-``<s> USER:`` and the visual tokens come first; every question with its answer follows, sees this prefix and itself, and its
-position numbers start again. That is exactly the single-turn computation at a fraction of the cost.
+``<s> USER:`` and the visual tokens come first; every question with its answer follows, sees this prefix and itself, and
+its position numbers start again. That is exactly the single-turn computation at a fraction of the cost.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class PackedLesson:
     answer_sees : (B, Q, 2, K) bool, what ``ASSISTANT:`` should look at, for the first and the second thing named
     mention_rows : (M, 2) picture and row of every naming word; mention_sees : (M, K) bool
     mention_facts : (M, 7) shape, colour, size, digit, word (class or NOTHING), then centre x, y in patches
-    count_rows : (C, 2) picture and row of the plural in count questions; count_sees : (C, K) bool, centres of the things to be counted
+    count_rows : (C, 2) picture and row of the plural in count questions; count_sees : (C, K) bool, centres of the
+    things to be counted
     pair_facts : (B, Q, 4) difference of x, y, size, and same colour, of two named things; NaN elsewhere
     """
 
@@ -76,7 +77,8 @@ def lesson(scene: Scene, questions: list[SceneQuestion]) -> Lesson:
 
 
 def choose_patches(item: Lesson, keep: int, rng: np.random.Generator) -> np.ndarray:
-    """``keep`` patches in order, enough for every question: thing centres, one patch per tag, then foreground or chance."""
+    """``keep`` patches in order, enough for every question: thing centres, one patch per tag, then foreground or
+    chance."""
     score = rng.random(VISUAL_TOKENS)
     if rng.random() < 0.5:
         score += item.labels[:, 0] > 0
@@ -89,7 +91,8 @@ def choose_patches(item: Lesson, keep: int, rng: np.random.Generator) -> np.ndar
 
 
 def _sees(item: Lesson, asked: SceneQuestion) -> np.ndarray:
-    """(2, 256) bool: where ``ASSISTANT:`` should look for the first and the second thing; both rows alike with one thing."""
+    """(2, 256) bool: where ``ASSISTANT:`` should look for the first and the second thing; both rows alike with one
+    thing."""
     out = np.zeros((2, VISUAL_TOKENS), bool)
     two = asked.kind in ("spatial", "compare")
     for n, i in enumerate(asked.needed):
@@ -111,7 +114,12 @@ def _pair(item: Lesson, asked: SceneQuestion) -> list[float]:
     if asked.kind not in ("spatial", "compare"):
         return [float("nan")] * 4
     a, b = (item.scene.things[i] for i in asked.needed)
-    return [(a.center[0] - b.center[0]) / 56, (a.center[1] - b.center[1]) / 56, (a.size - b.size) / 14, float(a.color == b.color)]
+    return [
+        (a.center[0] - b.center[0]) / 56,
+        (a.center[1] - b.center[1]) / 56,
+        (a.size - b.size) / 14,
+        float(a.color == b.color),
+    ]
 
 
 def _rows(item: Lesson) -> tuple[list[int], list[int], list[int], list[int], list[tuple[int, int, int]]]:
@@ -140,7 +148,9 @@ def _additive(allowed: Tensor) -> Tensor:
     return torch.zeros(allowed.shape).masked_fill_(~allowed, BLOCKED)[:, None]
 
 
-def pack(items: list[Lesson], patches: np.ndarray, rng: np.random.Generator, spread: bool = True, late: bool = False) -> PackedLesson:
+def pack(
+    items: list[Lesson], patches: np.ndarray, rng: np.random.Generator, spread: bool = True, late: bool = False
+) -> PackedLesson:
     """Pack a batch.
 
     Parameters

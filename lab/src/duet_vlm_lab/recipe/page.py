@@ -17,7 +17,16 @@ from duet_vlm.evaluation.tiny.network import FEATURE_LAYER, WIDTH
 from duet_vlm.evaluation.tiny.questions import PLURALS, SceneQuestion
 from duet_vlm.evaluation.tiny.scenes import SHAPES
 from duet_vlm_lab.generators.page_questions import KINDS, PageAsker
-from duet_vlm_lab.generators.page_scenes import NEWLINES, OVERVIEW, QUARTERS, ROWS, ScenePage, packed_rows, page, render_page
+from duet_vlm_lab.generators.page_scenes import (
+    NEWLINES,
+    OVERVIEW,
+    QUARTERS,
+    ROWS,
+    ScenePage,
+    packed_rows,
+    page,
+    render_page,
+)
 from duet_vlm_lab.networks.chain_network import DISTINCT, TURNS
 from duet_vlm_lab.networks.page_network import PAGE_TOKEN, build_page_processor, start_from_chain
 from duet_vlm_lab.recipe.chain import draw_kinds
@@ -58,16 +67,25 @@ PARTS = (PagePart(1200, 4, False, SEEK), PagePart(1600, 2, True, READ), PagePart
 
 
 class PageTeacher(PageAsker):
-    """The questions of one page, and the lessons: in which quarter and cell a thing is, what is there, where moves lead, and how many there are of
-    other shapes, since a page offers a single question that counts."""
+    """The questions of one page, and the lessons: in which quarter and cell a thing is, what is there, where moves
+    lead, and how many there are of other shapes, since a page offers a single question that counts."""
 
     def quarter_of(self) -> SceneQuestion:
         i = self.pick(self.unique)
-        return SceneQuestion(f"{self.name(i)[0].capitalize()}: what quarter?", str(self.quarter[i] + 1), "quarter", (i,), False, ())
+        return SceneQuestion(
+            f"{self.name(i)[0].capitalize()}: what quarter?", str(self.quarter[i] + 1), "quarter", (i,), False, ()
+        )
 
     def cell(self) -> SceneQuestion:
         i = self.pick(self.unique)
-        return SceneQuestion(f"{SHAPES[self.things[i].shape].capitalize()}: what cell?", self.readable(i, "cell") or "", "cell", (i,), False, ())
+        return SceneQuestion(
+            f"{SHAPES[self.things[i].shape].capitalize()}: what cell?",
+            self.readable(i, "cell") or "",
+            "cell",
+            (i,),
+            False,
+            (),
+        )
 
     def at(self) -> SceneQuestion:
         i = self.pick([i for i, thing in enumerate(self.things) if thing.tag])
@@ -94,7 +112,8 @@ class PageTeacher(PageAsker):
 
 
 def sources() -> Tensor:
-    """Number of the patch of overview and crops that each packed row shows, (1312,); one more than the last where it is a newline."""
+    """Number of the patch of overview and crops that each packed row shows, (1312,); one more than the last where it is
+    a newline."""
     found = np.full(ROWS, OVERVIEW * (1 + QUARTERS))
     for first, rows in enumerate((np.arange(OVERVIEW), *map(packed_rows, range(QUARTERS)))):
         found[rows] = first * OVERVIEW + np.arange(OVERVIEW)
@@ -126,18 +145,43 @@ class PageStage(Stage):
     def batch(self, step: int) -> dict[str, Any]:
         part, rng = next(part for part in PARTS if step < part.until), np.random.default_rng([self.seed, 41, step])
         items = [self.page("train", (4 * step + i) % self.pages) for i in range(part.pages)]
-        return self.packed(items, [draw_kinds(part.kinds, QUESTIONS, rng) for _ in items], None if part.whole else int(rng.choice(FEW)), rng)
+        return self.packed(
+            items,
+            [draw_kinds(part.kinds, QUESTIONS, rng) for _ in items],
+            None if part.whole else int(rng.choice(FEW)),
+            rng,
+        )
 
-    def packed(self, items: list[tuple[ScenePage, Tensor]], kinds: list[list[str]], keep: int | None, rng: np.random.Generator) -> dict[str, Any]:
-        asked = [[PageTeacher(drawn, rng).asked(kind) for kind in mine] for (drawn, _), mine in zip(items, kinds, strict=True)]
-        rows = np.tile(np.arange(ROWS), (len(items), 1)) if keep is None else np.stack([chosen(drawn, keep, rng) for drawn, _ in items])
+    def packed(
+        self, items: list[tuple[ScenePage, Tensor]], kinds: list[list[str]], keep: int | None, rng: np.random.Generator
+    ) -> dict[str, Any]:
+        asked = [
+            [PageTeacher(drawn, rng).asked(kind) for kind in mine]
+            for (drawn, _), mine in zip(items, kinds, strict=True)
+        ]
+        rows = (
+            np.tile(np.arange(ROWS), (len(items), 1))
+            if keep is None
+            else np.stack([chosen(drawn, keep, rng) for drawn, _ in items])
+        )
         seen = torch.stack([seen for _, seen in items])
-        return {"asked": asked, "seen": seen, "rows": torch.from_numpy(rows), "packed": pack(asked, rows, ROWS, PAGE_TOKEN)}
+        return {
+            "asked": asked,
+            "seen": seen,
+            "rows": torch.from_numpy(rows),
+            "packed": pack(asked, rows, ROWS, PAGE_TOKEN),
+        }
 
-    def answers(self, asked: list[list[SceneQuestion]], seen: Tensor, rows: Tensor, packed: PackedChains) -> tuple[Tensor, Tensor]:
+    def answers(
+        self, asked: list[list[SceneQuestion]], seen: Tensor, rows: Tensor, packed: PackedChains
+    ) -> tuple[Tensor, Tensor]:
         """Loss and hits."""
         with self.autocast():
-            return answer_loss(self.core.language_model, decode(self.core.language_model, self.visual(seen, rows), packed, TURNS), packed)
+            return answer_loss(
+                self.core.language_model,
+                decode(self.core.language_model, self.visual(seen, rows), packed, TURNS),
+                packed,
+            )
 
     def visual(self, seen: Tensor, rows: Tensor) -> Tensor:
         """Visual tokens of the decoder, (B, K, WIDTH)."""
@@ -169,8 +213,12 @@ class PageStage(Stage):
 
 
 def chosen(drawn: ScenePage, keep: int, rng: np.random.Generator) -> np.ndarray:
-    """Packed rows in order: ``keep`` of the crops, enough for every question, an eighth as many of the overview, and the newlines."""
-    crops = [packed_rows(n)[choose_patches(lesson(quarter, []), keep // QUARTERS, rng)] for n, quarter in enumerate(drawn.quarters)]
+    """Packed rows in order: ``keep`` of the crops, enough for every question, an eighth as many of the overview, and
+    the newlines."""
+    crops = [
+        packed_rows(n)[choose_patches(lesson(quarter, []), keep // QUARTERS, rng)]
+        for n, quarter in enumerate(drawn.quarters)
+    ]
     return np.sort(np.concatenate([rng.permutation(OVERVIEW)[: keep // 8], *crops, NEWLINES]))
 
 

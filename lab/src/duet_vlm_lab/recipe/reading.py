@@ -56,7 +56,9 @@ class AttentionWatch:
         return hook
 
 
-def decode(decoder: LlamaModel, visual: Tensor, packed: PackedLesson, depth: int, cut: int) -> tuple[Tensor, list[Tensor]]:
+def decode(
+    decoder: LlamaModel, visual: Tensor, packed: PackedLesson, depth: int, cut: int
+) -> tuple[Tensor, list[Tensor]]:
     """Run the packed sequence.
 
     Parameters
@@ -99,7 +101,8 @@ def answer_loss(decoder: LlamaModel, last: Tensor, packed: PackedLesson) -> tupl
 
 
 def _miss(attention: Tensor, sees: Tensor) -> Tensor:
-    """Mean of -log of the share of visual attention (..., K) on ``sees`` (..., K); rows with nothing to see do not count."""
+    """Mean of -log of the share of visual attention (..., K) on ``sees`` (..., K); rows with nothing to see do not
+    count."""
     attention = attention.float()
     share = (attention * sees).sum(-1) / (attention.sum(-1) + 1e-6)
     counts = sees.any(-1).float()
@@ -122,15 +125,18 @@ def attention_loss(watch: AttentionWatch, packed: PackedLesson, depth: int) -> t
     lookup = sum(_miss(mentions(i)[:, :2], packed.mention_sees[:, None].expand(-1, 2, -1)) for i in MENTION_LAYERS)
     lookup = lookup + sum(_miss(answers(i)[:, :, :2], packed.answer_sees) for i in ANSWER_LAYERS)
     shared = [i for i in SHARED_LAYERS if i < depth]
-    rest = sum(_miss(mentions(i).mean(1), packed.mention_sees) + _miss(answers(i).mean(2), packed.answer_sees.any(2)) for i in shared)
+    rest = sum(
+        _miss(mentions(i).mean(1), packed.mention_sees) + _miss(answers(i).mean(2), packed.answer_sees.any(2))
+        for i in shared
+    )
     return lookup / 4, rest / (2 * len(shared))
 
 
 def count_loss(watch: AttentionWatch, packed: PackedLesson) -> Tensor:
     """Teach one head to count whatever the number of visual tokens is.
 
-    The plural gives the same attention, 1 / (n + 1), to each of the n centres and to all text together: the share of the
-    text then tells n. Cross-entropy with that distribution.
+    The plural gives the same attention, 1 / (n + 1), to each of the n centres and to all text together: the share of
+    the text then tells n. Cross-entropy with that distribution.
     """
     k = packed.patches.shape[1]
     picture, row = packed.count_rows.T

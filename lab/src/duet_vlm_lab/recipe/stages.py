@@ -1,6 +1,7 @@
 """Recipes of several stages: parts of a model trained by transformers' Trainer on data that are a function of the step.
 
-A kill costs the steps since the last checkpoint and nothing else: what comes after a resume is bit for bit what would have come.
+A kill costs the steps since the last checkpoint and nothing else: what comes after a resume is bit for bit what would
+have come.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Starting points that replace thousands of steps.
 
-Tower: whitened cosine patch filters, loud 2-D position waves, and three layers that begin as a convolution (attention to
-fixed neighbours). Decoder: content matching in the early layers, nearly nothing in the late ones.
+Tower: whitened cosine patch filters, loud 2-D position waves, and three layers that begin as a convolution (attention
+to fixed neighbours). Decoder: content matching in the early layers, nearly nothing in the late ones.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ from duet_vlm.evaluation.tiny.scenes import GRID, PATCH
 
 POSITION_GAIN = 0.6  # as loud as the patch content; at the usual 0.02 the tower cannot tell rows apart for a long time
 NEIGHBOUR_GAIN = 1.8
-NEIGHBOURS = (((0, 1), (0, -1), (1, 0), (-1, 0)), ((1, 1), (1, -1), (-1, 1), (-1, -1)), ((0, 2), (0, -2), (2, 0), (-2, 0)))
+NEIGHBOURS = (
+    ((0, 1), (0, -1), (1, 0), (-1, 0)),
+    ((1, 1), (1, -1), (-1, 1), (-1, -1)),
+    ((0, 2), (0, -2), (2, 0), (-2, 0)),
+)
 LOOKUP_LAYERS = 6
 
 
@@ -43,13 +47,15 @@ def cosine_filters() -> Tensor:
         color = color / color.norm()
         for u, v in waves[:n]:
             pattern = torch.outer(torch.cos(u * x), torch.cos(v * x))
-            pattern = pattern / pattern.norm() * (1 + u * u + v * v) ** 0.5 / PATCH * gain  # pictures have less energy up there
+            # pictures have less energy up there
+            pattern = pattern / pattern.norm() * (1 + u * u + v * v) ** 0.5 / PATCH * gain
             filters.append(color[:, None, None] * pattern)
     return torch.stack(filters)
 
 
 def _neighbour_projections(offsets: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor]:
-    """Query and key weights with which head h looks ``offsets[h]`` away: sin(w(r+d)) written out in sin(wr) and cos(wr)."""
+    """Query and key weights with which head h looks ``offsets[h]`` away: sin(w(r+d)) written out in sin(wr) and
+    cos(wr)."""
     query, key = torch.zeros(WIDTH, WIDTH), torch.zeros(WIDTH, WIDTH)
     freq = _frequencies()
     for head, offset in enumerate(offsets):
@@ -93,7 +99,12 @@ def start_decoder(decoder: LlamaModel, rng: torch.Generator) -> None:
         match = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=rng))[0] * pairs.repeat(HEADS)[:, None]
         gain = 1.6 * (strength[i] if early else 0.7)
         copy = torch.eye(WIDTH)
-        starts = {"q_proj": match * gain, "k_proj": match * gain, "v_proj": 0.6 * copy, "o_proj": (0.6 if early else 0.1) * copy}
+        starts = {
+            "q_proj": match * gain,
+            "k_proj": match * gain,
+            "v_proj": 0.6 * copy,
+            "o_proj": (0.6 if early else 0.1) * copy,
+        }
         for name, weight in starts.items():
             getattr(layer.self_attn, name).weight.copy_(weight + 0.02 * torch.randn(WIDTH, WIDTH, generator=rng))
         if not early:

@@ -81,20 +81,25 @@ def dense_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]
             shown = torch.ones_like(target, dtype=torch.bool)
         else:
             shown = target > 0
-            total = total + (loss * shown).sum() / shown.sum().clamp(min=1) + 0.5 * (loss * ~shown).sum() / (~shown).sum()
+            total = (
+                total + (loss * shown).sum() / shown.sum().clamp(min=1) + 0.5 * (loss * ~shown).sum() / (~shown).sum()
+            )
         hit = (part.argmax(-1) == target) & shown
         accuracy[name] = hit.sum().item() / max(1, shown.sum().item())
     return total, accuracy
 
 
 def presence_loss(heads: Heads, features: Tensor, cls: Tensor, present: Tensor) -> Tensor:
-    """Loss of naming what is on the picture, from CLS of the feature layer (features (B, 257, WIDTH)) and from the last one (B, WIDTH)."""
+    """Loss of naming what is on the picture, from CLS of the feature layer (features (B, 257, WIDTH)) and from the last
+    one (B, WIDTH)."""
     weight = torch.tensor(3.0)  # most things are absent
     late = F.binary_cross_entropy_with_logits(heads.cls(cls), present, pos_weight=weight)
     return late + F.binary_cross_entropy_with_logits(heads.early_cls(features[:, 0]), present, pos_weight=weight)
 
 
-def tower_loss(tower: CLIPVisionModel, heads: Heads, pixels: Tensor, targets: Targets) -> tuple[Tensor, Tensor, dict[str, float]]:
+def tower_loss(
+    tower: CLIPVisionModel, heads: Heads, pixels: Tensor, targets: Targets
+) -> tuple[Tensor, Tensor, dict[str, float]]:
     """Loss of labels, loss of presence, and accuracies; also see :func:`dense_loss`."""
     out = tower(pixels, output_hidden_states=True)
     features = out.hidden_states[FEATURE_LAYER].float()
@@ -131,7 +136,12 @@ class TowerStage(Stage):
     def forward(self, pixels: Tensor, targets: Targets) -> dict[str, Any]:
         with self.autocast():
             dense, seen, accuracy = tower_loss(self.tower, self.heads, pixels, targets)
-        return {"loss": dense + 2 * seen, "dense": dense.item(), "seen": seen.item(), **{k: round(v, 2) for k, v in accuracy.items()}}
+        return {
+            "loss": dense + 2 * seen,
+            "dense": dense.item(),
+            "seen": seen.item(),
+            **{k: round(v, 2) for k, v in accuracy.items()},
+        }
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         return optimizers(self.named_parameters(), matrix=0.006, query_key=0.0015, embedding=2e-4, rest=1.5e-3)

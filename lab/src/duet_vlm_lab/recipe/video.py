@@ -74,9 +74,11 @@ def validate(core: VideoLlavaModel, n: int = 48, keep: int | None = None) -> dic
 
 
 class VideoStage(Stage):
-    """Projector and decoder on ``BATCH`` clips a step: first few rows of a clip, later in a third of the steps all of them.
+    """Projector and decoder on ``BATCH`` clips a step: first few rows of a clip, later in a third of the steps all of
+    them.
 
-    Attention is told where to look in the look-up layers only, less and less; the second half learns from answers (and read-outs) alone.
+    Attention is told where to look in the look-up layers only, less and less; the second half learns from answers (and
+    read-outs) alone.
     """
 
     def __init__(self, seed: int, steps: int, bf16: bool) -> None:
@@ -109,11 +111,17 @@ class VideoStage(Stage):
         answer, hits = answer_loss(decoder, last, packed)
         time = self.time_loss(packed)
         gaps = self.gap_loss(states, packed)
-        loss, numbers = answer + 0.2 * time + 0.5 * max(guide, 0.2) * gaps, {"answer": answer, "time": time, "gaps": gaps}
+        loss, numbers = (
+            answer + 0.2 * time + 0.5 * max(guide, 0.2) * gaps,
+            {"answer": answer, "time": time, "gaps": gaps},
+        )
         if guide:
             lookup, _ = attention_loss(self.watch, packed, DECODER_LAYERS)
             counted = count_loss(self.watch, packed)
-            loss, numbers = loss + guide * (0.3 * lookup + 0.15 * counted), {**numbers, "lookup": lookup, "counted": counted}
+            loss, numbers = (
+                loss + guide * (0.3 * lookup + 0.15 * counted),
+                {**numbers, "lookup": lookup, "counted": counted},
+            )
         plain = {name: value.item() for name, value in numbers.items()}
         return {"loss": loss, "tokens": packed.patches.shape[1], **plain, **accuracy(list(hits), items)}
 

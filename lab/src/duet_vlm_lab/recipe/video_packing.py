@@ -16,7 +16,8 @@ from duet_vlm_lab.recipe.packing import PREFIX, PackedLesson, _additive, _block
 
 @dataclass(frozen=True)
 class ClipLesson:
-    """One clip with its questions; ``shown`` and ``centers`` (520,) say which rows show anything, and the middle of something."""
+    """One clip with its questions; ``shown`` and ``centers`` (520,) say which rows show anything, and the middle of
+    something."""
 
     clip: Clip
     questions: list[ClipQuestion]
@@ -35,7 +36,8 @@ def clip_lesson(clip: Clip, kinds: tuple[str, ...]) -> ClipLesson:
 
 
 def choose_rows(item: ClipLesson, keep: int, rng: np.random.Generator) -> np.ndarray:
-    """``keep`` rows in order, enough for every question: middles of everything shown, mostly CLS, then foreground or chance."""
+    """``keep`` rows in order, enough for every question: middles of everything shown, mostly CLS, then foreground or
+    chance."""
     score = rng.random(CLIP_ROWS)
     if rng.random() < 0.5:
         score += item.shown
@@ -61,7 +63,9 @@ def _text(item: ClipLesson) -> tuple[list[int], list[int], list[int], list[int]]
     return ids, owner, place, answer_rows
 
 
-def pack_clips(items: list[ClipLesson], rows: np.ndarray, rng: np.random.Generator, spread: bool = True, late: bool = False) -> PackedLesson:
+def pack_clips(
+    items: list[ClipLesson], rows: np.ndarray, rng: np.random.Generator, spread: bool = True, late: bool = False
+) -> PackedLesson:
     """Pack a batch; like :func:`.packing.pack`, but ``late`` takes visual rows away at random, needed or not.
 
     Parameters
@@ -91,7 +95,9 @@ def pack_clips(items: list[ClipLesson], rows: np.ndarray, rng: np.random.Generat
         left = torch.from_numpy(rng.random((b, k)) < rng.uniform(0.0, 0.6, (b, 1)))
         late_allowed = allowed.clone()
         late_allowed[:, PREFIX + k :, PREFIX : PREFIX + k] &= left[:, None]
-    looks = np.stack([np.stack([np.stack(q.looks)[:, r] for q in item.questions]) for item, r in zip(items, rows, strict=True)])
+    looks = np.stack(
+        [np.stack([np.stack(q.looks)[:, r] for q in item.questions]) for item, r in zip(items, rows, strict=True)]
+    )
     mentions, sees, counts, counted, start = [], [], [], [], 0
     for i, item in enumerate(items):
         start = 0

@@ -38,4 +38,7 @@ def check_version(version: str) -> None:
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     if numbers not in TESTED:
         tested = ", ".join(".".join(map(str, one)) for one in TESTED)
-        warnings.warn(f"duet-vlm-vllm is tested with vLLM {tested}, and this is {version}: check answers before you rely on it", stacklevel=3)
+        warnings.warn(
+            f"duet-vlm-vllm is tested with vLLM {tested}, and this is {version}: check answers before you rely on it",
+            stacklevel=3,
+        )

@@ -1,7 +1,9 @@
-"""Models with M-RoPE: rows carry their place on the image's grid, and positions are made again from the rows that are left.
+"""Models with M-RoPE: rows carry their place on the image's grid, and positions are made again from the rows that are
+left.
 
-vLLM has a path for media of which rows were dropped (Efficient Video Sampling): embeddings come with their positions in further columns, and the
-model takes those off and corrects the positions of the prompt before each step. It is switched on here, for images and clips.
+vLLM has a path for media of which rows were dropped (Efficient Video Sampling): embeddings come with their positions in
+further columns, and the model takes those off and corrects the positions of the prompt before each step. It is switched
+on here, for images and clips.
 """
 
 from __future__ import annotations
@@ -102,11 +104,17 @@ class KeptPositions:
         return self._reduced("video", video_input, super()._process_video_input(video_input) if given else None)
 
     def _reduced(self, kind: str, media: Any, given: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
-        """Per image or clip [K, D + 8]: its rows, and where each stands on the grid. ``given``: rows that were chosen from already."""
+        """Per image or clip [K, D + 8]: its rows, and where each stands on the grid. ``given``: rows that were chosen
+        from already."""
         grids, merge, clocks = media[f"{kind}_grid_thw"].tolist(), self.visual.spatial_merge_size, media.get(self.clock)
-        written = [self.written(kind, *one) for one in zip(grids, [None] * len(grids) if clocks is None else clocks, strict=True)]
+        written = [
+            self.written(kind, *one)
+            for one in zip(grids, [None] * len(grids) if clocks is None else clocks, strict=True)
+        ]
         if given is not None:
-            return tuple(self.in_prompt(row, torch.arange(len(row)), whole) for row, whole in zip(given, written, strict=True))
+            return tuple(
+                self.in_prompt(row, torch.arange(len(row)), whole) for row, whole in zip(given, written, strict=True)
+            )
         pixels = media["pixel_values" if kind == "image" else "pixel_values_videos"]
         asked, patches = budgets(self.asked[kind], len(grids)), [t * h * w for t, h, w in grids]
         out: list[Tensor] = []
@@ -117,17 +125,24 @@ class KeptPositions:
             parts = [steps_of(grid, len(row)) for grid, row in zip(grids[some], rows, strict=True)]
             seen = [row[:, : self.width] for row in rows]
             kept = reduce_rows(self.duet, rows, parts, asked[some], signals, seen, stream=kind)
-            out += [self.in_prompt(row, index.cpu(), whole) for (row, index), whole in zip(kept, written[some], strict=True)]
+            out += [
+                self.in_prompt(row, index.cpu(), whole) for (row, index), whole in zip(kept, written[some], strict=True)
+            ]
         return tuple(out)
 
     def _encoded(self, pixels: Tensor, grids: list[list[int]]) -> tuple[list[Tensor], Any]:
-        """Rows and signals of images or clips. One that is too large for a call of the tower goes through it in pieces: steps of time do not see
-        each other there."""
+        """Rows and signals of images or clips. One that is too large for a call of the tower goes through it in pieces:
+        steps of time do not see each other there."""
         pieces = [grids]
         if len(grids) == 1:
             t, h, w = grids[0]
-            pieces = [[[len(steps), h, w]] for steps in batches([h * w // self.visual.spatial_merge_size**2] * t, self.most)]
-        calls = [self._call(part, piece) for part, piece in zip(pixels.split([_patches(piece) for piece in pieces]), pieces, strict=True)]
+            pieces = [
+                [[len(steps), h, w]] for steps in batches([h * w // self.visual.spatial_merge_size**2] * t, self.most)
+            ]
+        calls = [
+            self._call(part, piece)
+            for part, piece in zip(pixels.split([_patches(piece) for piece in pieces]), pieces, strict=True)
+        ]
         rows, *signals = ([torch.cat(each) for each in zip(*some, strict=True)] for some in zip(*calls, strict=True))
         return rows, signals or None
 
@@ -138,19 +153,24 @@ class KeptPositions:
         rows = super()._process_image_input(media)
         if not self.duet.reducer.requires & VISION_LAYER_INPUTS:
             return (rows,)
-        importance, keys = packed_signals(self.recorder.take(), self.visual.spatial_merge_size**2, self.duet.reducer.scoring_rules().signal_segments)
+        importance, keys = packed_signals(
+            self.recorder.take(), self.visual.spatial_merge_size**2, self.duet.reducer.scoring_rules().signal_segments
+        )
         order, counts = self.raster(grids).to(importance.device), [len(row) for row in rows]
         return rows, importance[order].split(counts), keys[order].split(counts)
 
     def written(self, kind: str, grid: Sequence[int], clock: Any) -> tuple[Tensor, Tensor]:
-        """A whole image or clip as the prompt shows it, as if it came first: positions of its rows [n, 3], and the ids of text between them [n],
-        ``VISUAL`` for its own."""
+        """A whole image or clip as the prompt shows it, as if it came first: positions of its rows [n, 3], and the ids
+        of text between them [n], ``VISUAL`` for its own."""
         vision, seconds = self.config.vision_config, 1.0 if clock is None else float(clock)
-        places = compute_mrope_for_media(grid, vision.spatial_merge_size, getattr(vision, "tokens_per_second", 1.0), seconds)[:, :3]
+        places = compute_mrope_for_media(
+            grid, vision.spatial_merge_size, getattr(vision, "tokens_per_second", 1.0), seconds
+        )[:, :3]
         return places, torch.full((len(places),), VISUAL)
 
     def in_prompt(self, rows: Tensor, index: Tensor, written: tuple[Tensor, Tensor]) -> Tensor:
-        """The content of the prompt for rows [K, D] that are ``index`` [K], ascending, of a span's: with their columns, and text between them."""
+        """The content of the prompt for rows [K, D] that are ``index`` [K], ascending, of a span's: with their columns,
+        and text between them."""
         return with_columns(rows, written[0][index])
 
     def _postprocess_image_embeds_evs(self, image_embeds_split: Any, image_input: Any) -> Any:
@@ -160,8 +180,9 @@ class KeptPositions:
         return video_embeds_split
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
-        """Positions [3, n] of a prompt that is reduced already, and what to add to a row's number behind it. Those of the text are right, also
-        where the cache knows the prefix and nobody corrects them; rows of an image or clip all stand at its first place until they come."""
+        """Positions [3, n] of a prompt that is reduced already, and what to add to a row's number behind it. Those of
+        the text are right, also where the cache knows the prefix and nobody corrects them; rows of an image or clip all
+        stand at its first place until they come."""
         count, start, following = len(input_tokens), 0, 0
         positions = torch.zeros(3, count, dtype=torch.long)
         features = sorted(mm_features, key=lambda feature: feature.mm_position.offset)
@@ -181,8 +202,8 @@ class KeptPositions:
     def recompute_mrope_positions(
         self, input_ids: Any, multimodal_embeddings: Sequence[Tensor], mrope_positions: Tensor, num_computed_tokens: int
     ) -> tuple[list[Tensor], Tensor, int]:
-        """The embeddings without their columns, and the positions with those of the rows that a step brings: any number of images and clips, or
-        pieces of them; doing it twice changes nothing."""
+        """The embeddings without their columns, and the positions with those of the rows that a step brings: any number
+        of images and clips, or pieces of them; doing it twice changes nothing."""
         device, config = mrope_positions.device, self.config
         ids = torch.as_tensor(input_ids, device=device)
         positions = mrope_positions.clone()
@@ -207,8 +228,8 @@ def with_columns(rows: Tensor, places: Tensor) -> Tensor:
 
 
 def _let_cpu_runner_prune() -> None:
-    """vLLM's CPU runner loads models by a method of its own, which never notes that media may be pruned. By now it has begun to, so the note
-    becomes a question to the model."""
+    """vLLM's CPU runner loads models by a method of its own, which never notes that media may be pruned. By now it has
+    begun to, so the note becomes a question to the model."""
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     def prunes(runner: Any) -> bool:

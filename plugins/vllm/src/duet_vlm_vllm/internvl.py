@@ -64,7 +64,9 @@ class DuetInternVL(InternS1ForConditionalGeneration):
         for run in batches([count * self.num_image_token for count in tiles], self.most):
             first, last = sum(tiles[: run.start]), sum(tiles[: run.stop])
             counts = tiles[run.start : run.stop]
-            each = [budget for budget, count in zip(wanted[run.start : run.stop], counts, strict=True) for _ in range(count)]
+            each = [
+                budget for budget, count in zip(wanted[run.start : run.stop], counts, strict=True) for _ in range(count)
+            ]
             rows = iter(self._reduced(images["pixel_values"][first:last], each))
             out += [torch.cat([next(rows) for _ in range(count)]) for count in counts]
         return out

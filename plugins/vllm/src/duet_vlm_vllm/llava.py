@@ -53,7 +53,9 @@ class Tower:
         tower, config = type(self.vision_tower).__name__, self.config
         if self.kind not in tower or config.vision_feature_select_strategy != self.strategy:
             features = f"{tower} with {config.vision_feature_select_strategy!r} features"
-            raise ValueError(f"{features}: this model is supported with {self.kind} towers and {self.strategy!r} features only")
+            raise ValueError(
+                f"{features}: this model is supported with {self.kind} towers and {self.strategy!r} features only"
+            )
         self.duet = served(config, "compact")
         layers = self.vision_tower.vision_model.encoder.layers  # vLLM builds them up to the one that is read
         number = layer_of(self.duet.reducer, len(layers) - 1, config.vision_config.num_hidden_layers, len(layers))
@@ -63,7 +65,9 @@ class Tower:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Checkpoints that newer transformers saved lack a level of names that vLLM's tower has."""
         old, new = "vision_tower.", "vision_tower.vision_model."
-        return super().load_weights((name if new in name else name.replace(old, new), weight) for name, weight in weights)
+        return super().load_weights(
+            (name if new in name else name.replace(old, new), weight) for name, weight in weights
+        )
 
     @property
     def patches(self) -> int:
@@ -98,7 +102,9 @@ class DuetLlava(Tower, LlavaForConditionalGeneration):
         return out
 
     def _reduced(self, pixels: Any, asked: list[float]) -> list[Tensor]:
-        features = self._image_pixels_to_features(self.vision_tower, pixels if isinstance(pixels, Tensor) else torch.stack(pixels))
+        features = self._image_pixels_to_features(
+            self.vision_tower, pixels if isinstance(pixels, Tensor) else torch.stack(pixels)
+        )
         late = Input.PROJECTED_FEATURES in self.duet.reducer.requires
         rows = list(self.multi_modal_projector(features) if late else features)
         parts = [torch.zeros(len(row), dtype=torch.long) for row in rows]

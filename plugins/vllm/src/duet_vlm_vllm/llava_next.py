@@ -31,12 +31,18 @@ class NextPacking:
     def pack(config: Any, newline: Tensor, size: list[int], crops: Tensor) -> Tensor:
         """Crops [n, N, c] of an image of ``size`` (height, width) -> rows [K, c], ``newline`` [c] at the end of lines."""
         model = types.SimpleNamespace(config=config, image_newline=newline)
-        return LlavaNextForConditionalGeneration._merge_image_patch_embeddings(model, torch.tensor(size), crops, strategy="spatial_unpad")
+        return LlavaNextForConditionalGeneration._merge_image_patch_embeddings(
+            model, torch.tensor(size), crops, strategy="spatial_unpad"
+        )
 
     def parts_of(self, config: Any, size: list[int]) -> Tensor:
         """The crop that each row of an image shows (of several the one that it shows most of), -1 for newlines."""
         vision = config.vision_config
-        crops = 1 + int(torch.tensor(get_anyres_image_grid_shape(tuple(size), config.image_grid_pinpoints, vision.image_size)).prod())
+        crops = 1 + int(
+            torch.tensor(
+                get_anyres_image_grid_shape(tuple(size), config.image_grid_pinpoints, vision.image_size)
+            ).prod()
+        )
         shown = torch.eye(crops)[:, None].expand(-1, (vision.image_size // vision.patch_size) ** 2, -1)
         rows = self.pack(config, torch.zeros(crops), size, shown)
         return torch.where(rows.any(1), rows.argmax(1), -1)
@@ -79,7 +85,9 @@ class AnyRes(Tower):
 
     def _packed(self, rows: Tensor, newline: Tensor, sizes: list[list[int]], counts: list[int]) -> list[Tensor]:
         """Rows [crops of all images, N, c] -> per image [n, c]."""
-        return [self.pack(self.config, newline, size, some) for size, some in zip(sizes, rows.split(counts), strict=True)]
+        return [
+            self.pack(self.config, newline, size, some) for size, some in zip(sizes, rows.split(counts), strict=True)
+        ]
 
 
 class Processor(NextPacking, AnyResProcessor, LlavaNextMultiModalProcessor):

@@ -1,4 +1,5 @@
-"""LLaVA-OneVision with a SigLIP tower. Images: crops packed as LLaVA-NeXT's, and resized where they are many. Clips: frames pooled, one newline."""
+"""LLaVA-OneVision with a SigLIP tower. Images: crops packed as LLaVA-NeXT's, and resized where they are many. Clips:
+frames pooled, one newline."""
 
 from __future__ import annotations
 
@@ -46,7 +47,9 @@ def frames_of(frames: int, tokens: int) -> Tensor:
     return nn.functional.pad(torch.arange(frames).repeat_interleave((tokens - 1) // frames), (0, 1), value=-1)
 
 
-@MULTIMODAL_REGISTRY.register_processor(Processor, info=LlavaOnevisionProcessingInfo, dummy_inputs=LlavaOnevisionDummyInputsBuilder)
+@MULTIMODAL_REGISTRY.register_processor(
+    Processor, info=LlavaOnevisionProcessingInfo, dummy_inputs=LlavaOnevisionDummyInputsBuilder
+)
 class DuetLlavaOnevision(ClipPacking, AnyRes, LlavaOnevisionForConditionalGeneration):
     kind, strategy, score = "Siglip", "full", staticmethod(column_signals)
 
@@ -63,7 +66,8 @@ class DuetLlavaOnevision(ClipPacking, AnyRes, LlavaOnevisionForConditionalGenera
         return [self._clip(frames, budget) for frames, budget in zip(given, budgets(asked, len(given)), strict=True)]
 
     def _clip(self, frames: Tensor, asked: float) -> Tensor:
-        """The rows that enter of one clip [F, 3, h, w]: its frames go through the tower in runs, as they do not see each other there."""
+        """The rows that enter of one clip [F, 3, h, w]: its frames go through the tower in runs, as they do not see
+        each other there."""
         calls = [self._frames(frames[run.start : run.stop]) for run in batches([self.patches] * len(frames), self.most)]
         rows, *signals = (torch.cat(some).flatten(0, 1) for some in zip(*calls, strict=True))
         rows = torch.cat([rows, self.image_newline[None].to(rows)])
@@ -71,11 +75,14 @@ class DuetLlavaOnevision(ClipPacking, AnyRes, LlavaOnevisionForConditionalGenera
         if signals:
             importance, keys = (nn.functional.pad(some, (0, 0, 0, 1)) for some in signals)
             ranked = [importance[:, 0]], [keys]
-        ((kept, _),) = reduce_rows(self.duet, [rows], [frames_of(len(frames), len(rows))], [asked], ranked, stream="video")
+        ((kept, _),) = reduce_rows(
+            self.duet, [rows], [frames_of(len(frames), len(rows))], [asked], ranked, stream="video"
+        )
         return kept
 
     def _frames(self, frames: Tensor) -> Sequence[Tensor]:
-        """Pooled rows [F, n, D] of frames, and their importance [F, n, 1] and keys [F, n, d] where the method reads them."""
+        """Pooled rows [F, n, D] of frames, and their importance [F, n, 1] and keys [F, n, d] where the method reads
+        them."""
         rows, signals = self._video_pixels_to_features(self.vision_tower, frames), self.signals()
         if signals is None:
             return (rows,)

@@ -1,4 +1,5 @@
-"""Counters on vLLM's own /metrics page. They count what the front end lays out, the dummy images and clips of the start included."""
+"""Counters on vLLM's own /metrics page. They count what the front end lays out, the dummy images and clips of the start
+included."""
 
 from __future__ import annotations
 
@@ -12,8 +13,12 @@ def _counters() -> tuple[Any, Any, Any]:
 
     return (
         Counter("duet_vlm_visual_tokens_before", "Visual tokens of images and clips before reduction.", ["model_name"]),
-        Counter("duet_vlm_visual_tokens_after", "Visual tokens of images and clips that enter the decoder.", ["model_name"]),
-        Counter("duet_vlm_reduced_requests", "Requests with at least one image or clip that was reduced.", ["model_name"]),
+        Counter(
+            "duet_vlm_visual_tokens_after", "Visual tokens of images and clips that enter the decoder.", ["model_name"]
+        ),
+        Counter(
+            "duet_vlm_reduced_requests", "Requests with at least one image or clip that was reduced.", ["model_name"]
+        ),
     )
 
 

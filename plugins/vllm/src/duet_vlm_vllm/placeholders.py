@@ -18,7 +18,8 @@ from duet_vlm_vllm.settings import served
 from duet_vlm_vllm.stages.running_step import COUNTS
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
-BUDGETS = {"image": REQUEST, "video": f"{REQUEST}_video"}  # of each image or clip, on its way to the worker: a field belongs to one kind
+# of each image or clip, on its way to the worker: a field belongs to one kind
+BUDGETS = {"image": REQUEST, "video": f"{REQUEST}_video"}
 
 
 @dataclasses.dataclass
@@ -39,7 +40,9 @@ class ImagesOnly:
 
     def validate_num_items(self, modality: str, num_items: int) -> None:
         if modality == "video" and num_items:
-            raise ValueError(f"clips cannot be reduced for this model: {self.why}. Send images, or serve it without duet")
+            raise ValueError(
+                f"clips cannot be reduced for this model: {self.why}. Send images, or serve it without duet"
+            )
         super().validate_num_items(modality, num_items)
 
 
@@ -58,8 +61,9 @@ class FewerPlaceholders:
     counted: ClassVar[dict[str, str]] = {"image": "pixel_values"}
 
     def spans(self, kind: str, mm_items: Any, number: int, item: Any, tokens: int) -> list[torch.Tensor]:
-        """Of image or clip ``number``, processed to ``item`` and laid out in ``tokens`` rows: for each span that has a budget of its own the part
-        (crop, frame) that its rows show [n], -1 for newlines. The worker must say the same."""
+        """Of image or clip ``number``, processed to ``item`` and laid out in ``tokens`` rows: for each span that has a
+        budget of its own the part (crop, frame) that its rows show [n], -1 for newlines. The worker must say the same.
+        """
         return [torch.zeros(tokens, dtype=torch.long)]
 
     def visual(self, kind: str, ids: list[int], details: PromptUpdateDetails) -> torch.Tensor:
@@ -75,11 +79,13 @@ class FewerPlaceholders:
         return served(self.info.get_hf_config(), self.positions)
 
     def apply(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Refused before anything is processed: an error behind it leaves an image in the front end's cache only, and the next request with it
-        fails."""
+        """Refused before anything is processed: an error behind it leaves an image in the front end's cache only, and
+        the next request with it fails."""
         ends = inputs.prompt[-1:] if self.duet.decoder_reducer is not None else []
         if set(ends) & media_tokens(self.info.get_hf_config()):
-            raise ValueError("the prompt ends in an image, so no text could rank its visual tokens: write the question behind it")
+            raise ValueError(
+                "the prompt ends in an image, so no text could rank its visual tokens: write the question behind it"
+            )
         return super().apply(inputs, *args, **kwargs)
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Any) -> Any:
@@ -93,17 +99,22 @@ class FewerPlaceholders:
         return out
 
     def _count_stages(self, out: Any, mm_items: Any, hf_kwargs: Any) -> None:
-        """Add to ``out`` how many rows of each image or clip every stage of the decoder reads: the engine counts with them before anything runs."""
+        """Add to ``out`` how many rows of each image or clip every stage of the decoder reads: the engine counts with
+        them before anything runs."""
         items = MultiModalKwargsItems.from_hf_inputs(out, self._get_mm_fields_config(out, hf_kwargs))
         for update in super()._get_prompt_updates(mm_items, _for_transformers(hf_kwargs), items):
             kind = update.modality
             counts = []
             for number, item in enumerate(items.get(kind, ()) if kind in self.counted else ()):
                 if BUDGETS[kind] not in item:
-                    raise ValueError(f"{kind} embeddings were chosen from already, and their rows cannot be planned again: send the {kind} itself")
+                    raise ValueError(
+                        f"{kind} embeddings were chosen from already, and their rows cannot be planned again: send the {kind} itself"
+                    )
                 _, places = self._rows(kind, update, number)
                 plans = self._plans(kind, mm_items, number, item, len(places))
-                counts.append([sum(stage) for stage in zip(*(self.duet.stages.counts(plan) for plan in plans), strict=True)])
+                counts.append(
+                    [sum(stage) for stage in zip(*(self.duet.stages.counts(plan) for plan in plans), strict=True)]
+                )
             if counts:
                 out[COUNTS[kind]] = torch.tensor(counts)
 
@@ -116,7 +127,10 @@ class FewerPlaceholders:
 
     def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any:
         updates = super()._get_prompt_updates(mm_items, _for_transformers(hf_processor_mm_kwargs), out_mm_kwargs)
-        return [self._shortened(update, mm_items, out_mm_kwargs) if update.modality in self.counted else update for update in updates]
+        return [
+            self._shortened(update, mm_items, out_mm_kwargs) if update.modality in self.counted else update
+            for update in updates
+        ]
 
     def _shortened(self, update: Any, mm_items: Any, out_mm_kwargs: Any) -> Any:
         kind = update.modality
@@ -145,10 +159,13 @@ class FewerPlaceholders:
         return [self.duet.span(*part_sizes(parts), asked) for parts in self.spans(kind, mm_items, number, item, tokens)]
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
-        """Hashes know what a request asks for; what the server is set to is added here, as caches may be shared between servers."""
+        """Hashes know what a request asks for; what the server is set to is added here, as caches may be shared between
+        servers."""
         salt = self.duet.salt
         hashes = super()._get_mm_hashes(inputs)
-        return {name: [hashlib.sha256((salt + one).encode()).hexdigest() for one in some] for name, some in hashes.items()}
+        return {
+            name: [hashlib.sha256((salt + one).encode()).hexdigest() for one in some] for name, some in hashes.items()
+        }
 
     def _apply_prompt_updates(self, token_ids: Any, mm_prompt_updates: Any) -> Any:
         shown = [item[0].content for kind in self.counted for item in mm_prompt_updates.get(kind, ())]

@@ -1,4 +1,5 @@
-"""Qwen2.5-VL, images and clips: reduced behind the merger, ranked by the attention that tokens receive in the last block without windows."""
+"""Qwen2.5-VL, images and clips: reduced behind the merger, ranked by the attention that tokens receive in the last
+block without windows."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ class Processor(GridProcessor, Qwen2_5_VLMultiModalProcessor):
     pass
 
 
-@MULTIMODAL_REGISTRY.register_processor(Processor, info=Qwen2_5_VLProcessingInfo, dummy_inputs=Qwen2_5_VLDummyInputsBuilder)
+@MULTIMODAL_REGISTRY.register_processor(
+    Processor, info=Qwen2_5_VLProcessingInfo, dummy_inputs=Qwen2_5_VLDummyInputsBuilder
+)
 class DuetQwen25VL(KeptPositions, Qwen2_5_VLForConditionalGeneration):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         self.prepare(vllm_config)

@@ -1,7 +1,9 @@
-"""Qwen3-VL, images and clips: reduced behind the mergers; rows of all depths (deepstack) stand side by side and go together.
+"""Qwen3-VL, images and clips: reduced behind the mergers; rows of all depths (deepstack) stand side by side and go
+together.
 
-Its prompts show the steps of a clip apart, a timestamp in front of each. Which rows of which step stay depends on the pixels, so the front end
-cannot know where the timestamps will stand: it lays out as many places as there will be rows and text, and the worker brings the text, too.
+Its prompts show the steps of a clip apart, a timestamp in front of each. Which rows of which step stay depends on the
+pixels, so the front end cannot know where the timestamps will stand: it lays out as many places as there will be rows
+and text, and the worker brings the text, too.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ class Processor(GridProcessor, Qwen3VLMultiModalProcessor):
     def shown(self, kind: str, content: ShortenedPrompt) -> ShortenedPrompt:
         if kind == "image":
             return content
-        return ShortenedPrompt([self.info.get_hf_config().video_token_id] * len(content.full), None, content.before, content.after)
+        return ShortenedPrompt(
+            [self.info.get_hf_config().video_token_id] * len(content.full), None, content.before, content.after
+        )
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=Qwen3VLProcessingInfo, dummy_inputs=Qwen3VLDummyInputsBuilder)

@@ -19,7 +19,9 @@ def served(config: Any, positions: str) -> ServedMethod:
     """
     given = getattr(config, KEY, None)
     if given is None:
-        raise ValueError(f'this architecture reduces visual tokens and needs settings: --hf-overrides \'{{"{KEY}": {{"budget": 64}}, ...}}\'')
+        raise ValueError(
+            f'this architecture reduces visual tokens and needs settings: --hf-overrides \'{{"{KEY}": {{"budget": 64}}, ...}}\''
+        )
     depth = None
     if isinstance(given, dict) and given.get("stages") == "all":
         check_staged(config.architectures[0].removeprefix(PREFIX))

@@ -28,13 +28,18 @@ def check_engine(vllm_config: VllmConfig) -> None:
     compilation, mm = vllm_config.compilation_config, vllm_config.model_config.multimodal_config
     for name in ("cudagraph_mm_encoder", "compile_mm_encoder"):
         if getattr(compilation, name, False):
-            raise ValueError(f"{name}: a captured or compiled vision tower shows nobody the attention that ranks its tokens, leave it out")
+            raise ValueError(
+                f"{name}: a captured or compiled vision tower shows nobody the attention that ranks its tokens, leave it out"
+            )
     if getattr(mm, "mm_encoder_tp_mode", "weights") == "data":
-        raise ValueError("--mm-encoder-tp-mode data: each rank would see the attention of some images only, leave it out")
+        raise ValueError(
+            "--mm-encoder-tp-mode data: each rank would see the attention of some images only, leave it out"
+        )
 
 
 class Recorder:
-    """Keeps what one attention layer of the tower was called with, all heads of it, until ``take``. ``whole``: each rank has all of them."""
+    """Keeps what one attention layer of the tower was called with, all heads of it, until ``take``. ``whole``: each
+    rank has all of them."""
 
     def __init__(self, attention: nn.Module, reducer: EncoderReducer, whole: bool = False) -> None:
         self.reducer, self.whole, self.calls = reducer, whole, []
@@ -63,7 +68,8 @@ def _all_heads(rows: Tensor) -> Tensor:
 
 
 def layer_of(reducer: EncoderReducer, usual: int, depth: int, built: int) -> int:
-    """The tower layer whose attention is read: ``usual``, or the one that the settings name among ``depth``, of which ``built`` are there.
+    """The tower layer whose attention is read: ``usual``, or the one that the settings name among ``depth``, of which
+    ``built`` are there.
 
     Raises
     ------
@@ -74,7 +80,9 @@ def layer_of(reducer: EncoderReducer, usual: int, depth: int, built: int) -> int
     if layer is None:
         return usual
     if isinstance(layer, float) or not -depth <= layer < depth or layer % depth >= built:
-        raise ValueError(f"signal_layer={layer}: vLLM runs layers 0 to {built - 1} of this vision tower, name one of them")
+        raise ValueError(
+            f"signal_layer={layer}: vLLM runs layers 0 to {built - 1} of this vision tower, name one of them"
+        )
     return layer % depth
 
 
@@ -84,8 +92,8 @@ def budgets(asked: Any, images: int) -> list[float]:
 
 
 def batches(counts: Sequence[int], most: int) -> list[range]:
-    """Images of ``counts`` unreduced tokens in runs of at most ``most`` (a larger image is alone): the scheduler counts reduced tokens, and
-    would put many times more images into one call of the tower than memory was measured for."""
+    """Images of ``counts`` unreduced tokens in runs of at most ``most`` (a larger image is alone): the scheduler counts
+    reduced tokens, and would put many times more images into one call of the tower than memory was measured for."""
     runs, start, total = [], 0, 0
     for number, count in enumerate(counts):
         if number > start and total + count > most:

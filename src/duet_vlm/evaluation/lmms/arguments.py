@@ -11,7 +11,16 @@ from typing import Any
 import duet_vlm
 
 # settings of one generation that a task may give, besides max_new_tokens and until
-GENERATION = ("do_sample", "length_penalty", "min_new_tokens", "num_beams", "repetition_penalty", "temperature", "top_k", "top_p")
+GENERATION = (
+    "do_sample",
+    "length_penalty",
+    "min_new_tokens",
+    "num_beams",
+    "repetition_penalty",
+    "temperature",
+    "top_k",
+    "top_p",
+)
 LONGEST = 1024  # new tokens where a task gives no limit
 
 
@@ -25,7 +34,9 @@ class ModelArguments:
     fields: dict[str, Any] = field(default_factory=dict)
 
 
-def parse_arguments(method: str | None, budget: int | float | None, preset: str | None, fields: Mapping[str, Any]) -> ModelArguments:
+def parse_arguments(
+    method: str | None, budget: int | float | None, preset: str | None, fields: Mapping[str, Any]
+) -> ModelArguments:
     """The reduction that a run asks for: a preset alone, or a method (default duet) with budget and settings.
 
     Raises
@@ -34,7 +45,9 @@ def parse_arguments(method: str | None, budget: int | float | None, preset: str 
         A preset beside anything else, or an unknown preset.
     """
     if preset is None:
-        return ModelArguments(method or "duet", method or "duet", budget, {name: value_of(given) for name, given in fields.items()})
+        return ModelArguments(
+            method or "duet", method or "duet", budget, {name: value_of(given) for name, given in fields.items()}
+        )
     others = [name for name, given in {"method": method, "budget": budget, **fields}.items() if given is not None]
     if others:
         raise ValueError(f"preset={preset} brings its method and all settings: leave out {', '.join(others)}")
@@ -65,12 +78,13 @@ def fields_of(settings: str | Mapping[str, Any] | None) -> dict[str, Any]:
         except ValueError as error:
             raise ValueError(f"settings={settings}: not JSON ({error})") from error
     if settings is not None and not isinstance(settings, Mapping):
-        raise ValueError(f"settings={settings!r}: give a JSON object, for example {{\"text_query\": \"last\"}}")
+        raise ValueError(f'settings={settings!r}: give a JSON object, for example {{"text_query": "last"}}')
     return dict(settings or {})
 
 
 def generation_of(task: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...], list[str]]:
-    """A task's ``generation_kwargs`` as (arguments of ``generate``, texts to stop at, names that mean nothing to ``generate``).
+    """A task's ``generation_kwargs`` as (arguments of ``generate``, texts to stop at, names that mean nothing to
+    ``generate``).
 
     Greedy unless the temperature is above 0 or the task says ``do_sample``.
     """
@@ -79,10 +93,13 @@ def generation_of(task: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, .
     out: dict[str, Any] = {"max_new_tokens": int(task.get("max_new_tokens") or LONGEST)}
     out |= {name: task[name] for name in GENERATION if task.get(name) is not None}
     temperature = out.get("temperature")
-    sampled = temperature is not None and temperature > 0 if "do_sample" not in out else out["do_sample"] and temperature != 0
+    sampled = (
+        temperature is not None and temperature > 0 if "do_sample" not in out else out["do_sample"] and temperature != 0
+    )
     out["do_sample"] = bool(sampled)
     if not out["do_sample"]:
-        out |= {"temperature": None, "top_p": None, "top_k": None}  # a checkpoint's own defaults would only raise warnings
+        # a checkpoint's own defaults would only raise warnings
+        out |= {"temperature": None, "top_p": None, "top_k": None}
     return out, stops, sorted(set(task) - {"max_new_tokens", "until", *GENERATION})
 
 

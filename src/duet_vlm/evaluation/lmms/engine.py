@@ -60,13 +60,21 @@ class Engine:
         self.pretrained, self.chosen = pretrained, chosen
         self.processor = AutoProcessor.from_pretrained(place, **_given(min_pixels=min_pixels, max_pixels=max_pixels))
         if not getattr(self.processor, "chat_template", None):
-            raise ValueError(f"pretrained={pretrained}: its processor has no chat template, so a conversation cannot become a prompt")
-        self.model = AutoModelForImageTextToText.from_pretrained(place, dtype=precision, use_safetensors=True, **loading).eval()
+            raise ValueError(
+                f"pretrained={pretrained}: its processor has no chat template, so a conversation cannot become a prompt"
+            )
+        self.model = AutoModelForImageTextToText.from_pretrained(
+            place, dtype=precision, use_safetensors=True, **loading
+        ).eval()
         if device_map is None:
             self.model.to(device or own_device())
         salient = getattr(chosen.method, "text_query", chosen.fields.get("text_query")) == "salient"
         self.handle = duet_vlm.attach(
-            self.model, chosen.method, budget=chosen.budget, processor=self.processor if salient else None, **chosen.fields
+            self.model,
+            chosen.method,
+            budget=chosen.budget,
+            processor=self.processor if salient else None,
+            **chosen.fields,
         )
         self.costs: dict[str, PromptCosts] = {}
 
@@ -78,7 +86,8 @@ class Engine:
         task : str
             What the costs are counted under.
         conversations : sequence
-            Messages with ``role`` and ``content``, the latter ``{"type": "text", "text": ...}`` and ``{"type": "image", "image": ...}``.
+            Messages with ``role`` and ``content``, the latter ``{"type": "text", "text": ...}`` and ``{"type": "image",
+            "image": ...}``.
         generation : mapping
             A task's generation settings, see ``generation_of``.
 
@@ -92,8 +101,12 @@ class Engine:
         if other:
             raise ValueError(f"task {task} brings {', '.join(other)}: duet_vlm reduces images only")
         images = [rgb(part["image"]) for part in parts if part["type"] == "image"]
-        text = [self.processor.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in conversations]
-        inputs = self.processor(images=images or None, text=text, return_tensors="pt", padding=True, padding_side="left")
+        text = [
+            self.processor.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in conversations
+        ]
+        inputs = self.processor(
+            images=images or None, text=text, return_tensors="pt", padding=True, padding_side="left"
+        )
         inputs = inputs.to(self.model.device, self.model.dtype)
         wanted, stops, _ = generation_of(generation)
         out = self.model.generate(**inputs, **wanted)
@@ -113,7 +126,11 @@ class Engine:
             "budget": self.handle.budget,
             "settings": reducer.settings(),
             "tasks": {task: costs.to_json() for task, costs in self.costs.items()},
-            "versions": {"duet_vlm": duet_vlm.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+            "versions": {
+                "duet_vlm": duet_vlm.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
         }
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(found, indent=1) + "\n")

@@ -17,7 +17,8 @@ from duet_vlm.evaluation.lmms.engine import Engine
 
 
 class DuetVLM(lmms):
-    """Any supported checkpoint with a method attached; prompts through the processor's chat template, in batches, greedy by default.
+    """Any supported checkpoint with a method attached; prompts through the processor's chat template, in batches,
+    greedy by default.
 
     Parameters
     ----------
@@ -86,7 +87,9 @@ class DuetVLM(lmms):
         return [answers[number] for number in range(len(requests))]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        raise NotImplementedError("duet_vlm answers by generating: take a task with output_type generate_until, not loglikelihood")
+        raise NotImplementedError(
+            "duet_vlm answers by generating: take a task with output_type generate_until, not loglikelihood"
+        )
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         raise NotImplementedError("duet_vlm does not run multi-round tasks: a reduced cache takes no new images")
@@ -122,4 +125,6 @@ class DuetVLM(lmms):
         """The costs so far: on screen, and as JSON."""
         for task, costs in self.engine.costs.items():
             logger.info(f"duet_vlm {self.engine.chosen.label} on {task}: {costs}")
-        self.engine.write(self.measured if self.world_size == 1 else self.measured.with_suffix(f".rank{self.rank}.json"))
+        self.engine.write(
+            self.measured if self.world_size == 1 else self.measured.with_suffix(f".rank{self.rank}.json")
+        )

@@ -67,19 +67,66 @@ WANTED: dict[Test, str] = {
     _object: "an object",
     _rows: "a list of runs, the full model first",
 }
-TOP = {"name": _text, "task": _text, "experiment": _object, "environment": _object, "model": _object, "questions": _object, "runs": _rows}
+TOP = {
+    "name": _text,
+    "task": _text,
+    "experiment": _object,
+    "environment": _object,
+    "model": _object,
+    "questions": _object,
+    "runs": _rows,
+}
 ASKED = {"count": _count, "per_seed": _count, "kinds": _object}
 RUN = {"id": _text, "label": _text, "method": _text, "status": _text, "settings": _object}
 TOKENS = {"unreduced": _positive, "nominal": _number, "measured": _positive}
-OK = {"accuracy": _share, "interval": _interval, "tokens": _object, "kinds": _object, "flops": _number, "flops_share": _number, "kv_bytes": _number}
+OK = {
+    "accuracy": _share,
+    "interval": _interval,
+    "tokens": _object,
+    "kinds": _object,
+    "flops": _number,
+    "flops_share": _number,
+    "kv_bytes": _number,
+}
 KIND = {"n": _count, "accuracy": _share}
 # may be absent or null; where it is there, it has this shape
-OPTIONAL = {"budget": _number, "kept": _number, "kept_interval": _interval, "kv_share": _number, "of_oracle": _number, "floor": _number}
-OPTIONAL |= {"message": _text, "seeds": _object, "solved": _object, "prefill": _object, "recall": _object, "against": _object, "preset": _text}
+OPTIONAL = {
+    "budget": _number,
+    "kept": _number,
+    "kept_interval": _interval,
+    "kv_share": _number,
+    "of_oracle": _number,
+    "floor": _number,
+}
+OPTIONAL |= {
+    "message": _text,
+    "seeds": _object,
+    "solved": _object,
+    "prefill": _object,
+    "recall": _object,
+    "against": _object,
+    "preset": _text,
+}
 SOLVED = {"tokens": _count, "entry": _count, "dominant": _count, "contextual": _count, "counts": _counts}
-PREFILL = {"ms": _positive, "low": _positive, "high": _positive, "ratio": _number, "ratio_interval": _interval, "rounds": _count, "batch": _count}
+PREFILL = {
+    "ms": _positive,
+    "low": _positive,
+    "high": _positive,
+    "ratio": _number,
+    "ratio_interval": _interval,
+    "rounds": _count,
+    "batch": _count,
+}
 RECALL = {"entry": _share, "entry_or_merged": _share, "middle": _share}
-AGAINST = {"run": _text, "difference": _number, "interval": _interval, "wins": _count, "losses": _count, "p_value": _number, "p_adjusted": _number}
+AGAINST = {
+    "run": _text,
+    "difference": _number,
+    "interval": _interval,
+    "wins": _count,
+    "losses": _count,
+    "p_value": _number,
+    "p_adjusted": _number,
+}
 NESTED: dict[str, Mapping[str, Test]] = {"solved": SOLVED, "prefill": PREFILL, "recall": RECALL, "against": AGAINST}
 
 
@@ -128,7 +175,9 @@ def _measured(run: dict[str, Any], where: str) -> Iterator[str]:
         if not _object(entry):
             yield f"{where}, kinds: {kind!r} is {_shown(entry)}, wanted an object"
         yield from _wrong(entry, KIND, f"{where}, kinds, {kind!r}")
-        yield from _wrong(entry, {"kept": _number, "kept_interval": _interval}, f"{where}, kinds, {kind!r}", optional=True)
+        yield from _wrong(
+            entry, {"kept": _number, "kept_interval": _interval}, f"{where}, kinds, {kind!r}", optional=True
+        )
     for name, shape in NESTED.items():
         if run.get(name) is not None:
             yield from _wrong(run[name], shape, f"{where}, {name}")

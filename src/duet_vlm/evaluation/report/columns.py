@@ -130,7 +130,11 @@ def at(entry: Any, *path: str) -> Any:
 
 
 NOMINAL = Column(
-    "nominal", "nominal tokens", "Visual tokens per decoder layer that the solved schedule promises, mean per question", ("tokens", "nominal"), tokens
+    "nominal",
+    "nominal tokens",
+    "Visual tokens per decoder layer that the solved schedule promises, mean per question",
+    ("tokens", "nominal"),
+    tokens,
 )
 MEASURED = Column(
     "measured",
@@ -140,7 +144,12 @@ MEASURED = Column(
     tokens,
 )
 ACCURACY = Column(
-    "accuracy", "accuracy", "Share of right answers, 95 % score interval", ("accuracy",), share, lambda run: span(run["interval"], share)
+    "accuracy",
+    "accuracy",
+    "Share of right answers, 95 % score interval",
+    ("accuracy",),
+    share,
+    lambda run: span(run["interval"], share),
 )
 KEPT = Column(
     "kept",
@@ -165,9 +174,27 @@ P_VALUE = Column(
     chance,
 )
 RECALL = (
-    Column("entry", "recall at entry, %", "Of the patches that an answer needs, the share that enters the decoder", ("recall", "entry"), percent),
-    Column("merged", "recall with merged, %", "The same, with those merged into a kept row", ("recall", "entry_or_merged"), percent),
-    Column("middle", "recall midway, %", "The share that is still a row of its own halfway through the decoder", ("recall", "middle"), percent),
+    Column(
+        "entry",
+        "recall at entry, %",
+        "Of the patches that an answer needs, the share that enters the decoder",
+        ("recall", "entry"),
+        percent,
+    ),
+    Column(
+        "merged",
+        "recall with merged, %",
+        "The same, with those merged into a kept row",
+        ("recall", "entry_or_merged"),
+        percent,
+    ),
+    Column(
+        "middle",
+        "recall midway, %",
+        "The share that is still a row of its own halfway through the decoder",
+        ("recall", "middle"),
+        percent,
+    ),
 )
 COST = (
     Column("flops", "FLOPs, %", "Arithmetic per question as a share of the full model's", ("flops_share",), percent),
@@ -225,7 +252,8 @@ def kind(key: str) -> Column:
 
 
 def ordered(result: dict[str, Any]) -> list[Run]:
-    """The full model, runs with settings of their own, then budget by budget from large to small; else in the order of the file."""
+    """The full model, runs with settings of their own, then budget by budget from large to small; else in the order of
+    the file."""
     first, *others = result["runs"]
     unreduced = first["tokens"]["unreduced"]
 
@@ -237,14 +265,18 @@ def ordered(result: dict[str, Any]) -> list[Run]:
 
 
 def places(result: dict[str, Any]) -> dict[str, int]:
-    """Place of every label among the cells of the experiment: runs that lack the larger budgets stand where they were written."""
+    """Place of every label among the cells of the experiment: runs that lack the larger budgets stand where they were
+    written."""
     cells = result["experiment"].get("cells") or []
-    return {label: place for place, label in reversed(list(enumerate(cell.get("label") or cell.get("method") for cell in cells)))}
+    return {
+        label: place
+        for place, label in reversed(list(enumerate(cell.get("label") or cell.get("method") for cell in cells)))
+    }
 
 
 def best(result: dict[str, Any], references: frozenset[str]) -> list[tuple[str, list[Run]]]:
-    """(budget, runs) of the methods that keep the most at each budget, from large to small: one, or all that are right equally often, those on
-    fewer tokens first. Methods named in ``references`` are left out."""
+    """(budget, runs) of the methods that keep the most at each budget, from large to small: one, or all that are right
+    equally often, those on fewer tokens first. Methods named in ``references`` are left out."""
     groups: dict[str, list[Run]] = {}
     for run in ordered(result)[1:]:
         if run["status"] == "ok" and run["method"] not in references and budget(run["budget"]):

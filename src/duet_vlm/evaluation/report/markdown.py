@@ -47,7 +47,10 @@ def runs_table(result: dict[str, Any], shown: Sequence[Column]) -> str:
 
 def compact(result: dict[str, Any]) -> str:
     """The short table of README and docs: tokens, accuracy, kept, and accuracy by kind."""
-    kinds = [columns.Column(f"kind:{key}", key, "", ("kinds", key, "accuracy"), lambda value: f"{value:.2f}") for key in columns.kinds(result)]
+    kinds = [
+        columns.Column(f"kind:{key}", key, "", ("kinds", key, "accuracy"), lambda value: f"{value:.2f}")
+        for key in columns.kinds(result)
+    ]
     text = runs_table(result, [columns.MEASURED, columns.ACCURACY, columns.KEPT, *kinds])
     return f"{text}\n\n{facts(result)} {NOTE}"
 
@@ -58,7 +61,11 @@ def matrix(result: dict[str, Any]) -> str:
     budgets = list(dict.fromkeys(columns.budget(run["budget"]) or "own settings" for run in runs))
     cells: dict[str, dict[str, str]] = {}
     for run in runs:
-        said = f"{columns.KEPT.cell(run) or columns.NOTHING} {columns.verdict(run)}".strip() if run["status"] == "ok" else columns.refusal(run)
+        said = (
+            f"{columns.KEPT.cell(run) or columns.NOTHING} {columns.verdict(run)}".strip()
+            if run["status"] == "ok"
+            else columns.refusal(run)
+        )
         cells.setdefault(run["label"], {})[columns.budget(run["budget"]) or "own settings"] = escape(said)
     places = columns.places(result)
     labels = sorted(cells, key=lambda label: places.get(label, len(places)))
@@ -78,7 +85,10 @@ def page(result: dict[str, Any], plots: Sequence[tuple[str, str]], again: str) -
     shown = {
         "Accuracy": [columns.NOMINAL, columns.MEASURED, columns.ACCURACY, columns.KEPT, columns.OF_ORACLE, *compared],
         "Cost, and needed patches that are still there": [columns.MEASURED, *columns.COST, *columns.RECALL],
-        "Kinds of questions: accuracy (and share of the full model's)": [columns.MEASURED, *map(columns.kind, columns.kinds(result))],
+        "Kinds of questions: accuracy (and share of the full model's)": [
+            columns.MEASURED,
+            *map(columns.kind, columns.kinds(result)),
+        ],
     }
     parts = [f"# {escape(result['name'])}", matrix(result), "## Every number", NOTE]
     for title, some in shown.items():

@@ -37,9 +37,9 @@ def page(results: Sequence[tuple[str, str, dict[str, Any], Plots]], again: str) 
     here = files("duet_vlm.evaluation.report")
     script = here.joinpath("page.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
-        here.joinpath("page.html.j2").read_text("utf-8")
-    )
+    template = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).from_string(here.joinpath("page.html.j2").read_text("utf-8"))
     sections = [_section(*entry) for entry in results]
     return template.render(
         sections=sections,
@@ -66,9 +66,15 @@ def _section(slug: str, source: str, result: dict[str, Any], plots: Plots) -> di
         "groups": list(dict.fromkeys(group for group, _, _ in shown)),
         "columns": [_head(*entry) for entry in shown],
         "runs": [_row(run, shown) for run in runs],
-        "plots": [{"name": name, "caption": caption, "svg": _inline(svg, f"{slug}-{name}", caption)} for name, (caption, _, svg) in plots.items()],
+        "plots": [
+            {"name": name, "caption": caption, "svg": _inline(svg, f"{slug}-{name}", caption)}
+            for name, (caption, _, svg) in plots.items()
+        ],
         "timed": at(result["runs"][0], "prefill", "ms") is not None,
-        "cards": [_card(title, result[key]) for title, key in (("Environment", "environment"), ("Model", "model"), ("Questions", "questions"))],
+        "cards": [
+            _card(title, result[key])
+            for title, key in (("Environment", "environment"), ("Model", "model"), ("Questions", "questions"))
+        ],
         "experiment": json.dumps(result["experiment"], indent=1, ensure_ascii=False),
     }
 
@@ -82,7 +88,8 @@ def _best(result: dict[str, Any]) -> list[dict[str, Any]]:
             "budget": budget, "labels": [run["label"] for run in runs],
             "cells": [
                 (name, f"{cell.text} {unit}".strip(), cell.extra)
-                for c, name, unit in named[: 1 if len(runs) > 1 else None]  # of several that are level what all have in common
+                # of several that are level what all have in common
+                for c, name, unit in named[: 1 if len(runs) > 1 else None]
                 if (cell := c.cell(runs[0]))
             ],
         }
@@ -97,7 +104,9 @@ def _columns(result: dict[str, Any]) -> list[tuple[str, str | None, Column]]:
         "comparison": [columns.difference(result), columns.P_VALUE, columns.OF_ORACLE],
     }
     kinds = [("kinds", kind, columns.kind(kind)) for kind in columns.kinds(result)]
-    costs = [(group, None, column) for group, some in (("cost", columns.COST), ("recall", columns.RECALL)) for column in some]
+    costs = [
+        (group, None, column) for group, some in (("cost", columns.COST), ("recall", columns.RECALL)) for column in some
+    ]
     return [*((group, None, column) for group, some in groups.items() for column in some), *kinds, *costs]
 
 
@@ -131,20 +140,27 @@ def _row(run: Run, shown: Sequence[tuple[str, str | None, Column]]) -> dict[str,
 
 def _cards(run: Run) -> list[dict[str, Any]]:
     """Details of a run: settings, solved counts, seeds, cost, comparison, kinds."""
-    cards = [_card("Run", {"id": run["id"], "method": run["method"], "preset": run.get("preset")}), _card("Settings", run["settings"])]
+    cards = [
+        _card("Run", {"id": run["id"], "method": run["method"], "preset": run.get("preset")}),
+        _card("Settings", run["settings"]),
+    ]
     if run["status"] != "ok":
         return cards
     if run.get("solved"):
         cards.append(_card("Solved", {key: value for key, value in run["solved"].items() if key != "counts"}))
     cards.append(_card("Accuracy by seed", {f"seed {seed}": value for seed, value in (run.get("seeds") or {}).items()}))
-    cards.append(_card("Per question", {"FLOPs": f"{run['flops']:.3g}", "KV cache": f"{run['kv_bytes'] / 1024:.1f} KiB"}))
+    cards.append(
+        _card("Per question", {"FLOPs": f"{run['flops']:.3g}", "KV cache": f"{run['kv_bytes'] / 1024:.1f} KiB"})
+    )
     if run.get("against"):
         other = run["against"]
         wins = {"right here, wrong there": other["wins"], "wrong here, right there": other["losses"]}
         cards.append(_card(f"Against {other['run']}", wins | {"p, not adjusted": columns.chance(other["p_value"])}))
     if run.get("prefill"):
         cards.append(_card("Timing", {key: run["prefill"][key] for key in ("rounds", "batch")}))
-    cards.append(_card("Kinds: accuracy, share kept, questions", {kind: _kind(entry) for kind, entry in run["kinds"].items()}))
+    cards.append(
+        _card("Kinds: accuracy, share kept, questions", {kind: _kind(entry) for kind, entry in run["kinds"].items()})
+    )
     return [card for card in cards if card["entries"]]
 
 
@@ -164,7 +180,13 @@ def _value(value: Any) -> str:
         return ", ".join(f"{key} {_value(entry)}" for key, entry in value.items())
     if isinstance(value, list):
         return "[" + ", ".join(map(_value, value)) + "]"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return (
+        f"{value:,}"
+        if isinstance(value, int) and not isinstance(value, bool)
+        else f"{value:.4g}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def _inline(svg: bytes, prefix: str, caption: str) -> Markup:

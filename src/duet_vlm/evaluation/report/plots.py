@@ -19,17 +19,21 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# in inches: the area of the lines, the room to its left, between its right edge and the labels, per letter of a label, between two labels
+# in inches: the area of the lines, the room to its left, between its right edge and the labels, per letter of a label,
+# between two labels
 AREA, LEFT, BETWEEN, LETTER, LINE = 5.4, 0.7, 0.62, 0.073, 0.185
 NEAR = 3.0  # percentage points around the full model within which the scale is about linear
 WIDTH = 8.6  # of a plot, at least
-REFERENCES, MOST = FLOORS | {ORACLE}, len(COLOURS)  # methods that are named have a colour of their own; the others are in the table
+# methods that are named have a colour of their own; the others are in the table
+REFERENCES, MOST = FLOORS | {ORACLE}, len(COLOURS)
 PIXELS = 160  # per inch, of the PNG
 # ticks, the roundest first; less round ones only until there are enough
 STEPS, DIGITS, ENOUGH = (10, 5, 1, 0.5, 0.1), ((1, 2, 5), (3, 4, 6, 8, 1.5), (7, 9, 1.2, 2.5)), 10
 
 
-def all_plots(result: dict[str, Any], say: Callable[[str], None] = lambda caption: None) -> dict[str, tuple[str, bytes, bytes]]:
+def all_plots(
+    result: dict[str, Any], say: Callable[[str], None] = lambda caption: None
+) -> dict[str, tuple[str, bytes, bytes]]:
     """name -> (caption, PNG, SVG). Plots without data (no timing) are absent. ``say`` is called with the next plot's
     name.
 
@@ -64,20 +68,44 @@ def without_tokens(result: dict[str, Any]) -> Figure | None:
     if curve is None:
         return None
     longest = max(len(plain(kind)) for kind in curve.kinds)
-    figure, axes = _figure(max(WIDTH, LEFT + AREA + BETWEEN + LETTER * longest), max(4.6, 1.0 + LINE * len(curve.kinds)))
+    figure, axes = _figure(
+        max(WIDTH, LEFT + AREA + BETWEEN + LETTER * longest), max(4.6, 1.0 + LINE * len(curve.kinds))
+    )
     layers = [*(point.layer for point in curve.points), curve.depth]
     styles, ends = looks(dict.fromkeys(curve.kinds, "")), []
     if len(curve.kinds) > 1:
         for kind, full in curve.kinds.items():
-            heights, look = [100 * value for value in (*(point.kinds[kind] for point in curve.points), full)], styles[kind]
-            axes.plot(layers, heights, color=look.colour, ls=look.dash, lw=1.0, marker=look.marker, ms=3.5, mec=GROUND, mew=0.5, alpha=0.8)
+            heights, look = (
+                [100 * value for value in (*(point.kinds[kind] for point in curve.points), full)],
+                styles[kind],
+            )
+            axes.plot(
+                layers,
+                heights,
+                color=look.colour,
+                ls=look.dash,
+                lw=1.0,
+                marker=look.marker,
+                ms=3.5,
+                mec=GROUND,
+                mew=0.5,
+                alpha=0.8,
+            )
             ends.append((kind, float(curve.depth), heights[-1]))
     heights = [100 * value for value in (*(point.accuracy for point in curve.points), curve.full)]
-    low, high = ([100 * min(1.0, curve.full + point.interval[edge]) for point in curve.points] + [100 * curve.full] for edge in (0, 1))
+    low, high = (
+        [100 * min(1.0, curve.full + point.interval[edge]) for point in curve.points] + [100 * curve.full]
+        for edge in (0, 1)
+    )
     axes.fill_between(layers, low, high, color=INK, alpha=0.15, lw=0, zorder=3)
-    axes.plot(layers, heights, color=INK, lw=2.0, marker="D", ms=4.5, mec=GROUND, mew=0.6, zorder=4, label="all questions")
+    axes.plot(
+        layers, heights, color=INK, lw=2.0, marker="D", ms=4.5, mec=GROUND, mew=0.6, zorder=4, label="all questions"
+    )
     axes.axhline(100 * curve.full, color=INK, lw=0.8, zorder=1)
-    axes.set(xlabel=f"no visual token from this layer on (right end: the full model, {curve.depth} layers)", ylabel="accuracy, %")
+    axes.set(
+        xlabel=f"no visual token from this layer on (right end: the full model, {curve.depth} layers)",
+        ylabel="accuracy, %",
+    )
     axes.legend(fontsize=8.5, frameon=False, loc="lower right")
     _names(figure, axes, ends, styles)
     return figure
@@ -111,7 +139,11 @@ def accuracy_against_time(result: dict[str, Any]) -> Figure | None:
 
     def point(run: Run) -> list[float] | None:
         time, (low, high) = run.get("prefill"), run["interval"]
-        return None if time is None else [time["ms"], time["low"], time["high"], 100 * run["accuracy"], 100 * low, 100 * high]
+        return (
+            None
+            if time is None
+            else [time["ms"], time["low"], time["high"], 100 * run["accuracy"], 100 * low, 100 * high]
+        )
 
     return _lines(
         result,
@@ -123,7 +155,11 @@ def accuracy_against_time(result: dict[str, Any]) -> Figure | None:
 
 
 def _lines(
-    result: dict[str, Any], point: Callable[[Run], list[float] | None], anchor: tuple[float, float], x_label: str, y_label: str
+    result: dict[str, Any],
+    point: Callable[[Run], list[float] | None],
+    anchor: tuple[float, float],
+    x_label: str,
+    y_label: str,
 ) -> Figure | None:
     """``point`` gives [x, x low, x high, y, y low, y high] of a run; ``anchor`` is the full model's (x, y)."""
     series: dict[str, list[list[float]]] = {}
@@ -133,10 +169,18 @@ def _lines(
             series.setdefault(run["label"], []).append(found)
     if not series:
         return None
-    told = {*columns.leaders(result, REFERENCES, MOST), *(label for label in series if methods[label] in REFERENCES)} & series.keys()
+    told = {
+        *columns.leaders(result, REFERENCES, MOST),
+        *(label for label in series if methods[label] in REFERENCES),
+    } & series.keys()
     longest = max(len(plain(label)) for label in told)
     figure, axes = _figure(max(WIDTH, LEFT + AREA + BETWEEN + LETTER * longest), max(4.6, 1.0 + LINE * len(told)))
-    _scales(axes, [anchor[0], *(p[i] for s in series.values() for p in s for i in range(3))], [anchor[1], *_heights(series)], anchor[1])
+    _scales(
+        axes,
+        [anchor[0], *(p[i] for s in series.values() for p in s for i in range(3))],
+        [anchor[1], *_heights(series)],
+        anchor[1],
+    )
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.axhline(anchor[1], color=INK, lw=0.8, zorder=1)
@@ -151,7 +195,14 @@ def _lines(
         else:
             axes.plot([p[0] for p in points], [p[3] for p in points], color=MUTED, lw=0.8, alpha=0.3, zorder=1.5)
     if others := len(series) - len(told):
-        axes.text(0.01, 0.01, f"thin and grey: {others} other methods, named in the table", transform=axes.transAxes, fontsize=8.5, color=MUTED)
+        axes.text(
+            0.01,
+            0.01,
+            f"thin and grey: {others} other methods, named in the table",
+            transform=axes.transAxes,
+            fontsize=8.5,
+            color=MUTED,
+        )
     _names(figure, axes, ends, styles)
     return figure
 
@@ -192,7 +243,8 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _scales(axes: Axes, xs: list[float], ys: list[float], anchor: float) -> None:
-    """x: logarithmic, large values left. y: linear near ``anchor``, ever denser away from it, so that small losses can be told apart."""
+    """x: logarithmic, large values left. y: linear near ``anchor``, ever denser away from it, so that small losses can
+    be told apart."""
     import numpy as np
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -218,7 +270,9 @@ def _scales(axes: Axes, xs: list[float], ys: list[float], anchor: float) -> None
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _spaced(wanted: list[list[float]], scale: Callable[[float], float], low: float, high: float, gap: float) -> list[float]:
+def _spaced(
+    wanted: list[list[float]], scale: Callable[[float], float], low: float, high: float, gap: float
+) -> list[float]:
     """Of the ``candidates`` ticks, rank by rank until there are enough, those within [low, high] that keep ``gap`` axis
     lengths from the ones before."""
     least = gap * (scale(high) - scale(low))
@@ -242,10 +296,33 @@ def _names(figure: Figure, axes: Axes, ends: list[tuple[str, float, float]], sty
     places = apart([float(y) for _, y in starts], gap, 0.0, 1.0)
     for (label, _, _), (x, y), place in zip(ends, starts, places, strict=True):
         look = styles[label]
-        leader = Line2D([x, 1.035, 1.05], [y, place, place], transform=axes.transAxes, color=look.colour, lw=0.6, alpha=0.5, clip_on=False, zorder=1)
-        sample = Line2D([1.05, 1.10], [place, place], transform=axes.transAxes, color=look.colour, ls=look.dash, lw=look.width, clip_on=False)
-        mark = Line2D([1.075], [place], transform=axes.transAxes, ls="", marker=look.marker, ms=look.size, clip_on=False)
-        mark.set(color=look.colour if look.filled else GROUND, markeredgecolor=GROUND if look.filled else look.colour, markeredgewidth=0.7)
+        leader = Line2D(
+            [x, 1.035, 1.05],
+            [y, place, place],
+            transform=axes.transAxes,
+            color=look.colour,
+            lw=0.6,
+            alpha=0.5,
+            clip_on=False,
+            zorder=1,
+        )
+        sample = Line2D(
+            [1.05, 1.10],
+            [place, place],
+            transform=axes.transAxes,
+            color=look.colour,
+            ls=look.dash,
+            lw=look.width,
+            clip_on=False,
+        )
+        mark = Line2D(
+            [1.075], [place], transform=axes.transAxes, ls="", marker=look.marker, ms=look.size, clip_on=False
+        )
+        mark.set(
+            color=look.colour if look.filled else GROUND,
+            markeredgecolor=GROUND if look.filled else look.colour,
+            markeredgewidth=0.7,
+        )
         for artist in (leader, sample, mark):
             axes.add_artist(artist)
         axes.text(1.115, place, plain(label), transform=axes.transAxes, va="center_baseline", fontsize=8.5, color=INK)
@@ -273,7 +350,15 @@ def by_kind(result: dict[str, Any]) -> Figure | None:
     axes.set_axis_off()
     for x, kind in enumerate(kinds):
         axes.text(x + 0.5, -0.95, plain(kind), ha="center", va="bottom", fontsize=8.5)
-        axes.text(x + 0.5, -0.75, f"full {full['kinds'][kind]['accuracy']:.3f}", ha="center", va="top", fontsize=7.5, color=MUTED)
+        axes.text(
+            x + 0.5,
+            -0.75,
+            f"full {full['kinds'][kind]['accuracy']:.3f}",
+            ha="center",
+            va="top",
+            fontsize=7.5,
+            color=MUTED,
+        )
     for y, run, group in rows:
         if run is None:
             axes.text(-0.1, y + 0.62, group, ha="right", va="center_baseline", fontsize=8.5, weight="bold")
@@ -300,9 +385,18 @@ def _row(axes: Axes, y: float, run: Run, kinds: list[str]) -> None:
     from matplotlib.patches import Rectangle
 
     if run["status"] != "ok":
-        axes.add_patch(Rectangle((0, y + 0.04), len(kinds), 0.92, facecolor="none", edgecolor=GRID, hatch="////", lw=0.6))
+        axes.add_patch(
+            Rectangle((0, y + 0.04), len(kinds), 0.92, facecolor="none", edgecolor=GRID, hatch="////", lw=0.6)
+        )
         axes.text(
-            len(kinds) / 2, y + 0.5, plain(columns.refusal(run)), ha="center", va="center_baseline", fontsize=8, color=INK, backgroundcolor=GROUND
+            len(kinds) / 2,
+            y + 0.5,
+            plain(columns.refusal(run)),
+            ha="center",
+            va="center_baseline",
+            fontsize=8,
+            color=INK,
+            backgroundcolor=GROUND,
         ).get_bbox_patch().set(boxstyle="square,pad=0.15")  # type: ignore[union-attr]
         return
     for x, kind in enumerate(kinds):
@@ -321,13 +415,17 @@ def darkness(kept: float) -> float:
 
 
 def shade(kept: float) -> tuple[str, str]:
-    """Colours of a cell and of its text: one hue, lightness falling with the loss; the text black or white, whichever has more contrast."""
+    """Colours of a cell and of its text: one hue, lightness falling with the loss; the text black or white, whichever
+    has more contrast."""
     stops = ((0.0, (244, 241, 234)), (0.35, (250, 208, 146)), (0.7, (214, 105, 40)), (1.0, (94, 24, 20)))
     dark = darkness(kept)
     (start, near), (end, far) = next((a, b) for a, b in zip(stops, stops[1:], strict=False) if dark <= b[0])
     part = (dark - start) / (end - start)
     red, green, blue = (round(a + (b - a) * part) for a, b in zip(near, far, strict=True))
-    luminance = sum(weight * (value / 255) ** 2.2 for weight, value in zip((0.2126, 0.7152, 0.0722), (red, green, blue), strict=True))
+    luminance = sum(
+        weight * (value / 255) ** 2.2
+        for weight, value in zip((0.2126, 0.7152, 0.0722), (red, green, blue), strict=True)
+    )
     return f"#{red:02x}{green:02x}{blue:02x}", "#ffffff" if luminance < 0.179 else "#000000"
 
 

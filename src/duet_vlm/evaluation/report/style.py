@@ -61,7 +61,9 @@ def looks(methods: dict[str, str]) -> dict[str, Look]:
 
 def one_line(text: str) -> str:
     """Text without line breaks and control characters."""
-    return " ".join("".join(" " if unicodedata.category(character)[0] in "CZ" else character for character in text).split())
+    return " ".join(
+        "".join(" " if unicodedata.category(character)[0] in "CZ" else character for character in text).split()
+    )
 
 
 def plain(text: str) -> str:

@@ -40,8 +40,16 @@ class BenchSide:
     def __str__(self) -> str:
         if self.method is None:
             return "full"
-        name = self.method + (f"[{', '.join(f'{key}={value}' for key, value in self.settings)}]" if self.settings else "")
-        return name if self.budget is None else f"{name} at {self.budget:.0%}" if isinstance(self.budget, float) else f"{name} at {self.budget}"
+        name = self.method + (
+            f"[{', '.join(f'{key}={value}' for key, value in self.settings)}]" if self.settings else ""
+        )
+        return (
+            name
+            if self.budget is None
+            else f"{name} at {self.budget:.0%}"
+            if isinstance(self.budget, float)
+            else f"{name} at {self.budget}"
+        )
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,14 @@ def sides_of(methods: Sequence[str], budgets: Sequence[int | float]) -> tuple[Be
     return (BenchSide(), *(BenchSide(method, budget) for method in methods for budget in budgets))
 
 
-def result(name: str, model: nn.Module, plan: BenchPlan, sheet: Device | None, say: Callable[[str], object], picture: Any = None) -> dict[str, Any]:
+def result(
+    name: str,
+    model: nn.Module,
+    plan: BenchPlan,
+    sheet: Device | None,
+    say: Callable[[str], object],
+    picture: Any = None,
+) -> dict[str, Any]:
     """A result file: the measurements, the model, the machine and the versions."""
     weight, sheet = next(model.parameters()), _known(sheet, model, say)
     dtype = str(weight.dtype).removeprefix("torch.")
@@ -102,8 +117,15 @@ def result(name: str, model: nn.Module, plan: BenchPlan, sheet: Device | None, s
     }  # fmt: skip
 
 
-def run(model: nn.Module, plan: BenchPlan, sheet: Device | None = None, picture: Any = None, say: Callable[[str], object] = print) -> list[dict[str, Any]]:
-    """Measure; one row per side, batch and text length. ``sheet``: also predict, from that device, if it knows the dtype."""
+def run(
+    model: nn.Module,
+    plan: BenchPlan,
+    sheet: Device | None = None,
+    picture: Any = None,
+    say: Callable[[str], object] = print,
+) -> list[dict[str, Any]]:
+    """Measure; one row per side, batch and text length. ``sheet``: also predict, from that device, if it knows the
+    dtype."""
     adapter, sheet = adapter_for(model), _known(sheet, model, say)
     rows: list[dict[str, Any]] = []
     prompts = [(batch, text) for batch in plan.batches for text in plan.texts]
@@ -119,7 +141,12 @@ def _compare(adapter: Adapter, plan: BenchPlan, prompt: BenchPrompt, sheet: Devi
     passes = {side: BenchPass(adapter, side, prompt, plan) for side in sides}
     with torch.inference_mode():
         facts = {side: each.facts(sheet) for side, each in passes.items()}
-        time_paired({str(side): each for side, each in passes.items()}, plan.rounds, plan.warmup, {str(s): p.around for s, p in passes.items()})
+        time_paired(
+            {str(side): each for side, each in passes.items()},
+            plan.rounds,
+            plan.warmup,
+            {str(s): p.around for s, p in passes.items()},
+        )
         ends = _end_to_end(passes, plan)
     full = passes[sides[0]].timings(plan.rounds) | ends.get("full", {})
     rows = []
@@ -129,7 +156,11 @@ def _compare(adapter: Adapter, plan: BenchPlan, prompt: BenchPrompt, sheet: Devi
         row |= {"settings": dict(side.settings), "batch": prompt.batch, "tokens": prompt.tokens}
         row |= {"text": prompt.rows - prompt.tokens, "new": plan.new, "pairs": plan.rounds}
         row["ms"] = {name: _spread(times[name]) for name in times if not name.startswith(("layer ", "hook "))}
-        row["speed_up"] = {name: dataclasses.asdict(ratio(full[name], times[name])) for name in row["ms"] if min(times[name].seconds) > 0}
+        row["speed_up"] = {
+            name: dataclasses.asdict(ratio(full[name], times[name]))
+            for name in row["ms"]
+            if min(times[name].seconds) > 0
+        }
         rows.append(row | facts[side] | _by_layer(times, facts[side]["rows"]))
     return rows + infeasible
 
@@ -140,17 +171,26 @@ def _end_to_end(passes: dict[BenchSide, BenchPass], plan: BenchPlan) -> dict[str
     if rounds == 0:
         return {}
     works = {str(side): each.generate for side, each in passes.items()}
-    times = time_paired(works, rounds, 0 if rounds == 1 else min(1, plan.warmup), {str(side): each.held for side, each in passes.items()})
+    times = time_paired(
+        works,
+        rounds,
+        0 if rounds == 1 else min(1, plan.warmup),
+        {str(side): each.held for side, each in passes.items()},
+    )
     return {side: {"end to end": timing} for side, timing in times.items()}
 
 
-def _feasible(adapter: Adapter, sides: Sequence[BenchSide], prompt: BenchPrompt) -> tuple[list[BenchSide], list[dict[str, Any]]]:
+def _feasible(
+    adapter: Adapter, sides: Sequence[BenchSide], prompt: BenchPrompt
+) -> tuple[list[BenchSide], list[dict[str, Any]]]:
     """The sides that can be attached; a side below a method's floor becomes a row with the floor."""
     found, rows = [], []
     for side in sides:
         try:
             if side.method is not None:
-                duet_vlm.get_method(side.method)(**dict(side.settings)).plan(prompt.tokens, len(adapter.layers), side.budget)
+                duet_vlm.get_method(side.method)(**dict(side.settings)).plan(
+                    prompt.tokens, len(adapter.layers), side.budget
+                )
             found.append(side)
         except duet_vlm.BudgetError as error:
             rows.append({"side": str(side), "batch": prompt.batch, "status": "infeasible", "floor": error.floor})
@@ -204,14 +244,18 @@ class BenchPass:
         for done in range(1, 1 + (self.plan.new - 1 if self.plan.steps is None else self.plan.steps)):
             clocks.note("step starts")
             step = {"input_ids": token, "attention_mask": torch.cat([mask, mask.new_ones(len(mask), done)], 1)}
-            step["position_ids"] = torch.full((3, *token.shape) if self.adapter.mrope else token.shape, prompt.rows + done - 1, device=token.device)
+            step["position_ids"] = torch.full(
+                (3, *token.shape) if self.adapter.mrope else token.shape, prompt.rows + done - 1, device=token.device
+            )
             output = model(**step, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
             clocks.note("step ends")
 
     def generate(self) -> None:
         """End to end: pixels to ``new`` tokens by the stock generate()."""
         new = self.plan.new
-        self.adapter.model.generate(**self.prompt.text, **self.prompt.picture, max_new_tokens=new, min_new_tokens=new, do_sample=False)
+        self.adapter.model.generate(
+            **self.prompt.text, **self.prompt.picture, max_new_tokens=new, min_new_tokens=new, do_sample=False
+        )
 
     def timings(self, rounds: int) -> dict[str, PairedTiming]:
         """Seconds of every stage in the last ``rounds`` passes."""
@@ -243,10 +287,20 @@ class BenchPass:
 
     def _predicted(self, work: Workload, sheet: Device) -> dict[str, float]:
         model = self.adapter.model
-        known = ModelCost(self.adapter.decoder_dims(), self.adapter.vision_dims(), sum(p.numel() for p in model.parameters()))
+        known = ModelCost(
+            self.adapter.decoder_dims(), self.adapter.vision_dims(), sum(p.numel() for p in model.parameters())
+        )
         found = predict(known, work, sheet, _dtype(model), self.prompt.batch)
-        stages = {"vision": found.vision.seconds, "v2v": found.selection.seconds, "prefill": found.prefill.seconds, "decode step": found.step}
-        return {name: 1000 * seconds for name, seconds in (stages | {"to first token": found.first_token, "end to end": found.total}).items()}
+        stages = {
+            "vision": found.vision.seconds,
+            "v2v": found.selection.seconds,
+            "prefill": found.prefill.seconds,
+            "decode step": found.step,
+        }
+        return {
+            name: 1000 * seconds
+            for name, seconds in (stages | {"to first token": found.first_token, "end to end": found.total}).items()
+        }
 
 
 def _spread(timing: PairedTiming) -> dict[str, float]:
@@ -263,7 +317,11 @@ def _by_layer(times: dict[str, PairedTiming], rows: Sequence[int]) -> dict[str, 
     for first, end in zip(starts, [*starts[1:], len(rows)], strict=True):
         groups.append({"layers": [first, end - 1], "rows": rows[first], "ms": sum(layers[first:end])})
     before = [1000 * times[f"hook {i}"].median for i in range(len(rows))]
-    stages = [{"layer": i, "ms": ms, "of_a_layer": ms / layers[max(0, i - 1)]} for i, ms in enumerate(before) if i in starts[1:]]
+    stages = [
+        {"layer": i, "ms": ms, "of_a_layer": ms / layers[max(0, i - 1)]}
+        for i, ms in enumerate(before)
+        if i in starts[1:]
+    ]
     return {"groups": groups, "t2v": stages, "before_layers_ms": before}
 
 
@@ -277,7 +335,9 @@ def sheet_of(device: str, say: Callable[[str], object] = print) -> Device | None
     for key, sheet in SHEETS.items():
         if key in words and not words & CARDS and abs(memory / sheet.memory - 1) <= 0.1:
             return sheet
-    say(f"nothing is predicted: there is no data sheet of {name} with {memory / 1e9:.0f} GB, only of {', '.join(SHEETS)}")
+    say(
+        f"nothing is predicted: there is no data sheet of {name} with {memory / 1e9:.0f} GB, only of {', '.join(SHEETS)}"
+    )
     return None
 
 

@@ -63,8 +63,11 @@ def _looks(rows: Rows) -> dict[str | None, Look]:
     return {None: Look(INK, "D", "-", 1.7, 6)} | looks({method: method for method in methods if method})
 
 
-def _points(axes: Any, rows: Rows, x: Callable[[dict[str, Any]], float], y: Callable[[dict[str, Any]], dict[str, float]]) -> None:
-    """One colour and marker per method, one shade of filling per prompt (batch and length of the text); whiskers from low to high."""
+def _points(
+    axes: Any, rows: Rows, x: Callable[[dict[str, Any]], float], y: Callable[[dict[str, Any]], dict[str, float]]
+) -> None:
+    """One colour and marker per method, one shade of filling per prompt (batch and length of the text); whiskers from
+    low to high."""
     styles = _looks(rows)
     prompts = list(_groups(rows, "batch", "text"))
     for (method, batch, text), some in _groups(rows, "method", "batch", "text").items():
@@ -78,15 +81,34 @@ def _points(axes: Any, rows: Rows, x: Callable[[dict[str, Any]], float], y: Call
         )  # fmt: skip
     for method in (method for (method,) in _groups(rows, "method")):
         look = styles[method]
-        axes.plot([], [], look.marker, color=look.colour, mfc=look.colour if look.filled else "none", ms=look.size, label=method or "full model")
+        axes.plot(
+            [],
+            [],
+            look.marker,
+            color=look.colour,
+            mfc=look.colour if look.filled else "none",
+            ms=look.size,
+            label=method or "full model",
+        )
     if len(prompts) > 1:
         for place, (batch, text) in enumerate(prompts):
-            axes.plot([], [], "o", color=MUTED, alpha=1 - 0.7 * place / (len(prompts) - 1), label=f"batch {batch}, {text} other tokens")
+            axes.plot(
+                [],
+                [],
+                "o",
+                color=MUTED,
+                alpha=1 - 0.7 * place / (len(prompts) - 1),
+                label=f"batch {batch}, {text} other tokens",
+            )
 
 
 def _time(axes: Any, rows: Rows) -> None:
     _points(axes, rows, lambda row: row["mean_tokens"], lambda row: row["ms"]["to first token"])
-    axes.set(xlabel="mean visual tokens per decoder layer", ylabel="ms to the first token (median, quartiles)", ylim=(0, None))
+    axes.set(
+        xlabel="mean visual tokens per decoder layer",
+        ylabel="ms to the first token (median, quartiles)",
+        ylim=(0, None),
+    )
 
 
 def _speed_up(axes: Any, rows: Rows) -> None:
@@ -99,10 +121,21 @@ def _speed_up(axes: Any, rows: Rows) -> None:
 def _cache(axes: Any, rows: Rows) -> None:
     """All methods share a line at the same budget."""
     groups = _groups(rows, "budget", "batch")
-    names = {key: ("full model" if key[0] is None else f"budget {key[0]:g}") + (f", batch {key[1]}" if key[1] > 1 else "") for key in groups}
+    names = {
+        key: ("full model" if key[0] is None else f"budget {key[0]:g}") + (f", batch {key[1]}" if key[1] > 1 else "")
+        for key in groups
+    }
     styles = looks(dict.fromkeys(names.values(), ""))
     for key, some in groups.items():
         line = dict(sorted({row["tokens"] + row["text"]: (row["kv_bytes"] or 0) / 2**20 for row in some}.items()))
         look = styles[names[key]]
-        axes.plot(list(line), list(line.values()), color=look.colour, ls=look.dash, marker=look.marker, ms=look.size, label=names[key])
+        axes.plot(
+            list(line),
+            list(line.values()),
+            color=look.colour,
+            ls=look.dash,
+            marker=look.marker,
+            ms=look.size,
+            label=names[key],
+        )
     axes.set(xlabel="tokens of a prompt", ylabel="KV cache after prefill, MiB", ylim=(0, None))

@@ -37,7 +37,11 @@ def equal_parts(adapter: Adapter, tokens: int, parts: int) -> tuple[tuple[int, .
 
 
 def plan_prompt(
-    handle: Handle, passes: Sequence[tuple[int, ...]], text: int, spans: Sequence[int] | None = None, projected: Sequence[int] = ()
+    handle: Handle,
+    passes: Sequence[tuple[int, ...]],
+    text: int,
+    spans: Sequence[int] | None = None,
+    projected: Sequence[int] = (),
 ) -> PlannedPrompt:
     """Plan a prompt of ``text`` tokens and spans whose parts have ``passes`` tokens.
 
@@ -75,14 +79,24 @@ def plan_prompt(
     scored = {drop: adapter.ranking_layer(drop - reducer.score_layer_offset, reducer.score_states) for drop in drops}
     for drop, layer in scored.items():
         if layer < 0:
-            raise ValueError(f"{reducer.name} drops before decoder layer {drop}, where {adapter.family} has had no attention to rank tokens by")
+            raise ValueError(
+                f"{reducer.name} drops before decoder layer {drop}, where {adapter.family} has had no attention to rank tokens by"
+            )
     layers = tuple(sorted(set(scored.values())))
-    return PlannedPrompt(sample, layers, tuple(i for i in layers if adapter.key_projection(adapter.layers[i]) is not None))
+    return PlannedPrompt(
+        sample, layers, tuple(i for i in layers if adapter.key_projection(adapter.layers[i]) is not None)
+    )
 
 
-def padded(left: tuple[tuple[TowerStages, ...], ...], passes: Sequence[tuple[int, ...]]) -> tuple[tuple[TowerStages, ...], ...]:
+def padded(
+    left: tuple[tuple[TowerStages, ...], ...], passes: Sequence[tuple[int, ...]]
+) -> tuple[tuple[TowerStages, ...], ...]:
     """Tower stages of parts in one batch: all with the counts of the part that keeps the most."""
-    parts = [(n, dict(stages)) for sizes, span in zip(passes, left, strict=True) for n, stages in zip(sizes, span, strict=True)]
+    parts = [
+        (n, dict(stages))
+        for sizes, span in zip(passes, left, strict=True)
+        for n, stages in zip(sizes, span, strict=True)
+    ]
     most: dict[int, int] = {}
     for after in sorted({after for _, stages in parts for after in stages}):
         most[after] = max(min([n, *(count for cut, count in stages.items() if cut <= after)]) for n, stages in parts)
@@ -109,7 +123,12 @@ def _skips(handle: Handle) -> bool:
 
 
 def workload(
-    handle: Handle, passes: Sequence[tuple[int, ...]], text: int, new: int, spans: Sequence[int] | None = None, projected: Sequence[int] = ()
+    handle: Handle,
+    passes: Sequence[tuple[int, ...]],
+    text: int,
+    new: int,
+    spans: Sequence[int] | None = None,
+    projected: Sequence[int] = (),
 ) -> Workload:
     """The plan of a prompt as a request to predict."""
     found = plan_prompt(handle, passes, text, spans, projected)

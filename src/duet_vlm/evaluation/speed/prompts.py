@@ -63,7 +63,9 @@ class BenchPrompt:
         return {name: value for name, value in self.picture.items() if not name.startswith("pixel_")}
 
 
-def prompt_for(adapter: Adapter, batch: int, text: int, tokens: int | None = None, frames: int = 0, picture: Any = None) -> BenchPrompt:
+def prompt_for(
+    adapter: Adapter, batch: int, text: int, tokens: int | None = None, frames: int = 0, picture: Any = None
+) -> BenchPrompt:
     """One image and ``text`` words per row.
 
     Parameters
@@ -93,18 +95,24 @@ def prompt_for(adapter: Adapter, batch: int, text: int, tokens: int | None = Non
         spans = tuple(len(rows) for rows in adapter.spans(getattr(adapter.base, stream.encode)(**one), call))
     if picture is None and stream.sizes is None and tokens not in (None, sum(spans)):
         what = f"a clip of {frames} frames" if frames else "an image"
-        raise ValueError(f"tokens={tokens}: {what} has {sum(spans)} visual tokens in this {adapter.family} model; leave the number out")
+        raise ValueError(
+            f"tokens={tokens}: {what} has {sum(spans)} visual tokens in this {adapter.family} model; leave the number out"
+        )
     many = {key: torch.cat([value] * batch) if isinstance(value, Tensor) else value for key, value in one.items()}
     counts = list(spans)
     passes = tuple(adapter.tokens_per_crop(call, counts))
-    written = [token for span, parts in zip(spans, passes, strict=True) for token in adapter.placeholder_ids(stream, span, parts)]
+    written = [
+        token
+        for span, parts in zip(spans, passes, strict=True)
+        for token in adapter.placeholder_ids(stream, span, parts)
+    ]
     words = _words(adapter, stream, written, text, batch)
     return BenchPrompt(name, words, many, spans, passes, tuple(adapter.projected_rows(call, counts)))
 
 
 def encode(model: nn.Module, pictures: dict[str, Any]) -> dict[str, Any]:
-    """``mm_encoder_outputs`` for the prompts of ``pictures``, as generate() makes them before its prefill: reduced where a reducer is attached
-    (a call of ``get_image_features`` by hand gives the stock rows)."""
+    """``mm_encoder_outputs`` for the prompts of ``pictures``, as generate() makes them before its prefill: reduced
+    where a reducer is attached (a call of ``get_image_features`` by hand gives the stock rows)."""
     return model._prepare_multimodal_encoder_kwargs_for_generation(dict(pictures))["mm_encoder_outputs"]  # type: ignore[no-any-return]
 
 
@@ -121,7 +129,10 @@ def _noise(adapter: Adapter, stream: Modality, tokens: int | None, frames: int) 
     if frames:
         return {stream.pixels: torch.randn(1, frames, *size[-3:], device="cpu")}
     if stream.sizes is None or (tokens is None and len(size) == 5):
-        return {key: torch.randn(value.shape, device="cpu") if key.startswith("pixel_") else value for key, value in blank.items()}
+        return {
+            key: torch.randn(value.shape, device="cpu") if key.startswith("pixel_") else value
+            for key, value in blank.items()
+        }
     height, width = _cut(adapter, stream, tokens) if tokens is not None and len(size) == 5 else _whole(adapter, tokens)
     sizes = torch.tensor([[height, width]], device="cpu")
     if len(size) == 4:
@@ -155,10 +166,14 @@ def _cut(adapter: Adapter, stream: Modality, tokens: int) -> tuple[int, int]:
     config = adapter.model.config
     side = config.vision_config.image_size
     sizes = [range(side, most + 1, side) for most in map(max, zip(*config.image_grid_pinpoints, strict=True))]
-    counts = {(h, w): len(adapter.parts(EncoderCall(stream.name, [[h, w]]), [0])[0]) for h in sizes[0] for w in sizes[1]}
+    counts = {
+        (h, w): len(adapter.parts(EncoderCall(stream.name, [[h, w]]), [0])[0]) for h in sizes[0] for w in sizes[1]
+    }
     least, most = min(counts.values()), max(counts.values())
     if not least <= tokens <= most:
-        raise ValueError(f"tokens={tokens}: images have {least} to {most} visual tokens in this {adapter.family} model, overview and crops together")
+        raise ValueError(
+            f"tokens={tokens}: images have {least} to {most} visual tokens in this {adapter.family} model, overview and crops together"
+        )
     return min(counts, key=lambda size: abs(counts[size] - tokens))
 
 

@@ -1,4 +1,5 @@
-"""Models from a config alone: without weights, to plan with; with random ones, to time: weights do not change how long a layer takes."""
+"""Models from a config alone: without weights, to plan with; with random ones, to time: weights do not change how long
+a layer takes."""
 
 from __future__ import annotations
 
@@ -13,13 +14,18 @@ from duet_vlm.api.loading import config_of, quiet
 
 
 def skeleton(name: str, config_file: Path | None = None) -> tuple[Any, int]:
-    """The model without weights (meta device), and the bytes of one number of its cache; from ``config_file`` alone if there is one."""
+    """The model without weights (meta device), and the bytes of one number of its cache; from ``config_file`` alone if
+    there is one."""
     from transformers import AutoModelForImageTextToText
 
     config = config_of(name) if config_file is None else config_in(config_file)
     with quiet(), torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    dtype = torch.float32 if name in model_names() and config_file is None else getattr(config, "dtype", None) or torch.float32
+    dtype = (
+        torch.float32
+        if name in model_names() and config_file is None
+        else getattr(config, "dtype", None) or torch.float32
+    )
     return model, dtype.itemsize
 
 
@@ -40,10 +46,14 @@ def config_in(file: Path) -> Any:
         with quiet():
             return AutoConfig.from_pretrained(file, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"--config-only {file}: not a config that transformers can read: {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"--config-only {file}: not a config that transformers can read: {' '.join(str(error).split())}"
+        ) from error
 
 
-def random_model(config: Any, device: str = "cpu", dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> nn.Module:
+def random_model(
+    config: Any, device: str = "cpu", dtype: torch.dtype = torch.float32, attention: str = "sdpa"
+) -> nn.Module:
     """The model of ``config`` (an object, a config.json or a folder with one), in evaluation mode.
 
     Made in place on ``device``: nothing of it passes through the host's memory.

@@ -65,7 +65,10 @@ class StageTimers:
         encode = self._total("encode starts", "encode ends")
         tower -= projector * inside
         found = {"vision": tower, "projector": projector, "v2v": max(0.0, encode - tower - projector)}
-        found |= {"prefill": self._total("prefill starts", "prefill ends"), "decode step": self._mean("step starts", "step ends")}
+        found |= {
+            "prefill": self._total("prefill starts", "prefill ends"),
+            "decode step": self._mean("step starts", "step ends"),
+        }
         for index in range(depth):
             found[f"layer {index}"] = self._first(f"layer {index} starts", f"layer {index} ends")
             found[f"hook {index}"] = self._first(f"hook {index}", f"layer {index} starts")

@@ -1,4 +1,5 @@
-"""A small LLaVA that ships inside the package, trained by us on procedural pictures: for tests, demos and honest benchmarks.
+"""A small LLaVA that ships inside the package, trained by us on procedural pictures: for tests, demos and honest
+benchmarks.
 
 >>> from duet_vlm.evaluation import tiny
 >>> model, processor = tiny.load()
@@ -38,7 +39,8 @@ class DemoImage:
 
 
 def draw(split: str, seed: int, number: int, kind: str, crowded: bool = False) -> Sample | None:
-    """Scene ``number`` of the stream (split, seed, crowded) with a question of a kind; None where the scene offers none.
+    """Scene ``number`` of the stream (split, seed, crowded) with a question of a kind; None where the scene offers
+    none.
 
     ``needed`` is (256,), the patches of a picture of 224 x 224.
     """

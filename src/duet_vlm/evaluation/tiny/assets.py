@@ -1,7 +1,7 @@
 """Draw the digit and word bitmaps that scenes are printed with, from our own stroke definitions.
 
-``python -m duet_vlm.evaluation.tiny.assets`` writes ``assets.npz`` beside this file. Generation reads only that file, so scenes do not
-depend on a font or on a data set, and every pixel is ours.
+``python -m duet_vlm.evaluation.tiny.assets`` writes ``assets.npz`` beside this file. Generation reads only that file,
+so scenes do not depend on a font or on a data set, and every pixel is ours.
 """
 
 from __future__ import annotations
@@ -13,7 +13,24 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 FILE = Path(__file__).with_name("assets.npz")
-WORDS = ("cafe", "bank", "hotel", "taxi", "park", "shop", "exit", "open", "sale", "milk", "book", "fish", "bread", "music", "pizza", "stop")
+WORDS = (
+    "cafe",
+    "bank",
+    "hotel",
+    "taxi",
+    "park",
+    "shop",
+    "exit",
+    "open",
+    "sale",
+    "milk",
+    "book",
+    "fish",
+    "bread",
+    "music",
+    "pizza",
+    "stop",
+)
 DIGIT_SIZE = 28  # pixels: two patches, so a digit always touches several patches
 WORD_HEIGHT = 14
 DIGIT_VARIANTS = 600  # per digit; the last TEST_SHARE of them is never seen in training
@@ -66,7 +83,12 @@ DIGITS: dict[int, list[list[Stroke]]] = {
     ],
     8: [
         [arc(0.5, 0.27, 0.28, 0.22, 90, 450, 20), arc(0.5, 0.73, 0.35, 0.24, -90, 270, 20)],
-        [[(0.78, 0.14)] + arc(0.5, 0.27, 0.29, 0.22, -45, -250) + arc(0.5, 0.74, 0.34, 0.23, -70, 240) + [(0.78, 0.16)]],
+        [
+            [(0.78, 0.14)]
+            + arc(0.5, 0.27, 0.29, 0.22, -45, -250)
+            + arc(0.5, 0.74, 0.34, 0.23, -70, 240)
+            + [(0.78, 0.16)]
+        ],
     ],
     9: [
         [arc(0.5, 0.3, 0.34, 0.26, 0, 360, 20) + [(0.82, 0.62), (0.66, 0.97)]],
@@ -137,12 +159,19 @@ def digit_glyph(digit: int, rng: np.random.Generator) -> np.ndarray:
     form = forms[int(rng.integers(len(forms)))]
     turn, slant = rng.normal(0, 0.07), rng.normal(0.06, 0.14)
     size = np.array([rng.uniform(11, 17), rng.uniform(18, 22)])
-    matrix = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]]) @ np.array([[1, -slant], [0, 1]])
+    matrix = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]]) @ np.array(
+        [[1, -slant], [0, 1]]
+    )
     bend = rng.normal(0, 0.035, (2, 2))  # one slow wave per axis, shared by the strokes: the form stays connected
     strokes = []
     for points in form:
         p = np.array(points) - 0.5
-        p = p + bend[0] * np.sin(np.pi * 2 * p[:, 1:]) + bend[1] * np.cos(np.pi * 2 * p[:, :1]) + rng.normal(0, 0.012, p.shape)
+        p = (
+            p
+            + bend[0] * np.sin(np.pi * 2 * p[:, 1:])
+            + bend[1] * np.cos(np.pi * 2 * p[:, :1])
+            + rng.normal(0, 0.012, p.shape)
+        )
         strokes.append((p @ matrix.T) * size)
     allp = np.concatenate(strokes)
     centre = (allp.min(0) + allp.max(0)) / 2

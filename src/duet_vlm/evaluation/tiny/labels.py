@@ -1,4 +1,5 @@
-"""Layout -> what every patch shows. Used for training, for the needed patches of a question and for the oracle selection."""
+"""Layout -> what every patch shows. Used for training, for the needed patches of a question and for the oracle
+selection."""
 
 from __future__ import annotations
 
@@ -74,7 +75,11 @@ def patch_labels(scene: Scene) -> np.ndarray:
             patches, share = coverage(t.tag.x, t.tag.y, np.ones((t.tag.height, t.tag.width), np.float32))
             win = patches[share > best[patches]]
             value = t.tag.value + 1
-            out[win] = (3, t.shape + 1, t.color + 1, value, 0, 0) if t.tag.kind == "digit" else (4, t.shape + 1, t.color + 1, 0, value, 0)
+            out[win] = (
+                (3, t.shape + 1, t.color + 1, value, 0, 0)
+                if t.tag.kind == "digit"
+                else (4, t.shape + 1, t.color + 1, 0, value, 0)
+            )
             best[patches] = np.maximum(best[patches], share)
     for t in scene.things:
         out[center_patch(t)] = (2, t.shape + 1, t.color + 1, 0, 0, SIZES.index(t.size) + 1)

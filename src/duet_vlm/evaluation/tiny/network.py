@@ -34,8 +34,8 @@ def tower_config(attention: str | None = None) -> CLIPVisionConfig:
 def decoder_config(embeddings: int = EMBEDDINGS, layers: int = DECODER_LAYERS) -> LlamaConfig:
     """Llama decoder; ``embeddings`` rows in its table of tokens.
 
-    Rope theta is 1e6: with heads of 32 and the usual 1e4 too few rotary pairs turn slowly enough to match content across
-    256 visual tokens.
+    Rope theta is 1e6: with heads of 32 and the usual 1e4 too few rotary pairs turn slowly enough to match content
+    across 256 visual tokens.
     """
     return LlamaConfig(
         vocab_size=embeddings,
@@ -68,6 +68,10 @@ def build_model(embeddings: int = EMBEDDINGS, layers: int = DECODER_LAYERS) -> L
     model = LlavaForConditionalGeneration(config)
     model.tie_weights()
     model.generation_config = GenerationConfig(
-        bos_token_id=TOKEN["<s>"], eos_token_id=TOKEN["</s>"], pad_token_id=TOKEN["<pad>"], max_new_tokens=4, do_sample=False
+        bos_token_id=TOKEN["<s>"],
+        eos_token_id=TOKEN["</s>"],
+        pad_token_id=TOKEN["<pad>"],
+        max_new_tokens=4,
+        do_sample=False,
     )
     return model

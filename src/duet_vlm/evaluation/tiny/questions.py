@@ -12,7 +12,15 @@ from duet_vlm.evaluation.tiny.kinds import KINDS as KINDS
 from duet_vlm.evaluation.tiny.labels import body_patches, tag_patches
 from duet_vlm.evaluation.tiny.scenes import COLOR_NAMES, GRID, SHAPES, Scene
 
-CHANCE = {"attribute": 0.125, "existence": 0.5, "read_digit": 0.1, "read_word": 1 / 16, "count": 0.2, "spatial": 0.5, "compare": 0.5}
+CHANCE = {
+    "attribute": 0.125,
+    "existence": 0.5,
+    "read_digit": 0.1,
+    "read_word": 1 / 16,
+    "count": 0.2,
+    "spatial": 0.5,
+    "compare": 0.5,
+}
 PLURALS = tuple("crosses" if s == "cross" else s + "s" for s in SHAPES)
 RELATIONS = (("left of", "right of"), ("above", "below"))
 MIN_DISTANCE = 28  # pixels between centres for "left of" and the like: two patches, no borderline cases
@@ -52,7 +60,9 @@ def question_tokens_of(asked: SceneQuestion, numbers: dict[str, int]) -> list[in
     return [numbers[word] for word in split_words(asked.text)]
 
 
-def _ask(pieces: list[str | tuple[str, list[int]]], answer: str, kind: str, needed: list[int], reads: bool = False) -> SceneQuestion:
+def _ask(
+    pieces: list[str | tuple[str, list[int]]], answer: str, kind: str, needed: list[int], reads: bool = False
+) -> SceneQuestion:
     """Join pieces to a question; a (word, things) piece is a mention."""
     words: list[str] = []
     mentions = []
@@ -142,7 +152,9 @@ class Asker:
                 continue
             yes = bool(self.rng.random() < 0.5)
             relation = RELATIONS[axis][0 if (gap < 0) == yes else 1]
-            return _ask(["is the", self.name(a), relation, "the", self.name(b)], "yes" if yes else "no", "spatial", [a, b])
+            return _ask(
+                ["is the", self.name(a), relation, "the", self.name(b)], "yes" if yes else "no", "spatial", [a, b]
+            )
         return None
 
     def compare(self) -> SceneQuestion | None:

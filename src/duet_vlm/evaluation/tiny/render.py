@@ -29,7 +29,20 @@ def _outline(name: str, n: int) -> list[tuple[float, float]]:
         "triangle": radial([r] * 3),
         "diamond": [(c, 1), (n * 0.82, c), (c, n - 1), (n * 0.18, c)],
         "star": radial([r, r * 0.42] * 5),
-        "cross": [(a, 1), (b, 1), (b, a), (n - 1, a), (n - 1, b), (b, b), (b, n - 1), (a, n - 1), (a, b), (1, b), (1, a), (a, a)],
+        "cross": [
+            (a, 1),
+            (b, 1),
+            (b, a),
+            (n - 1, a),
+            (n - 1, b),
+            (b, b),
+            (b, n - 1),
+            (a, n - 1),
+            (a, b),
+            (1, b),
+            (1, a),
+            (a, a),
+        ],
         "arrow": [(1, n * 0.36), (c, n * 0.36), (c, n * 0.1), (n - 1, c), (c, n * 0.9), (c, n * 0.64), (1, n * 0.64)],
     }[name]
 
@@ -73,7 +86,9 @@ def _draw_thing(image: np.ndarray, thing: SceneObject, plain: float, rng: np.ran
 def _draw_tag(image: np.ndarray, tag: Tag, plain: float, rng: np.random.Generator) -> None:
     view = image[tag.y : tag.y + tag.height, tag.x : tag.x + tag.width]
     dark_ink = rng.random() < 0.5 * (1 - plain)
-    ink, paper = (rng.uniform(0, 60), rng.uniform(180, 255)) if dark_ink else (rng.uniform(190, 255), rng.uniform(0, 70))
+    ink, paper = (
+        (rng.uniform(0, 60), rng.uniform(180, 255)) if dark_ink else (rng.uniform(190, 255), rng.uniform(0, 70))
+    )
     mask = tag_mask(tag)[..., None]
     tint = rng.normal(0, 5, 3).astype(np.float32)
     view *= np.float32(0.12)

@@ -1,7 +1,7 @@
 """Layouts: which things lie where. A layout is a pure function of (split, seed, index).
 
-The split is part of the random seed, so the train, validation and test streams cannot share a scene. The test stream also
-has digit and word bitmaps and background fields of its own.
+The split is part of the random seed, so the train, validation and test streams cannot share a scene. The test stream
+also has digit and word bitmaps and background fields of its own.
 """
 
 from __future__ import annotations
@@ -11,7 +11,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from duet_vlm.evaluation.tiny.assets import DIGIT_SIZE, DIGIT_VARIANTS, FILE, TEST_SHARE, WORD_HEIGHT, WORD_VARIANTS, WORDS, word_width
+from duet_vlm.evaluation.tiny.assets import (
+    DIGIT_SIZE,
+    DIGIT_VARIANTS,
+    FILE,
+    TEST_SHARE,
+    WORD_HEIGHT,
+    WORD_VARIANTS,
+    WORDS,
+    word_width,
+)
 
 IMAGE_SIZE = 224
 PATCH = 14
@@ -38,7 +47,8 @@ CROWD_STREAM = 10  # added to the purpose of random numbers: crowded pictures sh
 
 @dataclass(frozen=True)
 class Tag:
-    """A small print beside a thing: ``value`` indexes the digits or ``WORDS``; ``variant`` names the bitmap; box in pixels."""
+    """A small print beside a thing: ``value`` indexes the digits or ``WORDS``; ``variant`` names the bitmap; box in
+    pixels."""
 
     kind: str  # "digit" or "word"
     value: int
@@ -67,7 +77,8 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """Things on one picture. ``count`` is the answer that count questions should get; ``group`` the repeated shape, if any."""
+    """Things on one picture. ``count`` is the answer that count questions should get; ``group`` the repeated shape, if
+    any."""
 
     split: str
     seed: int
@@ -107,7 +118,8 @@ def _variant(rng: np.random.Generator, total: int, split: str) -> int:
 
 
 def _place(free: np.ndarray, width: int, height: int, rng: np.random.Generator) -> tuple[int, int] | None:
-    """A random free corner in cells, or None. ``free`` (cells, cells) bool; a margin of one cell is kept around the box."""
+    """A random free corner in cells, or None. ``free`` (cells, cells) bool; a margin of one cell is kept around the
+    box."""
     n = free.shape[0]
     taken = np.zeros((n + 3, n + 3), np.int32)
     taken[2 : n + 2, 2 : n + 2] = ~free
@@ -133,7 +145,8 @@ def extent(size: int, tag: tuple[int, int], below: bool) -> tuple[int, int]:
 def put(
     x: int, y: int, below: bool, looks: tuple[int, int, int], tag: tuple[int, int], split: str, rng: np.random.Generator
 ) -> SceneObject:
-    """A thing of ``looks`` (shape, colour, size) with a ``tag`` (kind, value) in the box at (x, y); draws the tag's bitmap."""
+    """A thing of ``looks`` (shape, colour, size) with a ``tag`` (kind, value) in the box at (x, y); draws the tag's
+    bitmap."""
     (shape, color, size), (kind, value) = looks, tag
     tag_w, tag_h = tag_size(kind, value)
     width, height = extent(size, (tag_w, tag_h), below)
@@ -148,7 +161,9 @@ def put(
     if not kind:
         return SceneObject(shape, color, size, *body)
     variant = _variant(rng, DIGIT_VARIANTS if kind == 1 else WORD_VARIANTS, split)
-    return SceneObject(shape, color, size, *body, Tag("digit" if kind == 1 else "word", value, variant, *corner, tag_w, tag_h))
+    return SceneObject(
+        shape, color, size, *body, Tag("digit" if kind == 1 else "word", value, variant, *corner, tag_w, tag_h)
+    )
 
 
 def _thing(
@@ -170,7 +185,13 @@ def _plan(dense: bool, rng: np.random.Generator) -> tuple[list[int], list[int], 
     """Shapes, colours and tag kinds of the things, the answer for counting and the repeated shape."""
     if dense:
         n = 13
-        return list(rng.integers(0, 10, n)), list(rng.integers(0, 8, n)), list(rng.choice(3, n, p=[0.2, 0.45, 0.35])), 0, None
+        return (
+            list(rng.integers(0, 10, n)),
+            list(rng.integers(0, 8, n)),
+            list(rng.choice(3, n, p=[0.2, 0.45, 0.35])),
+            0,
+            None,
+        )
     count = int(rng.integers(0, 5))
     order = rng.permutation(len(SHAPES))
     single = int(rng.integers(4, 6))

@@ -39,7 +39,9 @@ def build_tokenizer(vocabulary: dict[str, int] = TOKEN) -> PreTrainedTokenizerFa
     from transformers import PreTrainedTokenizerFast
 
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    core.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"\bcolour\b"), "color")])
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.Replace(Regex(r"\bcolour\b"), "color")]
+    )
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     core.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIAL])
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", TOKEN["<s>"])])

@@ -49,7 +49,8 @@ class AnswerSource:
     batch: int
     journal: Journal
     advance: Callable[[int], None] = lambda answers: None
-    _accepted: dict[int, tuple[str, ...]] = field(default_factory=dict)  # by number, so that no picture is opened only to judge
+    # by number, so that no picture is opened only to judge
+    _accepted: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
     def full(self, count: int) -> dict[int, str]:
         """The full model's answers to the first ``count`` questions."""
@@ -65,7 +66,9 @@ class AnswerSource:
         whole = sum(page["runs"][FULL.id]["seconds"] * len(page["questions"]) for page in pages)
         return whole / sum(len(page["questions"]) for page in pages)
 
-    def replies(self, runs: Sequence[ExperimentCell], numbers: Sequence[int], said: dict[int, str]) -> dict[str, list[AnswerScore] | str]:
+    def replies(
+        self, runs: Sequence[ExperimentCell], numbers: Sequence[int], said: dict[int, str]
+    ) -> dict[str, list[AnswerScore] | str]:
         """Scores of reduced runs on questions that the full model got right (``full_answers``: by number); the reason
         for a run that cannot answer."""
         out: dict[str, list[AnswerScore] | str] = {run.id: [] for run in runs}
@@ -87,7 +90,8 @@ class AnswerSource:
         return next(
             page["runs"][run.id]["answers"][page["questions"].index(number)]
             for page in self.journal.batches.values()
-            if number in page["questions"] and "answers" in page["runs"].get(run.id, ())  # times are of some of the same questions
+            # times are of some of the same questions
+            if number in page["questions"] and "answers" in page["runs"].get(run.id, ())
         )
 
     def accepted(self, number: int) -> tuple[str, ...]:
@@ -111,14 +115,24 @@ class AnswerSource:
         missing = [run for run in runs if run.id not in known]
         if missing:
             begun = time.perf_counter()
-            made = answers(self.loaded, missing, [self.question(number) for number in numbers], self.task.max_new_tokens)
+            made = answers(
+                self.loaded, missing, [self.question(number) for number in numbers], self.task.max_new_tokens
+            )
             seconds = (time.perf_counter() - begun) / (len(missing) * len(numbers))
-            self.journal.add(name, {"questions": list(numbers), "runs": {key: found | {"seconds": seconds} for key, found in made.items()}})
+            self.journal.add(
+                name,
+                {
+                    "questions": list(numbers),
+                    "runs": {key: found | {"seconds": seconds} for key, found in made.items()},
+                },
+            )
         self.advance(len(runs) * len(numbers))
         return self.journal.batches[name]["runs"]
 
 
-def answers(loaded: LoadedModel, runs: Sequence[ExperimentCell], questions: Sequence[TaskQuestion], max_new_tokens: int) -> dict[str, dict[str, Any]]:
+def answers(
+    loaded: LoadedModel, runs: Sequence[ExperimentCell], questions: Sequence[TaskQuestion], max_new_tokens: int
+) -> dict[str, dict[str, Any]]:
     """By run: ``answers``, and ``moved``, the divergence of each first answer token from the full model's; or
     ``message``, the reason for none."""
     plain, shared = inputs_of(loaded, questions), SharedVision(loaded.model)
@@ -133,12 +147,18 @@ def answers(loaded: LoadedModel, runs: Sequence[ExperimentCell], questions: Sequ
                 salient = run.settings.get("text_query") == "salient"
                 inputs = inputs_of(loaded, questions, salient=True) if salient else plain
                 made = loaded.model.generate(
-                    **inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True, output_logits=True
+                    **inputs,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    return_dict_in_generate=True,
+                    output_logits=True,
                 )
         except BudgetError as error:
             out[run.id] = {"answers": [], "moved": [], "message": str(error)}
             continue
-        text = loaded.processor.batch_decode(made.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        text = loaded.processor.batch_decode(
+            made.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
         moved = [0.0] * len(questions) if first is None else divergence(first, _logits(made.logits[0])).tolist()
         out[run.id] = {"answers": [said.strip() for said in text], "moved": moved, "message": None}
     return out

@@ -1,7 +1,8 @@
 """Exact statements about a share of kept answers: binomial tails, no approximation. The work is scipy's.
 
-Each question that the full model answers right is one trial: the reduced model's answer is right as well (kept) or not (lost). Answers that only
-the reduced model gets right are not set off against losses, so every bound here also holds for the ratio of the two accuracies.
+Each question that the full model answers right is one trial: the reduced model's answer is right as well (kept) or not
+(lost). Answers that only the reduced model gets right are not set off against losses, so every bound here also holds
+for the ratio of the two accuracies.
 """
 
 from __future__ import annotations
@@ -76,7 +77,9 @@ def split(count: int, keep: float | None) -> QuestionSplit:
         suffice. Without ``keep``, if there are not two: one chooses, another one tests.
     """
     if count < 2 and keep is None:
-        raise ValueError(f"{_questions(count)} that the full model answers: give at least two, as one chooses and another one tests")
+        raise ValueError(
+            f"{_questions(count)} that the full model answers: give at least two, as one chooses and another one tests"
+        )
     if keep is None:
         choosing = max(1, min(count - 1, max(FEWEST, round(CHOOSING * count))))
         return QuestionSplit(choosing, count - choosing, None)

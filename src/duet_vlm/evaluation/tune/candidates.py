@@ -16,9 +16,13 @@ SCHEDULES = (OWN, *FIXED)
 
 
 def candidates(
-    methods: Sequence[tuple[str, dict[str, Any]]], budgets: Sequence[int | float], schedules: Sequence[str], model: nn.Module
+    methods: Sequence[tuple[str, dict[str, Any]]],
+    budgets: Sequence[int | float],
+    schedules: Sequence[str],
+    model: nn.Module,
 ) -> list[ExperimentCell]:
-    """Every method (its name and settings) at every budget, with its own drops ("own") and with the named schedules where it takes one.
+    """Every method (its name and settings) at every budget, with its own drops ("own") and with the named schedules
+    where it takes one.
 
     Raises
     ------
@@ -36,10 +40,19 @@ def candidates(
                 cells.append({"method": method, "budgets": list(budgets), "settings": settings})
             elif _takes_schedules(method, depth):
                 drops = [list(stage) for stage in FIXED[name](depth)]
-                cells.append({"method": method, "budgets": list(budgets), "settings": settings | {"schedule": drops}, "label": f"{method}, {name}"})
+                cells.append(
+                    {
+                        "method": method,
+                        "budgets": list(budgets),
+                        "settings": settings | {"schedule": drops},
+                        "label": f"{method}, {name}",
+                    }
+                )
     if not cells:
         names = ", ".join(method for method, _ in methods)
-        raise ValueError(f"--schedules {','.join(schedules)}: none of {names} takes a schedule beside a budget; add 'own'")
+        raise ValueError(
+            f"--schedules {','.join(schedules)}: none of {names} takes a schedule beside a budget; add 'own'"
+        )
     return Experiment("tune", tuple(cells)).runs()[1:]
 
 

@@ -27,11 +27,17 @@ def folder_task(folder: Path, prompts: Sequence[str], frames: int | None = None)
     for file in sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES | CLIPS):
         beside = file.with_suffix(".txt")
         try:
-            own = [line.strip() for line in beside.read_text(encoding="utf-8").splitlines() if line.strip()] if beside.is_file() else list(prompts)
+            own = (
+                [line.strip() for line in beside.read_text(encoding="utf-8").splitlines() if line.strip()]
+                if beside.is_file()
+                else list(prompts)
+            )
         except UnicodeDecodeError as error:
             raise ValueError(f"{beside}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from error
         if not own:
-            raise ValueError(f"{file}: nothing to ask about it; give --prompt, or write prompts into {beside.name} beside it, one a line")
+            raise ValueError(
+                f"{file}: nothing to ask about it; give --prompt, or write prompts into {beside.name} beside it, one a line"
+            )
         asked += [(file, prompt) for prompt in own]
     if not asked:
         raise ValueError(f"{folder}: no pictures or clips in it ({', '.join(sorted(PICTURES | CLIPS))})")

@@ -82,7 +82,8 @@ class Candidate:
         return self.ms <= other.ms and self.lost <= other.lost and self.moved <= other.moved
 
 
-Ask = Callable[[Sequence[ExperimentCell], Sequence[int]], dict[str, list[AnswerScore] | str]]  # replies by run, or why the run cannot answer
+# replies by run, or why the run cannot answer
+Ask = Callable[[Sequence[ExperimentCell], Sequence[int]], dict[str, list[AnswerScore] | str]]
 
 
 def choose(candidates: Sequence[Candidate], questions: Sequence[int], keep: float | None, ask: Ask) -> list[Candidate]:
@@ -107,7 +108,9 @@ def choose(candidates: Sequence[Candidate], questions: Sequence[int], keep: floa
     return sorted(_leaving(standing, ladder, keep), key=lambda c: -c.ms)
 
 
-def confirm(ladder: Sequence[Candidate], questions: Sequence[int], losses: int | None, ask: Ask, batch: int) -> Candidate | None:
+def confirm(
+    ladder: Sequence[Candidate], questions: Sequence[int], losses: int | None, ask: Ask, batch: int
+) -> Candidate | None:
     """The cheapest rung that passes with all rungs before it; None where the first one fails. ``losses``: largest
     number that the test allows (None: any)."""
     standing = list(ladder)
@@ -118,7 +121,9 @@ def confirm(ladder: Sequence[Candidate], questions: Sequence[int], losses: int |
                 c.reason = f"lost {c.tested_lost} of {c.tested} in the test, which allows {losses} of {len(questions)}"
             if c.reason:
                 for behind in standing[place + 1 :]:
-                    behind.reason = behind.reason or f"not tested to the end: {c.name}, which should be safer, failed before it"
+                    behind.reason = (
+                        behind.reason or f"not tested to the end: {c.name}, which should be safer, failed before it"
+                    )
                 standing = standing[:place]
                 break
         if not standing:
@@ -158,7 +163,11 @@ def _front(candidates: Sequence[Candidate]) -> list[Candidate]:
     return [
         c
         for place, c in enumerate(candidates)
-        if not any(other.no_worse(c) and (not c.no_worse(other) or at < place) for at, other in enumerate(candidates) if other is not c)
+        if not any(
+            other.no_worse(c) and (not c.no_worse(other) or at < place)
+            for at, other in enumerate(candidates)
+            if other is not c
+        )
     ]
 
 

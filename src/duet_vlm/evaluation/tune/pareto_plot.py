@@ -43,7 +43,9 @@ def pareto(result: dict[str, Any]) -> bytes:
             look: dict[str, Any] = {"marker": MARKERS[place % len(MARKERS)], "color": COLOURS[place % len(COLOURS)]}
             sizes = [16 + 40 * (row["testing"]["asked"] > 0) for row in own]
             clear = [0.9 if row["choosing"]["asked"] >= result["questions"]["choosing"] else 0.3 for row in own]
-            axes.scatter([row["ms"] for row in own], [100 * row["kept"] for row in own], s=sizes, **look | {"alpha": clear})
+            axes.scatter(
+                [row["ms"] for row in own], [100 * row["kept"] for row in own], s=sizes, **look | {"alpha": clear}
+            )
             axes.plot([], [], ls="", ms=6, label=method, **look)  # the legend's marker is neither faint nor large
         line = front(result)
         axes.plot([at for at, _ in line], [kept for _, kept in line], color=MUTED, lw=0.9, zorder=1)
@@ -53,10 +55,15 @@ def pareto(result: dict[str, Any]) -> bytes:
             axes.axhline(100 * keep, color=INK, lw=0.9, ls=(0, (5, 2)), label=f"goal: {percent(keep)} kept")
         model, place_ = result["model"]["name"], result["environment"]
         axes.set_title(f"{result['task']} on {model}, {place_['device']} ({place_['cpu']})", fontsize=9, loc="left")
-        axes.set(xlabel="measured time to the first token, ms per question (faster to the right)", ylabel="right answers kept, %")
+        axes.set(
+            xlabel="measured time to the first token, ms per question (faster to the right)",
+            ylabel="right answers kept, %",
+        )
         axes.invert_xaxis()
         notes = "large: tested\nfaint: left early\nline: asked the whole test\nbar: down to the 95 % bound"
-        figure.legend(fontsize=8, frameon=False, loc="outside right upper", title=notes, title_fontsize=7.5, alignment="left")
+        figure.legend(
+            fontsize=8, frameon=False, loc="outside right upper", title=notes, title_fontsize=7.5, alignment="left"
+        )
         for row in rows:
             if row["id"] == result["chosen"]:
                 axes.plot([row["ms"], row["ms"]], [100 * row["bound"], 100 * row["kept"]], color=INK, lw=2)
@@ -69,7 +76,11 @@ def pareto(result: dict[str, Any]) -> bytes:
 def front(result: dict[str, Any]) -> list[tuple[float, float]]:
     """Milliseconds and percent kept of the settings with the whole test, from cheap to dear, each keeping more than all
     cheaper ones; last the full model. The few answers of the choosing rounds show too little to be included."""
-    asked = [row for row in result["candidates"] if row["ms"] and row["testing"]["asked"] >= max(1, result["questions"]["testing"])]
+    asked = [
+        row
+        for row in result["candidates"]
+        if row["ms"] and row["testing"]["asked"] >= max(1, result["questions"]["testing"])
+    ]
     out: list[tuple[float, float]] = []
     for row in sorted(asked, key=lambda row: (row["ms"], -row["kept"])):
         if not out or 100 * row["kept"] > out[-1][1]:
@@ -78,14 +89,19 @@ def front(result: dict[str, Any]) -> list[tuple[float, float]]:
 
 
 def name_beside(axes: Any, text: str, place: tuple[float, float]) -> Any:
-    """A label in bold beside a point, on the side where it covers the least of markers and lines and stays within the axes."""
+    """A label in bold beside a point, on the side where it covers the least of markers and lines and stays within the
+    axes."""
     figure = axes.figure
     figure.draw_without_rendering()
     spots = [axes.transData.transform(spot) for drawn in axes.collections for spot in drawn.get_offsets()]
     for drawn in axes.lines:
         if drawn.get_transform() is axes.transData:
             ends = [axes.transData.transform(spot) for spot in drawn.get_xydata()]
-            spots += [start + (end - start) * step / 40 for start, end in zip(ends, ends[1:], strict=False) for step in range(41)]
+            spots += [
+                start + (end - start) * step / 40
+                for start, end in zip(ends, ends[1:], strict=False)
+                for step in range(41)
+            ]
     inside = axes.get_window_extent()
     label = axes.annotate(text, place, xytext=(0, 0), textcoords="offset points", weight="bold")
 
@@ -96,7 +112,12 @@ def name_beside(axes: Any, text: str, place: tuple[float, float]) -> Any:
         out = box.x0 < inside.x0 or box.x1 > inside.x1 or box.y0 < inside.y0 or box.y1 > inside.y1
         return sum(box.contains(*spot) for spot in spots) + 100 * out
 
-    sides = [(side * far, up, "left" if side > 0 else "right") for far in (9, 30, 60) for up in (7, -14, 20, -28, 34, -44) for side in (1, -1)]
+    sides = [
+        (side * far, up, "left" if side > 0 else "right")
+        for far in (9, 30, 60)
+        for up in (7, -14, 20, -28, 34, -44)
+        for side in (1, -1)
+    ]
     best = min(sides, key=cost)  # the first of equals is the nearest
     cost(best)
     return label

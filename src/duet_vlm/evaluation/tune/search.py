@@ -112,9 +112,13 @@ def _cost(count: int, candidates: int, goal: Goal, pace: float) -> Preview:
 def _usable(asker: AnswerSource, said: dict[int, str]) -> list[int]:
     """Numbers of the questions that the full model answers, and answers right where that is known."""
     if not any(said.values()):
-        raise ValueError(f"the full model answers nothing to any of {len(said)} questions: there is nothing to keep; ask something that it answers")
+        raise ValueError(
+            f"the full model answers nothing to any of {len(said)} questions: there is nothing to keep; ask something that it answers"
+        )
     judged = {number: asker.accepted(number) for number in said}
-    usable = [number for number, text in said.items() if text and (not judged[number] or accepted(text, judged[number]))]
+    usable = [
+        number for number, text in said.items() if text and (not judged[number] or accepted(text, judged[number]))
+    ]
     if not usable:
         number = next(number for number, labels in judged.items() if labels)
         raise ValueError(
@@ -125,7 +129,11 @@ def _usable(asker: AnswerSource, said: dict[int, str]) -> list[int]:
 
 
 def _times(
-    asker: AnswerSource, candidates: Sequence[Candidate], numbers: Sequence[int], questions: Sequence[TaskQuestion], rounds: int
+    asker: AnswerSource,
+    candidates: Sequence[Candidate],
+    numbers: Sequence[int],
+    questions: Sequence[TaskQuestion],
+    rounds: int,
 ) -> dict[str, dict[str, Any]]:
     """Time to the first token of all candidates that can run, and of the full model; the others get a reason.
 
@@ -144,7 +152,9 @@ def _times(
         c.reason = times[c.name].get("message", "")
         c.ms = times[c.name].get("ms", 0.0)
     if all(c.reason for c in candidates):
-        raise ValueError(f"none of the {len(candidates)} candidates can run: {candidates[0].name}: {candidates[0].reason}")
+        raise ValueError(
+            f"none of the {len(candidates)} candidates can run: {candidates[0].name}: {candidates[0].reason}"
+        )
     return times
 
 
@@ -152,14 +162,21 @@ def _refusal(loaded: LoadedModel, run: ExperimentCell, questions: Sequence[TaskQ
     """Reason for which a run cannot take these questions; empty if it can."""
     try:
         with attached(loaded, run, questions), torch.no_grad():
-            loaded.model(**inputs_of(loaded, questions, salient=run.settings.get("text_query") == "salient"), logits_to_keep=1)
+            loaded.model(
+                **inputs_of(loaded, questions, salient=run.settings.get("text_query") == "salient"), logits_to_keep=1
+            )
     except (ValueError, TypeError) as error:
         return " ".join(str(error).split())
     return ""
 
 
 def _check_costs(
-    loaded: LoadedModel, candidates: Sequence[Candidate], times: dict[str, dict[str, Any]], question: TaskQuestion, goal: Goal, new: int
+    loaded: LoadedModel,
+    candidates: Sequence[Candidate],
+    times: dict[str, dict[str, Any]],
+    question: TaskQuestion,
+    goal: Goal,
+    new: int,
 ) -> None:
     """Give a reason to the candidates that are ruled out by cost alone."""
     for c in candidates:
@@ -219,7 +236,13 @@ def _result(
         "task": asker.task.name,
         "model": model_facts(asker.loaded) | {"layers": len(adapter_for(asker.loaded.model).layers)},
         "goal": dataclasses.asdict(goal) | {"words": goal.words()},
-        "questions": {"seed": asker.seed, "asked": len(said), "labelled": labelled, "usable": len(usable), **dataclasses.asdict(spent)},
+        "questions": {
+            "seed": asker.seed,
+            "asked": len(said),
+            "labelled": labelled,
+            "usable": len(usable),
+            **dataclasses.asdict(spent),
+        },
         "full_ms": times[BASELINE]["ms"],
         "chosen": None if chosen is None else chosen.name,
         "candidates": rows,
@@ -229,4 +252,9 @@ def _result(
 
 def _example(asker: AnswerSource, chosen: Candidate, number: int, said: dict[int, str]) -> dict[str, str]:
     question = asker.question(number)
-    return {"id": question.id, "question": question.text, "full": said[number], "reduced": asker.said(chosen.run, number)}
+    return {
+        "id": question.id,
+        "question": question.text,
+        "full": said[number],
+        "reduced": asker.said(chosen.run, number),
+    }

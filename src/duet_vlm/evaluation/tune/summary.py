@@ -13,7 +13,12 @@ def setting_file(result: dict[str, Any]) -> dict[str, Any]:
     row = chosen_row(result)
     assert row is not None  # a file is written only where something was chosen
     told = {key: row[key] for key in ("kept", "bound", "ms", "speedup")} | {"tested": row["testing"]}
-    found = {"goal": result["goal"]["words"], "model": result["model"], "task": result["task"], "commit": result["environment"]["commit"]}
+    found = {
+        "goal": result["goal"]["words"],
+        "model": result["model"],
+        "task": result["task"],
+        "commit": result["environment"]["commit"],
+    }
     return {"method": row["method"], "budget": row["budget"], "settings": row["settings"], "found": found | told}
 
 
@@ -31,7 +36,11 @@ def python_line(row: dict[str, Any]) -> str:
 def shell_line(row: dict[str, Any], model: str, clips: bool = False) -> str:
     """The command line that uses the setting; ``clips``: the questions were about videos."""
     words = ["duet-vlm", "run", "--model", model, "--method", row["method"]]
-    words += [] if row["budget"] is None else ["--budget", f"{row['budget']:g}" if isinstance(row["budget"], float) else str(row["budget"])]
+    words += (
+        []
+        if row["budget"] is None
+        else ["--budget", f"{row['budget']:g}" if isinstance(row["budget"], float) else str(row["budget"])]
+    )
     for key, value in row["settings"].items():
         words += ["--set", f"{key}={_tuples(value)!r}"]
     return shlex.join([*words, "--video" if clips else "--image", "FILE", "--prompt", "TEXT"])
@@ -49,7 +58,9 @@ def verdict(result: dict[str, Any]) -> str:
             f"{result['full_ms']:.4g} ms). In the test, {questions} that the full model answers right, it keeps {tested['asked'] - tested['lost']}. "
             f"So it keeps at least {row['bound']:.2%} (with {1 - LEVEL:.0%} confidence)."
         )
-    tried = [row for row in result["candidates"] if row["testing"]["asked"]] or [row for row in result["candidates"] if row["kept"] is not None]
+    tried = [row for row in result["candidates"] if row["testing"]["asked"]] or [
+        row for row in result["candidates"] if row["kept"] is not None
+    ]
     if not tried:
         return "Nothing qualifies: every candidate was refused or too dear before a question was asked; the reasons stand in the table."
     near = max(tried, key=lambda row: (row["kept"], -row["ms"]))

@@ -50,7 +50,6 @@ class Baseline(DecoderReducer):
         Name of the method whose number of tokens per layer is taken.
     """
 
-
     entry: Keep | None = None
     schedule: Schedule = ()
     follow: str | None = None
@@ -64,9 +63,13 @@ class Baseline(DecoderReducer):
             if not isinstance(self.follow, str):
                 raise TypeError(f"follow={self.follow!r}: give the name of a method")
             if self.entry is not None or self.schedule:
-                raise ValueError(f"follow={self.follow!r} takes the counts of that method: leave out entry= and schedule=")
+                raise ValueError(
+                    f"follow={self.follow!r} takes the counts of that method: leave out entry= and schedule="
+                )
             if issubclass(get_method(self.follow), Baseline):
-                raise ValueError(f"follow={self.follow!r}: name a method other than the random baselines (random, uniform)")
+                raise ValueError(
+                    f"follow={self.follow!r}: name a method other than the random baselines (random, uniform)"
+                )
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         if self.follow is not None:

@@ -70,14 +70,20 @@ class Dart(ScheduledReducer):
         check_choice("pivot_order", self.pivot_order, PIVOT_ORDERS)
 
     @classmethod
-    def official(cls, layers: int = 2, maximum: int = 128, visual_pivots: int = 4, text_pivots: int = 4, **fields: Any) -> Dart:
+    def official(
+        cls, layers: int = 2, maximum: int = 128, visual_pivots: int = 4, text_pivots: int = 4, **fields: Any
+    ) -> Dart:
         """Return the settings of the released LLaVA code: after ``layers`` layers the visual pivots are kept, and
         ``maximum`` // (all pivots) tokens for each pivot.
         """
         pivots = visual_pivots + text_pivots
         kept = visual_pivots + pivots * (maximum // pivots)
         released: dict[str, Any] = {"key_norm": 1, "pivot_order": "set", "protect_predicting_tokens": False}
-        own: dict[str, Any] = {"schedule": ((layers, kept),), "visual_pivots": visual_pivots, "text_pivots": text_pivots}
+        own: dict[str, Any] = {
+            "schedule": ((layers, kept),),
+            "visual_pivots": visual_pivots,
+            "text_pivots": text_pivots,
+        }
         return cls(**own | released | fields)
 
     def prune_tokens(self, view: DecoderView) -> Tensor:
@@ -87,13 +93,16 @@ class Dart(ScheduledReducer):
         text = ranking(text_keys.float().norm(self.key_norm, dim=-1), text_valid)[:, : self.text_pivots]
         asked = torch.cat([view.valid.gather(1, visual), text_valid.gather(1, text)], 1)  # pivots that exist
         rows, words = unit_rows(view.final_norm(view.require(Input.HIDDEN_STATES))), unit_rows(view.final_norm(words))
-        likeness = torch.cat([gather_rows(rows, visual), gather_rows(words, text)], 1) @ rows.transpose(1, 2)  # [B, pivots, V]
+        # [B, pivots, V]
+        likeness = torch.cat([gather_rows(rows, visual), gather_rows(words, text)], 1) @ rows.transpose(1, 2)
         if self.pivot_order == "set" and not likeness.is_meta:
             positions, text_positions = view.require(Input.POSITIONS)
             order = _as_in_a_set(torch.cat([positions.gather(1, visual), text_positions.gather(1, text)], 1))
             likeness, asked = gather_rows(likeness, order), asked.gather(1, order)
         rank = torch.arange(visual.shape[1], device=visual.device)
-        kept = torch.zeros_like(view.valid).scatter(1, visual, (rank < view.num_keep[:, None]) & view.valid.gather(1, visual))
+        kept = torch.zeros_like(view.valid).scatter(
+            1, visual, (rank < view.num_keep[:, None]) & view.valid.gather(1, visual)
+        )
         left = view.num_keep - kept.sum(1)
         share, more = left // asked.sum(1), left % asked.sum(1)
         turn = asked.cumsum(1)

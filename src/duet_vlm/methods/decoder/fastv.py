@@ -8,7 +8,17 @@ from typing import Any
 from torch import Tensor
 
 from duet_vlm.ops.select import top
-from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep, infeasible_budget, largest_int, layer_counts, mean_within, target_mean
+from duet_vlm.planning.budget import (
+    Budget,
+    Keep,
+    SpanPlan,
+    check_keep,
+    infeasible_budget,
+    largest_int,
+    layer_counts,
+    mean_within,
+    target_mean,
+)
 from duet_vlm.reducers.base import ROUNDINGS, check_choice
 from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
 from duet_vlm.reducers.inputs import Input
@@ -81,7 +91,9 @@ class FastV(DecoderReducer):
         for layers in (2, 1):
             if layers < depth and tokens * layers <= target * depth + 1e-9:
                 return self._solved(tokens, depth, layers, target)
-        raise infeasible_budget(self.name, target, tokens / depth, tokens, f"its first layer of {depth} runs at full width")
+        raise infeasible_budget(
+            self.name, target, tokens / depth, tokens, f"its first layer of {depth} runs at full width"
+        )
 
     def _solved(self, tokens: int, depth: int, layers: int, target: float) -> SpanPlan:
         keep = largest_int(tokens, lambda n: mean_within(layer_counts(tokens, depth, ((layers, n),)), target))

@@ -11,7 +11,16 @@ from torch import Tensor
 from duet_vlm.methods.decoder.fitprune_table import DELETED, TOKENS, Curve, released, stretched
 from duet_vlm.ops.fitting import fitted
 from duet_vlm.ops.select import top
-from duet_vlm.planning.budget import Budget, Schedule, SpanPlan, count_of, infeasible_budget, largest_fraction, mean_within, target_mean
+from duet_vlm.planning.budget import (
+    Budget,
+    Schedule,
+    SpanPlan,
+    count_of,
+    infeasible_budget,
+    largest_fraction,
+    mean_within,
+    target_mean,
+)
 from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.calibration import Calibration, read
 from duet_vlm.reducers.decoder import DecoderView
@@ -62,7 +71,9 @@ class FitPrune(ScheduledReducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.table is not None and self.schedule is not None:
-            raise ValueError(f"table={self.table!r} beside schedule=: a schedule says itself what stays, give one of them")
+            raise ValueError(
+                f"table={self.table!r} beside schedule=: a schedule says itself what stays, give one of them"
+            )
         self.calibration()
 
     @classmethod
@@ -112,7 +123,9 @@ class FitPrune(ScheduledReducer):
         else:
             lines = [tuple(line) for line in stored.data["curves"]]
             if len(lines[0]) != depth:
-                raise ValueError(f"table={self.table!r} was made for a decoder of {len(lines[0])} layers, this one has {depth}: {stored.advice}")
+                raise ValueError(
+                    f"table={self.table!r} was made for a decoder of {len(lines[0])} layers, this one has {depth}: {stored.advice}"
+                )
         return [(1.0,) * depth, *lines, (1.0, *(0.0,) * (depth - 1))]
 
     def prune_tokens(self, view: DecoderView) -> Tensor:
@@ -141,4 +154,7 @@ class AttentionObserver(Observer):
         calls = (zip(*notes[first : first + depth - 1], strict=True) for first in range(0, len(notes), depth - 1))
         pictures = [tuple(torch.stack(layers, 1)) for call in calls for layers in call if layers[0].shape[1]]
         lines = [fitted(pictures, share) for share in SHARES]
-        return {"shares": SHARES, "curves": [[min(above) for above in zip(*lines[: n + 1], strict=True)] for n in range(len(lines))]}
+        return {
+            "shares": SHARES,
+            "curves": [[min(above) for above in zip(*lines[: n + 1], strict=True)] for n in range(len(lines))],
+        }

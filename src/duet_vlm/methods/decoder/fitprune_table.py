@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 
 TOKENS = 576
-DELETED = {  # of 576 tokens of LLaVA-1.5-7B, after the attention of each of its 32 layers; by the share of FLOPs that is saved
+# of 576 tokens of LLaVA-1.5-7B, after the attention of each of its 32 layers; by the share of FLOPs that is saved
+DELETED = {
     10: (0, 0, 1, 2, 1, 0, 1, 4, 5, 5, 11, 4, 2, 2, 0, 0, 1, 1, 2, 4, 2, 10, 1, 1, 1, 2, 1, 1, 0, 1, 0, 0),
     20: (0, 0, 3, 3, 1, 1, 4, 16, 14, 15, 24, 4, 2, 3, 2, 0, 6, 0, 5, 13, 4, 19, 2, 1, 1, 1, 1, 1, 2, 1, 0, 0),
     30: (0, 0, 7, 6, 4, 5, 16, 40, 24, 21, 24, 4, 2, 3, 4, 0, 16, 0, 11, 26, 6, 32, 3, 1, 0, 1, 2, 2, 4, 0, 0, 0),

@@ -32,12 +32,19 @@ class PositionBiasObserver(Observer):
         return frozenset({self.layer})
 
     def observe(self, view: DecoderView) -> list[tuple[str, Tensor]]:
-        rows = [(scores[:there], *view.spans[int(span)], view.grids[int(span)]) for scores, (there, _), span in self._spans(view)]
-        return [(name_of(size, grid), scores.float().cpu().view(shape_of(size, grid))) for scores, _, size, grid in rows]
+        rows = [
+            (scores[:there], *view.spans[int(span)], view.grids[int(span)])
+            for scores, (there, _), span in self._spans(view)
+        ]
+        return [
+            (name_of(size, grid), scores.float().cpu().view(shape_of(size, grid))) for scores, _, size, grid in rows
+        ]
 
     def _spans(self, view: DecoderView) -> list[Any]:
         span_index, _ = view.require(Input.TOKENS)
-        return [row for row in zip(view.require(Input.SCORES), view.host_counts, span_index[:, 0], strict=True) if row[1][0]]
+        return [
+            row for row in zip(view.require(Input.SCORES), view.host_counts, span_index[:, 0], strict=True) if row[1][0]
+        ]
 
     def result(self, depth: int) -> dict[str, Any]:
         found: dict[str, list[Tensor]] = {}
@@ -78,7 +85,9 @@ def bias_of(stored: Calibration, view: DecoderView, resize: bool) -> Tensor:
             return stored.data[name].flatten()
         if not resize:
             known = ", ".join(sorted(stored.data))
-            raise ValueError(f"{stored.path} knows no grid of {name}, only {known}: resize=True interpolates, or {stored.advice}")
+            raise ValueError(
+                f"{stored.path} knows no grid of {name}, only {known}: resize=True interpolates, or {stored.advice}"
+            )
         largest = max(stored.data.values(), key=Tensor.numel)
         return nn.functional.interpolate(largest[None, None], shape_of(size, grid), mode="bilinear").flatten()
 

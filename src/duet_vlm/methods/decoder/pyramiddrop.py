@@ -53,30 +53,32 @@ def between(early: Schedule, late: Schedule, weight: float) -> Schedule:
 class PyramidDrop(DecoderReducer):
     """PyramidDrop (CVPR 2025, arXiv 2410.17247).
 
-    After each of a few decoder layers keep a falling share of the visual tokens, ranked by the attention that the last instruction
-    token pays to them (with the queries and keys of the next layer).
+    After each of a few decoder layers keep a falling share of the visual tokens, ranked by the attention that the last
+    instruction token pays to them (with the queries and keys of the next layer).
 
     Parameters
     ----------
     schedule : ((layer, keep), ...), optional
-        Drops before ``layer``; keeps are relative to the entering tokens. The paper: [8, 16, 24] of 32 layers, halving each time.
-        With a budget the schedule is solved, see below.
+        Drops before ``layer``; keeps are relative to the entering tokens. The paper: [8, 16, 24] of 32 layers, halving
+        each time. With a budget the schedule is solved, see below.
     rounding : str
         "floor" (exact product) or "int" (truncated float product, released code).
     skip_unanswered : bool
         Leave samples without any supervised label whole (released training code).
 
-    A budget moves along one path of schedules, without a jump. From the floor up, the share kept per stage grows at the stages that the
-    authors give for small budgets, [2, 8, 16]/32 of the depth, until it is 0.56. Then every layer keeps a mix of that schedule and the
-    paper's (half per stage at [8, 16, 24]/32), ever more of the paper's. From the paper's on the share grows at the paper's stages, until
-    nothing is dropped. For LLaVA-1.5-7B this passes through every setting in ``presets``: shares of 0.19, 0.42 and 0.56 at the early
-    stages (means of 63, 127 and 192 tokens) and the paper's (270).
+    A budget moves along one path of schedules, without a jump. From the floor up, the share kept per stage grows at the
+    stages that the authors give for small budgets, [2, 8, 16]/32 of the depth, until it is 0.56. Then every layer keeps
+    a mix of that schedule and the paper's (half per stage at [8, 16, 24]/32), ever more of the paper's. From the
+    paper's on the share grows at the paper's stages, until nothing is dropped. For LLaVA-1.5-7B this passes through
+    every setting in ``presets``: shares of 0.19, 0.42 and 0.56 at the early stages (means of 63, 127 and 192 tokens)
+    and the paper's (270).
 
-    Cost: one key projection and one query row per stage; the first stage's layers run at full width, which is the floor.
-    Needs: text after the image. Usable in training.
+    Cost: one key projection and one query row per stage; the first stage's layers run at full width, which is the
+    floor. Needs: text after the image. Usable in training.
 
-    Differences from the authors' code (Cooperx521/PyramidDrop): kept instead of renumbered positions, every image and batch row, in
-    training the token before the first answer only. ``PyramidDrop.official`` restores the released behaviour.
+    Differences from the authors' code (Cooperx521/PyramidDrop): kept instead of renumbered positions, every image and
+    batch row, in training the token before the first answer only. ``PyramidDrop.official`` restores the released
+    behaviour.
     """
 
     paper = "PyramidDrop, CVPR 2025, arXiv 2410.17247"
@@ -99,7 +101,12 @@ class PyramidDrop(DecoderReducer):
         """Return the settings of the released code: compact positions, truncated float products, the tokens before all
         answers in training.
         """
-        preset: dict[str, Any] = {"positions": "compact", "rounding": "int", "training_turns": "all", "skip_unanswered": True}
+        preset: dict[str, Any] = {
+            "positions": "compact",
+            "rounding": "int",
+            "training_turns": "all",
+            "skip_unanswered": True,
+        }
         preset["protect_predicting_tokens"] = False
         return cls(**{"schedule": schedule} | preset | fields)
 
@@ -114,7 +121,13 @@ class PyramidDrop(DecoderReducer):
         early, late = pyramid(depth, EARLY, EARLY_SHARE), pyramid(depth, LATE, LATE_SHARE)
         first = early[0][0]
         if tokens * first > target * depth + EPSILON:
-            raise infeasible_budget(self.name, target, tokens * first / depth, tokens, f"its first {first} of {depth} layers run at full width")
+            raise infeasible_budget(
+                self.name,
+                target,
+                tokens * first / depth,
+                tokens,
+                f"its first {first} of {depth} layers run at full width",
+            )
 
         def counts(schedule: Schedule) -> tuple[int, ...]:
             return layer_counts(tokens, depth, schedule)

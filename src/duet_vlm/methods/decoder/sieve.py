@@ -46,7 +46,9 @@ class Sieve(ScheduledReducer):
     """
 
     paper = "SIEVE: When Vision Becomes Text, 2026"
-    summary = "drop in stages inside the decoder: keep what is attended to and not expressed by text yet, unlike each other"
+    summary = (
+        "drop in stages inside the decoder: keep what is attended to and not expressed by text yet, unlike each other"
+    )
     paper_schedule: ClassVar[Schedule] = ((1, 218 / 576), (10, 128 / 576), (15, 54 / 576))
     requires = frozenset({Input.SCORES, Input.HIDDEN_STATES, Input.TEXT_HIDDEN_STATES})
     score_heads = "each"
@@ -72,7 +74,9 @@ class Sieve(ScheduledReducer):
         best = by_head.sum(1).topk(min(self.heads, by_head.shape[2])).indices
         attention = by_head.gather(2, best[:, None].expand(-1, by_head.shape[1], -1)).sum(-1)
         most = max(stay for _, stay in view.host_counts)
-        return greedy_discounted(cosine(rest, valid).square(), (attention * unsaid).square(), valid, view.num_keep, most)
+        return greedy_discounted(
+            cosine(rest, valid).square(), (attention * unsaid).square(), valid, view.num_keep, most
+        )
 
     def _ridge(self, text: Tensor) -> Tensor:
         """Eigenvalue [B, 1, 1] at which the trusted share of the spectrum of text [B, Q, D] is reached."""

@@ -1,5 +1,4 @@
-"""SparseVLM: drop in stages inside the decoder by the attention of visual words, and recycle a part as cluster means.
-"""
+"""SparseVLM: drop in stages inside the decoder by the attention of visual words, and recycle a part as cluster means."""
 
 from __future__ import annotations
 
@@ -32,31 +31,35 @@ HEADS = 14
 @register("sparsevlm")
 @dataclass(frozen=True)
 class SparseVLM(ScheduledReducer):
-    """SparseVLM (ICML 2025, arXiv 2410.04417): words that the picture shows rate its tokens; of those that leave, the better ones are recycled.
+    """SparseVLM (ICML 2025, arXiv 2410.04417): words that the picture shows rate its tokens; of those that leave, the
+    better ones are recycled.
 
-    Raters are the text tokens that the visual ones resemble more than the average one, found once from the embeddings. At each stage the tokens
-    stay that get most attention from raters in the layer before. Of d others the best int(0.3 d) + 1 are clustered around the density peaks
-    of their hidden states, about ten in a cluster, and each cluster goes on as its mean at the place of its centre.
+    Raters are the text tokens that the visual ones resemble more than the average one, found once from the embeddings.
+    At each stage the tokens stay that get most attention from raters in the layer before. Of d others the best int(0.3
+    d) + 1 are clustered around the density peaks of their hidden states, about ten in a cluster, and each cluster goes
+    on as its mean at the place of its centre.
 
     Parameters beyond ``ScheduledReducer`` (stages before layers 3, 7 and 16 of 32, which keep 0.54, 0.35 and 0.2)
     ----------
     recycle : bool
         False: the others only leave (second release).
     best_heads : int or None
-        Attention is the mean over so many heads, those that attend most to visual tokens at that stage (second release: 14), or over all (None);
-        never more than there are.
+        Attention is the mean over so many heads, those that attend most to visual tokens at that stage (second release:
+        14), or over all (None); never more than there are.
     released : bool
-        A stage's number counts those that are kept; recycled ones come on top and stand behind them, and one token at least is no longer kept.
+        A stage's number counts those that are kept; recycled ones come on top and stand behind them, and one token at
+        least is no longer kept.
     score_positions : str
-        "as_is", or "divided": attention divided by what positions alone would give (the product of rotated ones, as the second release does;
-        positions so far apart that this is not positive count as the nearest that small).
+        "as_is", or "divided": attention divided by what positions alone would give (the product of rotated ones, as the
+        second release does; positions so far apart that this is not positive count as the nearest that small).
 
-    Cost: one key projection and the raters' query rows per stage, distances among 0.3 of the tokens that leave. Needs text after the image.
-    Usable in training (the choice carries no gradient, recycled rows do).
+    Cost: one key projection and the raters' query rows per stage, distances among 0.3 of the tokens that leave. Needs
+    text after the image. Usable in training (the choice carries no gradient, recycled rows do).
 
-    Differences from the authors' code (Gumpest/SparseVLMs): numbers of tokens that go on are exact, recycled rows stand at their centre's
-    position, no random noise decides among equal densities (the earlier row is denser), any image place, number, batch and depth.
-    ``SparseVLM.official`` has their counts, order and positions, of version "1.5" or "2.0".
+    Differences from the authors' code (Gumpest/SparseVLMs): numbers of tokens that go on are exact, recycled rows stand
+    at their centre's position, no random noise decides among equal densities (the earlier row is denser), any image
+    place, number, batch and depth. ``SparseVLM.official`` has their counts, order and positions, of version "1.5" or
+    "2.0".
     """
 
     paper = "SparseVLM, ICML 2025, arXiv 2410.04417"
@@ -88,7 +91,12 @@ class SparseVLM(ScheduledReducer):
         check_choice("version", version, tuple(RELEASED))
         check_choice("tokens", str(tokens), tuple(map(str, RELEASED[version])))
         schedule = tuple(zip(LAYERS, RELEASED[version][tokens], strict=True))
-        every: dict[str, Any] = {"schedule": schedule, "relative": "current", "released": True, "protect_predicting_tokens": False}
+        every: dict[str, Any] = {
+            "schedule": schedule,
+            "relative": "current",
+            "released": True,
+            "protect_predicting_tokens": False,
+        }
         second = {"recycle": False, "best_heads": HEADS, "score_positions": "divided"}
         return cls(**every | ({"positions": "compact"} if version == "1.5" else second) | fields)
 
@@ -123,7 +131,9 @@ class SparseVLM(ScheduledReducer):
         width, most = (max(1, *(row[i] for row in split)) for i in (1, 2))
         turn = torch.arange(width, device=scores.device)
         members, real = order.gather(1, (kept[:, None] + turn).clamp(max=order.shape[1] - 1)), turn < pool[:, None]
-        chosen, nearest, peak = peaks(gather_rows(view.require(Input.HIDDEN_STATES), members), real, clusters, most, capped=True)
+        chosen, nearest, peak = peaks(
+            gather_rows(view.require(Input.HIDDEN_STATES), members), real, clusters, most, capped=True
+        )
         index = pack_right(ranks(order) < kept[:, None], max(stay for _, stay in view.host_counts))[0]
         row = torch.arange(index.shape[1], device=index.device).expand_as(index)
         behind = peak.argsort(dim=1).gather(1, (row - kept[:, None]).clamp(0, width - 1))

@@ -10,7 +10,15 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from duet_vlm.ops.select import top
-from duet_vlm.planning.budget import EPSILON, Budget, SpanPlan, infeasible_budget, largest_fraction, mean_within, target_mean
+from duet_vlm.planning.budget import (
+    EPSILON,
+    Budget,
+    SpanPlan,
+    infeasible_budget,
+    largest_fraction,
+    mean_within,
+    target_mean,
+)
 from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
 from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all
@@ -50,7 +58,9 @@ class Stateful(DecoderReducer):
     """
 
     paper = "Stateful token reduction for hybrid video VLMs, arXiv 2603.00198"
-    summary = "drop a little before every layer, more the deeper, by what text attends to or reads out of the layer's state"
+    summary = (
+        "drop a little before every layer, more the deeper, by what text attends to or reads out of the layer's state"
+    )
     requires = frozenset({Input.SCORES})
     score_states = True
 
@@ -74,7 +84,9 @@ class Stateful(DecoderReducer):
             return plan_keep_all(tokens, depth)
         least = self.counts(tokens, depth, 0.0)
         if not mean_within(least, target):
-            raise infeasible_budget(self.name, target, sum(least) / depth, tokens, f"its first of {depth} layers runs at full width")
+            raise infeasible_budget(
+                self.name, target, sum(least) / depth, tokens, f"its first of {depth} layers runs at full width"
+            )
         power = largest_fraction(lambda x: x < 1 and mean_within(self.counts(tokens, depth, x / (1 - x)), target))
         return SpanPlan(tokens, tokens, 0, self.counts(tokens, depth, power / (1 - power)))
 

@@ -65,13 +65,19 @@ class TokenCarve(ScheduledReducer):
     @classmethod
     def official(cls, keep: int = 128, attention_weight: float = 0.5, **fields: Any) -> TokenCarve:
         """Return the released counts: ``keep`` tokens from layer 2 on."""
-        released: dict[str, Any] = {"schedule": ((2, keep),), "attention_weight": attention_weight, "protect_predicting_tokens": False}
+        released: dict[str, Any] = {
+            "schedule": ((2, keep),),
+            "attention_weight": attention_weight,
+            "protect_predicting_tokens": False,
+        }
         return cls(**released | fields)
 
     def prune_tokens(self, view: DecoderView) -> Selection:
         hidden_states = view.require(Input.HIDDEN_STATES)
         valid, alive = view.valid, view.valid.sum(1)
-        by_attention, by_information = (ranks(ranking(x, valid)) for x in (view.require(Input.SCORES), information(hidden_states, valid)))
+        by_attention, by_information = (
+            ranks(ranking(x, valid)) for x in (view.require(Input.SCORES), information(hidden_states, valid))
+        )
         fused = -(self.attention_weight * by_attention + (1 - self.attention_weight) * by_information)
         place = ranks(ranking(fused, valid))
         pruned = torch.minimum(view.num_keep * 3 // 2, alive)[:, None]
@@ -80,7 +86,8 @@ class TokenCarve(ScheduledReducer):
         likeness, partner = (unit @ unit.transpose(1, 2)).masked_fill(~better[:, None], -torch.inf).max(2)
         merged = worse & (ranks(ranking(likeness, worse)) < pruned - view.num_keep[:, None])
         index, real = pack_right((better | worse) & ~merged, max(stay for _, stay in view.host_counts))
-        number = torch.zeros_like(place).scatter(1, index, torch.arange(index.shape[1], device=index.device).expand_as(index))
+        number = torch.zeros_like(place).scatter(
+            1, index, torch.arange(index.shape[1], device=index.device).expand_as(index)
+        )
         tokens = torch.arange(place.shape[1], device=place.device).expand_as(place)
         return Selection(index, real, tokens, torch.where(merged, number.gather(1, partner), -1))
-

@@ -46,9 +46,16 @@ class V2Drop(ScheduledReducer):
         """Return the released counts, relative to the current tokens at each stage: "llava" or "qwen2_vl"."""
         check_choice("model", model, ("llava", "qwen2_vl"))
         schedule = ((3, 0.5), (17, 0.5), (22, 0.0)) if model == "llava" else ((3, 0.25), (16, 0.05), (22, 0.0))
-        released: dict[str, Any] = {"schedule": schedule, "relative": "current", "rounding": "int", "protect_predicting_tokens": False}
+        released: dict[str, Any] = {
+            "schedule": schedule,
+            "relative": "current",
+            "rounding": "int",
+            "protect_predicting_tokens": False,
+        }
         return cls(**released | fields)
 
     def prune_tokens(self, view: DecoderView) -> Tensor:
-        moved = (view.require(Input.HIDDEN_STATES).float() - view.require(Input.PREVIOUS_HIDDEN_STATES).float()).norm(dim=-1)
+        moved = (view.require(Input.HIDDEN_STATES).float() - view.require(Input.PREVIOUS_HIDDEN_STATES).float()).norm(
+            dim=-1
+        )
         return top(moved, view.valid, view.num_keep)

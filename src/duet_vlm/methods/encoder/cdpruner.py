@@ -65,7 +65,13 @@ class CDPruner(ScoreReducer):
         """Return the settings of the released LLaVA code: relevance in CLIP's space, scaled over the call, compact
         positions; ``keep`` patches of each crop.
         """
-        released: dict[str, Any] = {"relevance": "contrastive", "scale": "call", "positions": "compact", "crops": "per_crop", "protect_predicting_tokens": False}
+        released: dict[str, Any] = {
+            "relevance": "contrastive",
+            "scale": "call",
+            "positions": "compact",
+            "crops": "per_crop",
+            "protect_predicting_tokens": False,
+        }
         return cls(**{"keep": keep} | released | fields)
 
     @property

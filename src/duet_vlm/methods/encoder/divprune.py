@@ -56,7 +56,9 @@ class DivPrune(EncoderReducer):
     @classmethod
     def official(cls, keep: Keep = 0.098, **fields: Any) -> DivPrune:
         """Return the settings of the released LLaVA code: rounded counts, compact positions."""
-        return cls(**{"keep": keep, "rounding": "round", "positions": "compact", "protect_predicting_tokens": False} | fields)
+        return cls(
+            **{"keep": keep, "rounding": "round", "positions": "compact", "protect_predicting_tokens": False} | fields
+        )
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         return plan_fixed_count(self, self.keep, tokens, depth, budget, self.rounding)

@@ -37,11 +37,19 @@ class FasterVLM(ScoreReducer):
     summary = "keep the vision tokens that the vision encoder attends to most, before the decoder"
     requires = frozenset({Input.IMPORTANCE})
 
-
     @classmethod
     def official(cls, keep: Keep = 144, **fields: Any) -> FasterVLM:
         """Return the settings of the released LLaVA code: compact positions; ``keep`` patches of each crop."""
-        return cls(**{"keep": keep, "positions": "compact", "crops": "per_crop", "protect_predicting_tokens": False, "signal_queries": None} | fields)
+        return cls(
+            **{
+                "keep": keep,
+                "positions": "compact",
+                "crops": "per_crop",
+                "protect_predicting_tokens": False,
+                "signal_queries": None,
+            }
+            | fields
+        )
 
     def score(self, view: EncoderView) -> Tensor:
         return view.require(Input.IMPORTANCE)

@@ -22,6 +22,7 @@ from duet_vlm.reducers.score import ScoreReducer
 MOST_CROPS = 64  # more than any model cuts a picture into
 FAR = 1 << 30
 
+
 @register("hired")
 @dataclass(frozen=True)
 class HiRED(ScoreReducer):
@@ -76,7 +77,12 @@ class HiRED(ScoreReducer):
     @classmethod
     def official(cls, keep: Keep = 0.2, alpha: float = 0.5, **fields: Any) -> HiRED:
         """Return the settings of the released code: stripes, truncated float products, compact positions."""
-        released: dict[str, Any] = {"regions": "stripes", "rounding": "int", "positions": "compact", "protect_predicting_tokens": False}
+        released: dict[str, Any] = {
+            "regions": "stripes",
+            "rounding": "int",
+            "positions": "compact",
+            "protect_predicting_tokens": False,
+        }
         return cls(**{"keep": keep, "alpha": alpha, "crops": "joint", "signal_queries": None} | released | fields)
 
     @property
@@ -106,7 +112,9 @@ class HiRED(ScoreReducer):
         if self.regions == "quadrants":
             split = proportional_shares(weight, size[:, 1:], rest)
         else:  # float32 and rounded down, as released
-            split = torch.minimum((weight / weight.sum(1, keepdim=True).clamp(min=1) * rest[:, None]).floor().long(), size[:, 1:])
+            split = torch.minimum(
+                (weight / weight.sum(1, keepdim=True).clamp(min=1) * rest[:, None]).floor().long(), size[:, 1:]
+            )
         return torch.cat([(view.dominant - rest)[:, None], split], 1)
 
     def important(self, view: EncoderView, overview: Tensor) -> Tensor:
@@ -124,7 +132,8 @@ class HiRED(ScoreReducer):
             return (raster * (rows * columns) // (high * wide)).clamp(0, crops - 1)
         crop, shows = (group - 1).clamp(min=0), (view.valid & (group > 0))[..., None]
         mosaic = coords + torch.stack([crop // columns * high, crop % columns * wide], 2)
-        begins = mosaic.masked_fill(~shows, FAR).amin(1, keepdim=True)  # what is no padding: the overview shows the picture alone
+        # what is no padding: the overview shows the picture alone
+        begins = mosaic.masked_fill(~shows, FAR).amin(1, keepdim=True)
         ends = mosaic.masked_fill(~shows, -1).amax(1, keepdim=True) + 1
         at = (begins + (coords + 0.5) / grid_size[:, None] * (ends - begins)).floor().long() // grid_size[:, None]
         return (at[..., 0] * columns + at[..., 1]).clamp(0, crops - 1)

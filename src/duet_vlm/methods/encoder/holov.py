@@ -25,11 +25,13 @@ BOUND = 1e30  # what a CLS row that must come first is given for attention
 @register("holov")
 @dataclass(frozen=True)
 class HoloV(ScoreReducer):
-    """HoloV (NeurIPS 2025): a holistic choice, so that tokens do not all come from the few places that attract attention.
+    """HoloV (NeurIPS 2025): a holistic choice, so that tokens do not all come from the few places that attract
+    attention.
 
-    The tokens of a picture, in raster order, are cut into ``num_crops`` stretches. A token scores by its attention and by how much its likeness to
-    the other tokens of its stretch varies (variance of cosines, brought to the mean attention of the stretch, times ``beta``). A stretch gets
-    tokens in proportion to its mean score, and keeps its best. Nothing is merged.
+    The tokens of a picture, in raster order, are cut into ``num_crops`` stretches. A token scores by its attention and
+    by how much its likeness to the other tokens of its stretch varies (variance of cosines, brought to the mean
+    attention of the stretch, times ``beta``). A stretch gets tokens in proportion to its mean score, and keeps its
+    best. Nothing is merged.
 
     Parameters
     ----------
@@ -42,14 +44,15 @@ class HoloV(ScoreReducer):
     within : str
         What chooses within a stretch: the "score", or "attention" alone (released code).
     split : str
-        "even": largest remainders, and what a full stretch leaves goes to the others; "floor": whole numbers, then one more for the best
-        stretches (released code, which loses what does not fit).
+        "even": largest remainders, and what a full stretch leaves goes to the others; "floor": whole numbers, then one
+        more for the best stretches (released code, which loses what does not fit).
 
-    Cost: one row of attention (CLS) or blocked column sums of one vision layer, the projector on every token, an N x N table of cosines; 4 N^2
-    bytes. Needs: vision attention. Usable in training (the choice carries no gradient).
+    Cost: one row of attention (CLS) or blocked column sums of one vision layer, the projector on every token, an N x N
+    table of cosines; 4 N^2 bytes. Needs: vision attention. Usable in training (the choice carries no gradient).
 
-    From the paper and a reading of the released code (obananas/HoloV); no recordings. Differences: exact counts, any batch, kept positions, raster
-    order. ``official`` restores choice and split; its rows stand in raster order, the released ones stretch by stretch by falling attention.
+    From the paper and a reading of the released code (obananas/HoloV); no recordings. Differences: exact counts, any
+    batch, kept positions, raster order. ``official`` restores choice and split; its rows stand in raster order, the
+    released ones stretch by stretch by falling attention.
     """
 
     paper = "HoloV, NeurIPS 2025"
@@ -75,7 +78,12 @@ class HoloV(ScoreReducer):
         """Return the settings of the released LLaVA code: ranking by attention within a segment, whole shares, compact
         positions.
         """
-        released: dict[str, Any] = {"within": "attention", "split": "floor", "positions": "compact", "protect_predicting_tokens": False}
+        released: dict[str, Any] = {
+            "within": "attention",
+            "split": "floor",
+            "positions": "compact",
+            "protect_predicting_tokens": False,
+        }
         return cls(**{"keep": keep, "crops": "joint", "signal_queries": None} | released | fields)
 
     def choose(self, scores: Tensor, view: EncoderView) -> Tensor:
@@ -93,7 +101,8 @@ class HoloV(ScoreReducer):
         table.diagonal(dim1=1, dim2=2).zero_()
         count = others.sum(2)
         mean = table.sum(2) / (count - 1).clamp(min=1)
-        variety = ((table - mean[..., None]).square() * others).sum(2) / (count - 1).clamp(min=1)  # a token's likeness to itself counts as 0
+        # a token's likeness to itself counts as 0
+        variety = ((table - mean[..., None]).square() * others).sum(2) / (count - 1).clamp(min=1)
         variety = torch.where(count > 1, variety, 0.0)
         fed = importance >= BOUND  # a CLS row counts as the most attended token
         attention = importance.masked_fill(fed, 0.0)
@@ -109,4 +118,3 @@ class HoloV(ScoreReducer):
         part = (mean / mean.sum(1, keepdim=True).clamp(min=TINY) * total[:, None]).floor().long()
         order = ranks(ranking(mean, torch.ones_like(mean, dtype=torch.bool)))
         return part + (order < (total - part.sum(1))[:, None])
-

@@ -45,7 +45,9 @@ class Pool(EncoderReducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.cls_token:
-            raise ValueError("cls_token=True: pool makes its rows of patches, the CLS row is none of them; leave it out")
+            raise ValueError(
+                "cls_token=True: pool makes its rows of patches, the CLS row is none of them; leave it out"
+            )
         if self.keep is not None:
             check_keep("keep", self.keep)
 

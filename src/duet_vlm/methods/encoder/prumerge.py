@@ -11,7 +11,16 @@ from torch import Tensor
 from duet_vlm.ops.neighbor_merge import merge_with_neighbours
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import ranking, top
-from duet_vlm.planning.budget import EPSILON, Budget, Keep, SpanPlan, check_keep, count_of, infeasible_budget, target_mean
+from duet_vlm.planning.budget import (
+    EPSILON,
+    Budget,
+    Keep,
+    SpanPlan,
+    check_keep,
+    count_of,
+    infeasible_budget,
+    target_mean,
+)
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import ROUNDINGS, check_choice
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
@@ -26,9 +35,9 @@ from duet_vlm.reducers.scoring import ScoringRules
 class PruMerge(EncoderReducer):
     """LLaVA-PruMerge (ICCV 2025, arXiv 2403.15388).
 
-    Keeps the tokens that the vision encoder attends to most. Each takes in the ``neighbours`` tokens that resemble it most (cosine of mean
-    keys, kept ones and others), each weighted by its share of the attention; one more row takes in all tokens that were not kept. Text plays
-    no part, and nothing happens in the decoder.
+    Keeps the tokens that the vision encoder attends to most. Each takes in the ``neighbours`` tokens that resemble it
+    most (cosine of mean keys, kept ones and others), each weighted by its share of the attention; one more row takes in
+    all tokens that were not kept. Text plays no part, and nothing happens in the decoder.
 
     Parameters
     ----------
@@ -37,23 +46,26 @@ class PruMerge(EncoderReducer):
     neighbours : int
         Tokens that each kept one takes in.
     merge : str
-        "mean": of the token, with weight 1, and what it takes in, with their shares of the attention; "sum": token + sum (released code).
+        "mean": of the token, with weight 1, and what it takes in, with their shares of the attention; "sum": token +
+        sum (released code).
     order : str
-        Order of the rows, which matters for ``positions="compact"``: "raster", or by falling "attention" (released code).
+        Order of the rows, which matters for ``positions="compact"``: "raster", or by falling "attention" (released
+        code).
     rounding : str
         How a fraction becomes a count: "floor" or "int" (released code).
     signal_heads : str
-        "each": the attention of every head, added up, and keys as means over heads. "one": all heads side by side as a single wide one (released
-        code).
+        "each": the attention of every head, added up, and keys as means over heads. "one": all heads side by side as a
+        single wide one (released code).
 
-    Cost: one row of attention (CLS) or blocked column sums of one vision layer; per kept token a look at all others, which are sorted; the
-    product of a table of rows x tokens with the features, 4 K N bytes. Needs: vision attention and keys. Usable in training (the choice and
-    its weights carry no gradient, the rows do).
+    Cost: one row of attention (CLS) or blocked column sums of one vision layer; per kept token a look at all others,
+    which are sorted; the product of a table of rows x tokens with the features, 4 K N bytes. Needs: vision attention
+    and keys. Usable in training (the choice and its weights carry no gradient, the rows do).
 
-    Differences from the authors' code (42Shawn/LLaVA-PruMerge): the number of rows is what the budget says, not the number of outliers of
-    the attention (quartiles; ``ops.select.outliers`` finds them), so images of a batch do not depend on each other; means instead of sums,
-    attention of all heads instead of all heads as one, of the layer of the features instead of the last one; kept positions. The last row
-    stands where its most attended token was. ``PruMerge.official`` restores the released rule at a count that is given.
+    Differences from the authors' code (42Shawn/LLaVA-PruMerge): the number of rows is what the budget says, not the
+    number of outliers of the attention (quartiles; ``ops.select.outliers`` finds them), so images of a batch do not
+    depend on each other; means instead of sums, attention of all heads instead of all heads as one, of the layer of the
+    features instead of the last one; kept positions. The last row stands where its most attended token was.
+    ``PruMerge.official`` restores the released rule at a count that is given.
     """
 
     paper = "LLaVA-PruMerge, ICCV 2025, arXiv 2403.15388"
@@ -78,7 +90,9 @@ class PruMerge(EncoderReducer):
         check_choice("rounding", self.rounding, ROUNDINGS)
         check_choice("signal_heads", self.signal_heads, ("each", "one"))
         if self.cls_token:
-            raise ValueError(f"cls_token=True cannot work with {self.name}: the CLS row has no attention of its own to weigh it by")
+            raise ValueError(
+                f"cls_token=True cannot work with {self.name}: the CLS row has no attention of its own to weigh it by"
+            )
 
     @classmethod
     def official(cls, keep: Keep = 0.125, **fields: Any) -> PruMerge:
@@ -87,8 +101,19 @@ class PruMerge(EncoderReducer):
 
         Sums, the last vision layer, compact positions.
         """
-        released: dict[str, Any] = {"merge": "sum", "order": "attention", "rounding": "int", "signal_heads": "one", "signal_layer": -1}
-        released |= {"positions": "compact", "crops": "per_crop", "protect_predicting_tokens": False, "signal_queries": None}
+        released: dict[str, Any] = {
+            "merge": "sum",
+            "order": "attention",
+            "rounding": "int",
+            "signal_heads": "one",
+            "signal_layer": -1,
+        }
+        released |= {
+            "positions": "compact",
+            "crops": "per_crop",
+            "protect_predicting_tokens": False,
+            "signal_queries": None,
+        }
         return cls(**{"keep": keep} | released | fields)
 
     def scoring_rules(self) -> ScoringRules:
@@ -144,4 +169,14 @@ class PruMerge(EncoderReducer):
         real : Tensor
             [B, K] bool, False for padding.
         """
-        return merge_with_neighbours(tokens, places, real, view.valid, view.contextual, view.require(Input.IMPORTANCE), view.require(Input.KEYS), self.neighbours, self.merge == "mean")
+        return merge_with_neighbours(
+            tokens,
+            places,
+            real,
+            view.valid,
+            view.contextual,
+            view.require(Input.IMPORTANCE),
+            view.require(Input.KEYS),
+            self.neighbours,
+            self.merge == "mean",
+        )

@@ -66,7 +66,9 @@ class PruMergePlus(PruMerge):
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         if budget is not None and self.spacing == "grid":
-            raise ValueError(f"{self.name}: spacing='grid' has counts of its own, give keep= instead of budget={budget}")
+            raise ValueError(
+                f"{self.name}: spacing='grid' has counts of its own, give keep= instead of budget={budget}"
+            )
         return super().plan(tokens, depth, budget)
 
     def kept_of(self, tokens: int) -> int:
@@ -76,7 +78,9 @@ class PruMergePlus(PruMerge):
     def grid(self, tokens: int, attended: int) -> range:
         """Tokens that the released rule adds."""
         if attended < 1:
-            raise ValueError(f"{self.name}: keep={self.keep} of {tokens} tokens is none, and spacing='grid' needs their distance")
+            raise ValueError(
+                f"{self.name}: keep={self.keep} of {tokens} tokens is none, and spacing='grid' needs their distance"
+            )
         step = int(1 / self.keep) if isinstance(self.keep, float) else tokens // attended
         return range(step // 2, tokens - 1, step)
 
@@ -96,8 +100,13 @@ class PruMergePlus(PruMerge):
 
         The second row of a token takes the position of a lost token.
         """
-        device, sizes = view.valid.device, [PruMerge.kept_of(self, plan.tokens) if plan.merges else plan.dominant for plan in view.plans]
-        grids = [list(self.grid(plan.tokens, n)) if plan.merges else [] for plan, n in zip(view.plans, sizes, strict=True)]
+        device, sizes = (
+            view.valid.device,
+            [PruMerge.kept_of(self, plan.tokens) if plan.merges else plan.dominant for plan in view.plans],
+        )
+        grids = [
+            list(self.grid(plan.tokens, n)) if plan.merges else [] for plan, n in zip(view.plans, sizes, strict=True)
+        ]
         most = max(map(len, grids))
         added = upload([[*grid, *[-1] * (most - len(grid))] for grid in grids], device, torch.long)
         first = ranking(view.require(Input.IMPORTANCE), view.valid)[:, : max(sizes)]
@@ -125,7 +134,9 @@ def adaptive(importance: Tensor) -> Tensor:
     share = outliers(importance[None], everyone).sum().item() / importance.numel()
     step = int(int(1 / share) / 3) if share else 0
     if step < 1:
-        raise ValueError(f"{share:.0%} of the tokens are outliers of the attention: the released rule needs some, and at most a third")
+        raise ValueError(
+            f"{share:.0%} of the tokens are outliers of the attention: the released rule needs some, and at most a third"
+        )
     attended = ranking(importance[None], everyone)[0, : int(importance.numel() * share)]
     grid = torch.arange(0, importance.numel() - 1, step, device=importance.device)
     return torch.cat([attended, grid[~torch.isin(grid, attended)]])

@@ -54,7 +54,6 @@ class PruneSID(ScoreReducer):
     summary = "group vision tokens by principal directions, and keep attended ones that are unlike each other in every group, before the decoder"
     requires = frozenset({Input.IMPORTANCE, Input.FEATURES})
 
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.cls_token:
@@ -65,7 +64,16 @@ class PruneSID(ScoreReducer):
         """Return the settings of the released LLaVA code, except for the differences listed in the class: compact
         positions; ``keep`` patches of each crop.
         """
-        return cls(**{"keep": keep, "positions": "compact", "crops": "per_crop", "protect_predicting_tokens": False, "signal_queries": None} | fields)
+        return cls(
+            **{
+                "keep": keep,
+                "positions": "compact",
+                "crops": "per_crop",
+                "protect_predicting_tokens": False,
+                "signal_queries": None,
+            }
+            | fields
+        )
 
     def score(self, view: EncoderView) -> Tensor:
         return view.require(Input.IMPORTANCE)

@@ -73,17 +73,27 @@ class ToMe(EncoderReducer):
         """Return the settings of the released code's matching, in its order, at compact positions; ``keep`` tokens of
         each crop.
         """
-        released: dict[str, Any] = {"order": "released", "pace": 2, "positions": "compact", "crops": "per_crop", "protect_predicting_tokens": False}
+        released: dict[str, Any] = {
+            "order": "released",
+            "pace": 2,
+            "positions": "compact",
+            "crops": "per_crop",
+            "protect_predicting_tokens": False,
+        }
         return cls(**{"keep": keep} | released | fields)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         return plan_fixed_count(self, self.keep, tokens, depth, budget)
 
     def select_tokens(self, view: EncoderView) -> Selection:
-        sums, home = view.require(Input.KEYS).float(), torch.arange(view.valid.shape[1], device=view.valid.device).expand(view.valid.shape)
+        sums, home = (
+            view.require(Input.KEYS).float(),
+            torch.arange(view.valid.shape[1], device=view.valid.device).expand(view.valid.shape),
+        )
         joined = home  # the token at whose place each one is
         left, wanted = view.valid.sum(1), view.dominant.clamp(min=1)
-        most = [(min(plan.tokens, home.shape[1]), max(1, plan.dominant)) for plan in view.plans]  # of each span on the host, and wanted
+        # of each span on the host, and wanted
+        most = [(min(plan.tokens, home.shape[1]), max(1, plan.dominant)) for plan in view.plans]
         rows, real = pack_right(view.valid, max(n for n, _ in most))
         while any(n > k for n, k in most):
             most = [(max(k, n - max(1, n // self.pace)), k) for n, k in most]

@@ -23,25 +23,28 @@ from duet_vlm.reducers.scoring import ScoringRules
 class VisionZip(EncoderReducer):
     """VisionZip (CVPR 2025, arXiv 2412.04467).
 
-    Keeps the ``dominant`` tokens that the vision encoder attends to most; every other token joins the most similar (cosine of mean
-    keys) of ``contextual`` anchors, evenly spaced over the others in raster order. Text plays no part, and nothing happens in the decoder.
+    Keeps the ``dominant`` tokens that the vision encoder attends to most; every other token joins the most similar
+    (cosine of mean keys) of ``contextual`` anchors, evenly spaced over the others in raster order. Text plays no part,
+    and nothing happens in the decoder.
 
     Parameters
     ----------
     dominant, contextual : int or float, optional
-        Rows per span or fractions of its tokens. A budget of n solves to round(10 n / 64) contextual rows (the paper's 54 + 10 at 64).
+        Rows per span or fractions of its tokens. A budget of n solves to round(10 n / 64) contextual rows (the paper's
+        54 + 10 at 64).
     merge : str
         "mean" of anchor and members, or "anchor_plus_mean" (released code).
     anchor_step : str
         "spread": floor(i * M / K); "floor": every (M // K)-th of the M others (released code).
     signal_segments : bool
-        Keep the tower's own attention segments (images, frames, windows) when summing attention. False sums over everything in the call, as the
-        released Qwen2.5-VL code does under sdpa.
+        Keep the tower's own attention segments (images, frames, windows) when summing attention. False sums over
+        everything in the call, as the released Qwen2.5-VL code does under sdpa.
 
-    Cost: one row of attention (CLS) or blocked column sums of one vision layer. Needs: vision attention and keys. Usable in training.
+    Cost: one row of attention (CLS) or blocked column sums of one vision layer. Needs: vision attention and keys.
+    Usable in training.
 
-    Differences from the authors' code (dvlab-research/VisionZip): no CLS row as token, a mean instead of a sum of two, evenly spaced
-    anchors, kept positions in raster order. ``VisionZip.official`` restores the released behaviour.
+    Differences from the authors' code (dvlab-research/VisionZip): no CLS row as token, a mean instead of a sum of two,
+    evenly spaced anchors, kept positions in raster order. ``VisionZip.official`` restores the released behaviour.
     """
 
     paper = "VisionZip, CVPR 2025, arXiv 2412.04467"
@@ -69,7 +72,12 @@ class VisionZip(EncoderReducer):
         """Return the settings of the released LLaVA code: CLS counts as a dominant token, anchor + mean, [CLS,
         dominant, contextual] at compact positions.
         """
-        preset: dict[str, Any] = {"cls_token": True, "positions": "compact", "merge": "anchor_plus_mean", "anchor_step": "floor"}
+        preset: dict[str, Any] = {
+            "cls_token": True,
+            "positions": "compact",
+            "merge": "anchor_plus_mean",
+            "anchor_step": "floor",
+        }
         preset |= {"protect_predicting_tokens": False, "signal_queries": None}
         return cls(**{"dominant": dominant, "contextual": contextual} | preset | fields)
 
@@ -93,7 +101,9 @@ class VisionZip(EncoderReducer):
             contextual = visionzip_contextual_count(entry)
             dominant = entry - contextual
         if dominant + contextual > tokens:
-            raise ValueError(f"dominant={dominant} + contextual={contextual} rows (CLS too) do not fit the image's {tokens} placeholders")
+            raise ValueError(
+                f"dominant={dominant} + contextual={contextual} rows (CLS too) do not fit the image's {tokens} placeholders"
+            )
         return SpanPlan(tokens, dominant, contextual, (dominant + contextual,) * depth)
 
     def select_tokens(self, view: EncoderView) -> Selection:
@@ -103,4 +113,6 @@ class VisionZip(EncoderReducer):
         others = view.valid.sum(1) - view.dominant
         rest, _ = pack_right(view.valid & ~is_dominant, view.valid.shape[1])
         spread = self.anchor_step == "spread"
-        return merge_around_anchors(dominant, dominant_valid, rest, others, view.contextual, width, view.require(Input.KEYS), self.merge, spread)
+        return merge_around_anchors(
+            dominant, dominant_valid, rest, others, view.contextual, width, view.require(Input.KEYS), self.merge, spread
+        )

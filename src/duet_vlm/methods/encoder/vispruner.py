@@ -45,7 +45,9 @@ class VisPruner(ScoreReducer):
     """
 
     paper = "VisPruner, ICCV 2025, arXiv 2412.01818"
-    summary = "keep the most attended vision tokens and, of the others, those that no other resembles, before the decoder"
+    summary = (
+        "keep the most attended vision tokens and, of the others, those that no other resembles, before the decoder"
+    )
     requires = frozenset({Input.IMPORTANCE, Input.FEATURES})
 
     important: float = 0.5
@@ -58,7 +60,12 @@ class VisPruner(ScoreReducer):
     @classmethod
     def official(cls, keep: Keep = 128, important: float = 0.5, **fields: Any) -> VisPruner:
         """Return the settings of the released LLaVA code: compact positions; ``keep`` patches of each crop."""
-        released: dict[str, Any] = {"positions": "compact", "crops": "per_crop", "protect_predicting_tokens": False, "signal_queries": None}
+        released: dict[str, Any] = {
+            "positions": "compact",
+            "crops": "per_crop",
+            "protect_predicting_tokens": False,
+            "signal_queries": None,
+        }
         return cls(**{"keep": keep, "important": important} | released | fields)
 
     def score(self, view: EncoderView) -> Tensor:
@@ -66,4 +73,6 @@ class VisPruner(ScoreReducer):
 
     def choose(self, scores: Tensor, view: EncoderView) -> Tensor:
         sizes = [(plan.tokens, plan.dominant) for plan in view.plans]
-        return remove_duplicates(cosine(view.require(Input.FEATURES), view.valid), scores, view.valid, sizes, self.important)
+        return remove_duplicates(
+            cosine(view.require(Input.FEATURES), view.valid), scores, view.valid, sizes, self.important
+        )

@@ -62,7 +62,9 @@ class ZooPrune(ScoreReducer):
 
     def choose(self, scores: Tensor, view: EncoderView) -> Tensor:
         steps = max(plan.dominant for plan in view.plans)
-        return pairwise_distance(cosine(view.require(Input.FEATURES), view.valid), scores, view.valid, view.dominant, steps)
+        return pairwise_distance(
+            cosine(view.require(Input.FEATURES), view.valid), scores, view.valid, view.dominant, steps
+        )
 
     def score(self, view: EncoderView) -> Tensor:
         """Sensitivity scaled to [0, 1] over the tokens of each span, 0 for padding: [B, N]."""

@@ -129,7 +129,10 @@ class QueCCModule(nn.Module):
         asking = features.to(kind) + self.text_projection(text.to(kind))[:, None]
         index, shape = cells.tokens.flatten(1), cells.tokens.shape
         query = self.queries(gather_rows(self.q_proj(asking), index).view(*shape, -1), cells.real, place)
-        key, value = (gather_rows(part(levels.to(kind)), index).view(shape[0] * shape[1], shape[2], -1) for part in (self.k_proj, self.v_proj))
+        key, value = (
+            gather_rows(part(levels.to(kind)), index).view(shape[0] * shape[1], shape[2], -1)
+            for part in (self.k_proj, self.v_proj)
+        )
         hidden = ~cells.real.flatten(0, 1)
         hidden = hidden & ~hidden.all(1, keepdim=True)  # the output of padding cells is unused, but must be finite
         return attended(self.clip_attn, query.flatten(0, 1)[:, None], key, value, hidden).view(shape[0], shape[1], -1)

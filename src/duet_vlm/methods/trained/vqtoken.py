@@ -100,7 +100,9 @@ class VQToken(Compressor):
             return PlaceModule(sizes.decoder, self.heads)
         tokens = self.frame or sizes.tokens
         if tokens is None:
-            raise ValueError("form='code' reads maps of one size, and this model's pictures are of any: give frame= (tokens of one), or form='paper'")
+            raise ValueError(
+                "form='code' reads maps of one size, and this model's pictures are of any: give frame= (tokens of one), or form='paper'"
+            )
         return FrameModule(tokens, sizes.decoder, self.heads)
 
     def select_tokens(self, view: EncoderView) -> Selection:
@@ -135,11 +137,16 @@ class VQToken(Compressor):
         steps = time.amax(1, keepdim=True) + 1
         row, column = coords.clamp(min=0).unbind(-1)
         rows, columns = size[:, None].clamp(min=1).unbind(-1)
-        bins = [(at * count // size).clamp(max=count - 1) for at, count, size in zip((time, row, column), BINS, (steps, rows, columns), strict=True)]
+        bins = [
+            (at * count // size).clamp(max=count - 1)
+            for at, count, size in zip((time, row, column), BINS, (steps, rows, columns), strict=True)
+        ]
         cell = (bins[0] * BINS[1] + bins[1]) * BINS[2] + bins[2]
         total, (batch, count) = BINS[0] * BINS[1] * BINS[2], found.place.shape
         slot = torch.where(found.labels < 0, count * total, found.labels * total + cell)
-        counted = found.codebook.new_zeros(batch, count * total + 1).scatter_add(1, slot, torch.ones_like(slot, dtype=found.codebook.dtype))
+        counted = found.codebook.new_zeros(batch, count * total + 1).scatter_add(
+            1, slot, torch.ones_like(slot, dtype=found.codebook.dtype)
+        )
         counted = counted[:, :-1].view(batch, count, total)
         return counted / counted.sum(2, keepdim=True).clamp(min=1)
 
@@ -148,7 +155,9 @@ class VQToken(Compressor):
         made, frames = [], [1] * len(view.plans)
         for number, plan in enumerate(view.plans):
             if plan.tokens % module.tokens:
-                raise ValueError(f"form='code' reads maps of {module.tokens} tokens, {plan.tokens} are no number of them: take form='paper'")
+                raise ValueError(
+                    f"form='code' reads maps of {module.tokens} tokens, {plan.tokens} are no number of them: take form='paper'"
+                )
             frames[number] = plan.tokens // module.tokens
             if frames[number] > plan.entry:
                 raise ValueError(
@@ -191,7 +200,9 @@ class TokenClusters:
     def selection(self, rows: Tensor) -> Selection:
         numbers = torch.arange(self.labels.shape[1], device=self.labels.device).expand_as(self.labels)
         into = self.labels.masked_fill(self.whole[:, None], -1)
-        return Selection(self.place, self.there, numbers, into, weights=shares(into, self.place.shape[1]), custom_rows=rows)
+        return Selection(
+            self.place, self.there, numbers, into, weights=shares(into, self.place.shape[1]), custom_rows=rows
+        )
 
 
 class PlaceModule(nn.Module):
@@ -244,7 +255,9 @@ class FrameModule(nn.Module):
         self.tokens = tokens
         self.to_q_proj = nn.Linear(tokens, rows)
         self.transformer_decoder = nn.Module()
-        self.transformer_decoder.layers = nn.ModuleList([nn.TransformerDecoderLayer(rows, heads, WIDE, dropout=0.0, batch_first=True)])
+        self.transformer_decoder.layers = nn.ModuleList(
+            [nn.TransformerDecoderLayer(rows, heads, WIDE, dropout=0.0, batch_first=True)]
+        )
 
     def forward(self, maps: Tensor, codebook: Tensor) -> Tensor:
         """Make output tokens from maps and codebook; the shorter of the two is repeated cyclically.

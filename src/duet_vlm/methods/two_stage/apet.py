@@ -14,7 +14,17 @@ from duet_vlm.ops.information import residual
 from duet_vlm.ops.merge import nearest_anchor, row_numbers, shares
 from duet_vlm.ops.ragged import gather_rows, pack_right
 from duet_vlm.ops.select import ranking, ranks
-from duet_vlm.planning.budget import Budget, Keep, Schedule, SpanPlan, check_keep, check_schedule, count_of, layer_counts, target_mean
+from duet_vlm.planning.budget import (
+    Budget,
+    Keep,
+    Schedule,
+    SpanPlan,
+    check_keep,
+    check_schedule,
+    count_of,
+    layer_counts,
+    target_mean,
+)
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
@@ -87,7 +97,9 @@ class ApET(EncoderReducer, DecoderReducer):
             object.__setattr__(self, "schedule", check_schedule(self.schedule))
         if self.basis < 1 or self.ridge <= 0 or (self.start or 0) < 0 or not 0 <= self.own_share < 1:
             found = f"basis={self.basis}, ridge={self.ridge}, start={self.start}, own_share={self.own_share}"
-            raise ValueError(f"{found}: at least 1 basis token, a ridge above 0, no negative start, and a share in [0, 1)")
+            raise ValueError(
+                f"{found}: at least 1 basis token, a ridge above 0, no negative start, and a share in [0, 1)"
+            )
         if self.cls_token:
             raise ValueError("cls_token=True cannot work with apet: the CLS row would be approximated like any other")
 
@@ -96,7 +108,12 @@ class ApET(EncoderReducer, DecoderReducer):
         """Return the settings of the released LLaVA code: ``keep`` tokens enter, ``inside`` of them are kept before
         ``layer``; compact positions.
         """
-        released: dict[str, Any] = {"slots": "released", "positions": "compact", "crops": "per_crop", "protect_predicting_tokens": False}
+        released: dict[str, Any] = {
+            "slots": "released",
+            "positions": "compact",
+            "crops": "per_crop",
+            "protect_predicting_tokens": False,
+        }
         return cls(**{"keep": keep, "schedule": ((layer, inside),)} | released | fields)
 
     @classmethod
@@ -104,7 +121,10 @@ class ApET(EncoderReducer, DecoderReducer):
         """Return the settings of the released Qwen2.5-VL code, whose drop inside the decoder (``ridge=0.1``) is defined
         but never called.
         """
-        return cls(**{"keep": keep, "schedule": (), "slots": "released", "own_share": 0.5, "protect_predicting_tokens": False} | fields)
+        return cls(
+            **{"keep": keep, "schedule": (), "slots": "released", "own_share": 0.5, "protect_predicting_tokens": False}
+            | fields
+        )
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         check_budget_or_fields(self, budget, self.keep is not None or self.schedule is not None, "keep=, schedule=")
@@ -112,15 +132,33 @@ class ApET(EncoderReducer, DecoderReducer):
         if budget is None:
             rounding = "floor" if self.slots == "own" else "int"  # 50 * 0.58 is 28 in the released code
             entry = tokens if self.keep is None else min(max(1, count_of(self.keep, tokens, rounding)), tokens)
-            return SpanPlan(tokens, entry, 0, layer_counts(entry, depth, stages if self.schedule is None else self.schedule))
+            return SpanPlan(
+                tokens, entry, 0, layer_counts(entry, depth, stages if self.schedule is None else self.schedule)
+            )
         target = target_mean(budget, tokens)
-        return plan_keep_all(tokens, depth) if target >= tokens else plan_with_schedule(self, stages, tokens, depth, target)
+        return (
+            plan_keep_all(tokens, depth)
+            if target >= tokens
+            else plan_with_schedule(self, stages, tokens, depth, target)
+        )
 
     def select_tokens(self, view: EncoderView) -> Selection:
-        return self._reduced(view.require(Input.FEATURES), view.valid, view.dominant, max(plan.dominant for plan in view.plans), in_order=True)
+        return self._reduced(
+            view.require(Input.FEATURES),
+            view.valid,
+            view.dominant,
+            max(plan.dominant for plan in view.plans),
+            in_order=True,
+        )
 
     def prune_tokens(self, view: DecoderView) -> Selection:
-        return self._reduced(view.require(Input.HIDDEN_STATES), view.valid, view.num_keep, max(stay for _, stay in view.host_counts), in_order=False)
+        return self._reduced(
+            view.require(Input.HIDDEN_STATES),
+            view.valid,
+            view.num_keep,
+            max(stay for _, stay in view.host_counts),
+            in_order=False,
+        )
 
     def errors(self, rows: Tensor, valid: Tensor, count: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
         """Approximate all tokens by a few basis tokens.
@@ -146,7 +184,11 @@ class ApET(EncoderReducer, DecoderReducer):
             [B, N] float32, norm of each token's approximation error.
         """
         rows, alive = rows.float(), valid.sum(1)
-        start = rows.norm(dim=-1).masked_fill(~valid, -1).argmax(1) if self.start is None else (alive - 1).clamp(0, self.start)
+        start = (
+            rows.norm(dim=-1).masked_fill(~valid, -1).argmax(1)
+            if self.start is None
+            else (alive - 1).clamp(0, self.start)
+        )
         basis = farthest_points(rows, valid, min(self.basis, max(most - 1, 0)), start)
         used = torch.where(count < alive, (count - 1).clamp(0, self.basis), 0)
         real = torch.arange(basis.shape[1], device=basis.device) < used[:, None]
@@ -163,7 +205,9 @@ class ApET(EncoderReducer, DecoderReducer):
         index, stands = pack_right(main | others, most)
         if self.slots == "behind":
             turn = torch.arange(most, device=order.device).expand_as(index)
-            index = torch.where(turn < first, order[:, :most], pad(basis, (0, 1)).gather(1, (turn - first).clamp(0, basis.shape[1])))
+            index = torch.where(
+                turn < first, order[:, :most], pad(basis, (0, 1)).gather(1, (turn - first).clamp(0, basis.shape[1]))
+            )
         number = row_numbers(index, stands, valid.shape[1])
         anchors, alive = pack_right(main, most)
         tokens = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)

@@ -12,7 +12,17 @@ from duet_vlm.ops.merge_targets import duet_contextual_count, merge_around_ancho
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.schedules import paper_schedule
 from duet_vlm.ops.select import ranking, ranks, top
-from duet_vlm.planning.budget import Budget, Keep, Schedule, SpanPlan, check_keep, check_schedule, count_of, layer_counts, target_mean
+from duet_vlm.planning.budget import (
+    Budget,
+    Keep,
+    Schedule,
+    SpanPlan,
+    check_keep,
+    check_schedule,
+    count_of,
+    layer_counts,
+    target_mean,
+)
 from duet_vlm.planning.tokens import MERGES, Selection
 from duet_vlm.reducers.base import ROUNDINGS, check_choice
 from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
@@ -33,38 +43,43 @@ class Duet(EncoderReducer, DecoderReducer):
     """DUET-VLM (CVPR 2026, arXiv 2602.18846).
 
     V2V keeps the ``dominant`` tokens that the vision encoder attends to most and merges a small pool, the next
-    ``cluster_width * contextual`` tokens by importance, into ``contextual`` rows around anchors evenly spaced in importance rank;
-    the rest is dropped. T2V then drops visual tokens between decoder layers, ranked by the attention that text pays to them.
+    ``cluster_width * contextual`` tokens by importance, into ``contextual`` rows around anchors evenly spaced in
+    importance rank; the rest is dropped. T2V then drops visual tokens between decoder layers, ranked by the attention
+    that text pays to them.
 
     Parameters
     ----------
     dominant, contextual : int or float, optional
         Rows per span (int) or fractions of its tokens (float). Left out with ``schedule`` given: no V2V.
     cluster_width : int
-        Size of the merged pool per contextual row, at least 1 (0 with ``anchor_step="floor"``: one contextual row, nothing merged).
+        Size of the merged pool per contextual row, at least 1 (0 with ``anchor_step="floor"``: one contextual row,
+        nothing merged).
     schedule : ((layer, keep), ...), optional
-        T2V drops: before ``layer`` keep that many (int) or that fraction (float) of the entering tokens. Default: half of the
-        tokens from half of the depth on, none from three quarters on. ``()`` turns T2V off.
+        T2V drops: before ``layer`` keep that many (int) or that fraction (float) of the entering tokens. Default: half
+        of the tokens from half of the depth on, none from three quarters on. ``()`` turns T2V off.
     merge : str
         "mean" (size-weighted mean of anchor and members) or "anchor_plus_mean" (released code).
     anchor_step : str
-        "spread": anchors at pool ranks floor(i * P / K); "floor": every (P // K)-th, which bunches them (released code).
+        "spread": anchors at pool ranks floor(i * P / K); "floor": every (P // K)-th, which bunches them (released
+        code).
     rounding : str
-        How fractions of the schedule become counts: "floor" (exact product) or "int" (truncated float product, released code).
+        How fractions of the schedule become counts: "floor" (exact product) or "int" (truncated float product, released
+        code).
     signal_segments : bool
-        Keep the tower's own attention segments (images, frames, windows) when summing attention. False sums over everything in the call, as the
-        released Qwen2.5-VL code does under sdpa.
+        Keep the tower's own attention segments (images, frames, windows) when summing attention. False sums over
+        everything in the call, as the released Qwen2.5-VL code does under sdpa.
     score_mask : str
         "causal": a query sees what precedes it; "none": every token (released Qwen2.5-VL code).
     skip_unanswered : bool
         Leave samples without any supervised label whole (released training code).
 
-    Cost: one row of attention (CLS) or blocked column sums of one vision layer; per T2V stage one key projection of all rows plus
-    queries of the text rows. Needs: vision attention, vision keys, text after the image. Usable in training.
+    Cost: one row of attention (CLS) or blocked column sums of one vision layer; per T2V stage one key projection of all
+    rows plus queries of the text rows. Needs: vision attention, vision keys, text after the image. Usable in training.
 
-    Differences from the authors' code (AMD-AGI/DUET-VLM): no CLS row as token, a mean instead of anchor + mean, evenly spaced anchors,
-    K = 0 gives no row, exact floors, kept positions, all images and all batch rows. ``official_llava`` and ``official_qwen25`` restore
-    the released behaviour. Where the released Qwen code overwrites its token count after the first stage, this class does what is meant.
+    Differences from the authors' code (AMD-AGI/DUET-VLM): no CLS row as token, a mean instead of anchor + mean, evenly
+    spaced anchors, K = 0 gives no row, exact floors, kept positions, all images and all batch rows. ``official_llava``
+    and ``official_qwen25`` restore the released behaviour. Where the released Qwen code overwrites its token count
+    after the first stage, this class does what is meant.
     """
 
     paper = "DUET-VLM, CVPR 2026, arXiv 2602.18846"
@@ -104,12 +119,19 @@ class Duet(EncoderReducer, DecoderReducer):
         """Return the settings of the released LLaVA code: CLS counts as a dominant token, compact positions, anchor +
         mean, all turns in training.
         """
-        preset: dict[str, Any] = {"cls_token": True, "positions": "compact", "training_turns": "all", "skip_unanswered": True}
+        preset: dict[str, Any] = {
+            "cls_token": True,
+            "positions": "compact",
+            "training_turns": "all",
+            "skip_unanswered": True,
+        }
         counts = {"dominant": dominant, "contextual": contextual, "cluster_width": cluster_width}
         return cls(**RELEASED | counts | preset | fields)
 
     @classmethod
-    def official_qwen25(cls, dominant: Keep = 170, contextual: Keep = 35, cluster_width: int = 4, **fields: Any) -> Duet:
+    def official_qwen25(
+        cls, dominant: Keep = 170, contextual: Keep = 35, cluster_width: int = 4, **fields: Any
+    ) -> Duet:
         """Return the settings of the released Qwen2.5-VL code: last vision block, kept positions, ranking softmax
         without a causal mask.
         """
@@ -119,12 +141,16 @@ class Duet(EncoderReducer, DecoderReducer):
     # ---- how many
 
     def scoring_rules(self) -> ScoringRules:
-        return ScoringRules(signal_segments=self.signal_segments, score_mask=self.score_mask, skip_unanswered=self.skip_unanswered)
+        return ScoringRules(
+            signal_segments=self.signal_segments, score_mask=self.score_mask, skip_unanswered=self.skip_unanswered
+        )
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         given = self.dominant is not None or self.schedule is not None
         check_budget_or_fields(self, budget, given, "dominant=, contextual=, schedule=")
-        return self._planned(tokens, depth) if budget is None else self._solved(tokens, depth, target_mean(budget, tokens))
+        return (
+            self._planned(tokens, depth) if budget is None else self._solved(tokens, depth, target_mean(budget, tokens))
+        )
 
     def _planned(self, tokens: int, depth: int) -> SpanPlan:
         available = tokens + self.cls_token
@@ -142,7 +168,9 @@ class Duet(EncoderReducer, DecoderReducer):
                     )
                 contextual = tokens - dominant
         schedule = paper_schedule(depth) if self.schedule is None else self.schedule
-        return SpanPlan(tokens, dominant, contextual, layer_counts(dominant + contextual, depth, schedule, self.rounding))
+        return SpanPlan(
+            tokens, dominant, contextual, layer_counts(dominant + contextual, depth, schedule, self.rounding)
+        )
 
     def _solved(self, tokens: int, depth: int, target: float) -> SpanPlan:
         """Plan the largest entry under the paper's schedule; if even all tokens do not use up the budget, later stages
@@ -173,12 +201,13 @@ class Duet(EncoderReducer, DecoderReducer):
         rank = torch.arange(min(max(1, self.cluster_width * width), order.shape[1]), device=order.device)
         rest = order.gather(1, (view.dominant[:, None] + rank).clamp(max=order.shape[1] - 1))
         spread = self.anchor_step == "spread"
-        return merge_around_anchors(dominant, dominant_valid, rest, pool, view.contextual, width, view.require(Input.KEYS), self.merge, spread)
+        return merge_around_anchors(
+            dominant, dominant_valid, rest, pool, view.contextual, width, view.require(Input.KEYS), self.merge, spread
+        )
 
     @property
     def _merges(self) -> bool:
-        """False where the settings have no contextual token (K = 0): the one of the released code then merges nothing.
-        """
+        """False where the settings have no contextual token (K = 0): the one of the released code then merges nothing."""
         return self.dominant is None or isinstance(self.contextual, float) or bool(self.contextual)
 
     def prune_tokens(self, view: DecoderView) -> Tensor:

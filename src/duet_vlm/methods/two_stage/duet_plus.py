@@ -37,7 +37,8 @@ from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all, plan_with_schedule
 from duet_vlm.reducers.registry import register
 
-FLOOR = 0.05  # of a token's own entry in the kernel that no other token explains: where all are explained the most salient are next
+# of a token's own entry in the kernel that no other token explains: where all are explained the most salient are next
+FLOOR = 0.05
 
 
 @register("duet_plus")
@@ -95,13 +96,17 @@ class DuetPlus(EncoderReducer, DecoderReducer):
             object.__setattr__(self, "schedule", check_schedule(self.schedule))
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
-        check_budget_or_fields(self, budget, self.keep is not None or (budget is None and self.schedule is not None), "keep=, schedule=")
+        check_budget_or_fields(
+            self, budget, self.keep is not None or (budget is None and self.schedule is not None), "keep=, schedule="
+        )
         if budget is None:
             schedule = tapered_schedule(depth) if self.schedule is None else self.schedule
             entry = tokens if self.keep is None else count_of(self.keep, tokens)
             return SpanPlan(tokens, entry, 0, layer_counts(entry, depth, schedule))
         if any(isinstance(kept, int) for _, kept in self.schedule or ()):
-            raise ValueError(f"schedule={self.schedule}: with a budget give fractions (0.0 to 1.0) of the entering tokens, not counts")
+            raise ValueError(
+                f"schedule={self.schedule}: with a budget give fractions (0.0 to 1.0) of the entering tokens, not counts"
+            )
         target = target_mean(budget, tokens)
         if target >= tokens:
             return plan_keep_all(tokens, depth)
@@ -118,7 +123,10 @@ class DuetPlus(EncoderReducer, DecoderReducer):
     def select_tokens(self, view: EncoderView) -> Selection:
         importance = view.require(Input.IMPORTANCE)
         steps = max(plan.dominant for plan in view.plans)
-        similarity, weight = cosine(view.require(Input.FEATURES), view.valid), of_largest(importance, view.valid, self.alpha)
+        similarity, weight = (
+            cosine(view.require(Input.FEATURES), view.valid),
+            of_largest(importance, view.valid, self.alpha),
+        )
         chosen = greedy_dpp_map(conditional_kernel(similarity, weight, FLOOR), view.valid, view.dominant, steps)
         index, valid = pack_right(chosen, steps)
         rest = view.valid & ~chosen

@@ -16,7 +16,17 @@ from duet_vlm.ops.merge_targets import merge_into_nearest
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.schedules import halfway
 from duet_vlm.ops.select import top
-from duet_vlm.planning.budget import Budget, Keep, Schedule, SpanPlan, check_keep, check_schedule, count_of, layer_counts, target_mean
+from duet_vlm.planning.budget import (
+    Budget,
+    Keep,
+    Schedule,
+    SpanPlan,
+    check_keep,
+    check_schedule,
+    count_of,
+    layer_counts,
+    target_mean,
+)
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
@@ -93,28 +103,53 @@ class VScan(EncoderReducer, DecoderReducer):
 
         ``keep`` is the count of each crop, and the schedule has counts.
         """
-        released: dict[str, Any] = {"local": "equal", "shallow": 5, "positions": "compact", "crops": "per_crop", "protect_predicting_tokens": False}
+        released: dict[str, Any] = {
+            "local": "equal",
+            "shallow": 5,
+            "positions": "compact",
+            "crops": "per_crop",
+            "protect_predicting_tokens": False,
+        }
         return cls(**{"keep": keep, "schedule": schedule} | released | fields)
 
     @classmethod
-    def official_qwen25(cls, keep: Keep | None = 0.25, schedule: Schedule | None = ((14, 1 / 3),), **fields: Any) -> VScan:
+    def official_qwen25(
+        cls, keep: Keep | None = 0.25, schedule: Schedule | None = ((14, 1 / 3),), **fields: Any
+    ) -> VScan:
         """Return the settings of the released Qwen2.5-VL code: windows of 4, attention from all patches of an image."""
-        return cls(**{"keep": keep, "schedule": schedule, "window": 4, "signal_queries": None, "protect_predicting_tokens": False} | fields)
+        return cls(
+            **{
+                "keep": keep,
+                "schedule": schedule,
+                "window": 4,
+                "signal_queries": None,
+                "protect_predicting_tokens": False,
+            }
+            | fields
+        )
 
     @property
     def signal_layers(self) -> tuple[Layer, ...]:
         return (self.signal_layer, self.shallow)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
-        check_budget_or_fields(self, budget, self.keep is not None or (budget is None and self.schedule is not None), "keep=, schedule=")
+        check_budget_or_fields(
+            self, budget, self.keep is not None or (budget is None and self.schedule is not None), "keep=, schedule="
+        )
         if budget is None:
             entry = tokens if self.keep is None else self._entering(count_of(self.keep, tokens, "int"), tokens)
             return SpanPlan(tokens, entry, 0, layer_counts(entry, depth, self.schedule or ()))
         schedule = halfway(depth) if self.schedule is None else self.schedule
         if self.local == "equal" or any(isinstance(kept, int) for _, kept in schedule):
-            raise ValueError(f"{self.name}: with a budget give fractions in schedule= (0.0 to 1.0) and local='limit', got {schedule}, {self.local!r}")
+            raise ValueError(
+                f"{self.name}: with a budget give fractions in schedule= (0.0 to 1.0) and local='limit', got {schedule}, {self.local!r}"
+            )
         target = target_mean(budget, tokens)
-        return plan_keep_all(tokens, depth) if target >= tokens else plan_with_schedule(self, schedule, tokens, depth, target)
+        return (
+            plan_keep_all(tokens, depth)
+            if target >= tokens
+            else plan_with_schedule(self, schedule, tokens, depth, target)
+        )
 
     def _entering(self, asked: int, tokens: int) -> int:
         """Number of tokens that enter where ``asked`` are requested."""
@@ -122,7 +157,9 @@ class VScan(EncoderReducer, DecoderReducer):
             return asked
         each = max(1, math.isqrt(tokens) // self.window) ** 2
         if asked // 2 < each:
-            raise ValueError(f"{self.name}: keep={asked} has {asked // 2} local tokens for {each} windows: give at least {2 * each}")
+            raise ValueError(
+                f"{self.name}: keep={asked} has {asked // 2} local tokens for {each} windows: give at least {2 * each}"
+            )
         return asked // 2 // each * each + asked - asked // 2
 
     def with_paper_schedule(self, depth: int, share: float | None = None) -> VScan:
@@ -134,7 +171,13 @@ class VScan(EncoderReducer, DecoderReducer):
         index, valid = pack_right(chosen, max(plan.dominant for plan in view.plans))
         if not self.merge_others:
             return Selection.keep_only(index, valid)
-        return merge_into_nearest(index, valid, view.valid & ~chosen, max(plan.tokens - plan.dominant for plan in view.plans), view.require(Input.FEATURES))
+        return merge_into_nearest(
+            index,
+            valid,
+            view.valid & ~chosen,
+            max(plan.tokens - plan.dominant for plan in view.plans),
+            view.require(Input.FEATURES),
+        )
 
     def locals_of(self, view: EncoderView) -> Tensor:
         """Mask [B, N] of the local tokens."""

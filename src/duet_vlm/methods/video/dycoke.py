@@ -51,7 +51,11 @@ class DyCoke(VideoReducer):
         first = torch.minimum(whole.sum(1), count)
         rest = clips.real & (at % GROUP != 0)[:, None]
         frames = split_windows(count - first, rest.sum(2).float(), rest.sum(2))
-        differs = top(self.change(clips.grid(view.require(Input.FEATURES)), clips).flatten(0, 1), rest.flatten(0, 1), frames.flatten()).view(rest.shape)
+        differs = top(
+            self.change(clips.grid(view.require(Input.FEATURES)), clips).flatten(0, 1),
+            rest.flatten(0, 1),
+            frames.flatten(),
+        ).view(rest.shape)
         return VideoRows.alone(spaced_picks(whole, first) | (clips.rows(differs) & clips.placed))
 
     def change(self, rows: Tensor, clips: VideoTokens) -> Tensor:
@@ -61,4 +65,6 @@ class DyCoke(VideoReducer):
         at = torch.arange(rows.shape[1], device=rows.device)
         other = (at - torch.where(at % GROUP == 2, 2, 1)).clamp(min=0).expand(rows.shape[:2])
         unit = unit_rows(rows)
-        return ((unit - gather_rows(unit, other)).square().sum(-1) / 2).masked_fill(~gather_rows(clips.real, other), 2.0)
+        return ((unit - gather_rows(unit, other)).square().sum(-1) / 2).masked_fill(
+            ~gather_rows(clips.real, other), 2.0
+        )

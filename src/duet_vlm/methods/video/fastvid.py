@@ -85,7 +85,9 @@ class FastVID(VideoReducer):
     @classmethod
     def official(cls, keep: Keep = 0.25, **fields: Any) -> FastVID:
         """Return the settings of the released rule with a given count."""
-        return cls(**{"keep": keep, "merge": "frames", "protect_predicting_tokens": False, "signal_queries": None} | fields)
+        return cls(
+            **{"keep": keep, "merge": "frames", "protect_predicting_tokens": False, "signal_queries": None} | fields
+        )
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         plan = super().plan(tokens, depth, budget)
@@ -96,7 +98,9 @@ class FastVID(VideoReducer):
         importance = view.require(Input.IMPORTANCE)
         rows, attention = clips.grid(view.require(Input.FEATURES)), clips.grid(importance)
         windows = self.windows(clips.means(rows), clips.length)
-        salient = self.salient(attention, clips, split_windows(torch.minimum(view.dominant, count), clips.sizes, clips.sizes))
+        salient = self.salient(
+            attention, clips, split_windows(torch.minimum(view.dominant, count), clips.sizes, clips.sizes)
+        )
         others, left = clips.real & ~salient, count - salient.sum((1, 2))
         frames, share = self.frames(windows, clips.length)
         room = others.sum(2) * frames
@@ -109,7 +113,9 @@ class FastVID(VideoReducer):
         """Mask the ``count`` [B, T] most attended tokens of every frame: attention [B, T, P] -> [B, T, P] bool."""
         return top(attention.flatten(0, 1), clips.real.flatten(0, 1), count.flatten()).view(attention.shape)
 
-    def joins(self, clips: VideoTokens, rows: Tensor, kept: Tensor, peak: Tensor, windows: FrameWindows) -> tuple[Tensor, Tensor]:
+    def joins(
+        self, clips: VideoTokens, rows: Tensor, kept: Tensor, peak: Tensor, windows: FrameWindows
+    ) -> tuple[Tensor, Tensor]:
         """Assign tokens to peaks.
 
         Parameters
@@ -136,7 +142,9 @@ class FastVID(VideoReducer):
         number = torch.arange(kept.shape[1], device=kept.device).expand(kept.shape)
         targets, stays = ([nearest], kept) if self.merge == "one" else (each, kept & ~itself)
         owner = torch.stack([torch.where(clips.placed & ~stays, target, -1) for target in targets], 1)
-        members = torch.zeros_like(kept, dtype=torch.float32).scatter_add_(1, owner.clamp(min=0).flatten(1), (owner >= 0).flatten(1).float())
+        members = torch.zeros_like(kept, dtype=torch.float32).scatter_add_(
+            1, owner.clamp(min=0).flatten(1), (owner >= 0).flatten(1).float()
+        )
         own = (1 / (members + 1)).clamp(min=self.own)
         share = (1 - own) / members.clamp(min=1)
         owner = torch.cat([torch.where(itself, number, -1), owner.flatten(1)], 1)
@@ -161,7 +169,9 @@ class FastVID(VideoReducer):
         """Mask the ``count`` [B, T] density peaks among ``others`` [B, T, P] of every frame: [B, T, P] bool."""
         return peaks(rows.flatten(0, 1), others.flatten(0, 1), count.flatten(), NEIGHBOURS)[0].view(others.shape)
 
-    def nearest(self, clips: VideoTokens, rows: Tensor, peak: Tensor, windows: FrameWindows) -> tuple[list[Tensor], Tensor]:
+    def nearest(
+        self, clips: VideoTokens, rows: Tensor, peak: Tensor, windows: FrameWindows
+    ) -> tuple[list[Tensor], Tensor]:
         """Find the most similar peak of each token.
 
         Returns
@@ -172,15 +182,24 @@ class FastVID(VideoReducer):
         Tensor
             [B, N], the most similar peak of all; -1 for none.
         """
-        unit, first, last = unit_rows(rows), windows.of_step(windows.first), windows.of_step(windows.first + windows.length - 1)
-        each, most, found = [], rows.new_full(clips.real.shape, float("-inf"), dtype=torch.float32), torch.full_like(clips.index, -1)
+        unit, first, last = (
+            unit_rows(rows),
+            windows.of_step(windows.first),
+            windows.of_step(windows.first + windows.length - 1),
+        )
+        each, most, found = (
+            [],
+            rows.new_full(clips.real.shape, float("-inf"), dtype=torch.float32),
+            torch.full_like(clips.index, -1),
+        )
         for back in range(0, rows.shape[1], self.every):
             frame = (last - back).clamp(min=0)
             there = gather_rows(peak, frame) & (last - back >= first)[..., None]
             cosine = (unit @ gather_rows(unit, frame).transpose(2, 3)).masked_fill_(~there[:, :, None], float("-inf"))
             near, place = cosine.max(3) if cosine.shape[3] else (most, found)
-            target = torch.where(near > float("-inf"), gather_rows(clips.index, frame).gather(2, place.clamp(min=0)), -1)
+            target = torch.where(
+                near > float("-inf"), gather_rows(clips.index, frame).gather(2, place.clamp(min=0)), -1
+            )
             found, most = torch.where(near > most, target, found), torch.maximum(near, most)
             each.append(target)
         return [clips.rows(target) for target in each], clips.rows(found)
-

@@ -55,15 +55,21 @@ class Frames(EncoderReducer):
         if self.keep is not None:
             check_keep("keep", self.keep)
         if self.crops == "per_crop":
-            raise ValueError(f"{self.name} compares the frames of a clip, and crops='per_crop' would separate them: use crops='joint'")
+            raise ValueError(
+                f"{self.name} compares the frames of a clip, and crops='per_crop' would separate them: use crops='joint'"
+            )
         if self.cls_token:
-            raise ValueError(f"cls_token=True cannot work with {self.name}: the CLS row has no place in the frame to compare")
+            raise ValueError(
+                f"cls_token=True cannot work with {self.name}: the CLS row has no place in the frame to compare"
+            )
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         return plan_fixed_count(self, self.keep, tokens, depth, budget)
 
     def select_tokens(self, view: EncoderView) -> Selection:
-        return Selection.keep_only(*pack_right(self.changed(view, view.dominant), max(plan.dominant for plan in view.plans)))
+        return Selection.keep_only(
+            *pack_right(self.changed(view, view.dominant), max(plan.dominant for plan in view.plans))
+        )
 
     def changed(self, view: EncoderView, count: Tensor) -> Tensor:
         """Mask [B, N] of ``count`` [B] tokens of each span: the first step, then the tokens that changed most."""
@@ -73,7 +79,9 @@ class Frames(EncoderReducer):
         first = view.valid & (parts <= 0)
         size = first.sum(1)
         score = novelty(view.require(Input.FEATURES), view.valid, parts, size)
-        return spaced_picks(first, torch.minimum(count, size)) | top(score, view.valid & ~first, (count - size).clamp(min=0))
+        return spaced_picks(first, torch.minimum(count, size)) | top(
+            score, view.valid & ~first, (count - size).clamp(min=0)
+        )
 
 
 def novelty(features: Tensor, valid: Tensor, parts: Tensor, size: Tensor) -> Tensor:

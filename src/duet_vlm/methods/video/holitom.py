@@ -1,5 +1,4 @@
-"""HoliTom: merge static video regions over time, keep the most attended of the rest; one more merge inside the decoder.
-"""
+"""HoliTom: merge static video regions over time, keep the most attended of the rest; one more merge inside the decoder."""
 
 from __future__ import annotations
 
@@ -90,7 +89,9 @@ class HoliTom(ScheduledVideoReducer):
             raise ValueError(f"own={self.own}: a share, in [0, 1], or None")
         for name in ("neighbours", "window"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: a number of {'frames' if name == 'window' else 'rows'}, at least 1")
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: a number of {'frames' if name == 'window' else 'rows'}, at least 1"
+                )
         check_choice("rows", self.rows, ("raster", "sets"))
         check_choice("joining", self.joining, ("mean", "halving"))
 
@@ -99,7 +100,13 @@ class HoliTom(ScheduledVideoReducer):
         """Return the released settings and order, with given counts; ``schedule=()``: no stage inside the decoder, as
         in some released scripts.
         """
-        released: dict[str, Any] = {"rows": "sets", "positions": "compact", "joining": "halving", "protect_predicting_tokens": False, "signal_queries": None}
+        released: dict[str, Any] = {
+            "rows": "sets",
+            "positions": "compact",
+            "joining": "halving",
+            "protect_predicting_tokens": False,
+            "signal_queries": None,
+        }
         return cls(**{"keep": keep, "schedule": schedule} | released | fields)
 
     def reduced(self, view: EncoderView, clips: VideoTokens, count: Tensor) -> VideoRows:
@@ -107,8 +114,12 @@ class HoliTom(ScheduledVideoReducer):
         alike = self.alike(rows, clips)
         windows = gains(alike > self.threshold, clips.length, self.window)
         places, score = self.still(alike, clips, windows)
-        sets = StaticDynamicSets.of(clips, windows, rows, most_similar(places, score, windows, clips.placed.sum(1) - count))
-        return self.merged(sets, clips.grid(view.require(Input.IMPORTANCE)), split_windows(count, sets.sizes, sets.sizes))
+        sets = StaticDynamicSets.of(
+            clips, windows, rows, most_similar(places, score, windows, clips.placed.sum(1) - count)
+        )
+        return self.merged(
+            sets, clips.grid(view.require(Input.IMPORTANCE)), split_windows(count, sets.sizes, sets.sizes)
+        )
 
     def alike(self, rows: Tensor, clips: VideoTokens) -> Tensor:
         """Cosine of neighbouring frames at the same place: [B, T, P, C] -> [B, T - 1, P], -1 where one has no token."""
@@ -128,7 +139,9 @@ class HoliTom(ScheduledVideoReducer):
         """
         steps, shape = attention.shape[1], sets.real.shape
         real = sets.real[:, :steps].flatten(0, 1)
-        peak, near, _ = peaks(sets.rows[:, :steps].flatten(0, 1), real, count[:, :steps].flatten(), self.neighbours, capped=True)
+        peak, near, _ = peaks(
+            sets.rows[:, :steps].flatten(0, 1), real, count[:, :steps].flatten(), self.neighbours, capped=True
+        )
         others = members_of(near, real & ~peak)
         none = ~peak.any(1, keepdim=True)
         own = 1 / (others + 1) if self.own is None else torch.where(others > 0, self.own, 1.0)
@@ -136,9 +149,13 @@ class HoliTom(ScheduledVideoReducer):
         best = top(attention.flatten(0, 1), sets.real[:, steps:].flatten(0, 1), count[:, steps:].flatten())
         chosen = torch.cat([x.view(-1, steps, shape[2]) for x in (peak, best)], 1)
         place = torch.arange(shape[2], device=near.device).expand(near.shape)
-        place = torch.cat([x.view(-1, steps, shape[2]) for x in (near.masked_fill(none, -1), torch.where(best, place, -1))], 1)
+        place = torch.cat(
+            [x.view(-1, steps, shape[2]) for x in (near.masked_fill(none, -1), torch.where(best, place, -1))], 1
+        )
         weight = torch.cat([x.view(-1, steps, shape[2]) for x in (weight, torch.ones_like(weight))], 1)
-        return VideoRows(sets.kept(chosen), *sets.joins(place, weight), sets.sequence() if self.rows == "sets" else None)
+        return VideoRows(
+            sets.kept(chosen), *sets.joins(place, weight), sets.sequence() if self.rows == "sets" else None
+        )
 
     def prune_tokens(self, view: DecoderView) -> Selection:
         scores = view.require(Input.SCORES)

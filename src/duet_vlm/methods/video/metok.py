@@ -93,7 +93,9 @@ class METok(ScheduledVideoReducer):
         fresh = self.fresh(rows, clips, events)
         share = torch.where(events.of_step(self.key_events(relevance, events)), 1.0, self.pooled)
         kept, place, weight = pooled(clips.real, fresh, split_windows(count, share * fresh.sum(2), clips.sizes))
-        owner = clips.rows(clips.index.gather(2, place.clamp(min=0)).masked_fill(place < 0, -1)).masked_fill(~clips.placed, -1)
+        owner = clips.rows(clips.index.gather(2, place.clamp(min=0)).masked_fill(place < 0, -1)).masked_fill(
+            ~clips.placed, -1
+        )
         notes = clips.of_step(events.of_step(self.weights(relevance, events)))
         return VideoRows(clips.rows(kept) & clips.placed, owner, clips.rows(weight), notes=notes)
 
@@ -120,7 +122,11 @@ class METok(ScheduledVideoReducer):
 
     def fresh(self, rows: Tensor, clips: VideoTokens, events: FrameWindows) -> Tensor:
         """Mask of the tokens that do not repeat the frame before them: [B, T, P] bool."""
-        again = (alike_before(rows) > self.threshold) & clips.real[:, :-1] & (events.number[:, 1:] == events.number[:, :-1])[..., None]
+        again = (
+            (alike_before(rows) > self.threshold)
+            & clips.real[:, :-1]
+            & (events.number[:, 1:] == events.number[:, :-1])[..., None]
+        )
         return clips.real & ~torch.nn.functional.pad(again, (0, 0, 1, 0))
 
     def prune_tokens(self, view: DecoderView) -> Tensor:
@@ -159,7 +165,9 @@ def pooled(real: Tensor, fresh: Tensor, count: Tensor) -> tuple[Tensor, Tensor, 
     begins = fresh & (runs > 0) & ((rank == 0) | (run != (rank - 1).clamp(min=0) * runs // total.clamp(min=1)))
     place = torch.arange(places, device=real.device).expand(real.shape)
     joins = fresh & (runs > 0)
-    first = torch.full_like(place, places).scatter_reduce(2, run, torch.where(joins, place, places), "amin").gather(2, run)
+    first = (
+        torch.full_like(place, places).scatter_reduce(2, run, torch.where(joins, place, places), "amin").gather(2, run)
+    )
     size = torch.zeros_like(place).scatter_add(2, run, joins.long()).gather(2, run)
     more = spaced_picks((real & ~fresh).flatten(0, 1), (count - runs[..., 0]).flatten()).view(batch, steps, places)
     into = torch.where(more, place, torch.where(joins, first, -1))

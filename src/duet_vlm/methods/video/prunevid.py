@@ -85,13 +85,24 @@ class PruneVid(ScheduledVideoReducer):
     @classmethod
     def official(cls, keep: Keep | None = 0.17, schedule: Schedule | None = ((11, 0.4),), **fields: Any) -> PruneVid:
         """Return the released settings and order, with given counts."""
-        return cls(**{"keep": keep, "schedule": schedule, "rows": "sets", "positions": "compact", "protect_predicting_tokens": False} | fields)
+        return cls(
+            **{
+                "keep": keep,
+                "schedule": schedule,
+                "rows": "sets",
+                "positions": "compact",
+                "protect_predicting_tokens": False,
+            }
+            | fields
+        )
 
     def reduced(self, view: EncoderView, clips: VideoTokens, count: Tensor) -> VideoRows:
         rows = clips.grid(view.require(Input.FEATURES))
         windows = self.cut(rows, clips)
         places, score = self.still(rows, clips, windows)
-        sets = StaticDynamicSets.of(clips, windows, rows, most_similar(places, score, windows, clips.placed.sum(1) - count))
+        sets = StaticDynamicSets.of(
+            clips, windows, rows, most_similar(places, score, windows, clips.placed.sum(1) - count)
+        )
         return self.merged(sets, split_windows(count, sets.sizes, sets.sizes))._replace(notes=clips.rows(sets.number))
 
     def cut(self, rows: Tensor, clips: VideoTokens) -> FrameWindows:

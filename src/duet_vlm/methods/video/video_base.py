@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from duet_vlm.ops.video import VideoTokens, join_windows
-from duet_vlm.planning.budget import Budget, Keep, Schedule, SpanPlan, check_keep, check_schedule, count_of, layer_counts, target_mean
+from duet_vlm.planning.budget import (
+    Budget,
+    Keep,
+    Schedule,
+    SpanPlan,
+    check_keep,
+    check_schedule,
+    count_of,
+    layer_counts,
+    target_mean,
+)
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.decoder import DecoderReducer
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
@@ -70,19 +80,25 @@ class VideoReducer(EncoderReducer):
         if self.keep is not None:
             check_keep("keep", self.keep)
         if self.crops == "per_crop":
-            raise ValueError(f"{self.name} compares the frames of a clip, and crops='per_crop' would separate them: use crops='joint'")
+            raise ValueError(
+                f"{self.name} compares the frames of a clip, and crops='per_crop' would separate them: use crops='joint'"
+            )
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         return plan_fixed_count(self, self.keep, tokens, depth, budget)
 
     def select_tokens(self, view: EncoderView) -> Selection:
         steps = view.parts if view.modality == "video" and view.parts is not None else torch.where(view.valid, 0, -1)
-        clips = VideoTokens.of(steps, view.valid, view.max_parts if view.modality == "video" else (1, view.valid.shape[1]))
+        clips = VideoTokens.of(
+            steps, view.valid, view.max_parts if view.modality == "video" else (1, view.valid.shape[1])
+        )
         count = view.dominant + view.contextual
         whole = (count >= view.valid.sum(1))[:, None]
         found = self.reduced(view, clips, torch.where(whole[:, 0], clips.placed.sum(1), count))
         kept = torch.where(whole, view.valid, found.kept)
-        selection = join_windows(kept, found.owner.masked_fill(whole, -1), found.weight, max(plan.entry for plan in view.plans), found.order)
+        selection = join_windows(
+            kept, found.owner.masked_fill(whole, -1), found.weight, max(plan.entry for plan in view.plans), found.order
+        )
         if found.notes is None:
             return selection
         notes = found.notes.float().masked_fill(whole, 0)  # a clip that stays whole is not always shown
@@ -126,7 +142,9 @@ class ScheduledVideoReducer(VideoReducer, DecoderReducer):
 
     def schedule_at_depth(self, depth: int) -> Schedule:
         """Scale the paper's stages to a decoder of ``depth`` layers; of two stages at one layer, the later one."""
-        return tuple({max(self.min_layer, layer * depth // self.layers): keep for layer, keep in self.paper_schedule}.items())
+        return tuple(
+            {max(self.min_layer, layer * depth // self.layers): keep for layer, keep in self.paper_schedule}.items()
+        )
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         given = self.keep is not None or (budget is None and self.schedule is not None)
@@ -138,7 +156,11 @@ class ScheduledVideoReducer(VideoReducer, DecoderReducer):
         if any(isinstance(kept, int) for _, kept in schedule):
             raise ValueError(f"{self.name}: with a budget give fractions in schedule= (0.0 to 1.0), got {schedule}")
         target = target_mean(budget, tokens)
-        return plan_keep_all(tokens, depth) if target >= tokens else plan_with_schedule(self, schedule, tokens, depth, target)
+        return (
+            plan_keep_all(tokens, depth)
+            if target >= tokens
+            else plan_with_schedule(self, schedule, tokens, depth, target)
+        )
 
     def with_paper_schedule(self: Self, depth: int, share: float | None = None) -> Self:
         return self if self.schedule is not None else replace(self, schedule=self.schedule_at_depth(depth))

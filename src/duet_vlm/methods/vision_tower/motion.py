@@ -30,7 +30,9 @@ class Motion(TowerReducer):
     """
 
     paper = "Ours: background subtraction by the median, in front of a vision tower"
-    summary = "only patches that differ from what a clip usually shows there go through the vision tower; images by contrast"
+    summary = (
+        "only patches that differ from what a clip usually shows there go through the vision tower; images by contrast"
+    )
     requires = frozenset({Input.PATCH_CONTRAST, Input.PIXELS})
 
     proportional_attention: bool = False
@@ -44,5 +46,7 @@ class Motion(TowerReducer):
                 continue
             pixels = view.require(Input.PIXELS)[first:end, :, 0].float()
             change = (pixels - pixels.median(0).values).abs().mean(-1)
-            scores[first:end] = 0.05 * scores[first:end] + change / change.amax().clamp(min=torch.finfo(torch.float32).tiny)
+            scores[first:end] = 0.05 * scores[first:end] + change / change.amax().clamp(
+                min=torch.finfo(torch.float32).tiny
+            )
         return top(scores, view.valid, view.num_keep)

@@ -55,7 +55,11 @@ class RLT(ThresholdReducer):
     def keep_patches(self, view: TowerView) -> Tensor:
         alone = upload([n < 0 for n in view.previous_picture], view.valid.device)
         alone = alone & ~upload([n in view.previous_picture for n in range(len(view.previous_picture))], alone.device)
-        return torch.where(alone[:, None], spaced_picks(view.valid, view.num_keep), super().keep_patches(view)) if view.host_num_keep else super().keep_patches(view)
+        return (
+            torch.where(alone[:, None], spaced_picks(view.valid, view.num_keep), super().keep_patches(view))
+            if view.host_num_keep
+            else super().keep_patches(view)
+        )
 
     def scores(self, view: TowerView) -> Tensor:
         pixels = view.require(Input.PIXELS)
@@ -69,5 +73,7 @@ class RLT(ThresholdReducer):
             if view.host_num_keep and view.previous_picture[before] < 0:
                 scores[before] = scores[picture]
             if not view.host_num_keep and self.against == "kept":
-                reference[picture] = torch.where((change > self.threshold)[:, None], reference[picture], reference[before])
+                reference[picture] = torch.where(
+                    (change > self.threshold)[:, None], reference[picture], reference[before]
+                )
         return scores

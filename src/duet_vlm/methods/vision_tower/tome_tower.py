@@ -87,7 +87,10 @@ class ToMeTower(TowerReducer):
     def keep_patches(self, view: TowerView) -> MergePairs:
         place = torch.arange(view.valid.shape[1], device=view.valid.device).expand(view.valid.shape)
         index, real = pack_right(view.valid, place.shape[1])
-        keys, there = nn.functional.pad(gather_rows(view.require(Input.BLOCK_KEYS), index), (0, 0, view.num_cls, 0)), nn.functional.pad(real, (view.num_cls, 0), value=True)
+        keys, there = (
+            nn.functional.pad(gather_rows(view.require(Input.BLOCK_KEYS), index), (0, 0, view.num_cls, 0)),
+            nn.functional.pad(real, (view.num_cls, 0), value=True),
+        )
         source, target = matched(keys, there, view.num_cls)
         leaves = torch.arange(source.shape[1], device=place.device) < (view.valid.sum(1) - view.num_keep)[:, None]
         everyone = torch.arange(keys.shape[1], device=place.device).expand(there.shape)

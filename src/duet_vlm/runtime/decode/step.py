@@ -63,7 +63,9 @@ class DecodePass:
         self.kinds = adapter.layer_types
         self.window = adapter.text_model.config.sliding_window if SLIDING in self.kinds else None
         # a window that reaches back to the first position hides nothing
-        self.windowed = self.window is not None and prompt_state.prompt_len + self.num_generated + self.num_new > self.window
+        self.windowed = (
+            self.window is not None and prompt_state.prompt_len + self.num_generated + self.num_new > self.window
+        )
         padded = any(group.padded for group in prompt_state.layer_groups)
         self.needs_no_mask = self.num_new == 1 and prompt_state.positions == "keep" and not self.windowed and not padded
         self.masks: dict[Any, Any] = {}
@@ -76,7 +78,9 @@ class DecodePass:
         if mask is None:
             return None
         if not isinstance(mask, Tensor) or mask.ndim != 2:
-            raise ValueError("decoding on a reduced cache takes a 2-D attention mask or none; prepared 4-D masks have the unreduced length")
+            raise ValueError(
+                "decoding on a reduced cache takes a 2-D attention mask or none; prepared 4-D masks have the unreduced length"
+            )
         expected = self.prompt_state.prompt_len + self.num_generated + self.num_new
         if mask.shape[1] != expected:
             raise ValueError(
@@ -117,7 +121,11 @@ class DecodePass:
             return torch.arange(self.num_new, device=self.device) + self.num_generated
         assert self.prompt_state.num_real_tokens is not None
         num_prompt_tokens = self._in_cache_order(self.prompt_state.num_real_tokens).to(self.device)
-        return self._repeat_for_batch(mask).to(self.device).long().cumsum(1)[:, -self.num_new :] - 1 - num_prompt_tokens[:, None]
+        return (
+            self._repeat_for_batch(mask).to(self.device).long().cumsum(1)[:, -self.num_new :]
+            - 1
+            - num_prompt_tokens[:, None]
+        )
 
     def _positions(self, group: LayerGroup) -> Tensor:
         """Position ids of the new tokens in the layers of ``group``."""
@@ -133,7 +141,8 @@ class DecodePass:
         if self.new_token_mask is None and not group.padded and self.static_capacity < 0:
             return None
         valid = self._in_cache_order(group.tokens.valid)
-        keys = group.width + self.num_generated + self.num_new  # fewer than in the prompt where rejected draft tokens were cut off
+        # fewer than in the prompt where rejected draft tokens were cut off
+        keys = group.width + self.num_generated + self.num_new
         if self.new_token_mask is None:
             new_tokens = valid.new_ones(self.batch, max(0, self.num_generated + self.num_new))
         else:
@@ -151,16 +160,25 @@ class DecodePass:
         if grows and (mask is None or (isinstance(given, Tensor) and given.ndim == 2)):
             return mask_2d
         kinds = given if isinstance(given, dict) else {FULL: given}
-        if grows and not self.reference_group.padded and all(prepared is None for prepared in kinds.values()):  # it hides nothing
+        # it hides nothing
+        if grows and not self.reference_group.padded and all(prepared is None for prepared in kinds.values()):
             return None
-        prepared = compat.decoder_mask(self.adapter.text_model.config, embeds, mask_2d, self.cache, self.adapter.first_attention)
-        return dict.fromkeys(kinds, prepared) if isinstance(given, dict) else prepared  # windowed layers get theirs in at_layer
+        prepared = compat.decoder_mask(
+            self.adapter.text_model.config, embeds, mask_2d, self.cache, self.adapter.first_attention
+        )
+        # windowed layers get theirs in at_layer
+        return dict.fromkeys(kinds, prepared) if isinstance(given, dict) else prepared
 
     def at_layer(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Set the mask of ``layer`` and, with renumbered positions, its rotary table."""
-        if self.needs_no_mask and kwargs.get("attention_mask") is None:  # the model found that the caller's mask hides nothing
+        # the model found that the caller's mask hides nothing
+        if self.needs_no_mask and kwargs.get("attention_mask") is None:
             return hidden
-        group, cached, kind = self.prompt_state.layer_group(index), self.prompt_state.cache_len(index), self.kinds[index]
+        group, cached, kind = (
+            self.prompt_state.layer_group(index),
+            self.prompt_state.cache_len(index),
+            self.kinds[index],
+        )
         if self.prompt_state.positions == "compact" and group is not self.prompt_state.layer_groups[0]:
             key = (group.first_layer, kind)
             if key not in self.rotaries:
@@ -170,7 +188,9 @@ class DecodePass:
         if kind != LINEAR and (windowed or cached is not self.reference_group):
             mask_key = (cached.first_layer, windowed)
             if mask_key not in self.masks:
-                self.masks[mask_key] = self._window_mask(cached, index, hidden) if windowed else self._mask(cached, index, hidden)
+                self.masks[mask_key] = (
+                    self._window_mask(cached, index, hidden) if windowed else self._mask(cached, index, hidden)
+                )
             kwargs["attention_mask"] = self.masks[mask_key]
         return hidden
 
@@ -178,7 +198,9 @@ class DecodePass:
         """The mask of a layer with full attention."""
         mask = self._mask_2d(group)
         one_query = mask is None and self.num_new == 1  # one query sees every key: no mask in any implementation
-        return None if one_query else compat.decoder_mask(self.adapter.text_model.config, hidden, mask, self.cache, index)
+        return (
+            None if one_query else compat.decoder_mask(self.adapter.text_model.config, hidden, mask, self.cache, index)
+        )
 
     def _window_mask(self, group: LayerGroup, index: int, hidden: Tensor) -> Any:
         """The mask of a sliding layer: windows count positions of the original prompt.
@@ -189,10 +211,16 @@ class DecodePass:
         if not compat.makes_masks(config):  # such kernels apply the window themselves
             return self._mask(group, index, hidden)
         rejected = max(0, -self.num_generated)  # draft tokens of the prompt that were cut off
-        new_positions = torch.arange(self.num_generated + rejected + self.num_new, device=hidden.device) + self.prompt_state.prompt_len - rejected
+        new_positions = (
+            torch.arange(self.num_generated + rejected + self.num_new, device=hidden.device)
+            + self.prompt_state.prompt_len
+            - rejected
+        )
         positions = self._in_cache_order(group.tokens.prompt_index)[:, : group.width - rejected]
         positions = torch.cat([positions, new_positions.expand(self.batch, -1)], 1)
         mask = self._mask_2d(group)
         mask = torch.ones_like(positions, dtype=torch.bool) if mask is None else mask
         assert self.window is not None
-        return compat.prepared_mask(config, hidden, masks.window(mask[:, -keys:], positions[:, -keys:], self.num_new, self.window))
+        return compat.prepared_mask(
+            config, hidden, masks.window(mask[:, -keys:], positions[:, -keys:], self.num_new, self.window)
+        )

@@ -33,7 +33,9 @@ class AttentionInterceptor(ABC):
         self.config = module.config
         mark = f"_{self.name}"
         if hasattr(self.config, mark):
-            raise ValueError("a reducer of another model uses this vision tower already (the models share it): detach that one first")
+            raise ValueError(
+                "a reducer of another model uses this vision tower already (the models share it): detach that one first"
+            )
         private = copy.copy(self.config)
         setattr(private, mark, self)
         for name in (self.name, self.name + FLASH):
@@ -50,7 +52,9 @@ class AttentionInterceptor(ABC):
         return None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError("this vision tower has a duet_vlm reducer attached and cannot be copied or pickled: detach() first, then copy")
+        raise TypeError(
+            "this vision tower has a duet_vlm reducer attached and cannot be copied or pickled: detach() first, then copy"
+        )
 
     @abstractmethod
     def on_attention(self, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> Any:
@@ -97,8 +101,11 @@ class SizeBias(AttentionInterceptor):
 def _intercepting(mark: str) -> compat.AttentionFunction:
     """The attention function that calls its interceptor and delegates to the original function."""
 
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        interceptor: AttentionInterceptor | None = getattr(module.config, mark, None)  # None: removed while this layer was running
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        # None: removed while this layer was running
+        interceptor: AttentionInterceptor | None = getattr(module.config, mark, None)
         if interceptor is not None:
             attention_mask = interceptor.on_attention(query, key, attention_mask, kwargs)
         implementation = (module if interceptor is None else interceptor).config._attn_implementation

@@ -22,7 +22,8 @@ from duet_vlm.runtime import compat
 from duet_vlm.runtime.context import EncodeContext, ForwardContext, PromptText, ThreadState
 from duet_vlm.runtime.masks import valid_tokens
 
-CLS_SIGNALS = {"importance": torch.finfo(torch.float32).max}  # signals of a CLS row before the tokens: it is kept before any other
+# signals of a CLS row before the tokens: it is kept before any other
+CLS_SIGNALS = {"importance": torch.finfo(torch.float32).max}
 NO_POSITION = -1
 
 Rows = dict[str, list[Tensor]]  # signal name -> one tensor per span
@@ -74,15 +75,26 @@ def find_signal_layers(adapter: Adapter, reducer: Any) -> SignalLayers:
     signals = reducer.requires & VISION_LAYER_INPUTS
     if not signals:
         return SignalLayers((), ())
-    attentions = tuple(tuple(adapter.vision_attentions(layer_number(adapter, layer))) for layer in reducer.signal_layers)
-    block_lists = [module for module in adapter.tower().modules() if isinstance(module, nn.ModuleList)] if Input.STATES in signals else []
-    blocks = tuple(tuple(_block_of(block_lists, attention) for attention in modules) if block_lists else () for modules in attentions)
+    attentions = tuple(
+        tuple(adapter.vision_attentions(layer_number(adapter, layer))) for layer in reducer.signal_layers
+    )
+    block_lists = (
+        [module for module in adapter.tower().modules() if isinstance(module, nn.ModuleList)]
+        if Input.STATES in signals
+        else []
+    )
+    blocks = tuple(
+        tuple(_block_of(block_lists, attention) for attention in modules) if block_lists else ()
+        for modules in attentions
+    )
     return SignalLayers(attentions if signals - {Input.STATES} else ((),) * len(blocks), blocks)
 
 
 def _block_of(block_lists: Iterable[nn.ModuleList], attention: nn.Module) -> nn.Module:
     """The layer that contains an attention module: the innermost one, where towers are in a list themselves."""
-    blocks = [block for stack in block_lists for block in stack if block is not attention and attention in block.modules()]
+    blocks = [
+        block for stack in block_lists for block in stack if block is not attention and attention in block.modules()
+    ]
     return blocks[-1]
 
 
@@ -130,7 +142,9 @@ def layer_views(context: EncodeContext, count: int, width: int) -> tuple[tuple[L
             raise RuntimeError("the vision attention was not recorded (changed after attach?): detach and attach again")
         padded = {name: pad_rows(rows)[0] for name, rows in context.signals[number].items()}
         flags += map(compat.finite, padded.values())
-        views.append(LayerView(**{name: _add_cls_row(rows, width, CLS_SIGNALS.get(name, 1.0)) for name, rows in padded.items()}))
+        views.append(
+            LayerView(**{name: _add_cls_row(rows, width, CLS_SIGNALS.get(name, 1.0)) for name, rows in padded.items()})
+        )
     return tuple(views), torch.stack(flags).all()
 
 
@@ -139,12 +153,21 @@ def _add_cls_row(rows: Tensor, width: int, value: float) -> Tensor:
     return rows if rows.shape[1] >= width else nn.functional.pad(rows, (*[0] * (2 * rows.ndim - 4), 1, 0), value=value)
 
 
-def grid_of(adapter: Adapter, encoding: EncoderCall, counts: list[int], width: int, device: torch.device) -> dict[str, Tensor]:
+def grid_of(
+    adapter: Adapter, encoding: EncoderCall, counts: list[int], width: int, device: torch.device
+) -> dict[str, Tensor]:
     """``coords``, ``grid_size`` and ``crop_grid`` of a view of ``width`` rows."""
-    coords = [nn.functional.pad(rows, (0, 0, width - max(counts), 0), value=NO_POSITION) for rows in adapter.token_coords(encoding, counts)]
+    coords = [
+        nn.functional.pad(rows, (0, 0, width - max(counts), 0), value=NO_POSITION)
+        for rows in adapter.token_coords(encoding, counts)
+    ]
     sizes = [adapter.grid_sizes(encoding, counts), adapter.crop_grids(encoding, counts)]
     grid_size, crop_grid = upload(sizes, device)
-    return {"coords": upload(pad_sequence(coords, batch_first=True, padding_value=NO_POSITION), device), "grid_size": grid_size, "crop_grid": crop_grid}
+    return {
+        "coords": upload(pad_sequence(coords, batch_first=True, padding_value=NO_POSITION), device),
+        "grid_size": grid_size,
+        "crop_grid": crop_grid,
+    }
 
 
 @dataclass(frozen=True)
@@ -182,7 +205,8 @@ class QuestionTextEncoder:
     tokenizer: Any = None
 
     def text_similarity(self, states: Tensor, question: QuestionRows, family: str) -> dict[str, Tensor]:
-        """``text_similarity`` and ``text_similarity_valid`` of a view, from rows of the vision tower [B, N, C]. Copies the ids to the host.
+        """``text_similarity`` and ``text_similarity_valid`` of a view, from rows of the vision tower [B, N, C]. Copies
+        the ids to the host.
 
         Raises
         ------
@@ -190,11 +214,19 @@ class QuestionTextEncoder:
             A prompt that was passed as embeddings: its text is not known.
         """
         if question.input_ids is None:
-            raise ValueError(f"{family}: text_tower reads the words of the prompt, and this one came as inputs_embeds: pass input_ids instead")
+            raise ValueError(
+                f"{family}: text_tower reads the words of the prompt, and this one came as inputs_embeds: pass input_ids instead"
+            )
         ids, is_query = question.input_ids.cpu(), question.rows.cpu()
-        texts = [self.tokenizer.decode(row[selected].tolist(), skip_special_tokens=True) for row, selected in zip(ids, is_query, strict=True)]
+        texts = [
+            self.tokenizer.decode(row[selected].tolist(), skip_special_tokens=True)
+            for row, selected in zip(ids, is_query, strict=True)
+        ]
         rows, valid = (x.to(states.device)[question.sample] for x in self.text_tower.texts(texts))
-        return {"text_similarity": self.text_tower.tokens(states) @ rows.transpose(1, 2), "text_similarity_valid": valid}
+        return {
+            "text_similarity": self.text_tower.tokens(states) @ rows.transpose(1, 2),
+            "text_similarity_valid": valid,
+        }
 
 
 def find_question(
@@ -218,20 +250,30 @@ def find_question(
     if rows is None:
         rows = adapter.base.get_input_embeddings()(prompt.input_ids)
     valid = valid_tokens(prompt.attention_mask, rows)
-    placeholders = {name: positions.to(valid.device) for name, positions in adapter.placeholders(prompt.input_ids, prompt.input_embeds).items()}
+    placeholders = {
+        name: positions.to(valid.device)
+        for name, positions in adapter.placeholders(prompt.input_ids, prompt.input_embeds).items()
+    }
     visual = torch.stack(list(placeholders.values())).any(0)
     is_query = query_rows("all", visual, valid, prompt.labels)
     any_text = valid & ~visual if prompt.labels is None else valid & ~visual & (prompt.labels.to(valid.device) == -100)
     is_query = torch.where(is_query.any(1, keepdim=True), is_query, any_text)
     span_ends, placeholder_ends = upload(counts, valid.device).cumsum(0), placeholders[modality].sum(1).cumsum(0)
     sample = torch.searchsorted(placeholder_ends, span_ends).clamp(max=len(placeholder_ends) - 1)
-    max_length = is_query.shape[1] - (sum(counts) if len(is_query) == 1 else 0)  # a question is not padded to the length of a clip
+    # a question is not padded to the length of a clip
+    max_length = is_query.shape[1] - (sum(counts) if len(is_query) == 1 else 0)
     index, index_valid = pack_right(is_query, max(1, max_length))
-    return QuestionRows(QuestionView(gather_rows(rows if needs_grad else rows.detach(), index), index_valid), is_query, prompt.input_ids, sample)
+    return QuestionRows(
+        QuestionView(gather_rows(rows if needs_grad else rows.detach(), index), index_valid),
+        is_query,
+        prompt.input_ids,
+        sample,
+    )
 
 
 def question_state(adapter: Adapter, question: QuestionRows, state: ThreadState) -> Tensor:
-    """The decoder's last hidden state of each span's question alone [B, D]. Copies the longest question's length to the host.
+    """The decoder's last hidden state of each span's question alone [B, D]. Copies the longest question's length to the
+    host.
 
     The question is padded on the right, which a causal decoder does not attend to. A gradient flows through it where
     the call has one.
@@ -295,5 +337,7 @@ def in_float32(module: nn.Module) -> Callable[..., Tensor]:
     if not all(weight.is_floating_point() for weight in module.parameters()):
         dtype = next((weight.dtype for weight in weights.values() if weight.is_floating_point()), torch.float32)
         return lambda rows, *args, **kwargs: module.forward(rows.to(dtype), *args, **kwargs).float()
-    float_weights = {f"module.{name}": weight.detach().float() for name, weight in weights.items() if weight.is_floating_point()}
+    float_weights = {
+        f"module.{name}": weight.detach().float() for name, weight in weights.items() if weight.is_floating_point()
+    }
     return lambda *args, **kwargs: functional_call(_WithoutHooks(module), float_weights, args, kwargs)

@@ -1,4 +1,5 @@
-"""The encoder stage (V2V): reduce the tokens of each span between vision tower and decoder, at unchanged feature counts.
+"""The encoder stage (V2V): reduce the tokens of each span between vision tower and decoder, at unchanged feature
+counts.
 
 Reduced spans keep their length: dropped tokens are marked with NaN, so the model's own checks, packing, position code
 and beam expansion keep working; the marked rows are removed where the decoder begins. Users who call the encoder
@@ -30,7 +31,15 @@ from duet_vlm.reducers.encoder_view import LayerView
 from duet_vlm.reducers.inputs import FEATURE_INPUTS, QUESTION_INPUTS, VISION_LAYER_INPUTS, Input
 from duet_vlm.runtime import compat
 from duet_vlm.runtime.active_config import ActiveConfig
-from duet_vlm.runtime.context import ENCODED, EncodeContext, EncodedFeatures, PromptText, ReceivedFeatures, SpanSelection, ThreadState
+from duet_vlm.runtime.context import (
+    ENCODED,
+    EncodeContext,
+    EncodedFeatures,
+    PromptText,
+    ReceivedFeatures,
+    SpanSelection,
+    ThreadState,
+)
 from duet_vlm.runtime.encode.build_view import (
     QuestionTextEncoder,
     SignalLayers,
@@ -47,9 +56,6 @@ from duet_vlm.runtime.marks import MARK
 from duet_vlm.runtime.validation import check_finite
 
 Features = Callable[[], Tensor | None]
-
-
-
 
 
 class EncoderHooks:
@@ -108,7 +114,9 @@ class EncoderHooks:
                 if not context.standalone and isinstance(pixels, Tensor):
                     chunk_plan = self.chunks.plan_chunks(self.adapter, config.reducer, context.encoding, pixels)
                     if chunk_plan is not None:
-                        return self._encode_in_chunks(functools.partial(_call_bound, encode, signature), modality, context, chunk_plan)
+                        return self._encode_in_chunks(
+                            functools.partial(_call_bound, encode, signature), modality, context, chunk_plan
+                        )
                 stock_output = encode(*args, **kwargs) if context.run_stock_too else None
                 self.state.encode_contexts.append(context)
                 try:
@@ -120,11 +128,15 @@ class EncoderHooks:
 
         return encode_and_reduce
 
-    def _encode_in_chunks(self, encode: Callable[[dict[str, Any]], Any], modality: Modality, context: EncodeContext, chunk_plan: ChunkPlan) -> Any:
+    def _encode_in_chunks(
+        self, encode: Callable[[dict[str, Any]], Any], modality: Modality, context: EncodeContext, chunk_plan: ChunkPlan
+    ) -> Any:
         """The output of an encoder call for videos, chunk by chunk."""
         chunked = ChunkedFeatures(chunk_plan)
         for chunk in chunk_plan.chunks:
-            chunk_context = self._new_context(modality, self.adapter.slice_frames(context.encoding, chunk.video, chunk.steps), context.config)
+            chunk_context = self._new_context(
+                modality, self.adapter.slice_frames(context.encoding, chunk.video, chunk.steps), context.config
+            )
             chunk_context.is_chunk = True
             self.state.encode_contexts.append(chunk_context)
             try:
@@ -152,7 +164,10 @@ class EncoderHooks:
         assert projector is not None
         merged = self._select_and_merge(context, features, features)
         if merged is None:
-            return [chunk_plan.reused_steps(video, projector.forward(chunk_plan.encoded_steps(video, rows)[None])[0]) for video, rows in enumerate(features)]
+            return [
+                chunk_plan.reused_steps(video, projector.forward(chunk_plan.encoded_steps(video, rows)[None])[0])
+                for video, rows in enumerate(features)
+            ]
         assert context.pending_features is not None
         return list(_expand_marked(projector.forward(merged), context.pending_features, features.shape[1]))
 
@@ -211,7 +226,12 @@ class EncoderHooks:
         Training runs the whole tower: sharding and gradients need every layer.
         """
         reduces = isinstance(reducer, EncoderReducer | DecoderReducer)
-        return self.skips_unused_layers and reduces and not torch.is_grad_enabled() and self.adapter.uses_default_layers(encoding)
+        return (
+            self.skips_unused_layers
+            and reduces
+            and not torch.is_grad_enabled()
+            and self.adapter.uses_default_layers(encoding)
+        )
 
     def skippable(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """The forward of a tower layer whose output is unused: it is skipped where the call allows it."""
@@ -224,7 +244,8 @@ class EncoderHooks:
         return pass_on
 
     def after_attention(self, attention: nn.Module, args: Any, output: Any) -> None:
-        """Post-hook of a recorded attention: make signals of its queries and keys, and select tokens if nothing else is needed.
+        """Post-hook of a recorded attention: make signals of its queries and keys, and select tokens if nothing else is
+        needed.
 
         The selection is made here so that recorded tensors are freed before the MLP of the layer needs memory.
         """
@@ -234,14 +255,24 @@ class EncoderHooks:
             return
         reducer, layer_numbers = context.config.reducer, self.signal_layers.numbers_of(attention)
         if context.selection is not None or context.captured_layers & set(layer_numbers):
-            raise RuntimeError("the vision tower ran twice in one encoder call: it is not known which of its attentions ranks the tokens")
+            raise RuntimeError(
+                "the vision tower ran twice in one encoder call: it is not known which of its attentions ranks the tokens"
+            )
         context.captured_layers |= set(layer_numbers)
         if self._may_merge(context, sum(qk.key.shape[0] * qk.key.shape[2] for qk in recorded)):
             with torch.no_grad(), compat.without_autocast(recorded[0].key):
-                recorded = recorded if context.tower_state is None or context.standalone else context.tower_state.record_attention(recorded)
+                recorded = (
+                    recorded
+                    if context.tower_state is None or context.standalone
+                    else context.tower_state.record_attention(recorded)
+                )
                 layer_signals = layer_view(self.adapter, recorded, context.encoding, reducer)
             context.signals |= {number: context.signals.get(number, {}) | layer_signals for number in layer_numbers}
-            if len(context.captured_layers) == len(self.signal_layers.attentions) and _needs_attention_only(reducer) and not context.is_chunk:
+            if (
+                len(context.captured_layers) == len(self.signal_layers.attentions)
+                and _needs_attention_only(reducer)
+                and not context.is_chunk
+            ):
                 counts = [len(rows) + self.adapter.feeds_cls for rows in next(iter(layer_signals.values()))]
                 context.selection, context.signals = self._select(context, counts, lambda: None), {}
 
@@ -252,12 +283,17 @@ class EncoderHooks:
             return
         rows = output[0] if isinstance(output, tuple) else output
         layer_numbers = self.signal_layers.numbers_of(block)
-        if context.needs_grad and not torch.is_grad_enabled() and any(weight.requires_grad for weight in self.adapter.tower().parameters()):
+        if (
+            context.needs_grad
+            and not torch.is_grad_enabled()
+            and any(weight.requires_grad for weight in self.adapter.tower().parameters())
+        ):
             raise ValueError(
                 f"{context.config.reducer.name} uses layers of the vision tower, whose gradient re-entrant checkpointing "
                 "loses: pass gradient_checkpointing_kwargs={'use_reentrant': False}, or freeze the tower"
             )
-        if rows.requires_grad and context.needs_grad:  # used after the tower: a checkpointed block must not save more than its second run does
+        # used after the tower: a checkpointed block must not save more than its second run does
+        if rows.requires_grad and context.needs_grad:
             context.block_outputs |= dict.fromkeys(layer_numbers, rows)
         else:
             with torch.no_grad():
@@ -278,7 +314,9 @@ class EncoderHooks:
         if context.tower_state is not None or context.is_chunk:
             return True
         try:
-            return context.config.plan_span((rows,), max(self.adapter.num_separator_rows(context.encoding, 1)), context.per_crop).merges
+            return context.config.plan_span(
+                (rows,), max(self.adapter.num_separator_rows(context.encoding, 1)), context.per_crop
+            ).merges
         except ValueError:  # this many rows cannot be reduced so far (or not at all by these settings), fewer may
             return True
 
@@ -300,7 +338,11 @@ class EncoderHooks:
     def before_projector(self, projector: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Pre-hook of the projector: features [B, N, C] -> surviving rows [B, K, C]."""
         context = self.state.encode_contexts[-1] if self.state.encode_contexts else None
-        if context is None or not isinstance(context.config.reducer, EncoderReducer) or Input.PROJECTED_FEATURES in context.config.reducer.requires:
+        if (
+            context is None
+            or not isinstance(context.config.reducer, EncoderReducer)
+            or Input.PROJECTED_FEATURES in context.config.reducer.requires
+        ):
             return None
         reducer = context.config.reducer
         pictures_per_span = self.adapter.projected_together(context.encoding)
@@ -317,7 +359,8 @@ class EncoderHooks:
         return None if merged is None else (merged, *args[1:])
 
     def _select_and_merge(self, context: EncodeContext, spans: Tensor, features: Tensor) -> Tensor | None:
-        """Tokens kept of ``spans`` [B, N, C], selected among ``features`` (with a CLS row first if the method counts it): [B, K, C]; None: all."""
+        """Tokens kept of ``spans`` [B, N, C], selected among ``features`` (with a CLS row first if the method counts
+        it): [B, K, C]; None: all."""
         reducer = context.config.reducer
         assert isinstance(reducer, EncoderReducer)
         span_selection = self._selection(context, [spans.shape[1]] * spans.shape[0], lambda: features)
@@ -350,10 +393,16 @@ class EncoderHooks:
             return None
         width = context.pending_features.plans[0].tokens
         if context.merged_rows is not None:
-            context.pending_features.reduced_rows = list(_expand_marked(projector.forward(context.merged_rows), context.pending_features, width))
+            context.pending_features.reduced_rows = list(
+                _expand_marked(projector.forward(context.merged_rows), context.pending_features, width)
+            )
             return None
         pictures_per_span = self.adapter.projected_together(context.encoding)
-        return _expand_marked(projected, context.pending_features, width).unflatten(1, (pictures_per_span, -1)).flatten(0, 1)
+        return (
+            _expand_marked(projected, context.pending_features, width)
+            .unflatten(1, (pictures_per_span, -1))
+            .flatten(0, 1)
+        )
 
     # ---- grid merger, or a method that uses projected features: after the call
 
@@ -363,10 +412,14 @@ class EncoderHooks:
         ``rows`` of the spans, where they are not in it.
         """
         if not hasattr(output, "pooler_output"):
-            raise TypeError(f"{self.adapter.family}: the encoder returned {type(output).__name__}; call it with return_dict=True or detach")
+            raise TypeError(
+                f"{self.adapter.family}: the encoder returned {type(output).__name__}; call it with return_dict=True or detach"
+            )
         rows = self.adapter.spans(output, context.encoding) if rows is None else rows
         counts = [len(span_rows) for span_rows in rows]
-        encoded = context.pending_features or self._reduce_after_encoder(rows, getattr(output, "deepstack_features", None), context)
+        encoded = context.pending_features or self._reduce_after_encoder(
+            rows, getattr(output, "deepstack_features", None), context
+        )
         encoded.rows = rows
         encoded.grids = self.adapter.grids(context.encoding, counts)
         encoded.tokens_per_crop = tuple(self.adapter.tokens_per_crop(context.encoding, counts))
@@ -375,12 +428,16 @@ class EncoderHooks:
         encoded.projected_rows = tuple(self.adapter.projected_rows(context.encoding, counts))
         encoded.skipped_layers = context.skips_unused_layers
         if encoded.finite is None:
-            encoded.finite = compat.finite(torch.stack([span_rows.detach().sum(dtype=torch.float32) for span_rows in rows]))
+            encoded.finite = compat.finite(
+                torch.stack([span_rows.detach().sum(dtype=torch.float32) for span_rows in rows])
+            )
         setattr(output, ENCODED, encoded)
         if not context.standalone:
             publish_features(output, encoded)
             if self.state.forward_contexts:  # inside forward: for the decoder of this call
-                self.state.forward_contexts[-1].received[context.encoding.stream] = ReceivedFeatures(encoded.rows, encoded)
+                self.state.forward_contexts[-1].received[context.encoding.stream] = ReceivedFeatures(
+                    encoded.rows, encoded
+                )
         return output
 
     def _reduce_after_encoder(self, rows: list[Tensor], levels: Any, context: EncodeContext) -> EncodedFeatures:
@@ -389,14 +446,24 @@ class EncoderHooks:
         ``levels`` are deepstack features that decoder layers add to the same tokens.
         """
         span_selection = self._selection(context, [len(span_rows) for span_rows in rows], lambda: pad_rows(rows)[0])
-        encoded = EncodedFeatures(context.encoding.stream, rows, (), span_selection.plans, context.config, span_selection.selection, sizes=span_selection.sizes)
+        encoded = EncodedFeatures(
+            context.encoding.stream,
+            rows,
+            (),
+            span_selection.plans,
+            context.config,
+            span_selection.selection,
+            sizes=span_selection.sizes,
+        )
         if span_selection.selection is not None:
             encoded.slots = slots_of(span_selection.selection, context.config.reducer)
             encoded.invalid_code = span_selection.invalid_code
             encoded.tower_survivors = span_selection.tower_survivors
             encoded.last_rows = torch.stack([row[-1] for row in rows])
             features, _ = pad_rows(rows)
-            encoded.reduced_rows = _unpad(_expand_marked(_merge(features, span_selection.selection), encoded, features.shape[1]), rows)
+            encoded.reduced_rows = _unpad(
+                _expand_marked(_merge(features, span_selection.selection), encoded, features.shape[1]), rows
+            )
             encoded.deepstack_rows = [type(level)(_expand_unmarked(list(level), encoded)) for level in levels or ()]
         return encoded
 
@@ -423,7 +490,13 @@ class EncoderHooks:
         """
         reducer = context.config.reducer
         parts = self.adapter.parts(context.encoding, counts)
-        plans = plan_spans(context.config.plan_span, parts, context.per_crop, self._tower_counts(context, parts), self.adapter.num_cls_rows(context.encoding))
+        plans = plan_spans(
+            context.config.plan_span,
+            parts,
+            context.per_crop,
+            self._tower_counts(context, parts),
+            self.adapter.num_cls_rows(context.encoding),
+        )
         sizes = tuple(part_sizes(rows)[0] for rows in parts)
         if not isinstance(reducer, EncoderReducer) or not any(plan.merges for plan in plans):
             return SpanSelection(plans, sizes=sizes)
@@ -440,7 +513,15 @@ class EncoderHooks:
         with torch.set_grad_enabled(context.needs_grad), compat.without_autocast(any_input):
             further_inputs = self._further_inputs(context, counts, width, any_input.device, layers)
             selection, invalid_code, selectable = select_tokens(
-                reducer, plans, parts, layers, rows, modality=context.encoding.stream, per_crop=context.per_crop, tower_survivors=survivors, further_inputs=further_inputs
+                reducer,
+                plans,
+                parts,
+                layers,
+                rows,
+                modality=context.encoding.stream,
+                per_crop=context.per_crop,
+                tower_survivors=survivors,
+                further_inputs=further_inputs,
             )
         if context.tower_state is not None:
             invalid_code = torch.maximum(invalid_code, context.tower_state.invalid_code.to(invalid_code.device))
@@ -448,8 +529,14 @@ class EncoderHooks:
 
     def _tower_survivors(self, context: EncodeContext, width: int) -> Tensor:
         """[B, N] bool: the tokens that went through a reduced tower."""
-        survivors, _ = pad_rows([rows[:, 0] > 0.5 for rows in self.adapter.patches_to_tokens(context.tower_state.survivors(), context.encoding)])
-        return nn.functional.pad(survivors, (width - survivors.shape[1], 0), value=True)  # a CLS row before the tokens is always kept
+        survivors, _ = pad_rows(
+            [
+                rows[:, 0] > 0.5
+                for rows in self.adapter.patches_to_tokens(context.tower_state.survivors(), context.encoding)
+            ]
+        )
+        # a CLS row before the tokens is always kept
+        return nn.functional.pad(survivors, (width - survivors.shape[1], 0), value=True)
 
     def _layer_views(self, context: EncodeContext, width: int) -> tuple[LayerView, ...]:
         """Signals of all signal layers, padded to ``width`` rows."""
@@ -460,7 +547,9 @@ class EncoderHooks:
         check_finite(finite, "the vision attention scores")
         return views
 
-    def _further_inputs(self, context: EncodeContext, counts: list[int], width: int, device: torch.device, layers: tuple[LayerView, ...]) -> dict[str, Any]:
+    def _further_inputs(
+        self, context: EncodeContext, counts: list[int], width: int, device: torch.device, layers: tuple[LayerView, ...]
+    ) -> dict[str, Any]:
         """The further inputs that the method declares beside layers and features, by their name in ``EncoderView``."""
         reducer = context.config.reducer
         assert isinstance(reducer, EncoderReducer)
@@ -468,7 +557,9 @@ class EncoderHooks:
         if Input.GRID in reducer.requires:
             inputs |= grid_of(self.adapter, context.encoding, counts, width, device)
         if reducer.requires & QUESTION_INPUTS:
-            question = find_question(self.adapter, context.prompt, context.encoding.stream, counts, reducer.name, context.needs_grad)
+            question = find_question(
+                self.adapter, context.prompt, context.encoding.stream, counts, reducer.name, context.needs_grad
+            )
             inputs["question"] = question.question
             if Input.QUESTION_STATE in reducer.requires:
                 inputs["question_state"] = question_state(self.adapter, question, self.state)
@@ -489,7 +580,11 @@ def _needs_attention_only(reducer: EncoderReducer) -> bool:
 def _call_bound(encode: Callable[..., Any], signature: inspect.Signature, arguments: dict[str, Any]) -> Any:
     """Call ``encode`` with bound arguments, by name: its wrappers add defaults by name, too."""
     by_name = dict(arguments)
-    var_keywords = [by_name.pop(name, {}) for name, parameter in signature.parameters.items() if parameter.kind is parameter.VAR_KEYWORD]
+    var_keywords = [
+        by_name.pop(name, {})
+        for name, parameter in signature.parameters.items()
+        if parameter.kind is parameter.VAR_KEYWORD
+    ]
     return encode(**by_name, **(var_keywords[0] if var_keywords else {}))
 
 
@@ -513,7 +608,8 @@ def _expand_marked(rows: Tensor, encoded: EncodedFeatures, width: int) -> Tensor
 
 
 def _expand_unmarked(rows: list[Tensor], encoded: EncodedFeatures) -> list[Tensor]:
-    """Deepstack features [n, D] with merged rows at their positions; dropped rows are never used, so they stay unchanged.
+    """Deepstack features [n, D] with merged rows at their positions; dropped rows are never used, so they stay
+    unchanged.
 
     Rows that a trainable module made belong to the first level only; later levels are merged by weight.
     """
@@ -530,7 +626,8 @@ def _merge(features: Tensor, selection: Selection) -> Tensor:
 
 
 def _write_at_positions(rows: Tensor, encoded: EncodedFeatures, target: Tensor) -> Tensor:
-    """Write ``rows`` [B, K, D] at their positions of ``target`` [B, N + 1, D], padding at its last one; return the first N, [B, N, D]."""
+    """Write ``rows`` [B, K, D] at their positions of ``target`` [B, N + 1, D], padding at its last one; return the
+    first N, [B, N, D]."""
     selection, slots = encoded.selection, encoded.slots
     assert selection is not None and slots is not None
     width = target.shape[1] - 1
@@ -548,5 +645,3 @@ def _recorded_cls(context: EncodeContext, adapter: Adapter) -> Tensor:
         adapter.cls_module()
         raise RuntimeError("the CLS row was not recorded; detach and attach again")
     return context.cls_row
-
-

@@ -60,21 +60,37 @@ def collect_features(context: ForwardContext, outputs: dict[str, Any] | None) ->
     """
     for name, output in (outputs or {}).items():
         encoded = getattr(output, ENCODED, None)
-        if encoded is not None and encoded.reduced_rows is None and (context.config is not None or encoded.selection is not None):
+        if (
+            encoded is not None
+            and encoded.reduced_rows is None
+            and (context.config is not None or encoded.selection is not None)
+        ):
             context.received[name] = ReceivedFeatures(list(output.pooler_output), encoded)
 
 
 def collect_inputs(adapter: Adapter, context: ForwardContext, arguments: dict[str, Any]) -> None:
-    """Store the inputs of a forward of the multimodal model in ``context``; a call that reduces refuses unsupported ones."""
+    """Store the inputs of a forward of the multimodal model in ``context``; a call that reduces refuses unsupported
+    ones."""
     ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
     outputs = arguments.get(OUTPUTS) or {}
     modalities = {modality.name for modality in adapter.modalities}
     active = context.config is not None
     for name, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
         if active and name not in modalities and (arguments.get(pixels) is not None or outputs.get(name) is not None):
-            raise ValueError(f"{adapter.family}: {name} inputs are not supported yet: use handle.paused() for this call, or detach")
-    brings_images = any(arguments.get(modality.pixels) is not None or outputs.get(modality.name) is not None for modality in adapter.modalities)
-    if active and ids is None and embeds is not None and not brings_images and _is_prompt(arguments.get("past_key_values")):
+            raise ValueError(
+                f"{adapter.family}: {name} inputs are not supported yet: use handle.paused() for this call, or detach"
+            )
+    brings_images = any(
+        arguments.get(modality.pixels) is not None or outputs.get(modality.name) is not None
+        for modality in adapter.modalities
+    )
+    if (
+        active
+        and ids is None
+        and embeds is not None
+        and not brings_images
+        and _is_prompt(arguments.get("past_key_values"))
+    ):
         raise ValueError(
             "inputs_embeds without input_ids and without images: visual rows merged by the caller cannot be told from text. Pass "
             "input_ids and pixel_values (or inputs_embeds and pixel_values), or use handle.paused()"
@@ -86,7 +102,9 @@ def collect_inputs(adapter: Adapter, context: ForwardContext, arguments: dict[st
     decodes = ids is not None and ids.shape[1] == 1 and not brings_images
     if not decodes and (ids is not None or embeds is not None):
         context.placeholders = adapter.placeholders(ids, embeds)
-    collect_features(context, {name: output for name, output in outputs.items() if name in modalities - context.received.keys()})
+    collect_features(
+        context, {name: output for name, output in outputs.items() if name in modalities - context.received.keys()}
+    )
     for name in modalities & outputs.keys() - context.received.keys():
         if context.config is not None and outputs[name] is not None:
             context.received[name] = _encoded_elsewhere(name, list(outputs[name].pooler_output), context.config)
@@ -130,7 +148,8 @@ def without_marks(output: Any) -> Any:
 
 
 def _zeroed(features: Any) -> Any:
-    """Features in any form a family returns them: a tensor, several, or the encoder's own output (which generate() uses again)."""
+    """Features in any form a family returns them: a tensor, several, or the encoder's own output (which generate() uses
+    again)."""
     if isinstance(features, Tensor):
         return features.masked_fill(is_marked(features)[..., None], 0)
     if isinstance(features, list | tuple):

@@ -24,13 +24,15 @@ def select_per_crop(reducer: EncoderReducer, view: EncoderView, parts: list[Tens
     """
     rows_of_parts, plans = _rows_and_plans(view.plans, parts)
     device = view.valid.device
-    rows = upload(pad_sequence(rows_of_parts, batch_first=True, padding_value=-1), device)  # [B * P, M] rows of each part within its span
+    # [B * P, M] rows of each part within its span
+    rows = upload(pad_sequence(rows_of_parts, batch_first=True, padding_value=-1), device)
     valid, index = rows >= 0, rows.clamp(min=0)
     num_parts = len(rows_of_parts) // len(parts)
     span_of_part = torch.arange(len(index), device=device)[:, None] // num_parts
 
     def of_parts(x: Tensor) -> Tensor:
-        return x[span_of_part.expand_as(index), index]  # spans are not repeated for their parts, of which a video has many
+        # spans are not repeated for their parts, of which a video has many
+        return x[span_of_part.expand_as(index), index]
 
     gathered = view.select_rows(of_parts, lambda x: x.repeat_interleave(num_parts, 0))
     part_view = dataclasses.replace(
@@ -54,9 +56,13 @@ def _rows_and_plans(plans: tuple[SpanPlan, ...], parts: list[Tensor]) -> tuple[l
     for plan, numbers in zip(plans, parts, strict=True):
         counts = plan.parts or ((plan.dominant, plan.contextual),)
         rows = numbers.numpy()
-        part_rows = [np.flatnonzero(rows == part) for part in range(len(counts))] if plan.parts else [np.arange(len(rows))]
+        part_rows = (
+            [np.flatnonzero(rows == part) for part in range(len(counts))] if plan.parts else [np.arange(len(rows))]
+        )
         missing = num_parts - len(part_rows)
-        rows_of_parts += [torch.from_numpy(part) for part in part_rows] + [torch.zeros(0, dtype=torch.long, device="cpu")] * missing
+        rows_of_parts += [torch.from_numpy(part) for part in part_rows] + [
+            torch.zeros(0, dtype=torch.long, device="cpu")
+        ] * missing
         for part, (dominant, contextual) in zip(part_rows, counts, strict=True):
             plans_of_parts.append(SpanPlan(len(part), dominant, contextual, ()))
         plans_of_parts += [SpanPlan(0, 0, 0, ())] * missing
@@ -73,7 +79,9 @@ def _join_parts(selection: Selection, rows_of_parts: Tensor, num_parts: int) -> 
         return x.unflatten(0, (-1, num_parts)).flatten(1, 2)
 
     index, source_tokens = rows_of_parts.gather(1, selection.index), rows_of_parts.gather(1, selection.source_tokens)
-    weights, tags, custom_rows = (None if x is None else of_spans(x) for x in (selection.weights, selection.tags, selection.custom_rows))
+    weights, tags, custom_rows = (
+        None if x is None else of_spans(x) for x in (selection.weights, selection.tags, selection.custom_rows)
+    )
     return Selection(
         of_spans(index),
         of_spans(selection.valid),
@@ -91,4 +99,6 @@ def with_structure(selection: Selection, structure: Tensor, plans: tuple[SpanPla
     kept = structure & upload([plan.structure > 0 for plan in plans], structure.device)[:, None]
     index, valid = pack_right(kept, max(plan.structure for plan in plans))
     tags = None if selection.tags is None else torch.nn.functional.pad(selection.tags, (0, index.shape[1]))
-    return dataclasses.replace(selection, index=torch.cat([selection.index, index], 1), valid=torch.cat([selection.valid, valid], 1), tags=tags)
+    return dataclasses.replace(
+        selection, index=torch.cat([selection.index, index], 1), valid=torch.cat([selection.valid, valid], 1), tags=tags
+    )

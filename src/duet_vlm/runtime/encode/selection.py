@@ -36,7 +36,11 @@ def reduces_per_crop(reducer: Reducer, family_default: bool) -> bool:
 
 
 def plan_spans(
-    solve: Callable[..., SpanPlan], parts: Sequence[Tensor], per_crop: bool, num_survivors: Sequence[Sequence[int] | None] | None = None, num_cls: int = 0
+    solve: Callable[..., SpanPlan],
+    parts: Sequence[Tensor],
+    per_crop: bool,
+    num_survivors: Sequence[Sequence[int] | None] | None = None,
+    num_cls: int = 0,
 ) -> tuple[SpanPlan, ...]:
     """The plan of each span.
 
@@ -152,7 +156,8 @@ def select_tokens(
 
 
 def slots_of(selection: Selection, reducer: Reducer) -> Tensor:
-    """Position within the span of each selected token [B, K]: its own (keep), or the first ones in the method's order (compact)."""
+    """Position within the span of each selected token [B, K]: its own (keep), or the first ones in the method's order
+    (compact)."""
     if reducer.positions == "keep":
         return selection.index
     return torch.where(selection.valid, selection.valid.cumsum(1) - 1, 0)

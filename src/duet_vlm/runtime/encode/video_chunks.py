@@ -54,9 +54,13 @@ class ChunkConfig:
         """
         if self.chunk_frames is None and self.still_frames is None:
             return
-        if self.chunk_frames is not None and (isinstance(self.chunk_frames, bool) or not isinstance(self.chunk_frames, int)):
+        if self.chunk_frames is not None and (
+            isinstance(self.chunk_frames, bool) or not isinstance(self.chunk_frames, int)
+        ):
             raise TypeError(f"chunk_frames={self.chunk_frames!r}: a number of frames (int), or None")
-        if self.still_frames is not None and (isinstance(self.still_frames, bool) or not isinstance(self.still_frames, int | float)):
+        if self.still_frames is not None and (
+            isinstance(self.still_frames, bool) or not isinstance(self.still_frames, int | float)
+        ):
             raise TypeError(f"still_frames={self.still_frames!r}: a difference of pixel values (float), or None")
         frames_per_step = adapter.temporal_patch_size()
         if self.chunk_frames is not None and (self.chunk_frames < 1 or self.chunk_frames % frames_per_step):
@@ -64,13 +68,17 @@ class ChunkConfig:
                 f"chunk_frames={self.chunk_frames}: {adapter.family} looks at {frames_per_step} frame(s) at once; give a multiple of that, at least one"
             )
         if self.still_frames is not None and not 0 <= self.still_frames < math.inf:
-            raise ValueError(f"still_frames={self.still_frames}: give a finite mean difference of pixel values, 0 or more")
+            raise ValueError(
+                f"still_frames={self.still_frames}: give a finite mean difference of pixel values, 0 or more"
+            )
         reason = _needs_whole_video(reducer)
         if reason:
             name = "chunk_frames" if self.still_frames is None else "still_frames"
             raise TypeError(f"{name}: {reducer.name} {reason}, so a clip goes through it as it is; leave {name} out")
 
-    def plan_chunks(self, adapter: Adapter, reducer: Reducer, encoding: EncoderCall, pixels: Tensor) -> ChunkPlan | None:
+    def plan_chunks(
+        self, adapter: Adapter, reducer: Reducer, encoding: EncoderCall, pixels: Tensor
+    ) -> ChunkPlan | None:
         """The chunks of one encoder call for videos; None where it stays one call.
 
         Copies the still frames' flags from the device.
@@ -96,7 +104,9 @@ class ChunkConfig:
         for video, video_steps in enumerate(encoded_steps):
             size = steps_per_chunk or len(video_steps)
             for start in range(0, len(video_steps), size):
-                chunks.append(Chunk(video, start, video_steps[start : start + size], last=start + size >= len(video_steps)))
+                chunks.append(
+                    Chunk(video, start, video_steps[start : start + size], last=start + size >= len(video_steps))
+                )
         return ChunkPlan(chunks, chunk_of_step)
 
     def _steps_per_chunk(self, adapter: Adapter, reducer: Reducer, encoding: EncoderCall, pixels: Tensor) -> int | None:
@@ -107,7 +117,8 @@ class ChunkConfig:
         if free is None or _needs_whole_video(reducer):
             return None
         dims = adapter.vision_dims()
-        values = dims.layers * dims.width + 10 * dims.width + 3 * dims.mlp  # per row: activations of a block, and the output of every layer
+        # per row: activations of a block, and the output of every layer
+        values = dims.layers * dims.width + 10 * dims.width + 3 * dims.mlp
         rows = pixels.numel() / dims.patch_inputs / max(1, sum(_num_steps(encoding, pixels)))
         return max(1, int(MEMORY_SHARE * free / (rows * values * max(2, pixels.element_size()))))
 
@@ -201,7 +212,9 @@ class ChunkPlan:
     @property
     def repeated_steps(self) -> tuple[tuple[bool, ...], ...]:
         """Per video and step: it was not encoded."""
-        return tuple(tuple(t > 0 and number == steps[t - 1] for t, number in enumerate(steps)) for steps in self.chunk_of_step)
+        return tuple(
+            tuple(t > 0 and number == steps[t - 1] for t, number in enumerate(steps)) for steps in self.chunk_of_step
+        )
 
 
 @dataclass
@@ -248,7 +261,8 @@ class ChunkedFeatures:
     def concatenate(self) -> tuple[list[Tensor], list[tuple[Tensor, ...]], dict[int, dict[str, list[Tensor]]]]:
         """Rows, levels and signals of every video."""
         signals = {
-            layer: {name: list(by_video.values()) for name, by_video in named.items()} for layer, named in self.signals.items()
+            layer: {name: list(by_video.values()) for name, by_video in named.items()}
+            for layer, named in self.signals.items()
         }
         return list(self.rows.values()), [tuple(level.values()) for level in self.levels], signals
 
@@ -258,7 +272,9 @@ class ChunkedFeatures:
         rows_per_step = num_step_rows // len(chunk.steps)
         num_content = rows_per_step * len(numbers)
         if chunk.video not in by_video:
-            by_video[chunk.video] = chunk_rows.new_empty(num_content + len(chunk_rows) - num_step_rows, *chunk_rows.shape[1:])
+            by_video[chunk.video] = chunk_rows.new_empty(
+                num_content + len(chunk_rows) - num_step_rows, *chunk_rows.shape[1:]
+            )
         video_rows = by_video[chunk.video]
         first = bisect_left(numbers, chunk.start)
         end = bisect_left(numbers, chunk.start + len(chunk.steps))

@@ -36,7 +36,14 @@ class TextAttentionScorer:
         [B, S] bool, the queries that count, once they are chosen.
     """
 
-    def __init__(self, reducer: DecoderReducer, adapter: Adapter, queries: Tensor, num_queries: list[int], prepared_masks: Tensor | None) -> None:
+    def __init__(
+        self,
+        reducer: DecoderReducer,
+        adapter: Adapter,
+        queries: Tensor,
+        num_queries: list[int],
+        prepared_masks: Tensor | None,
+    ) -> None:
         self.reducer = reducer
         self.adapter = adapter
         self.queries = queries
@@ -52,19 +59,27 @@ class TextAttentionScorer:
         return index, valid
 
     def choose_raters(self, embeds: Tensor, tokens: TokenMap) -> None:
-        """Choose as raters the text queries that the visual tokens of ``embeds`` [B, T, D] resemble more than the average query."""
+        """Choose as raters the text queries that the visual tokens of ``embeds`` [B, T, D] resemble more than the
+        average query."""
         index, valid = self.text_rows(tokens)
         visual_rows, visual_valid = pack_right(tokens.visual, tokens.visual.shape[1])
         text = gather_rows(embeds, index).float().transpose(1, 2)
         resemblance = text.new_zeros(valid.shape)
         with compat.without_autocast(embeds):
-            for rows, valid_block in zip(visual_rows.split(QUERY_BLOCK, 1), visual_valid.split(QUERY_BLOCK, 1), strict=True):
-                similarity = (gather_rows(embeds, rows).float() @ text).masked_fill(~valid[:, None], float("-inf")).softmax(-1)
+            for rows, valid_block in zip(
+                visual_rows.split(QUERY_BLOCK, 1), visual_valid.split(QUERY_BLOCK, 1), strict=True
+            ):
+                similarity = (
+                    (gather_rows(embeds, rows).float() @ text).masked_fill(~valid[:, None], float("-inf")).softmax(-1)
+                )
                 resemblance += (similarity * valid_block[..., None]).sum(1)
         mean = (resemblance * valid).sum(1, keepdim=True) / valid.sum(1, keepdim=True)
         is_rater = valid & (resemblance > mean)
-        is_rater = torch.where(is_rater.any(1, keepdim=True), is_rater, valid)  # all queries are alike, or there are no visual tokens
-        self.raters = torch.zeros_like(self.queries, device=is_rater.device).scatter(1, tokens.prompt_index.gather(1, index), is_rater)
+        # all queries are alike, or there are no visual tokens
+        is_rater = torch.where(is_rater.any(1, keepdim=True), is_rater, valid)
+        self.raters = torch.zeros_like(self.queries, device=is_rater.device).scatter(
+            1, tokens.prompt_index.gather(1, index), is_rater
+        )
 
     def signals(
         self, layer: nn.Module, hidden: Tensor, tokens: TokenMap, rotary: Rotary, num_visual: int, linear: bool = False
@@ -108,16 +123,35 @@ class TextAttentionScorer:
         with compat.uncached_autocast(hidden):
             query, key, gate = self.adapter.linear_attention_scores(layer, hidden, tokens.valid, index)
         with compat.without_autocast(hidden):
-            return state_read_out(query, key, gate, lambda block: self._visible_keys(tokens, index[:, block]), valid.float())
+            return state_read_out(
+                query, key, gate, lambda block: self._visible_keys(tokens, index[:, block]), valid.float()
+            )
 
     def _attention_from(
-        self, layer: nn.Module, key: Tensor, tokens: TokenMap, rotary: Rotary, query: Tensor, index: Tensor, valid: Tensor
+        self,
+        layer: nn.Module,
+        key: Tensor,
+        tokens: TokenMap,
+        rotary: Rotary,
+        query: Tensor,
+        index: Tensor,
+        valid: Tensor,
     ) -> Tensor:
         """Attention from queries ``index`` [B, Q] to every token: [B, T] float32, [B, T, H] by head."""
         scaling = self.adapter.scaling(layer)
-        divisor = _position_divisor(self.adapter, key, rotary, index, scaling) if self.reducer.scoring_rules().score_positions == "divided" else None
+        divisor = (
+            _position_divisor(self.adapter, key, rotary, index, scaling)
+            if self.reducer.scoring_rules().score_positions == "divided"
+            else None
+        )
         return query_attention(
-            query, key, scaling, lambda block: self._visible_keys(tokens, index[:, block]), valid.float(), heads=self.reducer.score_heads, divisor=divisor
+            query,
+            key,
+            scaling,
+            lambda block: self._visible_keys(tokens, index[:, block]),
+            valid.float(),
+            heads=self.reducer.score_heads,
+            divisor=divisor,
         )
 
     def _visible_keys(self, tokens: TokenMap, index: Tensor) -> Tensor:
@@ -131,7 +165,9 @@ class TextAttentionScorer:
         if self.prepared_masks is None:
             return allowed & (torch.arange(allowed.shape[2], device=index.device) <= index[..., None])
         mask = compat.is_allowed(self.prepared_masks[:, 0]).expand(len(index), -1, -1).to(index.device)
-        return allowed & gather_rows(gather_rows(mask, gather_rows(tokens.entry_index, index)).transpose(1, 2), tokens.entry_index).transpose(1, 2)
+        return allowed & gather_rows(
+            gather_rows(mask, gather_rows(tokens.entry_index, index)).transpose(1, 2), tokens.entry_index
+        ).transpose(1, 2)
 
     def _is_query(self, tokens: TokenMap) -> Tensor:
         """[B, T] bool, queries among the current tokens; samples without any use their last visual token."""
@@ -141,16 +177,22 @@ class TextAttentionScorer:
         without_queries = upload([n == 0 for n in self.num_queries], is_query.device)
         last_visual = last_true(tokens.visual)
         without_image = ~tokens.visual.any(1, keepdim=True)  # no image either: any query will do, nothing is dropped
-        last_visual = last_visual | (without_image & (torch.arange(is_query.shape[1], device=is_query.device) == is_query.shape[1] - 1))
+        last_visual = last_visual | (
+            without_image & (torch.arange(is_query.shape[1], device=is_query.device) == is_query.shape[1] - 1)
+        )
         return torch.where(without_queries[:, None], last_visual, is_query)
 
 
-def _position_divisor(adapter: Adapter, key: Tensor, rotary: Rotary, index: Tensor, scaling: float) -> Callable[[slice], Tensor]:
+def _position_divisor(
+    adapter: Adapter, key: Tensor, rotary: Rotary, index: Tensor, scaling: float
+) -> Callable[[slice], Tensor]:
     """The attention that positions alone would give the queries of a slice.
 
     Scaled products [B, q, T] of rotated rows of ones.
     """
-    ones = adapter.rotate(key.new_ones(len(index), 1, *key.shape[2:], dtype=torch.float32), tuple(t.float() for t in rotary))[:, 0]
+    ones = adapter.rotate(
+        key.new_ones(len(index), 1, *key.shape[2:], dtype=torch.float32), tuple(t.float() for t in rotary)
+    )[:, 0]
     min_divisor = MIN_DIVISOR * key.shape[3] * scaling
     return lambda block: (gather_rows(ones, index[:, block]) @ ones.transpose(1, 2) * scaling).clamp(min=min_divisor)
 

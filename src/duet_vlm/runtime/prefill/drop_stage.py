@@ -43,7 +43,11 @@ class StageDecision:
         if self.selection is None or self.rows is None:
             return None
         slot = tokens.prompt_index.gather(1, self.rows)
-        return replace(self.selection, index=slot.gather(1, self.selection.index), source_tokens=slot.gather(1, self.selection.source_tokens))
+        return replace(
+            self.selection,
+            index=slot.gather(1, self.selection.index),
+            source_tokens=slot.gather(1, self.selection.source_tokens),
+        )
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,9 @@ class StageGather:
             return cls(index, valid, decision)
         anchors = rows.gather(1, selection.index)
         if in_order:
-            row_of = torch.zeros_like(keep, dtype=torch.long).scatter(1, index, torch.arange(width, device=keep.device).expand_as(index))
+            row_of = torch.zeros_like(keep, dtype=torch.long).scatter(
+                1, index, torch.arange(width, device=keep.device).expand_as(index)
+            )
             positions = row_of.gather(1, anchors)
         else:
             visual = decision.kept.gather(1, index) & valid
@@ -101,7 +107,8 @@ class StageGather:
 
 
 def replay(earlier: LayerGroup, tokens: TokenMap, prompt_len: int, num_ranked: int) -> StageDecision:
-    """The decision of an earlier pass over the same prompt, for the current tokens; after a shorter prompt new positions are text."""
+    """The decision of an earlier pass over the same prompt, for the current tokens; after a shorter prompt new
+    positions are text."""
     kept = tokens.visual.new_zeros(len(tokens.prompt_index), prompt_len, dtype=torch.long)
     before = earlier.tokens.to(kept.device)
     kept = kept.scatter_add(1, before.prompt_index, before.visual.long())
@@ -117,19 +124,31 @@ def replay(earlier: LayerGroup, tokens: TokenMap, prompt_len: int, num_ranked: i
     return StageDecision(still_kept, replace(earlier.merged_into, index=index, source_tokens=members), rows)
 
 
-def decide_stage(prompt_state: PromptState, scorer: TextAttentionScorer, index: int, tokens: TokenMap, signals: Signals) -> StageDecision:
+def decide_stage(
+    prompt_state: PromptState, scorer: TextAttentionScorer, index: int, tokens: TokenMap, signals: Signals
+) -> StageDecision:
     """The method's decision for the visual tokens before layer ``index``; ``signals`` have one row for each token."""
     reducer = scorer.reducer
     num_before = prompt_state.ranked(index - 1)
     num_kept = prompt_state.ranked(index)
     rows, valid = pack_right(tokens.prunable, max(map(sum, num_before)))
-    columns = {name: gather_rows(x, rows) for name, x in signals.items() if name != "hidden_states" or Input.HIDDEN_STATES in reducer.requires}
+    columns = {
+        name: gather_rows(x, rows)
+        for name, x in signals.items()
+        if name != "hidden_states" or Input.HIDDEN_STATES in reducer.requires
+    }
     if Input.POSITIONS in reducer.requires:
-        signals["positions"] = prompt_state.prompt.valid.to(rows.device).long().cumsum(1).sub(1).gather(1, tokens.prompt_index)
+        signals["positions"] = (
+            prompt_state.prompt.valid.to(rows.device).long().cumsum(1).sub(1).gather(1, tokens.prompt_index)
+        )
         columns["positions"] = gather_rows(signals["positions"], rows)
     if Input.TAGS in reducer.requires:
         columns["tags"] = gather_rows(_tags(prompt_state, tokens), rows)
-    text = _text_signals(scorer, tokens, signals) if reducer.requires & {Input.TEXT_HIDDEN_STATES, Input.DECODER_KEYS, Input.POSITIONS} else {}
+    text = (
+        _text_signals(scorer, tokens, signals)
+        if reducer.requires & {Input.TEXT_HIDDEN_STATES, Input.DECODER_KEYS, Input.POSITIONS}
+        else {}
+    )
     fields: dict[str, Any] = {"method": reducer.name, "final_norm": functools.partial(_final_norm, scorer)}
     if Input.TOKENS in reducer.requires:
         fields["spans"], columns["span_index"], columns["token_index"] = _span_and_token(prompt_state, tokens, rows)
@@ -138,7 +157,9 @@ def decide_stage(prompt_state: PromptState, scorer: TextAttentionScorer, index: 
         counts = tuple(zip(map(sum, num_before), map(sum, num_kept), strict=True))
         return _checked_decision(prompt_state, reducer, _view(valid, counts, fields | columns | text), rows, None)
     layout = SpanRows.of(num_before, rows.shape[1], rows.device)
-    counts = tuple(pair for before, after in zip(num_before, num_kept, strict=True) for pair in zip(before, after, strict=True))
+    counts = tuple(
+        pair for before, after in zip(num_before, num_kept, strict=True) for pair in zip(before, after, strict=True)
+    )
     owner = upload(layout.owners, rows.device)
     columns = {name: layout.take(x) for name, x in columns.items()} | {name: x[owner] for name, x in text.items()}
     return _checked_decision(prompt_state, reducer, _view(layout.valid, counts, fields | columns), rows, layout)
@@ -149,7 +170,9 @@ def _view(valid: Tensor, counts: tuple[tuple[int, int], ...], fields: dict[str, 
     return DecoderView(valid, upload([num_kept for _, num_kept in counts], valid.device), host_counts=counts, **fields)
 
 
-def _checked_decision(prompt_state: PromptState, reducer: DecoderReducer, view: DecoderView, rows: Tensor, layout: SpanRows | None) -> StageDecision:
+def _checked_decision(
+    prompt_state: PromptState, reducer: DecoderReducer, view: DecoderView, rows: Tensor, layout: SpanRows | None
+) -> StageDecision:
     """The method's decision on ``view``, checked.
 
     ``rows`` [B, V] are the row numbers of its columns, by ``layout`` if given.
@@ -158,7 +181,9 @@ def _checked_decision(prompt_state: PromptState, reducer: DecoderReducer, view: 
     if isinstance(result, Selection):
         selection, invalid_code = check_rows(reducer, result, view)
         kept = torch.zeros_like(view.valid).scatter_reduce(1, selection.index, selection.valid, "amax")
-        selection = selection if layout is None else layout.join(selection, [num_kept for _, num_kept in view.host_counts])
+        selection = (
+            selection if layout is None else layout.join(selection, [num_kept for _, num_kept in view.host_counts])
+        )
     else:
         selection = None
         kept, invalid_code = check_mask(reducer, result, view.valid, view.num_keep)
@@ -189,29 +214,46 @@ def _tags(prompt_state: PromptState, tokens: TokenMap) -> Tensor:
     """The tags that the encoder stage gave the current tokens: [B, T] float32."""
     device = tokens.prompt_index.device
     sources = iter(prompt_state.sources)
-    table = torch.zeros(len(prompt_state.spans), max(1, *(sum(span.tokens for span in row) for row in prompt_state.spans)), device=device)
+    table = torch.zeros(
+        len(prompt_state.spans),
+        max(1, *(sum(span.tokens for span in row) for row in prompt_state.spans)),
+        device=device,
+    )
     for sample_tags, spans in zip(table, prompt_state.spans, strict=True):
         for span, (encoded, number) in zip(spans, sources, strict=False):
             selection = encoded.selection
             if selection is not None and selection.tags is not None:
                 assert encoded.slots is not None
                 positions = torch.where(selection.valid[number], encoded.slots[number], span.tokens).to(device)
-                span_tags = torch.zeros(span.tokens + 1, device=device).scatter(0, positions, selection.tags[number].to(device))
+                span_tags = torch.zeros(span.tokens + 1, device=device).scatter(
+                    0, positions, selection.tags[number].to(device)
+                )
                 sample_tags[span.offset : span.offset + span.tokens] = span_tags[:-1]
-    rank = (prompt_state.prompt.visual.to(device).cumsum(1) - 1).clamp(0, table.shape[1] - 1).gather(1, tokens.prompt_index)
+    rank = (
+        (prompt_state.prompt.visual.to(device).cumsum(1) - 1)
+        .clamp(0, table.shape[1] - 1)
+        .gather(1, tokens.prompt_index)
+    )
     return table.gather(1, rank).masked_fill(~tokens.visual, 0)
 
 
-def _span_and_token(prompt_state: PromptState, tokens: TokenMap, rows: Tensor) -> tuple[tuple[tuple[int, int], ...], Tensor, Tensor]:
-    """For the visual tokens ``rows`` [B, V]: the spans as (number in the sample, size), and each token's span and number in it."""
+def _span_and_token(
+    prompt_state: PromptState, tokens: TokenMap, rows: Tensor
+) -> tuple[tuple[tuple[int, int], ...], Tensor, Tensor]:
+    """For the visual tokens ``rows`` [B, V]: the spans as (number in the sample, size), and each token's span and
+    number in it."""
     device = rows.device
     spans = tuple((number, span.tokens) for row in prompt_state.spans for number, span in enumerate(row))
     rank = (prompt_state.prompt.visual.to(device).cumsum(1) - 1).clamp(min=0)  # visual rank of every prompt position
     rank = gather_rows(rank, gather_rows(tokens.prompt_index, rows))
     per_sample = max(len(row) for row in prompt_state.spans)
-    offsets = [[s.offset for s in row] + [prompt_state.prompt_len] * (per_sample - len(row)) for row in prompt_state.spans]
+    offsets = [
+        [s.offset for s in row] + [prompt_state.prompt_len] * (per_sample - len(row)) for row in prompt_state.spans
+    ]
     starts = upload(offsets, device)
-    first = upload([sum(len(other) for other in prompt_state.spans[:b]) for b in range(len(prompt_state.spans))], device)
+    first = upload(
+        [sum(len(other) for other in prompt_state.spans[:b]) for b in range(len(prompt_state.spans))], device
+    )
     number = ((rank[..., None] >= starts[:, None]).sum(-1) - 1).clamp(min=0)
     token = rank - starts.gather(1, number).clamp(max=prompt_state.prompt_len)
     return spans, (first[:, None] + number).clamp(max=len(spans) - 1), token.clamp(min=0)

@@ -30,7 +30,8 @@ NAMES = {"scores": "the attention scores", "visual_self_attention": "the attenti
 
 
 class PrefillPass:
-    """One pass of a prompt through the decoder. Decisions are made once per layer and replayed if a layer runs again (checkpointing).
+    """One pass of a prompt through the decoder. Decisions are made once per layer and replayed if a layer runs again
+    (checkpointing).
 
     Attributes
     ----------
@@ -99,7 +100,9 @@ class PrefillPass:
         self.scorer: TextAttentionScorer | None = None
         if isinstance(self.reducer, DecoderReducer):
             self.scorer = TextAttentionScorer(self.reducer, adapter, queries, num_queries, self.prepared_masks)
-        self.scored_at = scoring_layers(adapter, self.reducer, [layer for layer in self.stages if _any_nonzero(prompt_state.ranked(layer))])
+        self.scored_at = scoring_layers(
+            adapter, self.reducer, [layer for layer in self.stages if _any_nonzero(prompt_state.ranked(layer))]
+        )
         prompt_state.num_queries = tuple(max(1, count) for count in num_queries)
         prompt_state.scored_layers = tuple(sorted(set(self.scored_at.values())))
         self.needs_gradient = Input.GRADIENT in self.reducer.requires
@@ -118,7 +121,11 @@ class PrefillPass:
     def _stage_counts(self, layer: int) -> list[int] | None:
         """Visual tokens per sample that are kept before ``layer``; None where there is no stage."""
         counts = self.prompt_state.visual(layer)
-        return counts if counts != self.prompt_state.visual(layer - 1) or (layer in self.forced_stages and any(counts)) else None
+        return (
+            counts
+            if counts != self.prompt_state.visual(layer - 1) or (layer in self.forced_stages and any(counts))
+            else None
+        )
 
     def _refuse_empty_prompt(self) -> None:
         """Refuse a prompt of visual tokens only, if all of them are dropped (without ``protect_predicting_tokens``)."""
@@ -134,7 +141,12 @@ class PrefillPass:
 
     def at_layer(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The input of ``layer``: score, drop tokens, and cut its arguments to the kept ones."""
-        if index == 0 and self.reducer.text_query == "raters" and self.scorer is not None and self.scorer.raters is None:
+        if (
+            index == 0
+            and self.reducer.text_query == "raters"
+            and self.scorer is not None
+            and self.scorer.raters is None
+        ):
             with torch.no_grad():
                 self.scorer.choose_raters(hidden.detach(), self.prompt_state.layer_groups[0].tokens.to(hidden.device))
         if self.scored_at.get(index) == index:  # this layer's attention, before the drop
@@ -150,7 +162,8 @@ class PrefillPass:
         return hidden
 
     def layer_kwargs(self, group: LayerGroup, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Changed arguments of layer ``index`` for the tokens of ``group``; ``kwargs`` are those for the tokens that entered."""
+        """Changed arguments of layer ``index`` for the tokens of ``group``; ``kwargs`` are those for the tokens that
+        entered."""
         if group is self.prompt_state.layer_groups[0]:
             return {}
         changed = {
@@ -158,7 +171,9 @@ class PrefillPass:
             "attention_mask": self._mask(group, index, hidden, kwargs.get("attention_mask")),
         }
         if kwargs.get("position_ids") is not None:
-            changed["position_ids"] = gather_last_dim(kwargs["position_ids"], group.tokens.entry_index.to(hidden.device))
+            changed["position_ids"] = gather_last_dim(
+                kwargs["position_ids"], group.tokens.entry_index.to(hidden.device)
+            )
         return changed
 
     def reuses(self, index: int, layer: nn.Module) -> bool:
@@ -178,7 +193,9 @@ class PrefillPass:
         key = (group.first_layer, self.kinds[index])
         if key not in self.rotaries:
             tokens = group.tokens.to(rotary[0].device)
-            self.rotaries[key] = group_rotary(self.adapter, hidden, rotary, tokens, self.prompt_state.positions, self.kinds[index])
+            self.rotaries[key] = group_rotary(
+                self.adapter, hidden, rotary, tokens, self.prompt_state.positions, self.kinds[index]
+            )
         return self.rotaries[key]
 
     def _exact_rotary(self, group: LayerGroup, index: int, hidden: Tensor, rotary: Rotary) -> Rotary:
@@ -192,11 +209,14 @@ class PrefillPass:
                 if group is self.prompt_state.layer_groups[0]:
                     return exact
                 tokens = group.tokens.to(exact[0].device)
-                return group_rotary(self.adapter, hidden[..., :1].float(), exact, tokens, self.prompt_state.positions, self.kinds[index])
+                return group_rotary(
+                    self.adapter, hidden[..., :1].float(), exact, tokens, self.prompt_state.positions, self.kinds[index]
+                )
         return self._rotary(group, index, hidden, rotary)
 
     def _rotary_from_zero(self, group: LayerGroup, index: int, hidden: Tensor, rotary: Rotary) -> Rotary | None:
-        """Half-precision tables for positions that begin at 0 with each prompt, so that they are rounded as for the prompt alone.
+        """Half-precision tables for positions that begin at 0 with each prompt, so that they are rounded as for the
+        prompt alone.
 
         None where the model's tables are exact. Attention depends on distances only.
         """
@@ -210,7 +230,14 @@ class PrefillPass:
                 positions = (positions - positions.gather(-1, first_position)).clamp(min=0)
                 new_args = (args[0], positions, *args[2:]) if len(args) > 1 else args
                 output = module.forward(*new_args, **kwargs | ({} if len(args) > 1 else {"position_ids": positions}))
-                return group_rotary(self.adapter, hidden, output, group.tokens.to(output[0].device), self.prompt_state.positions, self.kinds[index])
+                return group_rotary(
+                    self.adapter,
+                    hidden,
+                    output,
+                    group.tokens.to(output[0].device),
+                    self.prompt_state.positions,
+                    self.kinds[index],
+                )
         return None
 
     def _mask(self, group: LayerGroup, index: int, hidden: Tensor, mask: Any) -> Any:
@@ -227,9 +254,15 @@ class PrefillPass:
         valid = group.tokens.valid.to(hidden.device)
         if self.kinds[index] == LINEAR:
             return valid.long() if group.padded else None
-        if isinstance(mask, Tensor) and mask.ndim == 4 and (self.prepared_masks is not None or self.kinds[index] != FULL):
+        if (
+            isinstance(mask, Tensor)
+            and mask.ndim == 4
+            and (self.prepared_masks is not None or self.kinds[index] != FULL)
+        ):
             return cut_mask(mask, group.tokens.entry_index.to(mask.device), group.tokens.valid.to(mask.device))
-        return compat.decoder_mask(self.adapter.text_model.config, hidden, valid if group.padded else None, self.cache, index)
+        return compat.decoder_mask(
+            self.adapter.text_model.config, hidden, valid if group.padded else None, self.cache, index
+        )
 
     # ---- scoring
 
@@ -245,9 +278,13 @@ class PrefillPass:
         assert self.scorer is not None
         group = self.prompt_state.layer_group(index)
         rotary = self._exact_rotary(group, index, hidden, kwargs["position_embeddings"])
-        num_visual = max(self.prompt_state.visual(-1 if group is self.prompt_state.layer_groups[0] else group.first_layer))
+        num_visual = max(
+            self.prompt_state.visual(-1 if group is self.prompt_state.layer_groups[0] else group.first_layer)
+        )
         linear = self.kinds[index] == LINEAR
-        signals = self.scorer.signals(layer, hidden.detach(), group.tokens.to(hidden.device), rotary, num_visual, linear)
+        signals = self.scorer.signals(
+            layer, hidden.detach(), group.tokens.to(hidden.device), rotary, num_visual, linear
+        )
         self.projection_cache.recording = False
         if self.adapter.key_projection(layer) in self.projection_cache.by_module:
             self.prompt_state.reused_layers = (*self.prompt_state.reused_layers, index)
@@ -272,7 +309,10 @@ class PrefillPass:
         group = self.prompt_state.layer_group(index - 1) if index else self.prompt_state.layer_groups[0]
         tokens = group.tokens.to(hidden.device)
         num_alive = self.prompt_state.visual(index - 1)
-        lengths = tuple(length - before + kept for length, before, kept in zip(group.lengths, num_alive, self.stages[index], strict=True))
+        lengths = tuple(
+            length - before + kept
+            for length, before, kept in zip(group.lengths, num_alive, self.stages[index], strict=True)
+        )
         num_ranked = self.prompt_state.ranked(index - 1)
         if index in self.replay:
             decision = replay(self.replay[index], tokens, self.prompt_state.prompt_len, max(map(sum, num_ranked)))
@@ -283,7 +323,9 @@ class PrefillPass:
         keep = (tokens.valid & ~tokens.prunable) | decision.kept
         gather = StageGather.of(decision, keep, max(lengths), in_order=self.prompt_state.positions == "keep")
         kept_tokens = tokens.gather(gather.index, gather.valid)
-        self.prompt_state.layer_groups.append(LayerGroup(index, kept_tokens, lengths, decision.by_prompt_position(tokens)))
+        self.prompt_state.layer_groups.append(
+            LayerGroup(index, kept_tokens, lengths, decision.by_prompt_position(tokens))
+        )
         self.replay.setdefault(index, self.prompt_state.layer_groups[-1])
         later = {scored for stage, scored in self.scored_at.items() if stage > index}
         self.signals = {
@@ -294,7 +336,9 @@ class PrefillPass:
         self.previous_hidden.pop(index, None)
         return gather
 
-    def _method_decision(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any], tokens: TokenMap) -> StageDecision:
+    def _method_decision(
+        self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any], tokens: TokenMap
+    ) -> StageDecision:
         """The method's decision for the stage before layer ``index``."""
         reducer = self.reducer
         assert isinstance(reducer, DecoderReducer) and self.scorer is not None
@@ -308,7 +352,9 @@ class PrefillPass:
         with torch.no_grad():
             return decide_stage(self.prompt_state, self.scorer, index, tokens, signals)
 
-    def _gradient(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any], tokens: TokenMap) -> Tensor:
+    def _gradient(
+        self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any], tokens: TokenMap
+    ) -> Tensor:
         """Gradient of a prediction by the hidden states before ``layer``."""
         reducer = self.reducer
         assert isinstance(reducer, DecoderReducer)
@@ -316,15 +362,23 @@ class PrefillPass:
         number = self.adapter.probed_layer(index, last)
         gradient_layer = layer if number == index else self.adapter.layers[number]
         group = self.prompt_state.layer_group(index - 1) if index else self.prompt_state.layer_groups[0]
-        layer_args = self._arguments_of(group, number, hidden, kwargs, index) | {"past_key_values": None, "use_cache": False}
-        tables = self._rotary_from_zero(group, number, hidden, self.entry_kwargs.get(self.kinds[number], kwargs)["position_embeddings"])
+        layer_args = self._arguments_of(group, number, hidden, kwargs, index) | {
+            "past_key_values": None,
+            "use_cache": False,
+        }
+        tables = self._rotary_from_zero(
+            group, number, hidden, self.entry_kwargs.get(self.kinds[number], kwargs)["position_embeddings"]
+        )
         if tables is not None:
             layer_args["position_embeddings"] = tables
         predicting = tokens.valid & (tokens.prompt_index < self.prompt_state.prompt_len - self.prompt_state.drafts)
         return prediction_gradient(self.adapter, gradient_layer, hidden, predicting, layer_args, reducer.name, last)
 
-    def _arguments_of(self, group: LayerGroup, number: int, hidden: Tensor, kwargs: dict[str, Any], index: int) -> dict[str, Any]:
-        """Arguments of layer ``number`` for the tokens of ``group``, where layer ``index`` has ``kwargs``; the tables depend on the type of layer."""
+    def _arguments_of(
+        self, group: LayerGroup, number: int, hidden: Tensor, kwargs: dict[str, Any], index: int
+    ) -> dict[str, Any]:
+        """Arguments of layer ``number`` for the tokens of ``group``, where layer ``index`` has ``kwargs``; the tables
+        depend on the type of layer."""
         kind = self.kinds[number]
         entry_kwargs = kwargs if kind == self.kinds[index] else self.entry_kwargs.get(kind, kwargs)
         layer_args = entry_kwargs | self.layer_kwargs(group, number, hidden, entry_kwargs)
@@ -333,13 +387,18 @@ class PrefillPass:
         valid = group.tokens.valid.to(hidden.device)  # no layer of this type has run yet
         if self.prepared_masks is not None:
             device = self.prepared_masks.device
-            return layer_args | {"attention_mask": cut_mask(self.prepared_masks, group.tokens.entry_index.to(device), valid.to(device))}
+            return layer_args | {
+                "attention_mask": cut_mask(self.prepared_masks, group.tokens.entry_index.to(device), valid.to(device))
+            }
         config = self.adapter.text_model.config
-        return layer_args | {"attention_mask": compat.decoder_mask(config, hidden, valid if group.padded else None, None, number)}
+        return layer_args | {
+            "attention_mask": compat.decoder_mask(config, hidden, valid if group.padded else None, None, number)
+        }
 
 
 def scoring_layers(adapter: Adapter, reducer: Reducer, stages: list[int]) -> dict[int, int]:
-    """For each stage the layer whose attention ranks its tokens: the method's choice, or the last one before it that has attention.
+    """For each stage the layer whose attention ranks its tokens: the method's choice, or the last one before it that
+    has attention.
 
     Raises
     ------
@@ -352,7 +411,9 @@ def scoring_layers(adapter: Adapter, reducer: Reducer, stages: list[int]) -> dic
         _check_gradient_layers(adapter, reducer, stages)
     if not reducer.uses_attention():
         return {}
-    scored = {stage: adapter.ranking_layer(stage - reducer.score_layer_offset, reducer.score_states) for stage in stages}
+    scored = {
+        stage: adapter.ranking_layer(stage - reducer.score_layer_offset, reducer.score_states) for stage in stages
+    }
     for stage, layer in scored.items():
         if layer < 0:
             lowest = adapter.first_attention + reducer.score_layer_offset

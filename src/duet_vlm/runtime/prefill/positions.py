@@ -22,19 +22,29 @@ def compact_positions(valid: Tensor) -> Tensor:
 
 def entry_positions(position_ids: Tensor, tokens: TokenMap, positions: str) -> Tensor:
     """Positions of the tokens that enter the decoder."""
-    return compact_positions(tokens.valid) if positions == "compact" else gather_last_dim(position_ids, tokens.prompt_index)
+    return (
+        compact_positions(tokens.valid)
+        if positions == "compact"
+        else gather_last_dim(position_ids, tokens.prompt_index)
+    )
 
 
 def next_positions(position_ids: Tensor, valid: Tensor) -> Tensor:
-    """The position after the last ``valid`` [B, T] token of each prompt, as ``generate`` continues: [B] or, with M-RoPE, [3, B].
+    """The position after the last ``valid`` [B, T] token of each prompt, as ``generate`` continues: [B] or, with
+    M-RoPE, [3, B].
 
     This is not the largest one: time positions of a video may exceed those of the text after it.
     """
-    last = gather_last_dim(position_ids, last_true(valid).long().argmax(1, keepdim=True).to(position_ids.device))[..., 0] + 1
+    last = (
+        gather_last_dim(position_ids, last_true(valid).long().argmax(1, keepdim=True).to(position_ids.device))[..., 0]
+        + 1
+    )
     return last if position_ids.ndim == 2 else last[-3:]
 
 
-def group_rotary(adapter: Adapter, hidden: Tensor, rotary: Rotary, tokens: TokenMap, positions: str, kind: str) -> Rotary:
+def group_rotary(
+    adapter: Adapter, hidden: Tensor, rotary: Rotary, tokens: TokenMap, positions: str, kind: str
+) -> Rotary:
     """(cos, sin) of the current tokens in layers of type ``kind``.
 
     Gathered from the entering sequence, or computed for renumbered positions.

@@ -16,7 +16,13 @@ LOSS_SCALE = 1000.0  # in half precision, where small gradients vanish
 
 
 def prediction_gradient(
-    adapter: Adapter, layer: nn.Module, hidden: Tensor, valid: Tensor, kwargs: dict[str, Any], name: str, by_embeddings: bool = False
+    adapter: Adapter,
+    layer: nn.Module,
+    hidden: Tensor,
+    valid: Tensor,
+    kwargs: dict[str, Any],
+    name: str,
+    by_embeddings: bool = False,
 ) -> Tensor:
     """The gradient d loss / d ``hidden`` [B, T, D] in float32 (PIO-FVLM, arXiv 2602.04657).
 
@@ -33,16 +39,23 @@ def prediction_gradient(
         naming the method ``name``.
     """
     if hidden.requires_grad:
-        raise ValueError(f"{name} takes a gradient of its own and cannot be trained through: run the model under torch.no_grad()")
+        raise ValueError(
+            f"{name} takes a gradient of its own and cannot be trained through: run the model under torch.no_grad()"
+        )
     if torch.is_inference_mode_enabled() or hidden.is_inference():
-        raise ValueError(f"{name} needs a gradient, which torch.inference_mode() forbids: use torch.no_grad(), or a method without gradient")
+        raise ValueError(
+            f"{name} needs a gradient, which torch.inference_mode() forbids: use torch.no_grad(), or a method without gradient"
+        )
     if adapter.model.get_output_embeddings() is None:
-        raise ValueError(f"{name} predicts with the model's head, and {type(adapter.model).__name__} has none: attach to the model that generates")
+        raise ValueError(
+            f"{name} predicts with the model's head, and {type(adapter.model).__name__} has none: attach to the model that generates"
+        )
     scale = LOSS_SCALE if hidden.dtype == torch.float16 else 1.0
     with torch.enable_grad():
         leaf = hidden.detach().requires_grad_()
         try:
-            after = layer.forward(leaf.view_as(leaf), **kwargs)  # FLOP counters hook the inputs of modules, which must not be leaves
+            # FLOP counters hook the inputs of modules, which must not be leaves
+            after = layer.forward(leaf.view_as(leaf), **kwargs)
             after = gather_rows(after[0] if isinstance(after, tuple) else after, _before_last(valid.to(hidden.device)))
             logits = _logits(adapter, after, by_embeddings).float().flatten(0, 1)
             loss = nn.functional.cross_entropy(logits, logits.argmax(-1), reduction="sum") / ROWS

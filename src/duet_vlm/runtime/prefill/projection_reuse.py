@@ -15,7 +15,8 @@ from duet_vlm.ops.ragged import gather_rows
 
 
 class ProjectionCache:
-    """Outputs of modules of a scoring layer (norm, key projection) [B, T, ...], between scoring and the layer's own forward."""
+    """Outputs of modules of a scoring layer (norm, key projection) [B, T, ...], between scoring and the layer's own
+    forward."""
 
     def __init__(self) -> None:
         self.recording = False

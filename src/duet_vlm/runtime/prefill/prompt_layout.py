@@ -75,7 +75,9 @@ def span_ends(received: ReceivedFeatures, placeholders: Tensor) -> Tensor:
     return torch.where(placeholders & (ends[number] == rank), number, -1)
 
 
-def rows_that_stay(context: ForwardContext, predicting: Tensor, placeholders: dict[str, Tensor], embeds: Tensor) -> tuple[Tensor, Tensor]:
+def rows_that_stay(
+    context: ForwardContext, predicting: Tensor, placeholders: dict[str, Tensor], embeds: Tensor
+) -> tuple[Tensor, Tensor]:
     """The predicting tokens [B, S] bool whose features are available, and those of them that the encoder stage dropped."""
     dropped = predicting & is_marked(embeds).to(predicting.device)
     available = predicting & ~dropped
@@ -86,8 +88,14 @@ def rows_that_stay(context: ForwardContext, predicting: Tensor, placeholders: di
 
 
 def read_layout(
-    context: ForwardContext, reducer: Reducer, placeholders: dict[str, Tensor], valid: Tensor, queries: Tensor, protected: Tensor,
-    dropped_protected: Tensor, document_starts: Tensor,
+    context: ForwardContext,
+    reducer: Reducer,
+    placeholders: dict[str, Tensor],
+    valid: Tensor,
+    queries: Tensor,
+    protected: Tensor,
+    dropped_protected: Tensor,
+    document_starts: Tensor,
 ) -> PromptLayout:
     """The one device-to-host copy of a prefill; checks that would need a copy of their own are made here, too."""
     supervised = torch.zeros_like(valid) if context.labels is None else (context.labels.to(valid.device) != -100)
@@ -101,8 +109,20 @@ def read_layout(
     visual = torch.stack(list(placeholders.values())).any(0)
     text_after = valid & after_last_true(visual)
     masked = [positions & ~valid for positions in placeholders.values()]
-    masks = (valid, queries, supervised, protected, dropped_protected, text_after, document_starts, *placeholders.values(), *masked)
-    table = torch.stack([*(positions.sum(1) for positions in masks), finite.long().expand(len(valid)), invalid_code.expand(len(valid))]).tolist()
+    masks = (
+        valid,
+        queries,
+        supervised,
+        protected,
+        dropped_protected,
+        text_after,
+        document_starts,
+        *placeholders.values(),
+        *masked,
+    )
+    table = torch.stack(
+        [*(positions.sum(1) for positions in masks), finite.long().expand(len(valid)), invalid_code.expand(len(valid))]
+    ).tolist()
     *table, (all_finite, *_), (code, *_) = table
     if not all_finite:
         raise not_finite("the image features")
@@ -138,7 +158,8 @@ def check_pictures(context: ForwardContext, layout: PromptLayout) -> None:
             )
 
 
-SpansBySample = dict[str, list[list[tuple[Source, int]]]]  # modality -> per sample, the spans and their sizes in the order of the features
+# modality -> per sample, the spans and their sizes in the order of the features
+SpansBySample = dict[str, list[list[tuple[Source, int]]]]
 
 
 def assign_spans(context: ForwardContext, layout: PromptLayout) -> SpansBySample:
@@ -151,7 +172,10 @@ def spans_of(
 ) -> tuple[tuple[tuple[Span, ...], ...], tuple[tuple[Source, ...], ...]]:
     """The spans of each sample in the order of its prompt, without those that the caller's mask hides."""
     if any(any(counts) for counts in layout.num_masked.values()):  # one more device read, for masks that hide images
-        spans_by_sample = {name: _visible_spans(name, by_sample, layout, placeholders[name], valid) for name, by_sample in spans_by_sample.items()}
+        spans_by_sample = {
+            name: _visible_spans(name, by_sample, layout, placeholders[name], valid)
+            for name, by_sample in spans_by_sample.items()
+        }
         placeholders = {name: by_sample & valid for name, by_sample in placeholders.items()}
     if len(spans_by_sample) > 1:  # one more device read, for the order of images and videos
         placeholders = dict(zip(placeholders, torch.stack(list(placeholders.values())).cpu(), strict=True))
@@ -162,7 +186,11 @@ def spans_of(
         order = _prompt_order(sample, queues, placeholders)
         offsets = [sum(size for _, size in order[:i]) for i in range(len(order))]
         grids = [encoded.grids[number] if encoded.grids else None for (encoded, number), _ in order]
-        spans.append(tuple(Span(sample, offset, size, grid) for offset, (_, size), grid in zip(offsets, order, grids, strict=True)))
+        spans.append(
+            tuple(
+                Span(sample, offset, size, grid) for offset, (_, size), grid in zip(offsets, order, grids, strict=True)
+            )
+        )
         sources.append(tuple(source for source, _ in order))
     return tuple(spans), tuple(sources)
 
@@ -189,7 +217,10 @@ def _assign(name: str, received: ReceivedFeatures, num_visual: tuple[int, ...]) 
                 "make input_ids and pixel_values with one processor call, and do not truncate or split the prompt (no prefill_chunk_size)"
             )
         first = (num_assigned - sample % num_beams * count) // num_beams
-        numbers = [received.decisions.span_number(received.features[num_assigned + i], first + i, len(sizes) // num_beams) for i in range(count)]
+        numbers = [
+            received.decisions.span_number(received.features[num_assigned + i], first + i, len(sizes) // num_beams)
+            for i in range(count)
+        ]
         by_sample.append([((received.decisions, number), sizes[num_assigned + i]) for i, number in enumerate(numbers)])
         num_assigned += count
     if num_assigned != len(sizes):
@@ -218,7 +249,9 @@ def _visible_spans(
     return visible
 
 
-def _prompt_order(sample: int, queues: dict[str, list[tuple[Source, int]]], placeholders: dict[str, Tensor]) -> list[tuple[Source, int]]:
+def _prompt_order(
+    sample: int, queues: dict[str, list[tuple[Source, int]]], placeholders: dict[str, Tensor]
+) -> list[tuple[Source, int]]:
     """The spans of a sample in the order of its prompt; only samples with several modalities need their positions."""
     if len(queues) < 2:
         return [entry for queue in queues.values() for entry in queue]

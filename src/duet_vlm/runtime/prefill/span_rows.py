@@ -14,12 +14,14 @@ from duet_vlm.planning.tokens import Selection
 
 @dataclass(frozen=True)
 class SpanRows:
-    """Row numbers of each of S spans in tensors [B, V], whose spans follow each other within a sample, padded on the right.
+    """Row numbers of each of S spans in tensors [B, V], whose spans follow each other within a sample, padded on the
+    right.
 
     Attributes
     ----------
     index : Tensor
-        [S, W] long, numbers of the flattened [B * V] rows, W the most rows of a span; those that are not valid point at row 0.
+        [S, W] long, numbers of the flattened [B * V] rows, W the most rows of a span; those that are not valid point at
+        row 0.
     valid : Tensor
         [S, W] bool.
     batch, width : int
@@ -36,12 +38,17 @@ class SpanRows:
 
     @classmethod
     def of(cls, alive: Sequence[Sequence[int]], width: int, device: torch.device) -> SpanRows:
-        """From the rows that each span of each sample has, known on the host; spans are numbered in the order of the batch.
+        """From the rows that each span of each sample has, known on the host; spans are numbered in the order of the
+        batch.
 
         Two numbers per span are moved to ``device``, once; nothing is read back.
         """
         sizes = [rows for sample in alive for rows in sample]
-        starts = [number * width + sum(sample[:before]) for number, sample in enumerate(alive) for before in range(len(sample))]
+        starts = [
+            number * width + sum(sample[:before])
+            for number, sample in enumerate(alive)
+            for before in range(len(sample))
+        ]
         start, size = upload([starts, sizes], device, torch.long)[..., None]
         place = torch.arange(max(sizes, default=0), device=device)
         valid = place < size
@@ -59,7 +66,8 @@ class SpanRows:
         return flat.scatter_(0, index.flatten(), (mask & self.valid).flatten())[:-1].view(self.batch, self.width)
 
     def join(self, selection: Selection, counts: Sequence[int]) -> Selection:
-        """A selection by span, of ``counts`` rows each, as one by sample, spans after each other: columns [S, W] become those of [B, V]."""
+        """A selection by span, of ``counts`` rows each, as one by sample, spans after each other: columns [S, W] become
+        those of [B, V]."""
         before, nth, total = [], [], [0] * self.batch
         for number, sample in enumerate(self.owners):
             before.append(total[sample])

@@ -109,7 +109,9 @@ def install_module(adapter: Adapter, reducer: Reducer, facts: dict[str, Any], ho
     compressor = compressor_of(reducer)
     if compressor is None:
         return None
-    module: nn.Module = compressor.build_module(module_sizes(adapter, compressor), facts | weight_facts(adapter, compressor))
+    module: nn.Module = compressor.build_module(
+        module_sizes(adapter, compressor), facts | weight_facts(adapter, compressor)
+    )
     weight = next(adapter.projector().parameters())
     module.to("cpu" if weight.is_meta else weight.device).train(adapter.model.training)
     apart = UnsavedModule(module, compressor.weights is None)

@@ -18,7 +18,10 @@ from duet_vlm.models.adapter import Adapter
 
 def needs_rank_sync(model: nn.Module) -> bool:
     """True if other ranks wait for this one to run the tower: they train together, or parameters are sharded."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()) or torch.distributed.get_world_size() == 1:
+    if (
+        not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        or torch.distributed.get_world_size() == 1
+    ):
         return False
     return model.training or _is_sharded(model)
 

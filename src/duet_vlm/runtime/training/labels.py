@@ -28,7 +28,9 @@ def gather_labels(loss: Callable[..., Any], state: ThreadState) -> Callable[...,
                 f"loss over {logits.shape[-2]} logits rows and {labels.shape[-1]} labels: expected {last.prompt_index.shape[1]} surviving rows "
                 f"of a prompt of {prompt_state.prompt_len}; logits_to_keep cannot be combined with labels while tokens are dropped"
             )
-        kept = gather_rows(labels, last.prompt_index.to(labels.device)).masked_fill(~last.valid.to(labels.device), IGNORED)
+        kept = gather_rows(labels, last.prompt_index.to(labels.device)).masked_fill(
+            ~last.valid.to(labels.device), IGNORED
+        )
         return loss(logits=logits, labels=kept, **kwargs)
 
     return loss_of_survivors

@@ -104,7 +104,9 @@ class BatchedTowerState(TowerState):
 
     def record_attention(self, calls: list[RecordedQK]) -> list[RecordedQK]:
         size = self.whole(self.row_sizes())
-        return [dataclasses.replace(qk, query=self.whole(qk.query, 2), key=self.whole(qk.key, 2), size=size) for qk in calls]
+        return [
+            dataclasses.replace(qk, query=self.whole(qk.query, 2), key=self.whole(qk.key, 2), size=size) for qk in calls
+        ]
 
     @property
     def is_stock(self) -> bool:
@@ -157,19 +159,27 @@ class BatchedTowerState(TowerState):
         self.entering = None
         if selection is None or selection.into is None:
             return gather_rows(hidden, self.rows)
-        units = selection.entering(hidden[:, self.num_cls + self.cells].flatten(2)).unflatten(2, (self.cells.shape[1], -1)).flatten(1, 2)
+        units = (
+            selection.entering(hidden[:, self.num_cls + self.cells].flatten(2))
+            .unflatten(2, (self.cells.shape[1], -1))
+            .flatten(1, 2)
+        )
         return torch.cat([hidden[:, : self.num_cls], units], 1)
 
     def drop_patches(self, selection: PatchSelection, hidden: Tensor, after: int) -> tuple[Tensor, Tensor]:
         count = self.cells.shape[1]
         front = torch.arange(self.num_cls, device=hidden.device).expand(len(hidden), -1)
-        patches = (selection.index[..., None] * count + torch.arange(count, device=hidden.device)).flatten(1) + self.num_cls
+        patches = (selection.index[..., None] * count + torch.arange(count, device=hidden.device)).flatten(
+            1
+        ) + self.num_cls
         kept = torch.cat([front, patches], 1)
         if selection.into is None:
             rows = gather_rows(hidden, kept)
         else:
             units = hidden[:, self.num_cls :].unflatten(1, (-1, count)).flatten(2)
-            merged = weighed_means(units, self.size, selection.into, selection.index).unflatten(2, (count, -1)).flatten(1, 2)
+            merged = (
+                weighed_means(units, self.size, selection.into, selection.index).unflatten(2, (count, -1)).flatten(1, 2)
+            )
             rows = torch.cat([hidden[:, : self.num_cls], merged], 1)
         self._update(selection, after)
         return rows, kept

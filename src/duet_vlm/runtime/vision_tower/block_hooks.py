@@ -54,7 +54,11 @@ def depth_of(blocks: TowerBlocks | VarlenTower, adapter: Adapter, reducer: Encod
     A block whose output is used, or whose attention ranks tokens, must have the kept units only.
     """
     attentions = adapter.vision_attentions(reducer.signal_layer) if reducer.requires & VISION_LAYER_INPUTS else []
-    scored_blocks = [number for number, modules in enumerate(blocks.block_modules) if any(modules.attention is module for module in attentions)]
+    scored_blocks = [
+        number
+        for number, modules in enumerate(blocks.block_modules)
+        if any(modules.attention is module for module in attentions)
+    ]
     return max(0, min([blocks.output_block, *scored_blocks]))
 
 
@@ -70,10 +74,14 @@ def check_boundaries(adapter: Adapter, reducer: EncoderReducer) -> None:
     for blocks in adapter.blocks_to_reduce():
         depth = depth_of(blocks, adapter, reducer)
         if depth == 0 and tower.prunes_inside:
-            raise ValueError(f"{tower.name}: units are dropped after blocks, but the output of the first block of this tower is used already")
+            raise ValueError(
+                f"{tower.name}: units are dropped after blocks, but the output of the first block of this tower is used already"
+            )
         boundaries = list(tower.boundaries(depth))
         if not boundaries or boundaries != sorted(set(boundaries)) or boundaries[0] < 0:
-            raise ValueError(f"{tower.name}.boundaries({depth}) returned {boundaries}: give numbers of blocks, ascending, 0 or more")
+            raise ValueError(
+                f"{tower.name}.boundaries({depth}) returned {boundaries}: give numbers of blocks, ascending, 0 or more"
+            )
         if boundaries[-1] > depth:
             raise ValueError(
                 f"{tower.name}: units would leave after the attention of {boundaries[-1]} blocks, but the rows or the attention of block {depth} "
@@ -82,7 +90,9 @@ def check_boundaries(adapter: Adapter, reducer: EncoderReducer) -> None:
         if Input.BLOCK_ATTENTION in tower.requires:
             windowed = [after for after in boundaries if after and not adapter.attends_globally(after - 1)]
             if windowed:
-                raise ValueError(f"{tower.name}: block {windowed[0] - 1} attends within windows, so its attention ranks no whole picture")
+                raise ValueError(
+                    f"{tower.name}: block {windowed[0] - 1} attends within windows, so its attention ranks no whole picture"
+                )
 
 
 def blocks_to_cut(adapter: Adapter, reducer: Reducer, tokens: int, num_kept: int) -> TowerStages:
@@ -127,7 +137,9 @@ class BlockHooks:
             )  # fmt: skip
         context.captured_attention.clear()
         kept_rows, kept = state.drop_patches(selection, rows, number + 1)
-        context.active_cut = BlockCut(kept, rows.shape[1], None if selection.into is None else kept_rows - gather_rows(rows, kept))
+        context.active_cut = BlockCut(
+            kept, rows.shape[1], None if selection.into is None else kept_rows - gather_rows(rows, kept)
+        )
         return (kept_rows if hidden.ndim == 3 else kept_rows[0], *args[1:])
 
     def after_mlp(self, number: int, mlp: Any, args: Any, output: Tensor) -> Tensor | None:
@@ -137,7 +149,9 @@ class BlockHooks:
         if cut is None:
             return None
         rows = output if output.ndim == 3 else output[None]
-        expanded = rows.new_zeros(len(rows), cut.count, rows.shape[2]).scatter(1, cut.kept[..., None].expand_as(rows), rows)
+        expanded = rows.new_zeros(len(rows), cut.count, rows.shape[2]).scatter(
+            1, cut.kept[..., None].expand_as(rows), rows
+        )
         return expanded if output.ndim == 3 else expanded[0]
 
     def after_block(self, number: int, block: Any, args: Any, output: Tensor) -> Tensor | None:
@@ -161,7 +175,12 @@ def tower_signals_of(tower: TowerReducer, state: TowerState, calls: list[Recorde
     """The signals that a method declares, of the attention that just ran."""
     signals: dict[Input, tuple[str, Callable[[], Tensor]]] = {
         Input.BLOCK_KEYS: ("keys", lambda: state.of_units(keys_of(calls))),
-        Input.KEY_NORM: ("key_norm", lambda: state.of_units(torch.cat([qk.key.float().norm(dim=-1).mean(1) for qk in calls], 1)[..., None])[..., 0]),
+        Input.KEY_NORM: (
+            "key_norm",
+            lambda: state.of_units(torch.cat([qk.key.float().norm(dim=-1).mean(1) for qk in calls], 1)[..., None])[
+                ..., 0
+            ],
+        ),
         Input.BLOCK_ATTENTION: ("attention", lambda: state.of_units(state.attention(calls)[..., None])[..., 0]),
     }
     return {name: compute() for required, (name, compute) in signals.items() if required in tower.requires}

@@ -53,7 +53,11 @@ def is_flash(tower: Any) -> bool:
 
 def recomputes(tower: nn.Module) -> bool:
     """True if blocks run again in the backward pass, when their call is no longer known."""
-    return torch.is_grad_enabled() and tower.training and any(getattr(module, "gradient_checkpointing", False) for module in tower.modules())
+    return (
+        torch.is_grad_enabled()
+        and tower.training
+        and any(getattr(module, "gradient_checkpointing", False) for module in tower.modules())
+    )
 
 
 def recomputation_error() -> ValueError:

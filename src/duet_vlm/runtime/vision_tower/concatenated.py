@@ -1,4 +1,5 @@
-"""Towers that concatenate pictures of any size in a batch of one (Pixtral): patches are dropped as in ``tower_hooks.py``.
+"""Towers that concatenate pictures of any size in a batch of one (Pixtral): patches are dropped as in
+``tower_hooks.py``.
 
 Patches are reordered unit by unit before the blocks, so that whole units are dropped. Spare patches, which fill no unit
 and become no token, are dropped with the first units of their picture; in an unreduced picture they stay, after its
@@ -133,7 +134,11 @@ class ConcatenatedTowerState(VarlenTowerState):
         if not isinstance(mask, Tensor):  # flash attention gets the lengths of the pictures
             return mask
         kept_mask = gather_square(mask, self.rows[None])
-        return (kept_mask + self.row_sizes().log().to(key.dtype)).clamp(min=torch.finfo(key.dtype).min) if self.uses_size_bias else kept_mask
+        return (
+            (kept_mask + self.row_sizes().log().to(key.dtype)).clamp(min=torch.finfo(key.dtype).min)
+            if self.uses_size_bias
+            else kept_mask
+        )
 
     def lengths_of(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of flash attention: the number of kept rows of each picture."""
@@ -147,7 +152,13 @@ class ConcatenatedTowerHooks(TowerHooks):
     """The hooks on one tower with concatenated pictures."""
 
     def enter(
-        self, blocks: TowerBlocks, depth: int, parameters: tuple[str, ...], stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        blocks: TowerBlocks,
+        depth: int,
+        parameters: tuple[str, ...],
+        stack: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         running = self.current_state()
         if running is None or running[0].patches is None:
@@ -162,7 +173,9 @@ class ConcatenatedTowerHooks(TowerHooks):
             return None
         new_kwargs = dict(zip(parameters, args, strict=False)) | kwargs
         new_kwargs[parameters[0]] = tower_state.enter(new_kwargs[parameters[0]])
-        new_kwargs["position_embeddings"] = tuple(table[tower_state.rows] for table in new_kwargs["position_embeddings"])
+        new_kwargs["position_embeddings"] = tuple(
+            table[tower_state.rows] for table in new_kwargs["position_embeddings"]
+        )
         if max(tower_state.stages) == 0:  # else block by block
             new_kwargs["attention_mask"] = tower_state.mask(new_kwargs.get("attention_mask"), new_kwargs[parameters[0]])
         return (), new_kwargs | tower_state.lengths_of(new_kwargs)
@@ -184,7 +197,9 @@ class ConcatenatedTowerHooks(TowerHooks):
     def hand_over(self, block: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Pre-hook of a block: pass the tables of the kept rows."""
         running = self.current_state()
-        tower_state: ConcatenatedTowerState | None = None if running is None or running[0].standalone else running[0].tower_state
+        tower_state: ConcatenatedTowerState | None = (
+            None if running is None or running[0].standalone else running[0].tower_state
+        )
         if tower_state is None or len(tower_state.entry_index) == len(tower_state.units):
             return None
         positions = tuple(table[tower_state.positions_among_entered()] for table in kwargs["position_embeddings"])
@@ -215,12 +230,32 @@ class ConcatenatedTowerHooks(TowerHooks):
         uses_size_bias = use_size_bias(tower, not is_flash(blocks.tower))
         survivors = SurvivingPatches.all(lengths, device)
         if 0 in stages:
-            rows = torch.cat([some[:, :height, :width].flatten(1).t() for some, (height, width) in zip(context.patches, sides, strict=True)])
-            valid = pad_sequence([torch.ones(n, cell**2, dtype=torch.bool, device=device) for n in lengths], batch_first=True)
+            rows = torch.cat(
+                [
+                    some[:, :height, :width].flatten(1).t()
+                    for some, (height, width) in zip(context.patches, sides, strict=True)
+                ]
+            )
+            valid = pad_sequence(
+                [torch.ones(n, cell**2, dtype=torch.bool, device=device) for n in lengths], batch_first=True
+            )
             embedded = pad_sequence(list(rows[cells].split(lengths)), batch_first=True)
-            pixels = None if context.pixels is None else self._pixels(context.pixels, sides, blocks.patch)[cells].flatten(1)[:, None].split(lengths)
+            pixels = (
+                None
+                if context.pixels is None
+                else self._pixels(context.pixels, sides, blocks.patch)[cells].flatten(1)[:, None].split(lengths)
+            )
             pixel_groups = None if pixels is None else pad_sequence(list(pixels), batch_first=True)
-            selection = select_patches(tower, embedded, valid, stages[0], grids, uses_size_bias, pixel_groups, previous_pictures(context, spans))
+            selection = select_patches(
+                tower,
+                embedded,
+                valid,
+                stages[0],
+                grids,
+                uses_size_bias,
+                pixel_groups,
+                previous_pictures(context, spans),
+            )
             survivors = SurvivingPatches.of(selection, lengths)
             if sum(survivors.counts) == len(cells):
                 return None

@@ -53,7 +53,9 @@ def stages_of(
     ``available`` are the units of each picture that can become tokens, of the ``whole`` picture in the tower.
     """
     boundaries = tower.boundaries(depth)
-    counts_by_boundary = list(zip(*(check_counts(tower, n, k, depth) for n, k in zip(available, kept, strict=True)), strict=True))
+    counts_by_boundary = list(
+        zip(*(check_counts(tower, n, k, depth) for n, k in zip(available, kept, strict=True)), strict=True)
+    )
     arriving, stages = tuple(whole), {}
     for after, counts_after in zip(boundaries, counts_by_boundary, strict=True):
         if counts_after != arriving:

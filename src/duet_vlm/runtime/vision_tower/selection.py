@@ -73,7 +73,10 @@ def select_patches(
     """
     mean = mean_of(patches, valid)
     unit_valid = valid.any(2)
-    signals = {"contrast": patch_contrast(patches, mean, valid) if Input.PATCH_CONTRAST in tower.requires else None, "pixels": pixels}
+    signals = {
+        "contrast": patch_contrast(patches, mean, valid) if Input.PATCH_CONTRAST in tower.requires else None,
+        "pixels": pixels,
+    }
     unit_index = torch.arange(unit_valid.shape[1], device=unit_valid.device).expand(unit_valid.shape)
     metric = patches.mean(2, dtype=torch.float32) - mean[:, 0]
     return apply_selection(
@@ -83,7 +86,13 @@ def select_patches(
 
 
 def apply_selection(
-    tower: TowerReducer, valid: Tensor, counts: Sequence[int], metric: Tensor | None, size: Tensor, uses_size_bias: bool, **view_fields: Any
+    tower: TowerReducer,
+    valid: Tensor,
+    counts: Sequence[int],
+    metric: Tensor | None,
+    size: Tensor,
+    uses_size_bias: bool,
+    **view_fields: Any,
 ) -> PatchSelection:
     """The selection of ``tower`` among the ``valid`` [P, U] units.
 
@@ -95,14 +104,18 @@ def apply_selection(
     protected = protected & tower.protect_predicting_tokens  # its token may have to predict
     selectable = valid & ~protected
     keep = (upload(counts, valid.device) if counts else valid.sum(1)) - protected.sum(1)
-    view = TowerView(selectable, keep, tuple(n - tower.protect_predicting_tokens for n in counts), **view_fields, method=tower.name)
+    view = TowerView(
+        selectable, keep, tuple(n - tower.protect_predicting_tokens for n in counts), **view_fields, method=tower.name
+    )
     result = tower.keep_patches(view)
     positions = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
     into = None
     order = positions
     if isinstance(result, MergePairs):
         if not view.after:
-            raise ValueError(f"{tower.name}.keep_patches returned who joins whom in front of the blocks: units join others behind a block's attention only")
+            raise ValueError(
+                f"{tower.name}.keep_patches returned who joins whom in front of the blocks: units join others behind a block's attention only"
+            )
         into, mask, invalid_code = check_merge_pairs(tower, result, view)
         order = positions if result.order is None else result.order
     else:
@@ -112,7 +125,9 @@ def apply_selection(
     unread = torch.zeros_like(mask)
     pooled = (0,) * len(counts)
     if tower.pooled_context_tokens:
-        pooled = tuple(tower.pooled_features(high * wide, n) for (high, wide), n in zip(view.grids, counts, strict=True))
+        pooled = tuple(
+            tower.pooled_features(high * wide, n) for (high, wide), n in zip(view.grids, counts, strict=True)
+        )
         groups, dropped = upload(pooled, valid.device), valid & ~mask
         into = in_stretches(dropped, groups)
         unread = unread.scatter(1, into, dropped & (groups > 0)[:, None])
@@ -127,7 +142,14 @@ def apply_selection(
     else:
         size = size.gather(1, index) * index_valid
     return PatchSelection(
-        index=index, valid=index_valid, size=size, counts=counts, pooled=pooled, unread=unread.gather(1, index), wrong=invalid_code, into=into
+        index=index,
+        valid=index_valid,
+        size=size,
+        counts=counts,
+        pooled=pooled,
+        unread=unread.gather(1, index),
+        wrong=invalid_code,
+        into=into,
     )
 
 

@@ -92,7 +92,8 @@ class TowerState(ABC):
 
     @abstractmethod
     def view(self, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """[P, U] bool, the units that can be selected, of which ``counts`` are to be kept, and their numbers in the picture."""
+        """[P, U] bool, the units that can be selected, of which ``counts`` are to be kept, and their numbers in the
+        picture."""
 
     @abstractmethod
     def sizes(self) -> Tensor:
@@ -100,5 +101,5 @@ class TowerState(ABC):
 
     @abstractmethod
     def drop_patches(self, chosen: PatchSelection, hidden: Tensor, after: int) -> tuple[Tensor, Tensor]:
-        """Keep the selected units: the kept rows of a block [.., R, D] -> [.., R', D], merged where the method merges, and their row
-        numbers [B, R']."""
+        """Keep the selected units: the kept rows of a block [.., R, D] -> [.., R', D], merged where the method merges,
+        and their row numbers [B, R']."""

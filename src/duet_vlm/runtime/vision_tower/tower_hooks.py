@@ -24,7 +24,13 @@ from duet_vlm.runtime import compat
 from duet_vlm.runtime.context import EncodeContext, ThreadState
 from duet_vlm.runtime.vision_tower.batched import BatchedTowerState
 from duet_vlm.runtime.vision_tower.capabilities import recomputation_error, recomputes, takes_bias, use_size_bias
-from duet_vlm.runtime.vision_tower.patch_groups import in_cells, in_patches, previous_pictures, selectable_units, stages_of
+from duet_vlm.runtime.vision_tower.patch_groups import (
+    in_cells,
+    in_patches,
+    previous_pictures,
+    selectable_units,
+    stages_of,
+)
 from duet_vlm.runtime.vision_tower.selection import select_patches
 
 
@@ -37,12 +43,20 @@ class TowerHooks:
     def current_state(self) -> tuple[EncodeContext, TowerReducer] | None:
         """The running encoder call, if a method drops patches in its tower."""
         context = self.state.encode_contexts[-1] if self.state.encode_contexts else None
-        return None if context is None or context.config.tower_reducer is None else (context, context.config.tower_reducer)
+        return (
+            None if context is None or context.config.tower_reducer is None else (context, context.config.tower_reducer)
+        )
 
     def stages(
-        self, context: EncodeContext, tower: TowerReducer, spans: list[tuple[int, ...]], depth: int, whole: int | None = None
+        self,
+        context: EncodeContext,
+        tower: TowerReducer,
+        spans: list[tuple[int, ...]],
+        depth: int,
+        whole: int | None = None,
     ) -> dict[int, tuple[int, ...]]:
-        """The stages of this call: number of blocks whose attention has run -> kept units of each picture, by the plan of its span.
+        """The stages of this call: number of blocks whose attention has run -> kept units of each picture, by the plan
+        of its span.
 
         ``spans`` are the units of each picture, span by span; ``whole`` is their number in the tower, where that is
         larger. Where a threshold decides, the counts are empty.
@@ -53,13 +67,29 @@ class TowerHooks:
         num_separators = self.adapter.num_separator_rows(context.encoding, len(spans))
         plans = []
         for sizes, separators in zip(spans, num_separators, strict=True):
-            plans.append(context.config.plan_span([units + num_cls for units in sizes], separators, context.per_crop, num_cls=num_cls))
+            plans.append(
+                context.config.plan_span(
+                    [units + num_cls for units in sizes], separators, context.per_crop, num_cls=num_cls
+                )
+            )
         kept = [
-            tower_counts(plan, sizes, num_cls, tower.least) if plan.tower is not None else [whole or units for units in sizes]
+            tower_counts(plan, sizes, num_cls, tower.least)
+            if plan.tower is not None
+            else [whole or units for units in sizes]
             for plan, sizes in zip(plans, spans, strict=True)
         ]
-        available = [max(1, units) if plan.tower is not None else whole or units for plan, sizes in zip(plans, spans, strict=True) for units in sizes]
-        return stages_of(tower, available, [units for counts in kept for units in counts], depth, [whole or units for sizes in spans for units in sizes])
+        available = [
+            max(1, units) if plan.tower is not None else whole or units
+            for plan, sizes in zip(plans, spans, strict=True)
+            for units in sizes
+        ]
+        return stages_of(
+            tower,
+            available,
+            [units for counts in kept for units in counts],
+            depth,
+            [whole or units for sizes in spans for units in sizes],
+        )
 
     def embedded(self, module: nn.Module, args: Any, output: Tensor) -> None:
         """Post-hook of the patch embedding."""
@@ -69,7 +99,13 @@ class TowerHooks:
             running[0].pixels = args[0].detach() if Input.PIXELS in running[1].requires else None
 
     def enter(
-        self, blocks: TowerBlocks, depth: int, parameters: tuple[str, ...], stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        blocks: TowerBlocks,
+        depth: int,
+        parameters: tuple[str, ...],
+        stack: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         """Pre-hook of the stack of blocks: pass the kept rows."""
         running = self.current_state()
@@ -80,12 +116,15 @@ class TowerHooks:
         with torch.no_grad(), compat.without_autocast(running[0].patches):
             context.tower_state = self._begin(context, tower, blocks, depth, recomputed)
         context.patches = context.pixels = None
-        if context.tower_state is None or context.standalone or context.tower_state.is_stock:  # a standalone call gets the stock output
+        # a standalone call gets the stock output
+        if context.tower_state is None or context.standalone or context.tower_state.is_stock:
             return None
         new_kwargs = dict(zip(parameters, args, strict=False)) | kwargs
         new_kwargs[parameters[0]] = context.tower_state.enter(new_kwargs[parameters[0]])
         if "attention_mask" in parameters and max(context.tower_state.stages) == 0:  # else block by block
-            new_kwargs["attention_mask"] = context.tower_state.mask(new_kwargs.get("attention_mask"), new_kwargs[parameters[0]])
+            new_kwargs["attention_mask"] = context.tower_state.mask(
+                new_kwargs.get("attention_mask"), new_kwargs[parameters[0]]
+            )
         return (), new_kwargs
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -103,7 +142,9 @@ class TowerHooks:
         if getattr(output, "hidden_states", None) is not None:
             output.hidden_states = tuple(map(full, output.hidden_states))
 
-    def _begin(self, context: EncodeContext, tower: TowerReducer, blocks: TowerBlocks, depth: int, recomputed: bool) -> BatchedTowerState | None:
+    def _begin(
+        self, context: EncodeContext, tower: TowerReducer, blocks: TowerBlocks, depth: int, recomputed: bool
+    ) -> BatchedTowerState | None:
         """The state of the reduced tower; None: nothing is dropped.
 
         ``recomputed``: its blocks run again in the backward pass.
@@ -148,10 +189,23 @@ class TowerHooks:
             raise recomputation_error()
         if 0 not in stages:
             return tower_state
-        pixels = None if context.pixels is None else in_patches(context.pixels, height, width)[:, cells].flatten(2)[:, :, None]
+        pixels = (
+            None
+            if context.pixels is None
+            else in_patches(context.pixels, height, width)[:, cells].flatten(2)[:, :, None]
+        )
         if stages[0]:
             valid = valid | (selectable_units(all_units, content, stages[0]) & ~content)[..., None]
-        selection = select_patches(tower, rows[:, cells], valid, stages[0], [grid] * pictures, uses_size_bias, pixels, previous_pictures(context, spans))
+        selection = select_patches(
+            tower,
+            rows[:, cells],
+            valid,
+            stages[0],
+            [grid] * pictures,
+            uses_size_bias,
+            pixels,
+            previous_pictures(context, spans),
+        )
         if min(selection.counts) == num_units:
             return None
         tower_state.begin(selection)

@@ -1,4 +1,5 @@
-"""Towers that pack all pictures of a call into one sequence of patches (Qwen2-VL and its relatives): only the kept patches are packed.
+"""Towers that pack all pictures of a call into one sequence of patches (Qwen2-VL and its relatives): only the kept
+patches are packed.
 
 A "unit" is the group of patches that becomes one token. The stock forward takes tables of positions, segments and
 windows as arguments, so it is called with those of the kept patches. Its merger then runs on them only, and their
@@ -93,8 +94,14 @@ class VarlenTowerState(TowerState):
     @property
     def run_stages(self) -> list[TowerStages]:
         ends = upload(self.lengths, self.units.device).cumsum(0)
-        counts = [torch.bincount(torch.bucketize(units, ends, right=True), minlength=len(ends)).tolist() for units in self.kept_units.values()]
-        return [tuple(zip(self.kept_units, counts_of_picture, strict=True)) for counts_of_picture in zip(*counts, strict=True)]
+        counts = [
+            torch.bincount(torch.bucketize(units, ends, right=True), minlength=len(ends)).tolist()
+            for units in self.kept_units.values()
+        ]
+        return [
+            tuple(zip(self.kept_units, counts_of_picture, strict=True))
+            for counts_of_picture in zip(*counts, strict=True)
+        ]
 
     @property
     def patches_of_unit(self) -> int:
@@ -110,7 +117,11 @@ class VarlenTowerState(TowerState):
         return self.units[self.order[self.entry_index]]
 
     def survivors(self) -> Tensor:
-        return self.size.new_zeros(self.total).index_copy(0, self.kept, self.is_output.float()).repeat_interleave(self.unit)[None, :, None]
+        return (
+            self.size.new_zeros(self.total)
+            .index_copy(0, self.kept, self.is_output.float())
+            .repeat_interleave(self.unit)[None, :, None]
+        )
 
     def whole(self, rows: Tensor) -> Tensor:
         """Expand rows of the units that entered the first block [K, D] to all units [U, D], zeros elsewhere."""
@@ -126,7 +137,10 @@ class VarlenTowerState(TowerState):
 
         query, key = (of_all(torch.cat([getattr(qk, name) for qk in calls], 2)) for name in ("query", "key"))
         sizes = of_all(self.row_sizes().view(1, 1, -1))
-        return [dataclasses.replace(calls[0], query=q, key=k, segments=None, size=s[:, 0]) for q, k, s in zip(query, key, sizes, strict=True)]
+        return [
+            dataclasses.replace(calls[0], query=q, key=k, segments=None, size=s[:, 0])
+            for q, k, s in zip(query, key, sizes, strict=True)
+        ]
 
     def projected(self, rows: Tensor) -> Tensor:
         """Expand the merger's output for the kept units [n, D] to all units [U, D], in block order."""
@@ -166,8 +180,12 @@ class VarlenTowerState(TowerState):
     def attention(self, calls: list[RecordedQK]) -> Tensor:
         query, key = (torch.cat([getattr(qk, name) for qk in calls], 2) for name in ("query", "key"))
         counts = self.row_counts()
-        pictures = zip(query.split(counts, 2), key.split(counts, 2), self.row_sizes()[None].split(counts, 1), strict=True)
-        return torch.cat([column_attention(q, k, calls[0].scaling, calls[0].sample, size) for q, k, size in pictures], 1)
+        pictures = zip(
+            query.split(counts, 2), key.split(counts, 2), self.row_sizes()[None].split(counts, 1), strict=True
+        )
+        return torch.cat(
+            [column_attention(q, k, calls[0].scaling, calls[0].sample, size) for q, k, size in pictures], 1
+        )
 
     def row_counts(self) -> list[int]:
         """Rows of each picture in the blocks."""
@@ -186,7 +204,9 @@ class VarlenTowerState(TowerState):
             kept_ends = upload([0, *self.remaining], ends.device).cumsum(0) * self.unit
         else:
             patches = self.patches(self.entry_index)
-            kept = torch.zeros(len(self.units) * self.unit, dtype=torch.long, device=patches.device).index_fill(0, patches, 1)
+            kept = torch.zeros(len(self.units) * self.unit, dtype=torch.long, device=patches.device).index_fill(
+                0, patches, 1
+            )
             kept_ends = nn.functional.pad(kept.cumsum(0), (1, 0))[ends.long()].unique_consecutive()
         self.segments.append((ends, kept_ends.int()))
         return self.segments[-1][1]
@@ -200,14 +220,19 @@ class VarlenTowerState(TowerState):
 
     def drop_patches(self, selection: PatchSelection, hidden: Tensor, after: int) -> tuple[Tensor, Tensor]:
         used = valid_positions(selection)
-        block_positions = self.block_index.gather(1, selection.index).flatten()[used]  # picture by picture, in the order of the view
+        # picture by picture, in the order of the view
+        block_positions = self.block_index.gather(1, selection.index).flatten()[used]
         kept_positions, order = block_positions.sort()
         kept = self.rows_of(kept_positions)[None]
         rows = gather_rows(hidden, kept)
         merged = None
         if selection.into is not None:
             units = self.by_unit(hidden[0]).flatten(1)[self.block_index]
-            merged = weighed_means(units, self.sizes(), selection.into, selection.index).flatten(0, 1)[used][order].unflatten(1, (self.unit, -1))
+            merged = (
+                weighed_means(units, self.sizes(), selection.into, selection.index)
+                .flatten(0, 1)[used][order]
+                .unflatten(1, (self.unit, -1))
+            )
         self.entry_index = self.entry_index[kept_positions]
         self.size = selection.size.flatten()[used][order]
         self.is_output = ~selection.unread.flatten()[used][order]
@@ -293,7 +318,9 @@ class SurvivingPatches:
         """Rows that enter the first block [K, C], of those of all units [U, C]."""
         if self.chosen is None or self.chosen.into is None:
             return units[self.units]
-        return self.chosen.entering(pad_sequence(list(units.split(self.lengths)), batch_first=True)).flatten(0, 1)[valid_positions(self.chosen)]
+        return self.chosen.entering(pad_sequence(list(units.split(self.lengths)), batch_first=True)).flatten(0, 1)[
+            valid_positions(self.chosen)
+        ]
 
 
 def valid_positions(selection: PatchSelection) -> Tensor:
@@ -304,7 +331,9 @@ def valid_positions(selection: PatchSelection) -> Tensor:
 class VarlenTowerHooks(TowerHooks):
     """The hooks on one packed tower."""
 
-    def around(self, tower: VarlenTower, depth: int, original: Callable[..., Any], embed: Callable[..., Any]) -> Callable[..., Any]:
+    def around(
+        self, tower: VarlenTower, depth: int, original: Callable[..., Any], embed: Callable[..., Any]
+    ) -> Callable[..., Any]:
         """The forward of the tower."""
 
         @functools.wraps(original)
@@ -322,13 +351,19 @@ class VarlenTowerHooks(TowerHooks):
                 raise recomputation_error()
             rows = embed(hidden_states) if 0 in stages else hidden_states
             with torch.no_grad(), compat.without_autocast(rows):
-                tower_state, tables, entering = self._pack(context, reducer, tower, stages, spans, rows, hidden_states, recomputed)
+                tower_state, tables, entering = self._pack(
+                    context, reducer, tower, stages, spans, rows, hidden_states, recomputed
+                )
             context.tower_state = tower_state
             if context.standalone or tower_state is None:
                 context.embedded = rows if 0 in stages else None
                 del rows, entering
                 return original(hidden_states, grid_thw, **kwargs)
-            context.embedded = entering.entering(rows.view(-1, tower.unit * rows.shape[1])).view(-1, rows.shape[1]) if 0 in stages else None
+            context.embedded = (
+                entering.entering(rows.view(-1, tower.unit * rows.shape[1])).view(-1, rows.shape[1])
+                if 0 in stages
+                else None
+            )
             del rows, entering
             output = original(hidden_states, grid_thw, **(kwargs | tables))  # the patches are embedded already
             output.pooler_output = tower_state.whole(output.pooler_output)
@@ -354,16 +389,25 @@ class VarlenTowerHooks(TowerHooks):
     def cut_so_far(self) -> VarlenTowerState | None:
         """The state, if units have been dropped after a block."""
         running = self.current_state()
-        tower_state: VarlenTowerState | None = None if running is None or running[0].standalone else running[0].tower_state
-        return tower_state if tower_state is not None and len(tower_state.entry_index) < len(tower_state.units) else None
+        tower_state: VarlenTowerState | None = (
+            None if running is None or running[0].standalone else running[0].tower_state
+        )
+        return (
+            tower_state if tower_state is not None and len(tower_state.entry_index) < len(tower_state.units) else None
+        )
 
     def hand_over(self, block: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Pre-hook of a block: pass the tables of the kept rows."""
         tower_state = self.cut_so_far()
         if tower_state is None:
             return None
-        positions = tuple(table[tower_state.patches(tower_state.entry_index)] for table in kwargs["position_embeddings"])
-        return args, kwargs | {"cu_seqlens": tower_state.kept_ends(kwargs["cu_seqlens"]), "position_embeddings": positions}
+        positions = tuple(
+            table[tower_state.patches(tower_state.entry_index)] for table in kwargs["position_embeddings"]
+        )
+        return args, kwargs | {
+            "cu_seqlens": tower_state.kept_ends(kwargs["cu_seqlens"]),
+            "position_embeddings": positions,
+        }
 
     def merged(self, merger: Any, args: Any, output: Tensor) -> Tensor | None:
         """Post-hook of a merger: one row for each unit that entered the first block."""
@@ -376,7 +420,8 @@ class VarlenTowerHooks(TowerHooks):
         self, context: EncodeContext, reducer: TowerReducer, tower: VarlenTower, stages: dict[int, tuple[int, ...]], spans: list[tuple[int, ...]],
         rows: Tensor, pixels: Tensor, recomputed: bool,
     ) -> tuple[VarlenTowerState | None, dict[str, Any], SurvivingPatches]:  # fmt: skip
-        """The state of the reduced tower (None: nothing is dropped), the tables of its units, and the units that enter the first block."""
+        """The state of the reduced tower (None: nothing is dropped), the tables of its units, and the units that enter
+        the first block."""
         unit = tower.unit
         side = round(unit**0.5)
         grids = tuple((h // side, w // side) for t, h, w in context.encoding.sizes for _ in range(t))
@@ -386,15 +431,20 @@ class VarlenTowerHooks(TowerHooks):
         uses_size_bias = use_size_bias(reducer, not is_flash(tower.module) and not recomputed)
         if 0 in stages:
             pictures = rows.detach().view(-1, unit, rows.shape[1]).split(lengths)
-            valid = pad_sequence([torch.ones(n, unit, dtype=torch.bool, device=device) for n in lengths], batch_first=True)
+            valid = pad_sequence(
+                [torch.ones(n, unit, dtype=torch.bool, device=device) for n in lengths], batch_first=True
+            )
             pixel_groups = pixels_by_frame(pixels, tower, lengths) if Input.PIXELS in reducer.requires else None
             previous_picture = previous_pictures(context, spans)
             patches = pad_sequence(list(pictures), batch_first=True)
-            selection = select_patches(reducer, patches, valid, stages[0], grids, uses_size_bias, pixel_groups, previous_picture)
+            selection = select_patches(
+                reducer, patches, valid, stages[0], grids, uses_size_bias, pixel_groups, previous_picture
+            )
             survivors = SurvivingPatches.of(selection, lengths)
             if sum(survivors.counts) == sum(lengths):
                 return None, {}, survivors
-        grid = torch.tensor(context.encoding.sizes, device="cpu")  # the host has read it: asking the device again would wait for it
+        # the host has read it: asking the device again would wait for it
+        grid = torch.tensor(context.encoding.sizes, device="cpu")
         tables, order, slots = tower.tables(grid, survivors.units, survivors.counts)
         block_position = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))
         tower_state = VarlenTowerState(
@@ -423,5 +473,10 @@ class VarlenTowerHooks(TowerHooks):
 
 def pixels_by_frame(pixels: Tensor, tower: VarlenTower, lengths: list[int]) -> Tensor:
     """Pixels [N, c T p p] unit by unit, frame by frame: [P, U, T, m]."""
-    frames = pixels.detach().view(sum(lengths), tower.unit, -1, tower.steps, tower.patch**2).permute(0, 3, 1, 2, 4).flatten(2)
+    frames = (
+        pixels.detach()
+        .view(sum(lengths), tower.unit, -1, tower.steps, tower.patch**2)
+        .permute(0, 3, 1, 2, 4)
+        .flatten(2)
+    )
     return pad_sequence(list(frames.split(lengths)), batch_first=True)

@@ -23,10 +23,11 @@ from duet_vlm_vllm.stages.running_step import RunningStep
 
 @functools.lru_cache
 def staged_backend(backend: type, stage: int) -> type:
-    """``backend`` for the layers of a stage; one class for each, as vLLM gives layers of one class one builder of tables.
+    """``backend`` for the layers of a stage; one class for each, as vLLM gives layers of one class one builder of
+    tables.
 
-    Builder and implementation are both wrapped, as vLLM does for cross-attention: keys are written to the slots of the forward context,
-    which the runner counted from places in the whole prompt, so the implementation writes them itself.
+    Builder and implementation are both wrapped, as vLLM does for cross-attention: keys are written to the slots of the
+    forward context, which the runner counted from places in the whole prompt, so the implementation writes them itself.
     """
 
     class StageBuilder(backend.get_builder_cls()):  # type: ignore[misc]
@@ -68,7 +69,8 @@ def staged_backend(backend: type, stage: int) -> type:
 
 
 def stage_metadata(step: StagedStep, stage: int, common: Any, block_size: int) -> Any:
-    """The tables of a stage in place of the runner's: rows that are there, shorter sequences, slots counted in rows that are left."""
+    """The tables of a stage in place of the runner's: rows that are there, shorter sequences, slots counted in rows
+    that are left."""
     device = common.seq_lens.device
     starts, lengths = (torch.from_numpy(table).int() for table in (step.query_starts(stage), step.seq_lens(stage)))
     return replace(
@@ -126,8 +128,8 @@ def keys_can_be_read(layer: Attention, vllm_config: Any) -> bool:
 
 
 def cached_keys(layer: Attention, blocks: Tensor, count: int) -> Tensor:
-    """The first ``count`` keys [Hkv, count, d] that a request with these ``blocks`` [M] has in the cache of a layer, where they can be read: a
-    block holds them as [d, block], and values behind them."""
+    """The first ``count`` keys [Hkv, count, d] that a request with these ``blocks`` [M] has in the cache of a layer,
+    where they can be read: a block holds them as [d, block], and values behind them."""
     total, heads, size, _ = layer.kv_cache.shape
     keys = layer.kv_cache.view(total, heads, 2 * size, layer.head_size)[:, :, :size]
     keys = keys[blocks[: -(-count // size)].long()].reshape(-1, heads, layer.head_size, size)

@@ -30,8 +30,8 @@ def put_in_front(mixin: type, thing: Any) -> None:
 
 
 def stage_decoder(decoder: nn.Module, served: ServedMethod, vllm_config: VllmConfig) -> RunningStep | None:
-    """Let ``decoder`` drop rows as ``served`` says; before weights are loaded and caches are made. None, and nothing is done, for a first stage
-    alone; else what the runner tells the step to.
+    """Let ``decoder`` drop rows as ``served`` says; before weights are loaded and caches are made. None, and nothing is
+    done, for a first stage alone; else what the runner tells the step to.
 
     Raises
     ------
@@ -117,7 +117,8 @@ class StagedPass:
         return hidden.new_zeros(int(self.step.num_rows[0].sum()), hidden.shape[1]).index_copy(0, rows, hidden)
 
     def _look(self, stage: int, number: int, whole: Tensor, positions: Tensor, rows: Tensor) -> None:
-        """Take from the layer in front of a drop, before it runs, what the method asks for: its inputs and its attention."""
+        """Take from the layer in front of a drop, before it runs, what the method asks for: its inputs and its
+        attention."""
         tables = self._tables(stage, rows)
         if tables is None:
             return

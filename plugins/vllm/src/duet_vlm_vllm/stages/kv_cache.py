@@ -1,4 +1,5 @@
-"""The KV cache of a later stage: a spec of its own, so that vLLM gives it a group of its own, and blocks for the rows that are left."""
+"""The KV cache of a later stage: a spec of its own, so that vLLM gives it a group of its own, and blocks for the rows
+that are left."""
 
 from __future__ import annotations
 
@@ -18,14 +19,16 @@ _FRESH: WeakKeyDictionary[Any, set[int]] = WeakKeyDictionary()
 
 
 def fresh_blocks(pool: Any) -> set[int]:
-    """Numbers of the blocks of a pool that the step being scheduled is the first to fill. vLLM lets other requests of the step read them, as each
-    layer writes before it reads; rows are ranked in front of a layer, where nothing is written yet, so hits end before them here."""
+    """Numbers of the blocks of a pool that the step being scheduled is the first to fill. vLLM lets other requests of
+    the step read them, as each layer writes before it reads; rows are ranked in front of a layer, where nothing is
+    written yet, so hits end before them here."""
     return _FRESH.setdefault(pool, set())
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageSpec(AttentionSpec):
-    """Cache of the layers of one stage. Not a ``FullAttentionSpec``: vLLM merges those into one group, and nothing would be saved."""
+    """Cache of the layers of one stage. Not a ``FullAttentionSpec``: vLLM merges those into one group, and nothing
+    would be saved."""
 
     stage: int
 
@@ -53,8 +56,8 @@ class StageManager(FullAttentionManager):
         return super().allocate_new_blocks(request_id, num_tokens - gone, num_tokens_main_model - gone)
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """Blocks in front of the first image only: behind it rows depend on the question. A hit is the shortest of all groups, so it ends there
-        in every group."""
+        """Blocks in front of the first image only: behind it rows depend on the question. A hit is the shortest of all
+        groups, so it ends there in every group."""
         name, prompt = request.request_id, self.prompts.get(request.request_id, NO_IMAGES)
         known = self.num_cached_block.get(name, 0)
         super().cache_blocks(

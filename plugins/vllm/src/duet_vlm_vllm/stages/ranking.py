@@ -32,9 +32,11 @@ def layer_signals(
     step: StagedStep,
     requests: Any,
 ) -> dict[str, Tensor]:
-    """Attention scores and keys of ``layer`` for the rows of ``tables`` [D, L, ...], as far as the method asks for them.
+    """Attention scores and keys of ``layer`` for the rows of ``tables`` [D, L, ...], as far as the method asks for
+    them.
 
-    ``hidden`` [T, D] are the layer's inputs with their residual, ``positions`` [..., T] theirs; ``requests`` [D] the numbers of the requests.
+    ``hidden`` [T, D] are the layer's inputs with their residual, ``positions`` [..., T] theirs; ``requests`` [D] the
+    numbers of the requests.
     """
     if not reducer.uses_attention():
         return {}
@@ -61,7 +63,8 @@ def query_key(attention: Any, normed: Tensor, positions: Tensor) -> tuple[Tensor
 
 
 def _prefix(layer: Any, step: StagedStep, requests: Any) -> Prefix | None:
-    """Keys of rows in front of the images that the prefix cache had [D, Hkv, P, d], and which are real [D, P]; None where there are none."""
+    """Keys of rows in front of the images that the prefix cache had [D, Hkv, P, d], and which are real [D, P]; None
+    where there are none."""
     counts = [int(step.computed[number]) for number in requests]
     if not any(counts):
         return None

@@ -1,4 +1,5 @@
-"""Requests that cannot be served with drops inside the decoder, refused where they come in: an error further on would end the engine."""
+"""Requests that cannot be served with drops inside the decoder, refused where they come in: an error further on would
+end the engine."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 
 
 class RequestChecks(LogitsProcessor):
-    """Given as ``--logits-processors``: vLLM shows it the parameters of each request at admission. It changes no logits."""
+    """Given as ``--logits-processors``: vLLM shows it the parameters of each request at admission. It changes no
+    logits."""
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:

@@ -1,5 +1,5 @@
-"""The scheduler of an engine whose decoder drops rows (``--scheduler-cls``): prompts with images go in one step, and the managers of later
-stages know how many rows a request has."""
+"""The scheduler of an engine whose decoder drops rows (``--scheduler-cls``): prompts with images go in one step, and
+the managers of later stages know how many rows a request has."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class StagedScheduler(AsyncScheduler):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """A spent budget of the tower, or a full cache of its outputs, cuts a prompt in front of an image, also without chunked prefill. Here it
-        waits for the next step."""
+        """A spent budget of the tower, or a full cache of its outputs, cuts a prompt in front of an image, also without
+        chunked prefill. Here it waits for the next step."""
         found = super()._try_schedule_encoder_inputs(
             request, num_computed_tokens, num_new_tokens, encoder_compute_budget, *args, **kwargs
         )
