@@ -541,6 +541,7 @@ def test_visitors_name_no_files(method: str, there: bool, tmp_path: Path) -> Non
     assert names
 
 
+@pytest.mark.slow
 def test_every_setting_that_a_method_opens_is_known_to_be_a_file(tmp_path: Path, loaded: LoadedModel) -> None:
     """Python itself says what is opened when each text setting of each method is a path."""
     path = str(tmp_path / "opened.json")

@@ -229,6 +229,7 @@ def test_a_drawing_names_the_tokens_of_its_own_picture(tmp_path: Path, monkeypat
     assert counts[0] > counts[1] and sum(counts) == pytest.approx(got["mean_tokens"], abs=0.2)
 
 
+@pytest.mark.slow
 def test_warnings_are_one_line(tmp_path: Path) -> None:
     path = tmp_path / "moves.gif"
     Image.new("RGB", (64, 64)).save(path, save_all=True, append_images=[Image.new("RGB", (64, 64), "white")])
@@ -237,6 +238,7 @@ def test_warnings_are_one_line(tmp_path: Path) -> None:
     assert said == f"warning: {path}: shows 2 pictures one after the other, the first is taken\n"
 
 
+@pytest.mark.slow
 def test_pictures_of_other_reductions_are_other_files(tmp_path: Path) -> None:
     options = (
         ["-b", "0.22"],

@@ -176,6 +176,7 @@ def test_bad_input_is_answered_without_torch(folder: Path) -> None:
         assert code == 2 and said.startswith(f"error: {expected}") and said.count("\n") == 1, (words, said)
 
 
+@pytest.mark.slow
 def test_bad_input_is_answered_in_a_second(tmp_path: Path) -> None:
     """The whole process; the best of three, as the machine may have other work."""
     taken = []
@@ -206,6 +207,7 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(endpoint: str, tmp_path: P
     assert said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_cheap_checks_agree_with_the_methods() -> None:
     """Settings that the matrix of tests runs are let through, and those that stand for a budget are those without which
     a method refuses to plan."""
@@ -287,6 +289,7 @@ def test_a_budget_above_all_tokens_is_said_to_keep_them(verb: list[str]) -> None
     assert call(*verb, "-b", "255").stderr == ""
 
 
+@pytest.mark.slow
 def test_a_method_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever a method is taken, in a process of its own and in its workers."""
     (tmp_path / "mine.py").write_text(MINE)
@@ -317,6 +320,7 @@ def test_a_method_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert (beside.method, beside.budget) == ("first_rows", 0.5) and method_files.files() == [tmp_path / "mine.py"]
 
 
+@pytest.mark.slow
 def test_a_file_that_fails_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text(
         'import no_such_module\nimport duet_vlm\n\n@duet_vlm.register("bad")\nclass Bad: ...\n'

@@ -3,6 +3,7 @@ refusals."""
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from duet_vlm.planning.budget import SpanPlan, layer_counts
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.scoring import ScoringRules
 from duet_vlm.serve.decoder_stages import DecoderStages, check_decoder_method
-from duet_vlm.serve.kv_groups import KVGroups, describe, nearest_good
+from duet_vlm.serve.kv_groups import KVGroups, describe, describe_plan, describe_pool, nearest_good, prompts_held
 from duet_vlm.serve.served_method import STAGE_FLAGS, ServedMethod, flags
 from duet_vlm.serve.stage_choice import DropTables, attention_scores, rows_that_go_on
 from duet_vlm.serve.staged_prompt import StagedPrompt
@@ -505,6 +506,30 @@ def test_the_nearest_schedule_against_a_search_through_all() -> None:
 )
 def test_what_is_told_at_the_start(starts: tuple[int, ...], told: str) -> None:
     assert describe(DecoderStages(32, starts)) == told
+
+
+def test_a_pool_holds_as_many_prompts_as_a_slow_count_of_its_blocks() -> None:
+    """12 layers in 4 groups of 3; a row takes one place in each of them, and one in all 12 layers without drops."""
+    plan = SpanPlan(512, 100, 0, layer_counts(100, 12, ((6, 0.5), (9, 0))))
+    stages = DecoderStages.of([plan], 12)
+    rows_of_groups = [64 + count for count in (100, 100, 50, 0)]
+    inside = 1000 / sum(math.ceil(rows / 16) for rows in rows_of_groups)
+    without = (1000 * 3 / 12) / math.ceil(164 / 16)
+    assert prompts_held(stages, plan, 1000, 16) == pytest.approx((inside, without))
+    told = describe_pool(stages, plan, 1000, 16)
+    assert (
+        f"holds {inside:.1f} prompts of 64 rows of text and an image of 512 visual tokens, and would hold {without:.1f} if the 100"
+        in told
+    )
+    assert (
+        describe_plan(stages, plan)
+        == "an image of 512 visual tokens: 100 enter, 50 from layer 6 on, 0 from layer 9 on; a mean of 62.5 over the layers"
+    )
+
+
+def test_the_image_that_is_told_about_is_one_that_can_be_reduced() -> None:
+    assert served({"budget": 64}).example(576).tokens == 512
+    assert served({"budget": 0.0005}).example(576).tokens == 1024
 
 
 PYRAMID = duet_vlm.get_method("pyramiddrop")

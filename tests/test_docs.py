@@ -79,8 +79,7 @@ def test_snippets_run(
         model, _ = tiny.load()
         for method in sorted({*duet_vlm.list_methods()} - {*known}):  # a method that the page writes does reduce
             # its method takes settings of its own, and all of a docs page take a budget
-            budget = None if page == "CONTRIBUTING.md" else 0.22
-            with duet_vlm.attach(model, method, budget=budget, processor=processor) as handle:
+            with duet_vlm.attach(model, method, budget=0.5, processor=processor) as handle:
                 model.generate(**processor(images=image, text=prompt, return_tensors="pt"), max_new_tokens=1)
                 assert handle.report().observed.decoder_flops < handle.report().full.decoder_flops, method
     finally:
@@ -315,6 +314,7 @@ def test_first_snippet_needs_no_more_than_the_package(tmp_path: Path) -> None:
     assert answer.strip() and float(full) == 144 and 63 < float(measured) <= 64
 
 
+@pytest.mark.slow
 def test_second_snippet_needs_torchvision_and_says_so(tmp_path: Path) -> None:
     """With it the snippet runs; without it both the stock loader and ours name what is missing, and README says it in
     front of the snippet."""
@@ -361,6 +361,7 @@ def commands(page: str) -> list[list[str]]:
     return [words[1:] for words in found if words[0] == "duet-vlm"]
 
 
+@pytest.mark.slow
 def test_what_readme_offers_to_try_works_after_its_own_first_line(tmp_path: Path) -> None:
     """In a folder that has nothing but the clone's files, with nothing installed but what that line installs."""
     (block,) = re.findall(r"```bash\n([^`]*duet-vlm demo.*?)```", (ROOT / "README.md").read_text(), flags=re.S)

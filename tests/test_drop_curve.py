@@ -192,6 +192,7 @@ def test_questions_nobody_labelled_are_judged_by_the_full_model(tmp_path: Path) 
     assert agree < 5
 
 
+@pytest.mark.slow
 def test_the_verb(tmp_path: Path) -> None:
     """Both parts, a picture, and a second call that measures nothing again."""
     options = [

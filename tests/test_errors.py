@@ -375,7 +375,7 @@ def test_full_ids_on_a_v2v_reduced_cache(family: str) -> None:
         mask = torch.cat([inputs["attention_mask"], torch.ones(2, 5).long()], 1)
         model.generate(input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values, max_new_tokens=2)
 
-    refuse(family, call, ValueError, r"reduced cache stands for \d+ tokens.*pass only the new token ids")
+    refuse(family, call, ValueError, r"reduced cache represents \d+ tokens.*pass only the new token ids")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -550,7 +550,9 @@ def test_names_are_checked() -> None:
         duet_vlm.register("My Method")
     with pytest.raises(TypeError, match="is not a Reducer: derive from duet_vlm.EncoderReducer"):
         duet_vlm.register("mine")(int)  # type: ignore[type-var]
-    with pytest.raises(ValueError, match=r"method 'fastv' is already registered by duet_vlm\.methods\.fastv\.FastV"):
+    with pytest.raises(
+        ValueError, match=r"method 'fastv' is already registered by duet_vlm\.methods\.decoder\.fastv\.FastV"
+    ):
         duet_vlm.register("fastv")(type("Other", (FastV,), {}))
     assert duet_vlm.get_method("fastv") is FastV
 
@@ -577,6 +579,7 @@ def test_what_is_no_processor_is_refused_whatever_asks_for_one(method: str, proc
         duet_vlm.attach(shared("llava"), method, budget=0.3, processor=processor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
     ["model.compile", *(pytest.param(how, marks=pytest.mark.slow) for how in ("torch.compile", "decoder", "paused"))],

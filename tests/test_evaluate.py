@@ -389,6 +389,7 @@ def test_a_run_that_is_added_is_asked_alone(result: dict[str, Any], tmp_path: Pa
     assert [sorted(json.loads(line)["page"]["runs"]) for line in added] == [["fastv@0.22"]] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
 def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     command = [

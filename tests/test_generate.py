@@ -161,6 +161,7 @@ def test_under_accelerate(data: Path, tmp_path: Path, alone: list[dict[str, Any]
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world", "again"), [(2, 2), pytest.param(3, 2, marks=pytest.mark.slow), pytest.param(2, 3, marks=pytest.mark.slow)]
 )

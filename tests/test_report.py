@@ -456,6 +456,7 @@ def test_a_task_whose_name_begins_with_a_digit(tmp_path: Path, task: str) -> Non
     assert (ids, used) == tuple([re.sub(r"^letters\b", slug, v) for v in found] for found in drawn("letters"))
 
 
+@pytest.mark.slow
 def test_same_file_same_bytes(tmp_path: Path) -> None:
     """In another process too, whatever the order of hashes and a personal matplotlib style say; and nothing is loaded
     before it is needed."""

@@ -319,6 +319,38 @@ def test_serve_starts_vllm_with_the_settings(started: list[Any]) -> None:
     assert "method=duet_plus, budget=0.22" in done.output and "/v1" in done.output and "warning" not in done.output
 
 
+def test_serve_runs_the_whole_method_where_it_is_asked_to(started: list[Any]) -> None:
+    done = call("serve", "-m", "tiny", "--method", "duet", "-b", "16", "--stages", "all", "--port", str(free_port()))
+    assert done.exit_code == 0, done.output
+    ((command, _),) = started
+    assert option(command, "--hf-overrides.duet.stages") == "all" and "--enforce-eager" in command
+    assert "a budget is a mean over its layers" in done.output
+    assert (
+        "an image of 512 visual tokens: 25 enter, 12 from layer 6 on, 0 from layer 9 on; a mean of 15.5 over the layers"
+        in done.output
+    )
+    assert "rows leave before decoder layers 6, 9 of 12; 4 KV-cache groups of 3 layers\n" in done.output
+
+
+@pytest.mark.parametrize(("method", "told"), [("duet", True), ("divprune", False)])
+def test_the_first_stage_says_where_there_is_a_second(started: list[Any], method: str, told: bool) -> None:
+    """The default: its budget counts what enters, and only vLLM's stock options are needed."""
+    for more in ([], ["--stages", "first"]):
+        done = call("serve", "-m", "tiny", "--method", method, "-b", "16", *more, "--port", str(free_port()))
+        assert "first stage only, so a budget counts the tokens" in done.output
+        assert ("--stages all drops inside the decoder, too" in done.output) == told
+    assert len(started) == 2 and not any("--worker-cls" in command for command, _ in started)
+
+
+def test_a_schedule_that_wastes_memory_is_told_with_the_nearest_that_does_not(started: list[Any]) -> None:
+    drop = ["--method", "pyramiddrop", "--set", "schedule=((7, 0.5),)", "--stages", "all"]
+    done = call("serve", "-m", "tiny", *drop, "--port", str(free_port()))
+    assert (
+        "2 KV-cache groups of 7 layers, 2 of them padding that holds memory for nobody; drops before 6 would waste nothing"
+        in done.output
+    )
+
+
 def test_serve_opens_what_it_is_asked_to_open(started: list[Any]) -> None:
     port = str(free_port())
     more = ["--request-budgets", "--fetch-urls", "--tensor-parallel-size", "2", "--host", "0.0.0.0"]
@@ -348,6 +380,11 @@ def test_the_flags_are_words_that_no_shell_reads(started: list[Any]) -> None:
         (["-m", "tiny-video", "-b", "9"], "VideoLlavaForConditionalGeneration: vLLM cannot run"),
         (["-m", "nowhere", "-b", "9"], "no such folder"),
         (["-m", "tiny", "-b", "9", "--set", "alpha"], "write it as key=value"),
+        (["-m", "tiny", "-b", "9", "--stages", "second"], "stages='second': choose one of 'first', 'all'"),
+        (
+            ["-m", "tiny", "-b", "9", "--method", "divprune", "--stages", "all"],
+            "divprune: it drops nothing inside the decoder",
+        ),
     ],
 )
 def test_what_cannot_be_served_is_one_line(started: list[Any], arguments: list[str], says: str) -> None:

@@ -270,7 +270,7 @@ def registered(folder: str, sign: str) -> int:
     """How many classes of a folder of the source have the decorator ``sign``."""
     classes = [
         node
-        for file in (ROOT / "src/duet_vlm" / folder).glob("*.py")
+        for file in (ROOT / "src/duet_vlm" / folder).rglob("*.py")
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.ClassDef)
     ]

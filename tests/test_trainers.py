@@ -592,6 +592,7 @@ def compiled_layers(family: str, backend: str, order: str) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_compiled_layers() -> None:
     compiled_layers("llava", "aot_eager", "attach first")
 

@@ -138,6 +138,7 @@ def test_a_rung_behind_one_that_failed_is_not_taken() -> None:
     assert cheap.tested < 149
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hard", [False, True], ids=["own questions", "the same hard questions"])
 def test_many_bad_candidates_do_not_make_a_good_one(hard: bool) -> None:
     """30 settings that all lose 2.1 %: in 400 searches one is taken in no more than 5 % of them (and 3 standard
@@ -384,6 +385,7 @@ def test_a_killed_search_goes_on(tuned: tuple[Path, dict[str, Any]], tmp_path: P
     assert json.loads(again.stdout)["candidates"] == result["candidates"]
 
 
+@pytest.mark.slow
 def test_other_methods_of_the_same_name_are_timed_together(tuned: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     folder, result = tuned
     (tmp_path / "tiny").mkdir()
@@ -428,6 +430,7 @@ def test_every_verb_takes_the_file(tuned: tuple[Path, dict[str, Any]], tmp_path:
     }
 
 
+@pytest.mark.slow
 def test_a_file_with_settings_is_timed_with_them(tmp_path: Path) -> None:
     file = tmp_path / "duet.json"
     file.write_text('{"method": "duet_plus", "budget": 0.22, "settings": {"schedule": [[6, 0.5], [9, 0.0]]}}')
@@ -455,6 +458,7 @@ def test_a_file_that_is_missing_is_named_without_an_option_of_another_verb(verb:
     assert said.exit_code == 2 and said.stderr == f"error: {tmp_path / 'none.jsonl'}: no such file\n"
 
 
+@pytest.mark.slow
 def test_nothing_qualifies_is_said(tmp_path: Path) -> None:
     words = ("--limit", "44", "--keep", "0.8", "--timing-rounds", "3", "--methods", "random", "-b", ".06")
     found = call("tune", "tiny-chain", *words, "--out", tmp_path)
@@ -512,6 +516,7 @@ def test_a_model_that_answers_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     assert found.exit_code == 2 and "answers nothing to any of" in found.stderr
 
 
+@pytest.mark.slow
 def test_other_goals(tmp_path: Path) -> None:
     """Speed and memory rule out by their own numbers; what is left is measured without a share to keep."""
     words = (
@@ -542,6 +547,7 @@ def test_other_goals(tmp_path: Path) -> None:
     assert found["verdict"].startswith("Nothing qualifies: every candidate was refused or too dear")
 
 
+@pytest.mark.slow
 def test_losses_are_shown_with_both_answers(tmp_path: Path) -> None:
     """Also of questions that times were measured with, which stand in the journal once more without answers."""
     words = (

@@ -379,7 +379,8 @@ def test_a_reduced_tower_has_no_rows_to_read() -> None:
 
     try:
         with pytest.raises(
-            TypeError, match="reads rows inside the vision tower, of which a reduced tower has some only"
+            TypeError,
+            match="uses the output of blocks of the vision tower, which a reduced tower has for some patches only",
         ):
             duet_vlm.attach(shared("llava"), "contrast+probe_of_states", budget=0.3)
     finally:

@@ -42,6 +42,7 @@ def test_it_answers_fresh_questions(loaded) -> None:
     assert sum(right(q, said) for q, said in zip(questions, outcome.answers, strict=True)) >= 0.75 * len(questions)
 
 
+@pytest.mark.slow
 def test_without_pictures_in_the_decoder_it_guesses(loaded) -> None:
     """Questions cannot be answered from their words."""
     questions = [task("tiny-chain").ask(78, index) for index in range(4 * len(KINDS))]

@@ -83,6 +83,7 @@ def test_packed_questions_equal_single_ones_through_the_stock_layers():
             torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_resume_gives_the_same_weights(tmp_path, small):
     """Through every part of the curriculum, pairs of whole pictures among them."""
 
@@ -138,6 +139,7 @@ def test_lessons_get_longer_and_most_of_what_is_read_are_whole_pictures():
     assert len(kinds) == 24 and 16 <= kinds.count("hop1") <= 20
 
 
+@pytest.mark.slow
 def test_one_command_trains_and_exports_a_model_that_answers(trained):
     loaded = load(str(trained))
     assert (trained / "model.safetensors").stat().st_size < 15e6 and "curve" in (

@@ -301,6 +301,7 @@ def test_weights_are_small_and_read_the_longest_clip(loaded):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [0, 2 * TURN])
 def test_shipped_model_answers(loaded, first):
     """Short and long clips; seed 9 was never looked at when the model was made."""
@@ -331,6 +332,7 @@ def test_model_and_task_are_found_by_name(loaded):
     ) == 128
 
 
+@pytest.mark.slow
 def test_one_command_trains_and_exports_a_model_that_answers(tmp_path):
     train_long.main(["--out", str(tmp_path), "--steps", "1", "--fp32"])
     model, processor = EmbeddedModel("trained", tmp_path / "weights", read_video_processor).load()

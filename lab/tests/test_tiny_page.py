@@ -278,6 +278,7 @@ def test_a_step_trains_everything_but_the_tower():
     assert grouped == {id(p) for p in stage.parameters() if p.requires_grad}
 
 
+@pytest.mark.slow
 def test_one_command_trains_and_exports_a_model_that_answers(tmp_path):
     train_page.main(["--out", str(tmp_path), "--steps", "1", "--fp32"])
     model = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "weights", dtype=torch.float32)
@@ -319,6 +320,7 @@ def test_weights_are_small_and_the_tower_is_that_of_the_tiny_model(loaded):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_it_answers_fresh_questions_as_recorded(loaded, fresh):
     (outcome,) = answer(loaded, [ExperimentCell("none")], fresh, 4).values()
     assert sum(right(q, said) for q, said in zip(fresh, outcome.answers, strict=True)) >= 0.75 * len(fresh)

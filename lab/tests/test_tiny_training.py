@@ -155,6 +155,7 @@ def resumed_is_whole(build, folder, stop):
     return start, after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tower", "decoder", "projector", "join", "finish"])
 def test_resume_gives_the_same_weights(name, tmp_path, small, apart):
     build = {

@@ -1,4 +1,4 @@
-"""LLaVA-1.5 and LLaVA-NeXT."""
+"""LLaVA-1.5 and LLaVA-NeXT. Their signals are tested in test_signals.py; a new family writes them, see internvl.py."""
 
 from __future__ import annotations
 

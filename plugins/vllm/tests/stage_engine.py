@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,10 @@ def ask(llm: LLM, requests: Sequence[Any], new: int = NEW) -> list[list[Any]]:
 
 
 def arrive(
-    llm: LLM, arrivals: Sequence[tuple[int, str, Any]], new: int = NEW
+    llm: LLM, arrivals: Sequence[tuple[int, str, Any]], new: int = NEW, aborted: Mapping[str, int] | None = None
 ) -> tuple[dict[str, list[Any]], list[dict[str, int]]]:
-    """Requests that come at the numbers of steps; what was answered, and how many tokens of whom each step read."""
+    """Requests that come at the numbers of steps; answers, and how many tokens of whom each step read. ``aborted``:
+    steps at which those who asked go away."""
     running, scheduler, waiting = llm.llm_engine, core(llm).scheduler, sorted(arrivals, key=lambda one: one[0])
     done: dict[str, list[Any]] = {}
     steps: list[dict[str, int]] = []
@@ -56,6 +57,7 @@ def arrive(
             while waiting and waiting[0][0] <= number:
                 _, name, request = waiting.pop(0)
                 running.add_request(name, request, greedy(new))
+            running.abort_request([name for name, when in (aborted or {}).items() if when == number])
             for output in running.step():
                 if output.finished:
                     done[output.request_id] = engine.found(output)[1:]

@@ -109,6 +109,29 @@ def test_preempted_requests_answer_the_same_and_leave_nothing_behind(
     assert not any(manager.prompts for manager in scheduler.stage_managers)
 
 
+@pytest.mark.parametrize("name", list(SMALL))
+def test_forty_arrivals_with_aborts_in_a_small_cache(started: Any, name: str) -> None:
+    """At random steps, eight of them given up while they wait, are read or are written: the others answer as one by
+    one, and all blocks come back."""
+    llm, draw, requests = (
+        started("llava", name, max_num_seqs=6, enable_prefix_caching=False, **SMALL[name]),
+        random.Random(1),
+        requests_of("llava"),
+    )
+    scheduler = stage_engine.core(llm).scheduler
+    pool = scheduler.kv_cache_manager.block_pool
+    alone = {case: stage_engine.ask(llm, [request], LONGER)[0] for case, request in requests.items()}
+    free = pool.get_num_free_blocks()
+    drawn = [(draw.randrange(60), f"{number}:{draw.choice(list(requests))}") for number in range(40)]
+    gone = {name: when + draw.randrange(1, 30) for when, name in draw.sample(drawn, 8)}
+    done, _ = stage_engine.arrive(
+        llm, [(when, name, requests[name.split(":")[1]]) for when, name in drawn], LONGER, gone
+    )
+    assert set(done) >= {name for _, name in drawn} - gone.keys() and len(done) < 40
+    assert not [case for case, found in done.items() if not stage_engine.same(found, alone[case.split(":")[1]])]
+    assert pool.get_num_free_blocks() == free and not any(manager.prompts for manager in scheduler.stage_managers)
+
+
 def test_later_stages_own_fewer_blocks(started: Any) -> None:
     """Of 576 rows of an image 288 are left in layers 1 and 2, 144 in layer 3; vLLM alone would hold as many blocks in
     all four groups."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_server import ENGINE, KEY, PICTURES, QUIET, ask, command, free_port, openai
+from test_server import ENGINE, KEY, PICTURES, QUIET, ask, command, free_port, metric, openai
 
 STARTED = "rows leave before decoder layers 6, 9 of 12; 4 KV-cache groups of 3 layers"
 
@@ -25,8 +25,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]
         "duet",
         "--budget",
         "16",
-        "--set",
-        "stages=all",
+        "--stages",
+        "all",
         "--port",
         str(port),
         "--api-key",
@@ -70,7 +70,8 @@ def test_thirty_two_at_once_answer_as_one_after_the_other(place: tuple[int, Path
     with concurrent.futures.ThreadPoolExecutor(32) as pool:
         together = list(pool.map(lambda number: answer(port, number % 12), range(96)))
     assert together == alone * 8
-    assert STARTED in log.read_text()
+    told = log.read_text()
+    assert STARTED in told and "prompts of 64 rows of text and an image of 512 visual tokens, and would hold" in told
 
 
 def test_what_cannot_be_served_is_a_400_and_the_server_goes_on(place: tuple[int, Path]) -> None:
@@ -81,6 +82,25 @@ def test_what_cannot_be_served_is_a_400_and_the_server_goes_on(place: tuple[int,
     ):
         ask(port, extra={"prompt_logprobs": 1})
     assert answer(port, 1) == before
+
+
+def test_rows_that_leave_are_counted(place: tuple[int, Path]) -> None:
+    """Of 256 rows of a picture 25 enter; 12 go on into layers 6 to 8, and none into layers 9 to 11."""
+    port, _ = place
+    names = (
+        'duet_vlm_rows_dropped_total{layer="6"',
+        'duet_vlm_rows_dropped_total{layer="9"',
+        "duet_vlm_kv_rows_saved_total",
+    )
+    before = [metric(port, name) for name in names]
+    ask(port, shown=(PICTURES[2],))
+    ask(port, shown=(PICTURES[2], PICTURES[3]))
+    ask(port, shown=())
+    assert [metric(port, name) - old for name, old in zip(names, before, strict=True)] == [
+        3 * 13,
+        3 * 12,
+        3 * (3 * 13 + 3 * 25),
+    ]
 
 
 def test_streams(place: tuple[int, Path]) -> None:

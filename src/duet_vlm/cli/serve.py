@@ -24,12 +24,27 @@ NO_HOST = "none.invalid"  # a name that nobody can have: of a server that shall 
 
 Method = Annotated[
     list[str] | None,
-    typer.Option("--method", metavar="TEXT", help="On vLLM one in front of the decoder. Default: duet_plus."),
+    typer.Option(
+        "--method",
+        metavar="TEXT",
+        help="On vLLM one in front of the decoder, or with --stages all inside it. Default: duet_plus.",
+    ),
 ]
 BudgetText = Annotated[
     list[str] | None,
     typer.Option(
-        "--budget", "-b", metavar="TEXT", help="Visual tokens of an image or clip that enter (64), or that fraction."
+        "--budget",
+        "-b",
+        metavar="TEXT",
+        help="Visual tokens of an image or clip that enter (64), or that fraction; with --stages all their mean over the layers.",
+    ),
+]
+Stages = Annotated[
+    str | None,
+    typer.Option(
+        "--stages",
+        metavar="first|all",
+        help="On vLLM: before the decoder only, or drops inside it, too (LLaVA-1.5, Qwen2.5-VL). Default: first.",
     ),
 ]
 Settings = Annotated[
@@ -44,12 +59,13 @@ def vllm_args(
     method: Method = None,
     budget: BudgetText = None,
     settings: Settings = None,
+    stages: Stages = None,
     debug: Debug = False,
 ) -> None:
     """Print the flags that make vLLM reduce, for those who start it themselves: vllm serve M $(duet-vlm vllm-args -m M
     -b 64)."""
     with friendly(debug):
-        print(" ".join(_flags(model, _given(method, budget, settings))))
+        print(" ".join(_served(model, _given(method, budget, settings, stages))[0]))
 
 
 def serve(
@@ -57,9 +73,10 @@ def serve(
     method: Method = None,
     budget: BudgetText = None,
     settings: Settings = None,
+    stages: Stages = None,
     backend: Annotated[
         str,
-        typer.Option("--backend", help="'vllm' (first stage, many users) or 'transformers' (both stages, few users)."),
+        typer.Option("--backend", help="'vllm' (many users) or 'transformers' (every family and method, few users)."),
     ] = "vllm",
     host: Annotated[
         str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for other machines, then with --api-key.")
@@ -87,23 +104,22 @@ def serve(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Serve a model on vLLM with the first stage of a method, or on transformers with both; OpenAI's API, ready when
-    /health answers."""
+    """Serve a model on vLLM with the first stage of a method or all of it, or on transformers with all; OpenAI's API,
+    ready when /health answers."""
     with friendly(debug):
         if backend not in ("vllm", "transformers"):
             raise ValueError(f"--backend {backend}: give 'vllm' or 'transformers'")
         if backend == "transformers":
             theirs = {
-                "--tensor-parallel-size": tensor_parallel_size > 1,
-                "--request-budgets": request_budgets,
+                "--stages": stages, "--tensor-parallel-size": tensor_parallel_size > 1, "--request-budgets": request_budgets,
                 "options behind --": options,
-            }
+            }  # fmt: skip
             if wrong := [name for name, given in theirs.items() if given]:
                 raise ValueError(f"--backend transformers: {', '.join(wrong)} are vLLM's, leave them out")
             _both_stages(model, reductions_of(method, None, budget, None, settings)[0], host, port, api_key, fetch_urls)
             return
-        given = _given(method, budget, settings)
-        flags = _flags(model, given)
+        given = _given(method, budget, settings, stages)
+        flags, explained = _served(model, given)
         _check_installed()
         check_port(host, port)
         command = [
@@ -123,9 +139,7 @@ def serve(
         environment = {"VLLM_MAX_IMAGE_PIXELS": str(MAX_PIXELS)} | dict(os.environ)
         environment |= {} if api_key is None else {"VLLM_API_KEY": api_key}  # not in the list of processes
         shown = ", ".join(f"{name}={value}" for name, value in given.items())
-        print(
-            f"{model}: {shown}; first stage only, so a budget counts the tokens of an image or clip (InternVL: of a tile) that enter"
-        )
+        print(f"{model}: {shown}; {explained}")
         print(
             f"endpoint http://{host}:{port}/v1 (health: /health, counters: /metrics); usage.prompt_tokens says what entered"
         )
@@ -152,7 +166,28 @@ def _warn_of_strangers(host: str, port: int, api_key: str | None) -> None:
         typer.echo(f"warning: anyone who reaches {host}:{port} can use this server: give --api-key", err=True)
 
 
-def _given(method: list[str] | None, budget: list[str] | None, settings: list[str] | None) -> dict[str, Any]:
+def _explained(config: dict[str, Any], given: dict[str, Any]) -> str:
+    """The meaning of a budget with these settings, and where rows leave."""
+    from duet_vlm.serve.kv_groups import PICTURE, describe, describe_plan
+    from duet_vlm.serve.served_method import of_model
+
+    served = of_model(config, given)
+    if served.decoder_reducer is not None:
+        rows = describe_plan(served.stages, served.example(PICTURE))
+        return (
+            f"drops inside the decoder, too, so a budget is a mean over its layers\n{rows}\n{describe(served.stages)}"
+        )
+    found = "first stage only, so a budget counts the tokens of an image or clip (InternVL: of a tile) that enter"
+    try:
+        of_model(config, given | {"stages": "all"})
+    except (ValueError, TypeError):  # not for this model, or not by this method
+        return found
+    return f"{found}; --stages all drops inside the decoder, too"
+
+
+def _given(
+    method: list[str] | None, budget: list[str] | None, settings: list[str] | None, stages: str | None
+) -> dict[str, Any]:
     """The options as the settings of a server."""
     one("--budget", budget)
     amount, name = budget_of(budget[0]) if budget else None, one("--method", method) or "duet_plus"
@@ -161,15 +196,21 @@ def _given(method: list[str] | None, budget: list[str] | None, settings: list[st
             f"--method {name}: a file's budget is a mean over the decoder's layers; on vLLM a budget counts what enters. Name --method and --budget, "
             "or serve with --backend transformers"
         )
-    return {"method": name} | ({} if amount is None else {"budget": amount}) | settings_of(settings)
+    named = {"budget": amount, "stages": stages}
+    return (
+        {"method": name}
+        | {option: value for option, value in named.items() if value is not None}
+        | settings_of(settings)
+    )
 
 
-def _flags(model: str, given: dict[str, Any]) -> list[str]:
+def _served(model: str, given: dict[str, Any]) -> tuple[list[str], str]:
+    """The flags that make vLLM run by these settings, and what they mean in a sentence."""
     from duet_vlm.serve.served_method import flags
 
     config = _config(model)
     try:
-        return flags(config, given)
+        return flags(config, given), _explained(config, given)
     except ValueError as error:
         raise ValueError(f"--model {model}: {error}") from None
 

@@ -177,10 +177,12 @@ class PromptState:
         """The group that ``layer`` belongs to."""
         return next(group for group in reversed(self.layer_groups) if group.first_layer <= layer)
 
-    def cache_len(self, layer: int) -> LayerGroup:
+    def cached_group(self, layer: int) -> LayerGroup:
         """The layer group whose tokens the cache of ``layer`` holds."""
         return self.layer_groups[-1] if layer in self.trimmed_layers else self.layer_group(layer)
 
     def cache_rows(self, layer: int) -> int:
         """Number of rows of the prompt in the cache of ``layer``."""
-        return self.cache_len(layer).width - (self.rows_evicted_elsewhere[layer] if self.rows_evicted_elsewhere else 0)
+        return self.cached_group(layer).width - (
+            self.rows_evicted_elsewhere[layer] if self.rows_evicted_elsewhere else 0
+        )

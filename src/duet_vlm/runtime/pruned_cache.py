@@ -145,7 +145,7 @@ def trim_cache(cache: Any, prompt_state: PromptState, kinds: list[str]) -> None:
 def record_evicted(cache: Any, prompt_state: PromptState, kinds: list[str]) -> None:
     """Record how many rows of each layer other code removed (cache compression by hooks on attention)."""
     num_missing = (
-        prompt_state.cache_len(index).width - int(cache.get_seq_length(index)) if kind == FULL else 0
+        prompt_state.cached_group(index).width - int(cache.get_seq_length(index)) if kind == FULL else 0
         for index, kind in enumerate(kinds)
     )
     evicted = tuple(max(0, rows) for rows in num_missing)

@@ -10,11 +10,14 @@ meaning, and a row that is not valid, or a member that joins none (-1), may hold
 
 How to call them::
 
-    plan = check_plan(reducer, reducer.plan(tokens, depth, budget), tokens, depth)         # where plans are made, once
-    per size selection, code = check_selection(reducer, reducer.select_tokens(view), view, view.plans)        # wherever
-    select_tokens is called, parts too mask, code = check_mask(reducer, reducer.prune_tokens(view), view.valid,
-    view.num_keep)             # wherever prune_tokens is called raise_if_invalid(int(code), reducer)
+    # where plans are made, once per size
+    plan = check_plan(reducer, reducer.plan(tokens, depth, budget), tokens, depth)
+    # wherever select_tokens is called, of parts too
+    selection, code = check_selection(reducer, reducer.select_tokens(view), view, view.plans)
+    # wherever prune_tokens is called
+    mask, code = check_mask(reducer, reducer.prune_tokens(view), view.valid, view.num_keep)
     # where the code has been read
+    raise_if_invalid(int(code), reducer)
 
 Codes of several calls of one method are one: ``torch.stack(codes).amax()``. In a prefill the codes of selections stand
 beside ``finite`` in the one read of the entry; look at ``finite`` first, numbers that are not finite explain any

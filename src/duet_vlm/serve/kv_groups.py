@@ -10,9 +10,11 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.serve.decoder_stages import DecoderStages
 
 MOST_GROUPS = 8  # each costs tables in every step; more than this is told at the start
+PICTURE, TEXT = 576, 64  # visual tokens of an image, and rows of text beside it, that are told about at the start
 CLOSE = 1.5  # stages of sizes within this factor share the largest one's
 
 
@@ -36,6 +38,27 @@ class KVGroups:
     def good(self) -> bool:
         """True where no layer is wasted and the groups are few."""
         return not self.padding and self.count <= MOST_GROUPS
+
+
+def prompts_held(
+    stages: DecoderStages, plan: SpanPlan, blocks: int, block_size: int, text: int = TEXT
+) -> tuple[float, float]:
+    """Prompts with one image that a pool holds at once: with drops inside the decoder, and without them, if as many
+    rows entered.
+
+    Parameters
+    ----------
+    plan : SpanPlan
+        Of the image.
+    blocks, block_size : int
+        Of the pool, and rows of a block. A block holds the keys and values of one group's layers.
+    text : int
+        Rows of the prompt that are no image.
+    """
+    groups = KVGroups.of(stages)
+    needed = [-(-(text + visual) // block_size) for visual in stages.counts(plan)]
+    together = sum(count * -(-size // groups.layers) for count, size in zip(needed, stages.sizes, strict=True))
+    return blocks / together, blocks * groups.layers / (needed[0] * stages.depth)
 
 
 def nearest_good(stages: DecoderStages) -> DecoderStages | None:
@@ -69,3 +92,19 @@ def describe(stages: DecoderStages) -> str:
     better = nearest_good(stages)
     remedy = "" if better is None else f"; drops before {', '.join(map(str, better.starts))} would waste nothing"
     return f"{found}, {groups.padding} of them padding that holds memory for nobody{remedy}"
+
+
+def describe_plan(stages: DecoderStages, plan: SpanPlan) -> str:
+    """The rows of an image in each stage, in a sentence."""
+    entered, *later = stages.counts(plan)
+    left = "".join(f", {count} from layer {start} on" for start, count in zip(stages.starts, later, strict=True))
+    return f"an image of {plan.tokens} visual tokens: {entered} enter{left}; a mean of {plan.mean:.4g} over the layers"
+
+
+def describe_pool(stages: DecoderStages, plan: SpanPlan, blocks: int, block_size: int) -> str:
+    """The prompts that a pool holds with and without drops, in a sentence."""
+    inside, without = prompts_held(stages, plan, blocks, block_size)
+    return (
+        f"the KV cache has {blocks} blocks of {block_size} rows and holds {inside:.1f} prompts of {TEXT} rows of text and an image of {plan.tokens} "
+        f"visual tokens, and would hold {without:.1f} if the {plan.entry} that enter stayed to the end"
+    )

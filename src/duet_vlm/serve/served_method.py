@@ -164,6 +164,25 @@ class ServedMethod:
         return made
 
     @cached_property
+    def plans(self) -> tuple[SpanPlan, ...]:
+        """Plans of images of ``SIZES`` tokens, as far as the method can reduce them.
+
+        Raises
+        ------
+        BudgetError
+            No image can be reduced by these settings.
+        """
+        plans, refused = [], None
+        for size in SIZES:
+            try:
+                plans.append(self._span(self.budget, (size,), 0))
+            except BudgetError as error:  # below the method's floor
+                refused = error
+        if not plans and refused is not None:
+            raise refused
+        return tuple(plans)
+
+    @cached_property
     def stages(self) -> DecoderStages:
         """The stages of the decoder: where rows leave for an image of any size that the method can reduce.
 
@@ -174,16 +193,12 @@ class ServedMethod:
         """
         if self.depth is None:
             return DecoderStages(DEPTH, ())
-        plans, refused = [], None
-        for size in SIZES:
-            try:
-                plans.append(self._span(self.budget, (size,), 0))
-            except BudgetError as error:  # below the method's floor
-                refused = error
-        if not plans and refused is not None:
-            raise refused
-        self.span((plans[-1].tokens,))  # raises where nothing enters
-        return DecoderStages.of(plans, self.depth)
+        self.span((self.plans[-1].tokens,))  # raises where nothing enters
+        return DecoderStages.of(self.plans, self.depth)
+
+    def example(self, tokens: int) -> SpanPlan:
+        """The plan of the image whose size is nearest to ``tokens``, of those in ``plans``."""
+        return min(self.plans, key=lambda plan: abs(plan.tokens - tokens))
 
     @property
     def salt(self) -> str:
@@ -337,9 +352,8 @@ def _check_stage(name: str, cls: type[Reducer]) -> None:
         raise ValueError(f"method {name}: it {what}, and this server runs first stages only; {remedy}")
 
 
-def flags(config: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """Flags that make vLLM reduce by ``given`` (as ``ServedMethod.of``); none holds blanks, quotes or brackets that a
-    shell reads.
+def of_model(config: Mapping[str, Any], given: Mapping[str, Any]) -> ServedMethod:
+    """The settings ``given`` (as for ``ServedMethod.of``) for a model.
 
     Parameters
     ----------
@@ -357,12 +371,18 @@ def flags(config: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
         raise ValueError(
             f"{architecture}: vLLM cannot run a first stage for this model, only for {known}; --backend transformers runs others"
         )
-    every = given.get("stages") == "all"
-    if every:
+    if given.get("stages") == "all":
         check_staged(architecture)
-    ServedMethod.of(
+    return ServedMethod.of(
         given, ARCHITECTURES[architecture], config.get("text_config", config).get("num_hidden_layers", DEPTH)
     )
+
+
+def flags(config: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Flags that make vLLM reduce by ``given`` (as ``of_model``, which raises where it cannot); none holds blanks or
+    quotes, which a shell reads."""
+    made = of_model(config, given)
+    (architecture,) = config["architectures"]
     values = {
         name: value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
         for name, value in given.items()
@@ -370,5 +390,5 @@ def flags(config: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     return [
         "--hf-overrides.architectures+", PREFIX + architecture,
         *(part for name, value in values.items() for part in (f"--hf-overrides.{KEY}.{name}", value)),
-        *(STAGE_FLAGS if every else ()),
+        *(STAGE_FLAGS if made.decoder_reducer is not None else ()),
     ]  # fmt: skip

@@ -13,7 +13,7 @@ from vllm.multimodal.processing import PromptUpdateDetails
 from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.runtime.encode.selection import part_sizes
 from duet_vlm.serve.served_method import REQUEST, ServedMethod
-from duet_vlm_vllm.metrics import count
+from duet_vlm_vllm.metrics import count, count_drops
 from duet_vlm_vllm.settings import served
 from duet_vlm_vllm.stages.running_step import COUNTS
 
@@ -24,10 +24,12 @@ BUDGETS = {"image": REQUEST, "video": f"{REQUEST}_video"}
 
 @dataclasses.dataclass
 class ShortenedPrompt(PromptUpdateDetails):
-    """Content that shows ``after`` of an image's or clip's ``before`` rows."""
+    """Content that shows ``after`` of an image's or clip's ``before`` rows; ``stages``: of these, those in each stage
+    of the decoder."""
 
     before: int = 0
     after: int = 0
+    stages: tuple[int, ...] = ()
 
 
 class ImagesOnly:
@@ -112,9 +114,7 @@ class FewerPlaceholders:
                     )
                 _, places = self._rows(kind, update, number)
                 plans = self._plans(kind, mm_items, number, item, len(places))
-                counts.append(
-                    [sum(stage) for stage in zip(*(self.duet.stages.counts(plan) for plan in plans), strict=True)]
-                )
+                counts.append(self._of_stages(plans))
             if counts:
                 out[COUNTS[kind]] = torch.tensor(counts)
 
@@ -140,10 +140,12 @@ class FewerPlaceholders:
             item = out_mm_kwargs[kind][number]
             if item is None or BUDGETS[kind] not in item:
                 return self.shown(kind, ShortenedPrompt(list(details.full), details.is_embed))
-            stay = sum(plan.entry for plan in self._plans(kind, mm_items, number, item, len(places)))
+            plans = self._plans(kind, mm_items, number, item, len(places))
+            stay = sum(plan.entry for plan in plans)
             gone = set(places[stay:])
             ids = [token for place, token in enumerate(details.full) if place not in gone]
-            return self.shown(kind, ShortenedPrompt(ids, details.is_embed, len(places), stay))
+            stages = () if self.duet.decoder_reducer is None else self._of_stages(plans)
+            return self.shown(kind, ShortenedPrompt(ids, details.is_embed, len(places), stay, stages))
 
         return dataclasses.replace(update, replacement=content)
 
@@ -157,6 +159,10 @@ class FewerPlaceholders:
         """The plans of the spans of an image or clip of ``tokens`` rows, by the budget of its request."""
         asked = float(item[BUDGETS[kind]].data)
         return [self.duet.span(*part_sizes(parts), asked) for parts in self.spans(kind, mm_items, number, item, tokens)]
+
+    def _of_stages(self, plans: list[SpanPlan]) -> tuple[int, ...]:
+        """Rows of an image or clip in each stage of the decoder."""
+        return tuple(sum(rows) for rows in zip(*map(self.duet.stages.counts, plans), strict=True))
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
         """Hashes know what a request asks for; what the server is set to is added here, as caches may be shared between
@@ -172,6 +178,8 @@ class FewerPlaceholders:
         reduced = [one for one in shown if isinstance(one, ShortenedPrompt)]
         if reduced:
             count(self.info.model_id, sum(one.before for one in reduced), sum(one.after for one in reduced))
+        if dropped := [one.stages for one in reduced if one.stages]:
+            count_drops(self.info.model_id, self.duet.stages, [sum(rows) for rows in zip(*dropped, strict=True)])
         return super()._apply_prompt_updates(token_ids, mm_prompt_updates)
 
 

@@ -29,8 +29,9 @@ class Pio(ScheduledReducer):
     token's saliency is the length of its gradient. By falling saliency each token stays that resembles none before it
     (cosine below ``tau``); if these are too few, the best of the others fill up.
 
-    Parameters beyond ``ScheduledReducer`` (its stages are before layers 1, 10 and 15 of 32, and keep 38 %, 22 % and 9
-    %)
+    Stages are before layers 1, 10 and 15 of 32, and keep 38 %, 22 % and 9 %.
+
+    Parameters beyond ``ScheduledReducer``
     ----------
     tau : float
         Cosine from which two tokens are doubles, in [-1, 1]; 1 takes out exact doubles only.

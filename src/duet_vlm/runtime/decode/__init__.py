@@ -1,1 +1,1 @@
-"""The cache of a reduced prompt, and later steps on it."""
+"""Later calls on the cache of a reduced prompt (``runtime/pruned_cache.py``): a step, or the next turn."""

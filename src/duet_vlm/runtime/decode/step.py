@@ -49,7 +49,7 @@ class DecodePass:
         embeds = kwargs["inputs_embeds"]
         self.batch, self.num_new = embeds.shape[:2]
         self.device = embeds.device
-        self.reference_group = prompt_state.cache_len(adapter.first_attention)
+        self.reference_group = prompt_state.cached_group(adapter.first_attention)
         self.num_generated = int(cache.get_seq_length()) - prompt_state.cache_rows(adapter.first_attention)  # type: ignore[attr-defined]
         self.static_capacity = compat.capacity(cache, adapter.first_attention) - self.reference_group.width
         num_written = self.num_generated + self.num_new
@@ -176,7 +176,7 @@ class DecodePass:
             return hidden
         group, cached, kind = (
             self.prompt_state.layer_group(index),
-            self.prompt_state.cache_len(index),
+            self.prompt_state.cached_group(index),
             self.kinds[index],
         )
         if self.prompt_state.positions == "compact" and group is not self.prompt_state.layer_groups[0]:

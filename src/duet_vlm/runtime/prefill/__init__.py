@@ -1,1 +1,1 @@
-"""A prompt through the decoder layers: entry, drop stages, masks, positions."""
+"""A prompt through the decoder layers: entry, drop stages, positions."""

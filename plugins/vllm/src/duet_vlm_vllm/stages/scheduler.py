@@ -5,10 +5,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
+from duet_vlm.serve.kv_groups import PICTURE, describe_pool
+from duet_vlm.serve.served_method import ARCHITECTURES, PREFIX
+from duet_vlm_vllm.settings import served
 from duet_vlm_vllm.stages.kv_cache import StageManager
 from duet_vlm_vllm.stages.running_step import prompt_of
+
+logger = init_logger(f"vllm.{__name__}")  # loggers of other names are not shown by vLLM
 
 
 class StagedScheduler(AsyncScheduler):
@@ -16,6 +22,10 @@ class StagedScheduler(AsyncScheduler):
         super().__init__(*args, **kwargs)
         managers = self.kv_cache_manager.coordinator.single_type_managers
         self.stage_managers = [manager for manager in managers if isinstance(manager, StageManager)]
+        config = self.vllm_config.model_config.hf_config
+        method = served(config, ARCHITECTURES[config.architectures[0].removeprefix(PREFIX)])
+        plan = method.example(PICTURE)
+        logger.info("%s", describe_pool(method.stages, plan, self.kv_cache_config.num_blocks, self.block_size))
 
     def add_request(self, request: Any) -> None:
         if request.resumable:
