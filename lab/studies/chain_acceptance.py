@@ -27,7 +27,7 @@ ORACLE, RANDOM, DUET = "oracle", "random with DUET's counts", "duet"
 
 
 def experiment(model: str, limit: int, seed: int) -> Experiment:
-    """What is asked. ``limit`` questions, the kinds in turn."""
+    """The questions: ``limit`` of them, the kinds in turn."""
     others = [
         {"method": "duet", "budgets": [BUDGET], "label": DUET},
         {"method": "random", "budgets": [BUDGET], "settings": {"follow": "duet"}, "label": RANDOM},

@@ -23,7 +23,7 @@ BUDGETS = (0.11, 0.07, 0.05)
 
 
 def verb(*words: object) -> str:
-    """What a ``duet-vlm`` command prints."""
+    """Run a ``duet-vlm`` command; return its output."""
     return subprocess.run(
         [Path(sys.executable).parent / "duet-vlm", *map(str, words)], check=True, stdout=subprocess.PIPE, text=True
     ).stdout

@@ -1,4 +1,4 @@
-"""What ranks tokens in front of the decoder: ``python lab/studies/importance.py``, results/importance.json.
+"""Rankings of tokens before the decoder: ``python lab/studies/importance.py``, results/importance.json.
 
 Two questions about the embedded models, whose tower has a CLS row that learned from labels of what a picture shows.
 What is that row worth? And do answers suffer when few rows of a tower without one rank its tokens? For both the tower

@@ -1,4 +1,4 @@
-"""What ``tiny-page`` reads in the overview of a page alone, and in its crops alone: ``python
+"""Answers of ``tiny-page`` from the overview of a page alone, and from its crops alone: ``python
 lab/studies/page_overview.py [weights]``.
 
 The other rows leave in front of the decoder, by the reference that keeps what it is told to keep; writes

@@ -1,4 +1,4 @@
-"""What an attached model takes for clips whose frames go through the tower some at a time: ``python
+"""Memory of an attached model for clips whose frames go through the tower some at a time: ``python
 lab/studies/pieces.py``.
 
 Clips of 16, 64 and 256 frames of noise, read by ``tiny-video`` and by a random Qwen2.5-VL of embedded size, in one

@@ -1,4 +1,4 @@
-"""What reduction in the tower costs in answers: ``python lab/studies/tower_accuracy.py``, results/tower_accuracy.json.
+"""Accuracy under reduction in the tower: ``python lab/studies/tower_accuracy.py``, results/tower_accuracy.json.
 
 Every share of the patches in front of the same method at 11 %, paired with that method behind the whole tower; with and
 without mass, and the floors; of clips, what moves, too. 56 % as the default was chosen on other questions (seed 500),

@@ -66,5 +66,5 @@ class Context:
 
 
 def context_flops(shape: VisionDims, patches: int, frozen: int) -> int:
-    """What ``frozen`` rows add to a tower through which ``patches`` of a picture go."""
+    """FLOPs that ``frozen`` rows add to a tower through which ``patches`` of a picture go."""
     return shape.layers * (4 * frozen * shape.width**2 + 4 * (patches + shape.extra_rows) * frozen * shape.width)

@@ -1,4 +1,4 @@
-"""What reduction in the tower does to the time to the first token of a large model, predicted from shapes: ``python
+"""Time to the first token of a large model with reduction in the tower, predicted from shapes: ``python
 lab/studies/tower_roofline.py``, results/tower_roofline.json. Nothing is measured."""
 
 from __future__ import annotations

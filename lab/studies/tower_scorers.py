@@ -25,7 +25,7 @@ Sample = tuple[Tensor, list[str], Tensor]  # pixels [P, 3, H, W], texts [Q], tar
 
 
 class Scorer(nn.Module):
-    """What a patch shows, from its embedding and those around it: ``embedded`` [P, D, h, w] -> [P, h, w]."""
+    """Content of a patch, from its embedding and those around it: ``embedded`` [P, D, h, w] -> [P, h, w]."""
 
     def __init__(self, width: int = 24) -> None:
         super().__init__()

@@ -44,7 +44,7 @@ FRAMES = 8  # of a clip, each with a CLS row among its tokens
 
 
 class Here:
-    """What the running batch is, for rules that look at more than a method may."""
+    """The running batch, for rules that look at more than a method may."""
 
     context: Context
     embed: nn.Module
@@ -146,7 +146,7 @@ def learned(view: TowerView) -> Tensor:
 
 
 def asked(view: TowerView) -> Tensor:
-    """What the questions of the batch need."""
+    """Patches that the questions of the batch need."""
     frames = len(view.grids) // len(Here.texts)
     texts = [text for text in Here.texts for _ in range(frames)]
     return asked_scorer(Here.embed, frames > 1)(embedding_of(colours(view), Here.embed, view.grids[0]), texts).flatten(
@@ -174,7 +174,7 @@ class Cell:
 
 
 def tries(task_name: str) -> list[Cell]:
-    """What is measured on a task."""
+    """Measurements on a task."""
 
     def tried(label: str, both: bool = False, **settings: Any) -> Cell:
         return Cell(label, settings=settings, both=both)

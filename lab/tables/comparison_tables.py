@@ -105,7 +105,7 @@ FRONTS = ("cdpruner", "scope", "divprune", "vispruner", "visionzip")
 
 
 def fronts_of(task: str) -> dict[str, tuple[str | None, ...]]:
-    """What chooses before the decoder: the runs that keep one count, follow DUET's schedule, and have ``duet_plus``'s
+    """Choices before the decoder: the runs that keep one count, follow DUET's schedule, and have ``duet_plus``'s
     drops."""
     duets = "((3, 0.5), (4, 0.0))" if task == "tiny-chain" else "((6, 0.5), (9, 0.0))"  # by depth
     return {
@@ -125,7 +125,7 @@ def right(task: str, name: str) -> dict[str, np.ndarray]:
 
 
 def fronts(task: str, name: str) -> str:
-    """Who chooses, under which schedule: percent kept, and with the drops of ``duet_plus`` the points more or fewer
+    """Choices by schedule: percent kept, and with the drops of ``duet_plus`` the points more or fewer
     than itself."""
     hits, kept = right(task, name), {row["id"]: row["kept"] for row in done(task, name)}
     lines = []
@@ -238,7 +238,7 @@ def random_seeds() -> str:
 
 
 def proposed() -> str:
-    """What the drop curve proposed, beside the fixed schedules, on questions that were not there when it was chosen."""
+    """Proposals of the drop curve, beside the fixed schedules, on questions that were not there when it was chosen."""
     lines = []
     for task in ("tiny-chain", "tiny-crowded", "tiny-video"):
         rows = [row for row in done(task, "drop-curve-fresh") if row["beside"]]

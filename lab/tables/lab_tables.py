@@ -27,7 +27,7 @@ def comparison(task: str, form: Callable[[dict[str, Any]], str]) -> str:
 
 
 def importance() -> str:
-    """Who ranks the tokens: accuracy by the rows that ask, and points against all of them."""
+    """Accuracy by the rows that ask, and points against all of them."""
     found: dict[tuple[str, str, str], dict[str, str]] = {}
     for row in json.loads((STUDIES / "importance.json").read_text())["results"]:
         method, who = row["label"].split(", ")

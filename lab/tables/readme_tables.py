@@ -106,7 +106,7 @@ def _spaced(budget: str) -> str:
 
 
 def headline() -> str:
-    """What one method gains at the smallest budget of the speed table, and what it loses there."""
+    """Gain and loss of one method at the smallest budget of the speed table."""
     _, rows = _bench()
     budget = BUDGETS[-1]
     full, small, share = rows["full"], rows[budget], float(budget.rstrip("%")) / 100
@@ -142,7 +142,7 @@ def _first_token() -> list[float]:
 
 
 def names() -> str:
-    """Which families and methods there are."""
+    """The families and methods."""
     families, methods = [row["family"] for row in support()], [name for name in own_methods() if name != "none"]
 
     def listed(found: list[str]) -> str:

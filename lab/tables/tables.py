@@ -143,7 +143,7 @@ def pressing() -> str:
 
 
 def overhead() -> str:
-    """What every method costs by itself, of the prefill and of one wide layer; those that cannot run below the table."""
+    """Cost of every method by itself, of the prefill and of one wide layer; those that cannot run below the table."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for row in result("overhead")["results"]:
         method, unit = row["name"].split(", ", 1)

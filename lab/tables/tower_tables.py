@@ -73,8 +73,8 @@ def tower_of(model: str) -> VisionDims:
 
 @functools.cache
 def flops_of(label: str, model: str, tokens: int) -> str:
-    """What the tower of an embedded model needs for a picture or a frame of ``tokens``, of what it needs for the whole
-    one."""
+    """Share of its FLOPs that the tower of an embedded model needs for a picture or a frame of ``tokens``, of the
+    whole one."""
     shape, share, rows = tower_of(model), re.search(r"(\d+)%", label), re.search(r"context of (\d+)", label)
     stages = () if share is None else ((0, tokens * int(share[1]) // 100 + (int(rows[1]) if rows else 0)),)
     return f"{vision_flops(shape, tokens, None, stages) / vision_flops(shape, tokens):.1%}"

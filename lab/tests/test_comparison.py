@@ -101,7 +101,7 @@ def test_questions_asked_again_get_the_recorded_answers(file: Path) -> None:
 
 
 def test_another_method_would_be_noticed() -> None:
-    """What the test above holds can fail: the answers of a neighbouring budget are others."""
+    """The test above can fail: the answers of a neighbouring budget are others."""
     result = load(ROOT / "lab/comparison/tiny-crowded/results/methods.json")
     recorded = unpack(result)["answers"]
     assert (

@@ -52,7 +52,7 @@ def small(monkeypatch):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """What one command leaves after one step."""
+    """Files of one command after one step."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch)

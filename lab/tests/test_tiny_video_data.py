@@ -157,7 +157,7 @@ def test_covered_rows_hold_the_ink():
 
 
 def test_evidence_is_enough_for_the_answer():
-    """What the needed rows show, and nothing else, answers the question by the independent reader."""
+    """The needed rows, and nothing else, answer the question by the independent reader."""
     for i in range(100):
         drawn = clip("test", 8, i)
         for q in questions(drawn, KINDS, drawn.generator(2)):

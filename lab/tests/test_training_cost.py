@@ -290,8 +290,8 @@ def test_peak_memory_counts_what_lives_at_once() -> None:
 
 
 def test_activations_are_what_autograd_saves(steps: dict[train_step.Side, train_step.Step]) -> None:
-    """What the allocator holds after the plain forward pass is what the graph says it saved (and the logits, which the
-    loss keeps)."""
+    """Memory that the allocator holds after the plain forward pass is what the graph says it saved (and the logits,
+    which the loss keeps)."""
     step = steps[train_step.Side()]
     step()
     known = {

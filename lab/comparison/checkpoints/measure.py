@@ -1,4 +1,4 @@
-"""What the unguided finish changed: ``python lab/comparison/checkpoints/measure.py`` writes measured.json beside this
+"""Effect of the unguided finish: ``python lab/comparison/checkpoints/measure.py`` writes measured.json beside this
 file.
 
 How much of both checkpoints' attention falls on the patches that an answer needs. Accuracy is the business of
