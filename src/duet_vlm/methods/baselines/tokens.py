@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from duet_vlm.methods.lookup import get_method
+from duet_vlm.ops.ragged import upload
 from duet_vlm.ops.select import spaced_picks, top
 from duet_vlm.planning.budget import (
     EPSILON,
@@ -112,7 +113,7 @@ class RandomTokens(Baseline):
     seed: int = 0
 
     def prune_tokens(self, view: DecoderView) -> Tensor:
-        table = priorities(self.seed, view.spans).to(view.valid.device)
+        table = upload(priorities(self.seed, view.spans), view.valid.device)
         return top(table[view.require(Input.TOKENS)], view.valid, view.num_keep)
 
 
