@@ -42,7 +42,7 @@ def run(options: Options) -> list[dict[str, Any]]:
 
 def _choice(shape: Shape, method: str, budget: float, fields: dict[str, Any]) -> Callable[[], Tensor]:
     """Choose and merge for one image."""
-    reducer = duet_vlm.get_method(method)(**fields)
+    reducer = duet_vlm.make_method(method, **fields)
     assert isinstance(reducer, duet_vlm.EncoderReducer)
     plan = reducer.plan(shape.visual_tokens, shape.layers, budget)
     draw = torch.Generator().manual_seed(3)

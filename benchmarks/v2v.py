@@ -20,6 +20,7 @@ from torch import nn
 import duet_vlm
 from duet_vlm.evaluation.speed.prompts import encode
 from duet_vlm.profiling.timing import time_paired
+from duet_vlm.reducers.options import TokenOptions
 
 TARGETS = {"llava": 1.01, "qwen2_5_vl": 1.05, "page": 1.02}
 
@@ -41,7 +42,7 @@ def run(options: Options) -> list[dict[str, Any]]:
                 5,
                 bare=True,
                 target=target,
-                signal_queries=queries,
+                options=TokenOptions(signal_queries=queries),
             )
             for who, queries, target in (("256 rows ask", 256, TARGETS["page"]), ("all rows ask", None, None))
         ),

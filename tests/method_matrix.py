@@ -47,6 +47,8 @@ from duet_vlm.methods.video.holitom import HoliTom
 from duet_vlm.methods.video.prunevid import PruneVid
 from duet_vlm.methods.video.vidcom2 import VidCom2
 from duet_vlm.reducers.inputs import DECODER_INPUTS
+from duet_vlm.reducers.options import TokenOptions
+from duet_vlm.utils.field_types import merged
 
 # reducing settings that bite at every stage of an 8-layer decoder, whatever the image size
 REDUCING: dict[str, dict[str, Any]] = {
@@ -82,13 +84,13 @@ REDUCING: dict[str, dict[str, Any]] = {
     "hired": {"keep": 0.4},
     "holitom": {"keep": 0.6, "schedule": ((4, 0.5),)},
     "holov": {"keep": 0.4, "num_crops": 3},
-    "metok": {"keep": 0.6, "schedule": ((3, 0.6), (5, 0.25), (7, 0.1)), "trim_kv_cache": False},
+    "metok": {"keep": 0.6, "schedule": ((3, 0.6), (5, 0.25), (7, 0.1)), "options": {"trim_kv_cache": False}},
     "pio": {"schedule": ((2, 0.6), (4, 0.3), (6, 0.1))},
     "pool": {"keep": 0.4},
     "prumerge": {"keep": 0.3, "neighbours": 3},
     "prumerge_plus": {"keep": 0.3, "neighbours": 3},
     "prunesid": {"keep": 0.6},
-    "prunevid": {"keep": 0.6, "schedule": ((4, 0.4),), "trim_kv_cache": False},
+    "prunevid": {"keep": 0.6, "schedule": ((4, 0.4),), "options": {"trim_kv_cache": False}},
     "pyramiddrop": {"schedule": ((2, 0.5), (4, 0.25), (6, 0.1))},
     "quecc": {"keep": 0.4, "kernel": 2},
     "random": {"entry": 0.6, "schedule": ((4, 0.3),)},
@@ -97,7 +99,7 @@ REDUCING: dict[str, dict[str, Any]] = {
     "sieve": {"schedule": ((2, 0.5), (4, 0.25), (6, 0.1)), "heads": 2},
     "sparsevlm": {"schedule": ((2, 0.6), (3, 0.5), (5, 0.3))},
     "stateful": {"power": 0.7, "end": 0.1},
-    "tokencarve": {"schedule": ((3, 0.4),), "trim_kv_cache": False},
+    "tokencarve": {"schedule": ((3, 0.4),), "options": {"trim_kv_cache": False}},
     "tome": {"keep": 0.4},
     "uniform": {"entry": 0.6, "schedule": ((4, 0.3),)},
     "vidcom2": {"keep": 0.4},
@@ -205,7 +207,7 @@ OFFICIAL: dict[str, duet_vlm.Reducer] = {
     "evs": EVS.official(0.6),
     "fastvid": FastVID.official(0.4),
     "holitom": HoliTom.official(0.6, ((4, 0.5),)),
-    "prunevid": PruneVid.official(0.6, ((4, 0.4),), trim_kv_cache=False),
+    "prunevid": PruneVid.official(0.6, ((4, 0.4),), options=TokenOptions(trim_kv_cache=False)),
     "vidcom2": VidCom2.official(0.4),
     "apet": ApET.official(9, 5, 4, basis=3),
     "vqtoken": VQToken.official(9),
@@ -231,7 +233,7 @@ class Case:
         return build(self.family, self.attention)
 
     def attach(self, model: nn.Module | None = None, **changes: Any) -> duet_vlm.Handle:
-        settings = REDUCING[self.method] | {"positions": self.positions} | changes
+        settings = merged(REDUCING[self.method] | {"options": {"positions": self.positions}}, changes)
         return duet_vlm.attach(self.model() if model is None else model, self.method, **settings)
 
 

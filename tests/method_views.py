@@ -162,7 +162,7 @@ VIDEO_METHODS: dict[str, dict[str, Any]] = {
 
 
 def video_method(method: str, **changes: Any) -> VideoReducer:
-    return duet_vlm.get_method(method)(**{"keep": 0.5} | VIDEO_METHODS[method] | changes)
+    return duet_vlm.make_method(method, **{"keep": 0.5} | VIDEO_METHODS[method] | changes)
 
 
 def video_view(

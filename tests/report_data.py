@@ -84,7 +84,9 @@ def _infeasible(label: str, method: str, budget: float, floor: float) -> dict[st
 
 def _row(label: str, method: str, budget: float | None) -> dict[str, Any]:
     settings = (
-        {} if method in ("none", "oracle") else {"text_query": "all", "schedule": [[6, 0.5], [9, 0.0]], "width": 4}
+        {}
+        if method in ("none", "oracle")
+        else {"options": {"text_query": "all"}, "schedule": [[6, 0.5], [9, 0.0]], "width": 4}
     )
     return {
         "id": "none" if method == "none" else _id(label, budget),

@@ -350,7 +350,7 @@ def test_two_at_once_get_the_answers_that_they_get_alone(loaded: LoadedModel) ->
 def test_salient_words_are_marked_for_those_who_ask_for_them(loaded: LoadedModel, shown: Uploads) -> None:
     sides = [
         AppSide(loaded, asked, shown, QUESTION)
-        for asked in (None, ChosenMethod("duet", 0.22, {"text_query": "salient"}), SIDES[1])
+        for asked in (None, ChosenMethod("duet", 0.22, {"options": {"text_query": "salient"}}), SIDES[1])
     ]
     assert ["salient_mask" in side.inputs for side in sides] == [False, True, False]
     assert [said.error for said in list(answers(sides, 2))[-1]] == ["", "", ""]
@@ -449,8 +449,8 @@ def test_tokens_without_a_grid_are_an_error_in_words(shown: Uploads) -> None:
             Controls("frames+duet", "0.11", settings="frames_keep=0.4"),
         ),
         (
-            ChosenMethod("contrast", 0.3, {"proportional_attention": False}),
-            Controls("contrast", "0.3", settings="proportional_attention=False"),
+            ChosenMethod("contrast", 0.3, {"options": {"proportional_attention": False}}),
+            Controls("contrast", "0.3", settings="options.proportional_attention=False"),
         ),
         (
             ChosenMethod("duet", None, {"dominant": 40, "contextual": 8, "schedule": ((6, 0.5), (9, 0))}),
@@ -458,9 +458,13 @@ def test_tokens_without_a_grid_are_an_error_in_words(shown: Uploads) -> None:
         ),
         (
             ChosenMethod(
-                "contrast+duet", None, {"duet_schedule": ((6, 0.5),), "duet_dominant": 40, "text_query": "last"}
+                "contrast+duet",
+                None,
+                {"duet_schedule": ((6, 0.5),), "duet_dominant": 40, "options": {"text_query": "last"}},
             ),
-            Controls("duet", schedule="((6, 0.5),)", tower="contrast", settings="duet_dominant=40\ntext_query=last"),
+            Controls(
+                "duet", schedule="((6, 0.5),)", tower="contrast", settings="duet_dominant=40\noptions.text_query=last"
+            ),
         ),
     ],
 )
@@ -499,7 +503,7 @@ def test_controls_that_cannot_be_are_named(controls: Controls, words: str) -> No
             "fastv cannot reach 2.56 mean visual tokens per layer on a span of 256 tokens",
         ),
         (ChosenMethod("duet", 0.2, {"dominnant": 3}), "duet has no setting 'dominnant' (did you mean 'dominant'?)"),
-        (ChosenMethod("duet", 0.2, {"text_query": "first"}), "duet: "),
+        (ChosenMethod("duet", 0.2, {"options": {"text_query": "first"}}), "duet: "),
         (
             ChosenMethod("duet", None, {"schedule": ((60, 0.5),), "dominant": 40, "contextual": 8}),
             "duet: schedule drops before layer 60",
@@ -522,11 +526,7 @@ def test_what_the_model_cannot_run_is_said_with_the_method(
 def test_visitors_name_no_files(method: str, there: bool, tmp_path: Path) -> None:
     """Not even to be told whether a file is there; whoever starts the page may name one, which visitors may then leave
     where it is."""
-    names = [
-        name
-        for name in duet_vlm.get_method(method).__dataclass_fields__
-        if name.endswith(("prior", "table", "weights"))
-    ]
+    names = [name for name in duet_vlm.make_method(method).settings() if name.endswith(("prior", "table", "weights"))]
     file = tmp_path / "some.json"
     if there:
         file.write_text("{}")

@@ -204,7 +204,7 @@ def test_clips_that_a_family_has_not() -> None:
     ("llava", 1, "pyramiddrop", {"budget": 0.6}, (2, 4, 6)),
     ("llava", 1, "fastv", {"budget": 0.5}, (1,)),
     # asks the tower's last layer, which is run for this alone
-    ("llava", 1, "visionzip", {"budget": 8, "signal_layer": -1}, ()),
+    ("llava", 1, "visionzip", {"budget": 8, "options": {"signal_layer": -1}}, ()),
 ])  # fmt: skip
 def test_what_is_planned_is_what_runs(
     name: str, parts: int, method: str, settings: dict[str, Any], scored: tuple[int, ...] | None

@@ -26,6 +26,7 @@ from duet_vlm.methods.two_stage.duet_plus import DuetPlus
 from duet_vlm.methods.video.frames import Frames
 from duet_vlm.planning.budget import check_budget, check_schedule, count_of, largest_int, layer_counts, target_mean
 from duet_vlm.planning.spans import plan_span
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.plans import plan_or_clamp
 
 SOLVERS = {
@@ -232,26 +233,37 @@ def test_what_a_floored_span_keeps(method: Any, size: float) -> None:
 
 def test_what_is_never_floored() -> None:
     for method, tokens, budget in (
-        (Scope(small_image_tokens=0), 3, 0.1),
-        (Scope(small_image_tokens=9), 9, 0.1),
+        (Scope(options=TokenOptions(small_image_tokens=0)), 3, 0.1),
+        (Scope(options=TokenOptions(small_image_tokens=9)), 9, 0.1),
         (FastV(), 9, 3 / 576),
         (PyramidDrop(), 60, 2),  # a token count is meant for every image
-        (compose(Scope(small_image_tokens=0), Duet(small_image_tokens=0)), 3, 0.1),
+        (
+            compose(
+                Scope(options=TokenOptions(small_image_tokens=0)), Duet(options=TokenOptions(small_image_tokens=0))
+            ),
+            3,
+            0.1,
+        ),
     ):
         with pytest.raises(BudgetError):
             plan_or_clamp(method, tokens, 32, budget)
     assert (
-        plan_or_clamp(Scope(small_image_tokens=9), 8, 32, 0.1).floored
-        and plan_or_clamp(Scope(small_image_tokens=500), 499, 32, 0.001).floored
+        plan_or_clamp(Scope(options=TokenOptions(small_image_tokens=9)), 8, 32, 0.1).floored
+        and plan_or_clamp(Scope(options=TokenOptions(small_image_tokens=500)), 499, 32, 0.001).floored
     )
-    assert plan_or_clamp(compose(Scope(small_image_tokens=9), Duet(small_image_tokens=9)), 8, 32, 0.01).floored
+    assert plan_or_clamp(
+        compose(Scope(options=TokenOptions(small_image_tokens=9)), Duet(options=TokenOptions(small_image_tokens=9))),
+        8,
+        32,
+        0.01,
+    ).floored
     assert plan_or_clamp(FastV(), 100, 32, None) == FastV().plan(100, 32, None)
     with pytest.raises(BudgetError, match="duet needs a budget"):
         plan_or_clamp(Duet(), 9, 32, None)
     with pytest.raises(ValueError, match="small_image_tokens=-1: a number of visual tokens, at least 0"):
-        Duet(small_image_tokens=-1)
+        Duet(options=TokenOptions(small_image_tokens=-1))
     with pytest.raises(ValueError, match="pyramiddrop wants small_image_tokens=9, duet 64; a composition has one"):
-        compose(Duet(), PyramidDrop(small_image_tokens=9))
+        compose(Duet(), PyramidDrop(options=TokenOptions(small_image_tokens=9)))
 
 
 def test_a_floored_span_of_parts_stays_marked() -> None:
@@ -382,7 +394,7 @@ def test_schedules_are_normalised() -> None:
 def test_what_enters_is_the_budget_where_nothing_drops_later(name: str) -> None:
     """Every count there is, and of fractions the largest count that is not above them; what the plan divides, it
     divides as for itself."""
-    reducer = duet_vlm.get_method(name)()
+    reducer = duet_vlm.make_method(name)
     for tokens in (1, 2, 7, 64, 65):
         for budget in range(1, tokens + 3):
             plan = reducer.plan_entry(tokens, budget, depth=12)

@@ -95,12 +95,12 @@ def test_run_with_settings_positions_two_images_and_a_local_folder() -> None:
         schedule,
     )
     assert got["report"]["measured"] == [512] * 4 + [256] * 4 + [128] * 4
-    assert got["report"]["settings"]["positions"] == "compact"
+    assert got["report"]["settings"]["options"]["positions"] == "compact"
 
 
 def test_run_salient_gets_the_processor() -> None:
-    got = as_json("run", "-i", PICTURE, "-p", QUESTION, "-b", "0.3", "--set", "text_query=salient", "--compare")
-    assert got["report"]["settings"]["text_query"] == "salient"
+    got = as_json("run", "-i", PICTURE, "-p", QUESTION, "-b", "0.3", "--set", "options.text_query=salient", "--compare")
+    assert got["report"]["settings"]["options"]["text_query"] == "salient"
     assert got["full_answer"] == full_answer(QUESTION)
 
 

@@ -112,8 +112,11 @@ WRONG: list[tuple[list[str], str]] = [
         ["run", *ASK, "--set", "dominant=lots"],
         "dominant must be an int (tokens) or a float in [0, 1] (fraction), got 'lots'",
     ),
-    (["run", *ASK, "-b", "64", "--set", "colour=3"], "duet has no setting 'colour'; its settings: positions, "),
-    (["run", *ASK, "-b", "64", "--set", "small_image_tokens=1.5"], "small_image_tokens=1.5: give a whole number (int)"),
+    (["run", *ASK, "-b", "64", "--set", "colour=3"], "duet has no setting 'colour'; its settings: options, "),
+    (
+        ["run", *ASK, "-b", "64", "--set", "options.small_image_tokens=1.5"],
+        "small_image_tokens=1.5: give a whole number (int)",
+    ),
     (["bench", "-m", "wrongmodel"], "--model wrongmodel: no such folder"),
     (["bench", "--dtype", "fp8"], "--dtype fp8: choose one of fp32, bf16, fp16"),
     (["eval", "-m", "wrongmodel"], "--model wrongmodel: no such folder"),
@@ -218,12 +221,10 @@ def test_cheap_checks_agree_with_the_methods() -> None:
     for method, settings in REDUCING.items():
         lists.check_settings(method, settings)
     for row in lists.rows("methods"):
-        for name, value in {
-            field: getattr(duet_vlm.get_method(row["name"])(), field) for field in row["types"]
-        }.items():
+        for name, value in {field: getattr(duet_vlm.make_method(row["name"]), field) for field in row["types"]}.items():
             lists.check_settings(row["name"], {name: value})
         try:
-            duet_vlm.get_method(row["name"])().plan(1000, 24, None)
+            duet_vlm.make_method(row["name"]).plan(1000, 24, None)
         except duet_vlm.BudgetError:
             assert lists.needs_budget(row["name"], {}), row["name"]
         else:

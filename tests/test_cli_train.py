@@ -23,6 +23,7 @@ import duet_vlm
 from duet_vlm.api.loading import load
 from duet_vlm.cli import train as verb
 from duet_vlm.evaluation import tiny
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.train.settings import TrainSettings, recipes, settings_from
 
 RECIPES = ("llava-finetune", "llava-finetune-lora", "llava-pretrain", "tiny")
@@ -88,7 +89,7 @@ def test_every_option_reaches_the_settings() -> None:
         "--schedule",
         "((16, .5), (24, 0.0))",
         "--set",
-        "text_query=all",
+        "options.text_query=all",
         "--budget",
         "1.0",
     ]
@@ -108,7 +109,7 @@ def test_every_option_reaches_the_settings() -> None:
         "model": "org/m", "data": ["a.json", "b.jsonl"], "images": "pics", "limit": 9, "tune": "lora", "out": "o",
         "method": "pyramiddrop", "budget": 1.0,
     }  # fmt: skip
-    assert got["settings"] == {"text_query": "all", "schedule": [[16, 0.5], [24, 0.0]]}
+    assert got["settings"] == {"options": {"text_query": "all"}, "schedule": [[16, 0.5], [24, 0.0]]}
     assert (got["anneal_from"], got["anneal_until"]) == (1.0, 0.7)
     assert got["trainer"] == {
         "learning_rate": 1e-3,
@@ -316,12 +317,15 @@ def test_train_then_run_what_was_trained(tmp_path: Path) -> None:
 
 def test_a_remembered_salient_query_gets_its_processor(tmp_path: Path) -> None:
     model, processor = tiny.load()
-    with duet_vlm.attach(model, "duet", budget=0.3, text_query="salient", processor=processor) as handle:
+    with duet_vlm.attach(
+        model, "duet", budget=0.3, options=TokenOptions(text_query="salient"), processor=processor
+    ) as handle:
         duet_vlm.save_to_config(handle)
         model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     assert (
-        as_json("run", "-m", tmp_path, "-i", PICTURE, "-p", QUESTION)["report"]["settings"]["text_query"] == "salient"
+        as_json("run", "-m", tmp_path, "-i", PICTURE, "-p", QUESTION)["report"]["settings"]["options"]["text_query"]
+        == "salient"
     )
 
 

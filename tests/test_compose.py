@@ -43,6 +43,8 @@ from duet_vlm.ops.schedules import paper_schedule
 from duet_vlm.planning.budget import target_mean
 from duet_vlm.reducers import registry
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
+from duet_vlm.utils.field_types import merged
 
 MADE: dict[str, duet_vlm.Reducer] = {
     "frames, duet": compose(Frames(), Duet()),
@@ -153,7 +155,7 @@ def test_a_method_of_somebody_else_names_its_usual_drops_itself(monkeypatch: pyt
 
     assert compose(Scope(), HalfWay()).plan(100, 8, 10).counts == (20,) * 4 + (0,) * 4
     assert compose(Scope(), HalfWay(at=2)).plan(100, 8, 10).counts == (40,) * 2 + (0,) * 6
-    assert duet_vlm.get_method("scope+half_way")() == compose(Scope(), HalfWay())
+    assert duet_vlm.make_method("scope+half_way") == compose(Scope(), HalfWay())
 
 
 def test_the_pool() -> None:
@@ -210,19 +212,19 @@ def test_neither_budget_nor_settings() -> None:
 
 def test_facts_come_from_the_stages() -> None:
     three = compose(Frames(), VisionZip(), FastV())
-    assert (three.name, three.score_layer_offset, three.text_query) == ("frames+visionzip+fastv", 1, "last")  # type: ignore[attr-defined]
+    assert (three.name, three.score_layer_offset, three.options.text_query) == ("frames+visionzip+fastv", 1, "last")  # type: ignore[attr-defined]
     assert isinstance(three, EncoderReducer) and isinstance(three, DecoderReducer) and three.compares_frames
     assert three.requires == VisionZip.requires | {Input.FEATURES, Input.SCORES}
     two = compose(Frames(), DivPrune())
     assert not isinstance(two, DecoderReducer) and two.requires == {Input.PROJECTED_FEATURES}
     assert (
         compose(Frames(), PyramidDrop()).requires == {Input.FEATURES, Input.SCORES}
-        and compose(VisionZip(), Duet()).text_query == "all"
+        and compose(VisionZip(), Duet()).options.text_query == "all"
     )  # type: ignore[attr-defined]
     assert not compose(VisionZip(), Duet()).compares_frames
     assert compose(Frames(), UniformTokens(entry=0.5)).requires == {Input.FEATURES}
-    assert compose(Frames(), Duet(text_query="last", signal_layer=2)).settings()["text_query"] == "last"
-    assert compose(VisionZip.official(), PyramidDrop.official()).settings()["cls_token"] is True
+    assert compose(Frames(), Duet(options=TokenOptions(text_query="last", signal_layer=2))).options.text_query == "last"
+    assert compose(VisionZip.official(), PyramidDrop.official()).options.cls_token is True
     assert three.paper == f"{Frames.paper} + {VisionZip.paper} + {FastV.paper}"
 
 
@@ -251,20 +253,25 @@ def test_stages_that_do_not_follow_each_other(stages: tuple[duet_vlm.Reducer, ..
 
 def test_stages_that_want_different_things() -> None:
     with pytest.raises(ValueError, match=r"frames wants positions='keep', duet 'compact'; a composition has one"):
-        compose(Frames(), Duet(positions="compact"))
+        compose(Frames(), Duet(options=TokenOptions(positions="compact")))
     with pytest.raises(ValueError, match=r"pyramiddrop wants positions='compact', duet 'keep'"):
-        compose(Duet(), PyramidDrop(positions="compact"))
+        compose(Duet(), PyramidDrop(options=TokenOptions(positions="compact")))
     with pytest.raises(ValueError, match=r"duet wants text_query='salient', pyramiddrop 'last'"):
-        compose(Duet(text_query="salient"), PyramidDrop())
+        compose(Duet(options=TokenOptions(text_query="salient")), PyramidDrop())
     with pytest.raises(ValueError, match="leave duet_schedule out"):
         compose(Duet(schedule=((2, 0.5),)), PyramidDrop())
     with pytest.raises(ValueError, match="of duet set the drops only"):
         compose(VisionZip(), Duet(dominant=5))
     with pytest.raises(ValueError, match="crops='per_crop' would separate them"):
-        compose(Frames(), VisionZip(crops="per_crop"))
+        compose(Frames(), VisionZip(options=TokenOptions(crops="per_crop")))
     with pytest.raises(TypeError, match="is no method; give instances"):
         compose(Frames(), "duet")  # type: ignore[arg-type]
-    assert compose(Frames(positions="compact"), Duet(positions="compact")).positions == "compact"
+    assert (
+        compose(
+            Frames(options=TokenOptions(positions="compact")), Duet(options=TokenOptions(positions="compact"))
+        ).options.positions
+        == "compact"
+    )
 
 
 # ---- which
@@ -397,10 +404,12 @@ def test_by_name_by_instance_and_by_setting() -> None:
         assert (
             handle.reducer == made
             and hash(handle.reducer) == hash(made)
-            and type(handle.reducer) is duet_vlm.get_method(name)
+            and handle.reducer == duet_vlm.make_method(name, **REDUCING[name])
         )
-        handle.set(frames_keep=0.8, positions="compact")
-        assert handle.reducer.settings() == made.settings() | {"frames_keep": 0.8, "positions": "compact"}
+        handle.set(frames_keep=0.8, options=TokenOptions(positions="compact"))
+        assert handle.reducer.settings() == merged(
+            made.settings(), {"frames_keep": 0.8, "options": {"positions": "compact"}}
+        )
         with pytest.raises(ValueError, match="dominant=-1"):
             handle.set(visionzip_dominant=-1)
         with pytest.raises(
@@ -409,15 +418,15 @@ def test_by_name_by_instance_and_by_setting() -> None:
         ):
             handle.set(keep=0.5)
         assert handle.reducer.settings()["frames_keep"] == 0.8
-    with duet_vlm.attach(model, made, text_query="all") as handle:
-        assert handle.reducer.settings()["text_query"] == "all"
+    with duet_vlm.attach(model, made, options=TokenOptions(text_query="all")) as handle:
+        assert handle.reducer.options.text_query == "all"
     assert pickle.loads(pickle.dumps(made)) == copy.deepcopy(made) == made
 
 
 @pytest.mark.parametrize("name", ["frames+nothing", "frames+", "+", "frames++duet"])
 def test_unknown_stages(name: str) -> None:
     with pytest.raises(ValueError, match="unknown method"):
-        duet_vlm.get_method(name)
+        duet_vlm.make_method(name)
 
 
 def test_a_checkpoint_remembers_it() -> None:
@@ -462,9 +471,9 @@ def test_on_the_command_line(tmp_path: Path) -> None:
 
 
 def test_in_an_evaluation() -> None:
-    assert cells_of("duet,frames+duet[frames_keep=0.5;text_query=last]") == [
+    assert cells_of("duet,frames+duet[frames_keep=0.5;options.text_query=last]") == [
         ("duet", []),
-        ("frames+duet", ["frames_keep=0.5", "text_query=last"]),
+        ("frames+duet", ["frames_keep=0.5", "options.text_query=last"]),
     ]
     made = compose(Frames(keep=0.5), Duet())
     run = {"method": made.name, "settings": made.settings(), "solved": None}

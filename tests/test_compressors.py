@@ -28,6 +28,7 @@ from duet_vlm.ops.kmeans import cluster_sums, elbow, farthest_start, kmeans
 from duet_vlm.ops.merge import merged_rows, unit_rows
 from duet_vlm.ops.windows import windows, within
 from duet_vlm.reducers.compressor import BESIDE, Compressor, NewWeights
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.runtime.training.compressor_module import touch_all_params
 from duet_vlm.viz import draw
 
@@ -532,7 +533,7 @@ def test_what_cannot_be_loaded_is_one_clear_sentence(tmp_path: Path) -> None:
     assert "heads=7: rows of this model are 32 numbers wide" in refused(weights=None, heads=7)
     assert "weights=3: give the path" in message(lambda: duet_vlm.get_method("quecc")(weights=3))
     assert "cls_token=True: quecc makes its rows of patches" in message(
-        lambda: duet_vlm.get_method("quecc")(cls_token=True, positions="compact")
+        lambda: duet_vlm.get_method("quecc")(options=TokenOptions(cls_token=True, positions="compact"))
     )
     assert load_file(file)
 

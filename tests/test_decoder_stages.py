@@ -23,6 +23,7 @@ from duet_vlm.ops.score import query_attention
 from duet_vlm.ops.select import top
 from duet_vlm.planning.budget import layer_counts
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.scoring import ScoringRules
 
 CLOSE = {"rtol": 1e-3, "atol": 2e-4}
@@ -56,17 +57,25 @@ def test_a_cut_cache_answers_as_if_earlier_layers_had_never_held_the_rest(
     family: str, positions: str, rows: tuple[Row, ...]
 ) -> None:
     choices, report = equals_oracle(
-        family, rows, "duet", dominant=0.6, contextual=0.2, schedule=SCHEDULE, trim_kv_cache=True, positions=positions
+        family,
+        rows,
+        "duet",
+        dominant=0.6,
+        contextual=0.2,
+        schedule=SCHEDULE,
+        options=TokenOptions(trim_kv_cache=True, positions=positions),
     )
     assert all(choice.cut for choice in choices)
     assert report.observed.kv_bytes == report.predicted.kv_bytes
-    _, full = equals_oracle(family, rows, "duet", dominant=0.6, contextual=0.2, schedule=SCHEDULE, positions=positions)
+    _, full = equals_oracle(
+        family, rows, "duet", dominant=0.6, contextual=0.2, schedule=SCHEDULE, options=TokenOptions(positions=positions)
+    )
     assert report.observed.kv_bytes < full.observed.kv_bytes and report.observed.flops == full.observed.flops
 
 
 def test_beams_follow_a_cut_cache() -> None:
     inputs, model = FAMILIES["llava"].inputs(RAGGED), shared("llava")
-    with duet_vlm.attach(model, "fastv", layers=3, keep=0.4, trim_kv_cache=True) as handle:
+    with duet_vlm.attach(model, "fastv", layers=3, keep=0.4, options=TokenOptions(trim_kv_cache=True)) as handle:
         written = generate(model, inputs, 4, num_beams=3, output_scores=True)
         choices = choices_of(handle)
     generated = written.sequences[:, inputs["input_ids"].shape[1] :]
@@ -78,7 +87,7 @@ def test_beams_follow_a_cut_cache() -> None:
 
 def test_a_cut_cache_needs_a_cache_to_cut() -> None:
     inputs, model = FAMILIES["llava"].inputs([ONE]), shared("llava")
-    with duet_vlm.attach(model, "fastv", layers=3, keep=0.4, trim_kv_cache=True):
+    with duet_vlm.attach(model, "fastv", layers=3, keep=0.4, options=TokenOptions(trim_kv_cache=True)):
         with pytest.raises(
             ValueError, match="trim_kv_cache=True takes rows out of a cache, and use_cache=False has none"
         ):
@@ -96,11 +105,11 @@ def test_a_cache_that_holds_something_else_is_not_cut() -> None:
                 layer.keys = layer.keys[:, :, -4:] if layer.keys is not None else None
             return found
 
-    with duet_vlm.attach(model, "fastv", layers=3, keep=0.4, trim_kv_cache=True):
+    with duet_vlm.attach(model, "fastv", layers=3, keep=0.4, options=TokenOptions(trim_kv_cache=True)):
         with pytest.raises(ValueError, match="trim_kv_cache=True needs a cache that holds keys and values as they are"):
             forward(model, inputs, past_key_values=Short(config=model.model.language_model.config), use_cache=True)
     with pytest.raises(TypeError, match="trim_kv_cache='half': give True or False"):
-        V2Drop(trim_kv_cache="half")
+        V2Drop(options=TokenOptions(trim_kv_cache="half"))
 
 
 # ---- merging
@@ -130,14 +139,14 @@ class Halves(DecoderReducer):
 @pytest.mark.parametrize("share", ["joint", "per_image"])
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "qwen3_5", "video_llava"])
 def test_weighed_merges_inside_the_decoder_equal_the_oracle(family: str, share: str) -> None:
-    choices, _ = equals_oracle(family, RAGGED, Halves(multi_image=share))
+    choices, _ = equals_oracle(family, RAGGED, Halves(options=TokenOptions(multi_image=share)))
     assert any(choice.merged.get(3) for choice in choices)
 
 
 @pytest.mark.parametrize("share", ["joint", "per_image"])
 def test_merges_inside_the_decoder_without_a_cache_are_replayed(share: str) -> None:
     inputs, model = FAMILIES["llava"].inputs(RAGGED), shared("llava")
-    with duet_vlm.attach(model, Halves(multi_image=share)):
+    with duet_vlm.attach(model, Halves(options=TokenOptions(multi_image=share))):
         cached = generate(model, inputs, 5)
         uncached = generate(model, inputs, 5, use_cache=False)
     for a, b in zip(cached.logits, uncached.logits, strict=True):
@@ -147,7 +156,7 @@ def test_merges_inside_the_decoder_without_a_cache_are_replayed(share: str) -> N
 def test_with_share_each_nobody_joins_another_image() -> None:
     inputs, model = FAMILIES["llava"].inputs([THREE, TWO]), shared("llava")
     with duet_vlm.attach(
-        model, "tokencarve", schedule=((3, 0.5),), trim_kv_cache=False, multi_image="per_image"
+        model, "tokencarve", schedule=((3, 0.5),), options=TokenOptions(trim_kv_cache=False, multi_image="per_image")
     ) as handle:
         forward(model, inputs)
         each = handle.trace
@@ -335,7 +344,7 @@ def test_raters_are_the_text_that_pictures_resemble_more_than_the_mean() -> None
     hook = first.register_forward_pre_hook(
         lambda m, a, k: caught.append(a[0] if a else k["hidden_states"]), with_kwargs=True
     )
-    with duet_vlm.attach(model, Seen(text_query="raters")) as handle:
+    with duet_vlm.attach(model, Seen(options=TokenOptions(text_query="raters"))) as handle:
         VIEWS.clear()
         forward(model, inputs)
     hook.remove()
@@ -358,7 +367,7 @@ def test_attention_divided_by_positions_is_that_over_rotated_ones(family: str) -
     for positions in ("as_is", "divided"):
         rules = ScoringRules(score_positions=positions)
         cls = type("Each", (Seen,), {"score_heads": "each", "scoring_rules": lambda self, rules=rules: rules})
-        with duet_vlm.attach(model, cls(text_query="last")):
+        with duet_vlm.attach(model, cls(options=TokenOptions(text_query="last"))):
             VIEWS.clear()
             forward(model, inputs)
             views.append(VIEWS[0])
@@ -402,7 +411,7 @@ def test_layers_in_a_row_rank_by_the_rows_that_are_left(rows: Any) -> None:
             return super().prune_tokens(view)
 
     with duet_vlm.attach(
-        model, Spy(schedule=((2, 0.7), (3, 0.5), (4, 0.4)), recycle=False, text_query="last")
+        model, Spy(schedule=((2, 0.7), (3, 0.5), (4, 0.4)), recycle=False, options=TokenOptions(text_query="last"))
     ) as handle:
         out = forward(model, inputs, output_attentions=True)
         groups = [handle._prompt_state.layer_group(layer).tokens for layer in (1, 2, 3)]

@@ -15,6 +15,7 @@ import torch
 import duet_vlm
 from duet_vlm.planning.budget import SpanPlan, layer_counts
 from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.scoring import ScoringRules
 from duet_vlm.serve.decoder_stages import DecoderStages, check_decoder_method
 from duet_vlm.serve.kv_groups import KVGroups, describe, describe_plan, describe_pool, nearest_good, prompts_held
@@ -43,15 +44,24 @@ def served(given: dict[str, Any], positions: str = "compact", depth: int = 32) -
         ({"method": "pio", "budget": 64}, "pio: it needs gradient"),
         ({"method": "d2pruner", "budget": 64}, "d2pruner: it reads where tokens stood"),
         (
-            {"method": "duet", "budget": 64, "multi_image": "per_image"},
+            {"method": "duet", "budget": 64, "options": {"multi_image": "per_image"}},
             "multi_image='per_image': a server ranks all images",
         ),
-        ({"method": "duet", "budget": 64, "text_query": "raters"}, "text_query='raters'.*set 'all' or 'last'"),
-        ({"method": "duet", "budget": 64, "text_query": "salient"}, "text_query='salient'"),
+        (
+            {"method": "duet", "budget": 64, "options": {"text_query": "raters"}},
+            "text_query='raters'.*set 'all' or 'last'",
+        ),
+        ({"method": "duet", "budget": 64, "options": {"text_query": "salient"}}, "text_query='salient'"),
         ({"method": "duet", "budget": 64, "score_mask": "none"}, "score_mask='none'"),
-        ({"method": "duet", "budget": 64, "trim_kv_cache": True}, "trim_kv_cache=True: each layer's cache"),
-        ({"method": "duet", "budget": 64, "positions": "keep"}, "vLLM gives this model 'compact' positions"),
-        ({"method": "duet", "dominant": 9, "cls_token": True}, "cls_token=True"),
+        (
+            {"method": "duet", "budget": 64, "options": {"trim_kv_cache": True}},
+            "trim_kv_cache=True: each layer's cache",
+        ),
+        (
+            {"method": "duet", "budget": 64, "options": {"positions": "keep"}},
+            "vLLM gives this model 'compact' positions",
+        ),
+        ({"method": "duet", "dominant": 9, "options": {"cls_token": True}}, "cls_token=True"),
         ({"method": "duet", "dominant": 9, "schedule": [[0, 0.5]]}, "leave in front of decoder layer 0"),
         (
             {"method": "duet", "dominant": 9, "schedule": [[40, 0.5]]},
@@ -72,9 +82,9 @@ def test_methods_whose_drops_no_server_can_make_are_refused_by_name(given: dict[
 def test_grids_keep_their_positions() -> None:
     fastv = {"method": "fastv", "budget": 0.2}
     with pytest.raises(ValueError, match="positions='compact': choose one of 'keep'"):
-        served(fastv | {"positions": "compact"}, "keep")
-    both = [served(fastv | {"positions": one}) for one in ("keep", "compact")]
-    assert [one.decoder_reducer.positions for one in both if one.decoder_reducer] == ["keep", "compact"]
+        served(fastv | {"options": {"positions": "compact"}}, "keep")
+    both = [served(fastv | {"options": {"positions": one}}) for one in ("keep", "compact")]
+    assert [one.decoder_reducer.options.positions for one in both if one.decoder_reducer] == ["keep", "compact"]
 
 
 def test_without_the_depth_of_the_decoder_only_the_first_stage_can_be_served() -> None:
@@ -101,8 +111,9 @@ def test_counts_are_those_of_attach(name: str, tokens: int) -> None:
     """Entry and counts of every layer are the method's own plan; requests that ask for less get theirs."""
     given = dict(SERVED[name])
     made = served(given)
-    cls, budget = duet_vlm.get_method(str(given.pop("method"))), given.pop("budget", None)
-    alone = cls(**given | ({"positions": "compact"} if issubclass(cls, duet_vlm.EncoderReducer) else {}))
+    alone, budget = duet_vlm.make_method(str(given.pop("method"))), given.pop("budget", None)
+    compact = {"options": {"positions": "compact"}} if isinstance(alone, duet_vlm.EncoderReducer) else {}
+    alone = alone.with_settings(given | compact)
     for wanted in [budget] if budget is None else [budget, 0.05 if budget == 64 else 0.14]:
         request = made.asked({} if wanted == budget else {"duet_budget": wanted})
         plan = alone.plan(tokens, 32, wanted)
@@ -113,7 +124,7 @@ def test_counts_are_those_of_attach(name: str, tokens: int) -> None:
 
 
 def test_settings_of_both_stages_are_in_the_salt() -> None:
-    others = [{"budget": 64}, {"budget": 65}, {"budget": 64, "text_query": "last"}]
+    others = [{"budget": 64}, {"budget": 65}, {"budget": 64, "options": {"text_query": "last"}}]
     others += [{"method": "fastv", "budget": 0.2}, {"method": "fastv", "budget": 0.3}]
     salts = {served(given).salt for given in others} | {served({"budget": 64}, depth=28).salt}
     salts.add(ServedMethod.of({"budget": 64}, "compact").salt)
@@ -383,7 +394,7 @@ def test_rows_that_go_on_are_those_that_text_looks_at_most(seed: int, text_query
     ]
     computed, scheduled = [0, 10, 0, 8, 30], [40, 1, 27, 23, 1]  # the third was preempted with two tokens written
     step = StagedStep(DecoderStages(6, (2, 4)), prompts, computed, scheduled)
-    reducer = duet_vlm.get_method("pyramiddrop")(schedule=((2, 0.5),), text_query=text_query)
+    reducer = duet_vlm.get_method("pyramiddrop")(schedule=((2, 0.5),), options=TokenOptions(text_query=text_query))
     current = torch.arange(sum(scheduled))
     for stage in (1, 2):
         query, key = (torch.randn(len(current), heads, 8, generator=generator) for heads in (4, 2))

@@ -17,6 +17,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 import duet_vlm
 from duet_vlm.models.lookup import adapter_for
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.runtime import compat
 from duet_vlm.runtime.encode import attention_intercept
 
@@ -436,7 +437,7 @@ def test_a_handle_says_model_method_and_budget() -> None:
     with duet_vlm.attach(model, "duet", budget=5) as handle:
         budget = "budget 5 visual tokens per layer and image"
         assert repr(handle) == f"<duet_vlm.Handle: duet on {name} (llava), {budget}; attached>"
-        handle.set(budget=0.225, text_query="last")
+        handle.set(budget=0.225, options=TokenOptions(text_query="last"))
         assert "budget 22.5 % of the visual tokens, text_query='last'; attached>" in str(handle)
     assert repr(handle).endswith("; detached>")
     with duet_vlm.attach(model, "scope", keep=3) as handle:

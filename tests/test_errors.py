@@ -28,6 +28,7 @@ from duet_vlm.methods.decoder.fastv import FastV
 from duet_vlm.methods.two_stage.duet import Duet
 from duet_vlm.models.lookup import families
 from duet_vlm.models.unsupported import REASONS
+from duet_vlm.reducers.options import TokenOptions
 
 
 @dataclass(frozen=True)
@@ -80,16 +81,16 @@ AT_ATTACH = [
     Wrong({"method": 3}, TypeError, r"method must be a name or a Reducer instance, got 3"),
     Wrong({"method": Duet}, TypeError, r"method must be a name or a Reducer instance"),
     Wrong({"budget": 10, "keeep": 3}, ValueError, r"duet has no setting 'keeep'; its settings: .*dominant"),
-    Wrong({"budget": 10, "positions": "packed"}, ValueError, r"positions='packed': choose one of 'keep', 'compact'"),
-    Wrong({"budget": 10, "text_query": "first"}, ValueError, r"text_query='first': choose one of 'all', 'last', 'salient'"),
-    Wrong({"budget": 10, "multi_image": "all"}, ValueError, r"multi_image='all': choose one of 'joint', 'per_image'"),
+    Wrong({"budget": 10, "options": {"positions": "packed"}}, ValueError, r"positions='packed': choose one of 'keep', 'compact'"),
+    Wrong({"budget": 10, "options": {"text_query": "first"}}, ValueError, r"text_query='first': choose one of 'all', 'last', 'salient'"),
+    Wrong({"budget": 10, "options": {"multi_image": "all"}}, ValueError, r"multi_image='all': choose one of 'joint', 'per_image'"),
     Wrong({"budget": 10, "merge": "sum"}, ValueError, r"merge='sum': choose one of 'mean'"),
-    Wrong({"budget": 10, "signal_layer": 7}, ValueError, r"signal_layer=7: this vision tower has no such layer"),
-    Wrong({"budget": 0.5, "positions": "compact"}, TypeError, r"positions='compact' cannot work on qwen2_5_vl.*use positions='keep'", "qwen2_5_vl"),
-    Wrong({"dominant": 9, "cls_token": True}, ValueError, r"cls_token=True needs positions='compact'.*got 'keep'"),
+    Wrong({"budget": 10, "options": {"signal_layer": 7}}, ValueError, r"signal_layer=7: this vision tower has no such layer"),
+    Wrong({"budget": 0.5, "options": {"positions": "compact"}}, TypeError, r"positions='compact' cannot work on qwen2_5_vl.*use positions='keep'", "qwen2_5_vl"),
+    Wrong({"dominant": 9, "options": {"cls_token": True}}, ValueError, r"cls_token=True needs positions='compact'.*got 'keep'"),
     Wrong({"method": OFFICIAL["duet"]}, TypeError, r"positions='compact' cannot work on qwen2_5_vl", "qwen2_5_vl"),
     Wrong({"method": Duet.official_llava(30, 7)}, ValueError, r"dominant=30 \(CLS included\) \+ contextual=7 rows do not fit"),
-    Wrong({"budget": 10, "text_query": "salient", "processor": object()}, TypeError, r"processor= must be the model's processor.*got object"),
+    Wrong({"budget": 10, "options": {"text_query": "salient"}, "processor": object()}, TypeError, r"processor= must be the model's processor.*got object"),
 ]  # fmt: skip
 
 
@@ -321,7 +322,7 @@ def test_pixels_that_are_not_finite(family: str, value: float) -> None:
 def test_salient_without_processor_or_mask(family: str) -> None:
     model, inputs = shared(family), FAMILIES[family].inputs([ONE, TWO])
     with pytest.warns(UserWarning, match="without processor=: every call must bring salient_mask"):
-        handle = duet_vlm.attach(model, "duet", schedule=((4, 0.5),), text_query="salient")
+        handle = duet_vlm.attach(model, "duet", schedule=((4, 0.5),), options=TokenOptions(text_query="salient"))
     with handle:
         message = r"text_query='salient' needs to know the question's words: pass processor=.*or pass salient_mask="
         for call in (forward, generate):
@@ -338,7 +339,10 @@ def test_salient_without_processor_or_mask(family: str) -> None:
 def test_text_alone_needs_no_salient_mask(family: str) -> None:
     model, inputs = shared(family), FAMILIES[family].inputs([TEXT])
     plain = forward(model, inputs).logits
-    with pytest.warns(UserWarning), duet_vlm.attach(model, "duet", schedule=((4, 0.5),), text_query="salient"):
+    with (
+        pytest.warns(UserWarning),
+        duet_vlm.attach(model, "duet", schedule=((4, 0.5),), options=TokenOptions(text_query="salient")),
+    ):
         assert torch.equal(forward(model, inputs).logits, plain)
 
 
@@ -539,7 +543,7 @@ def test_signals_cannot_change_while_attached() -> None:
         duet_vlm.attach(shared("llava"), "duet", budget=12) as handle,
         pytest.raises(ValueError, match="signal_layer cannot change while attached"),
     ):
-        handle.set(signal_layer=0)
+        handle.set(options=TokenOptions(signal_layer=0))
 
 
 # ---- the registry

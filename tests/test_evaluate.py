@@ -34,6 +34,7 @@ from duet_vlm.evaluation.shared_vision import SharedVision
 from duet_vlm.evaluation.source import Source, source
 from duet_vlm.evaluation.summary import restated
 from duet_vlm.evaluation.tasks import TaskQuestion, right, task
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm_lab.methods.oracle import Oracle
 
 CELLS = (
@@ -90,10 +91,10 @@ def test_an_experiment_survives_its_file(tmp_path: Path) -> None:
 
 
 def test_methods_on_the_command_line() -> None:
-    assert cells_of("duet, random[follow=duet],duet[text_query=last;schedule=((6, .5),)]") == [
+    assert cells_of("duet, random[follow=duet],duet[options.text_query=last;schedule=((6, .5),)]") == [
         ("duet", []),
         ("random", ["follow=duet"]),
-        ("duet", ["text_query=last", "schedule=((6, .5),)"]),
+        ("duet", ["options.text_query=last", "schedule=((6, .5),)"]),
     ]
     with pytest.raises(ValueError, match="brackets"):
         cells_of("duet[")
@@ -198,7 +199,7 @@ def test_methods_that_name_vision_layers_are_not_given_shared_ones(loaded: Loade
     elsewhere = [
         ExperimentCell("hired", 0.11),
         ExperimentCell("vscan", 0.22),
-        ExperimentCell("visionzip", 0.11, {"signal_layer": 2}),
+        ExperimentCell("visionzip", 0.11, {"options": {"signal_layer": 2}}),
         ExperimentCell("evit+duet", 0.11),
     ]
     runs = [ExperimentCell("none"), ExperimentCell("duet", 0.11), *elsewhere]
@@ -254,7 +255,11 @@ def test_a_preset_is_a_run(tmp_path: Path) -> None:
         "visionzip",
         None,
     )
-    assert row["settings"]["dominant"] == 54 and row["settings"]["cls_token"] and row["tokens"]["measured"] == 64
+    assert (
+        row["settings"]["dominant"] == 54
+        and row["settings"]["options"]["cls_token"]
+        and row["tokens"]["measured"] == 64
+    )
     with pytest.raises(
         ValueError, match="preset:duet-64: schedule drops before layer 16, but this decoder has layers 0..11"
     ):
@@ -293,7 +298,7 @@ def test_floors_follow_a_method_count_for_count() -> None:
     for tokens, depth, budget in ((576, 32, 64), (256, 12, 0.07), (100, 28, 0.9)):
         wanted = duet_vlm.get_method("duet")().plan(tokens, depth, budget).counts
         for floor in ("random", "uniform"):
-            assert duet_vlm.get_method(floor)(follow="duet").plan(tokens, depth, budget).counts == wanted
+            assert duet_vlm.make_method(floor, follow="duet").plan(tokens, depth, budget).counts == wanted
     with pytest.raises(ValueError, match="leave out entry= and schedule="):
         duet_vlm.get_method("random")(follow="duet", entry=5)
     with pytest.raises(ValueError, match="other than the random baselines"):
@@ -1001,7 +1006,7 @@ def test_the_oracle_reads_clips(tmp_path: Path) -> None:
     assert by_id["oracle@0.22"]["recall"]["entry"] == 1 and by_id["oracle@0.22"]["tokens"]["measured"] == 114
     assert by_id["none"]["tokens"]["measured"] == 520 and result["model"]["name"] == "tiny-video"
     with pytest.raises(ValueError, match="use crops='joint', not 'per_crop'"):
-        Oracle(crops="per_crop")
+        Oracle(options=TokenOptions(crops="per_crop"))
 
 
 def test_json_holds_everything_but_the_answers(tmp_path: Path) -> None:

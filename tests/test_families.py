@@ -23,6 +23,7 @@ import duet_vlm
 from duet_vlm.methods.encoder.visionzip import VisionZip
 from duet_vlm.models.llama_like import LLAMA_LAYOUT
 from duet_vlm.models.lookup import adapter_for
+from duet_vlm.reducers.options import TokenOptions
 
 FURTHER = [name for name in FAMILIES if name not in FIRST]
 seen: list[Any] = []
@@ -96,7 +97,7 @@ def test_importance_equals_the_towers_attention(family: str) -> None:
         inputs = made.inputs(rows)
         expected = made.signals(shared(family, "eager"), inputs)
         seen.clear()
-        with duet_vlm.attach(shared(family), Probe(dominant=0.4, contextual=0.2, crops="joint")):
+        with duet_vlm.attach(shared(family), Probe(dominant=0.4, contextual=0.2, options=TokenOptions(crops="joint"))):
             forward(shared(family), inputs)
         assert {view.modality for view in seen} == set(expected)
         for view in seen:
@@ -233,5 +234,5 @@ def test_a_layer_that_somebody_reads_is_run() -> None:
     with torch.no_grad(), duet_vlm.attach(model, "fastv", budget=0.5):
         for asked in ({"vision_feature_layer": -1}, {"output_hidden_states": True}):
             assert torch.equal(model.model.get_image_features(**encode, **asked).hidden_states[-1], deepest)
-    with torch.no_grad(), duet_vlm.attach(model, "duet", budget=0.5, signal_layer=depth - 1):
+    with torch.no_grad(), duet_vlm.attach(model, "duet", budget=0.5, options=TokenOptions(signal_layer=depth - 1)):
         assert runs_of(model, lambda: model(**inputs)) == [1] * depth

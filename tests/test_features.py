@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import duet_vlm
 from duet_vlm.evaluation.speed.prompts import encode
+from duet_vlm.reducers.options import TokenOptions
 
 PIXELS = {
     "pixel_values": "get_image_features",
@@ -99,7 +100,7 @@ def test_features_that_come_back_carry_their_plan(case: Case) -> None:
             beams = generate(model, inputs, 4, num_beams=3, num_return_sequences=3).sequences
             outputs = asked(model, inputs)
             kept = [t.clone() for t in tensors(outputs["image"])]
-            handle.set(positions=handle.reducer.positions, protect_predicting_tokens=False)
+            handle.set(options=TokenOptions(protect_predicting_tokens=False))
             for _ in range(2):
                 assert (
                     torch.equal(forward(model, text, mm_encoder_outputs=dict(outputs)).logits, reduced)

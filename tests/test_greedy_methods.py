@@ -85,7 +85,7 @@ def test_counts(method: str) -> None:
 @pytest.mark.parametrize(
     ("method", "settings", "message"),
     [
-        ("divprune", {"cls_token": True, "positions": "compact"}, "the CLS row is not projected"),
+        ("divprune", {"options": {"cls_token": True, "positions": "compact"}}, "the CLS row is not projected"),
         ("divprune", {"keep": -1}, "keep=-1"),
         ("scope", {"keep": 1.5}, r"keep=1.5: a float is a fraction"),
         ("scope", {"alpha": -0.5}, "alpha=-0.5: must be a number of at least 0"),
@@ -100,7 +100,7 @@ def test_counts(method: str) -> None:
 )
 def test_bad_settings(method: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        duet_vlm.get_method(method)(**settings)
+        duet_vlm.make_method(method, **settings)
 
 
 @pytest.mark.parametrize("method", GREEDY)

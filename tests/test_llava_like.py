@@ -12,6 +12,7 @@ from reference_forward import choices_of, step_logits, walk_batch
 import duet_vlm
 from duet_vlm.methods.encoder.visionzip import VisionZip
 from duet_vlm.models.lookup import adapter_for
+from duet_vlm.reducers.options import TokenOptions
 
 BOTH = (Picture(1, 4, 5), Picture(2, 3, 4))  # in one prompt: neither is cut into crops
 
@@ -42,7 +43,7 @@ def test_several_images_of_a_prompt_are_not_cut_into_crops() -> None:
 def test_the_row_that_ends_a_clip_leaves_or_stays_as_structure() -> None:
     model, inputs = shared("llava_onevision"), FAMILIES["llava_onevision"].inputs([CLIP])
     for newline, stays in (("drop", False), ("keep", True)):
-        with duet_vlm.attach(model, "visionzip", budget=6, newline_tokens=newline) as handle:
+        with duet_vlm.attach(model, "visionzip", budget=6, options=TokenOptions(newline_tokens=newline)) as handle:
             forward(model, inputs)
             kept = handle.trace[0][0].stages[0].kept
         assert len(kept) == 6 and (12 in kept) == stays
@@ -52,7 +53,9 @@ def test_the_row_that_ends_a_clip_leaves_or_stays_as_structure() -> None:
 def test_frames_and_crops_one_by_one_keep_equal_shares(family: str) -> None:
     """Three frames of four tokens; an image's overview and its crops."""
     model, made = shared(family), FAMILIES[family]
-    with duet_vlm.attach(model, "visionzip", dominant=2, contextual=1, crops="per_crop") as handle:
+    with duet_vlm.attach(
+        model, "visionzip", dominant=2, contextual=1, options=TokenOptions(crops="per_crop")
+    ) as handle:
         forward(model, made.inputs([CLIP]))
         frames = handle.trace[0][0].stages[0].kept
         forward(model, made.inputs([ONE]))

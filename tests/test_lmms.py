@@ -20,6 +20,7 @@ import duet_vlm
 from duet_vlm.evaluation import tiny
 from duet_vlm.evaluation.lmms import TASKS
 from duet_vlm.evaluation.lmms.arguments import LONGEST, cut, fields_of, generation_of, parse_arguments
+from duet_vlm.reducers.options import TokenOptions
 
 QUESTIONS = 210
 real = pytest.mark.skipif(
@@ -31,9 +32,11 @@ real = pytest.mark.skipif(
 
 
 def test_a_method_with_budget_and_settings() -> None:
-    asked = parse_arguments(None, 64, None, {"schedule": "[[16,0.5],[24,0.0]]", "text_query": "last", "dominant": 3})
+    asked = parse_arguments(
+        None, 64, None, {"schedule": "[[16,0.5],[24,0.0]]", "options": {"text_query": "last"}, "dominant": 3}
+    )
     assert (asked.label, asked.method, asked.budget) == ("duet", "duet", 64)
-    assert asked.fields == {"schedule": [[16, 0.5], [24, 0.0]], "text_query": "last", "dominant": 3}
+    assert asked.fields == {"schedule": [[16, 0.5], [24, 0.0]], "options": {"text_query": "last"}, "dominant": 3}
 
 
 def test_a_preset_stands_alone() -> None:
@@ -49,9 +52,9 @@ def test_a_preset_stands_alone() -> None:
 
 
 def test_settings_are_json_or_a_mapping() -> None:
-    assert fields_of('{"schedule": [[16, 0.5]], "text_query": "last"}') == {
+    assert fields_of('{"schedule": [[16, 0.5]], "options": {"text_query": "last"}}') == {
         "schedule": [[16, 0.5]],
-        "text_query": "last",
+        "options": {"text_query": "last"},
     }
     assert fields_of({"dominant": 3}) == {"dominant": 3} and fields_of(None) == {}
     for bad in ("{dominant}", "[1, 2]", 7):
@@ -224,7 +227,7 @@ def test_both_ways_to_start_it_find_the_model(start: list[str], tmp_path: Path) 
         "--model",
         "duet_vlm",
         "--model_args",
-        f"pretrained=tiny,method=duet,text_query=last,settings={schedule}",
+        f"pretrained=tiny,method=duet,options.text_query=last,settings={schedule}",
     ]
     command += [
         "--tasks",
@@ -241,7 +244,7 @@ def test_both_ways_to_start_it_find_the_model(start: list[str], tmp_path: Path) 
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert "exact_match" in done.stdout, done.stdout + done.stderr
     measured = json.loads((tmp_path / "duet_vlm_measured.json").read_text())
-    assert measured["settings"]["text_query"] == "last"
+    assert measured["settings"]["options"]["text_query"] == "last"
     assert measured["tasks"]["duet_tiny"]["measured_mean"] == pytest.approx((4 * 256 + 4 * 128 + 4 * 64) / 12)
 
 
@@ -377,7 +380,7 @@ def test_dtype_attention_and_salient_words_reach_the_model(tmp_path: Path) -> No
 
     item = tiny.sample("test", 0, 0)
     lm = DuetVLM(
-        "tiny", budget=0.33, text_query="salient", dtype="bfloat16", attn_implementation="eager", device="cpu",
+        "tiny", budget=0.33, options=TokenOptions(text_query="salient"), dtype="bfloat16", attn_implementation="eager", device="cpu",
         system_prompt="be brief", measured=str(tmp_path / "m.json"),
     )  # fmt: skip
     assert lm.engine.model.dtype == torch.bfloat16 and lm.engine.model.config._attn_implementation == "eager"
@@ -385,7 +388,7 @@ def test_dtype_attention_and_salient_words_reach_the_model(tmp_path: Path) -> No
     assert lm.generate_until(requests)
     first = lm._messages(requests[0].args).messages[0]
     assert (first.role, first.content[0].text) == ("system", "be brief")
-    assert lm.engine.handle.report().settings["text_query"] == "salient"
+    assert lm.engine.handle.report().settings["options"]["text_query"] == "salient"
     lm.clean()
 
 

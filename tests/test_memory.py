@@ -12,12 +12,18 @@ from families import FAMILIES, ONE, build, shared
 from transformers import AutoModelForImageTextToText
 
 import duet_vlm
+from duet_vlm.reducers.options import TokenOptions
 
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("duet", {"budget": 0.3}),
     (
         "duet",
-        {"dominant": 7, "contextual": 2, "schedule": ((3, 0.6), (5, 0.0)), "positions": "keep", "text_query": "last"},
+        {
+            "dominant": 7,
+            "contextual": 2,
+            "schedule": ((3, 0.6), (5, 0.0)),
+            "options": {"positions": "keep", "text_query": "last"},
+        },
     ),
     ("fastv", {"keep": 0.25}),
     ("random", {"budget": 9, "seed": 3}),
@@ -48,12 +54,12 @@ def test_what_was_attached_comes_back(family: str, method: str, options: dict[st
 
 def test_what_is_named_goes_before_what_is_remembered() -> None:
     model = build("llava")
-    with duet_vlm.attach(model, "duet", budget=0.3, text_query="last") as handle:
+    with duet_vlm.attach(model, "duet", budget=0.3, options=TokenOptions(text_query="last")) as handle:
         duet_vlm.save_to_config(handle)
     with duet_vlm.attach(model, budget=0.2) as handle:
-        assert (handle.reducer.name, handle.budget, handle.reducer.text_query) == ("duet", 0.2, "last")  # type: ignore[attr-defined]
-    with duet_vlm.attach(model, text_query="all") as handle:
-        assert (handle.budget, handle.reducer.text_query) == (0.3, "all")  # type: ignore[attr-defined]
+        assert (handle.reducer.name, handle.budget, handle.reducer.options.text_query) == ("duet", 0.2, "last")  # type: ignore[attr-defined]
+    with duet_vlm.attach(model, options=TokenOptions(text_query="all")) as handle:
+        assert (handle.budget, handle.reducer.options.text_query) == (0.3, "all")  # type: ignore[attr-defined]
     with duet_vlm.attach(model, "fastv", keep=0.5) as handle:
         assert (handle.reducer.name, handle.budget) == ("fastv", None)
     del model.config.duet_vlm

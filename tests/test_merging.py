@@ -25,6 +25,7 @@ from duet_vlm.planning.tokens import Selection
 from duet_vlm.profiling.model_dims import VisionDims
 from duet_vlm.profiling.selection_cost import choice_flops
 from duet_vlm.reducers.encoder import EncoderReducer
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.runtime.validation import check_selection
 
 often = settings(max_examples=80, deadline=None, derandomize=True)
@@ -124,9 +125,9 @@ def test_tome(order: str, pace: int, images: list[tuple[int, int]], seed: int) -
 def test_half_of_the_units_can_leave_in_a_block() -> None:
     """As many as look for another: every second one."""
     for units in (2, 3, 8, 9, 48):
-        assert ToMeTower(keep=1, shares=(units // 2,), protect_predicting_tokens=False).stage_counts(
-            units, units - units // 2, 1
-        ) == [units - units // 2]
+        assert ToMeTower(
+            keep=1, shares=(units // 2,), options=TokenOptions(protect_predicting_tokens=False)
+        ).stage_counts(units, units - units // 2, 1) == [units - units // 2]
     with pytest.raises(ValueError, match="3 of 8 units cannot be reached, 4 are left"):
         ToMeTower(keep=3, shares=(5,)).stage_counts(8, 3, 1)
 
@@ -283,17 +284,17 @@ def test_flops_count_matching_and_merging() -> None:
         ("prumerge", {"merge": "anchor_plus_mean"}, "merge='anchor_plus_mean': choose one of 'mean', 'sum'"),
         ("prumerge", {"order": "size"}, "order='size'"),
         ("prumerge", {"signal_heads": "all"}, "signal_heads='all': choose one of 'each', 'one'"),
-        ("prumerge", {"cls_token": True, "positions": "compact"}, "the CLS row has no attention"),
+        ("prumerge", {"options": {"cls_token": True, "positions": "compact"}}, "the CLS row has no attention"),
         ("prumerge_plus", {"important": 2.0}, "important=2.0: a share"),
         ("prumerge_plus", {"spacing": "odd"}, "spacing='odd'"),
         ("tome", {"order": "size"}, "order='size'"),
         ("tome", {"pace": 1}, "pace=1: at most every second token"),
-        ("tome", {"cls_token": True, "positions": "compact"}, "the CLS row would be merged"),
+        ("tome", {"options": {"cls_token": True, "positions": "compact"}}, "the CLS row would be merged"),
     ],
 )
 def test_bad_settings(method: str, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        duet_vlm.get_method(method)(**fields)
+        duet_vlm.make_method(method, **fields)
 
 
 def test_the_grid_needs_a_count() -> None:
@@ -320,7 +321,7 @@ def test_gradient_reaches_the_tower_and_autocast_leaves_the_merge_alone(family: 
 def test_weights_pass_through_parts_and_compositions(parts: str) -> None:
     """A clip frame by frame, and within a pool: everything that is merged is in the pool."""
     for name, fields in (
-        ("prumerge", {"crops": parts}),
+        ("prumerge", {"options": {"crops": parts}}),
         ("frames+prumerge", {"frames_keep": 0.8} if parts == "joint" else {}),
     ):
         model = shared("qwen2_5_vl")

@@ -12,8 +12,9 @@ from test_invariants import CLOSE, alive
 
 import duet_vlm
 from duet_vlm.reducers.decoder import DecoderReducer
+from duet_vlm.utils.field_types import merged
 
-DROPPING = [name for name in REDUCING if issubclass(duet_vlm.get_method(name), DecoderReducer)]
+DROPPING = [name for name in REDUCING if isinstance(duet_vlm.make_method(name), DecoderReducer)]
 SEVERAL = (THREE, ONE, TWO)
 
 
@@ -30,7 +31,9 @@ def test_what_an_image_keeps(family: str, method: str, share: str) -> None:
     """Ranked by itself exactly what is planned for it; together, the sum of all plans."""
     batches = [SEVERAL, *([clips_for(family)] if FAMILIES[family].video else [])]
     for rows in batches:
-        with duet_vlm.attach(shared(family), method, **REDUCING[method], multi_image=share) as handle:
+        with duet_vlm.attach(
+            shared(family), method, **merged(REDUCING[method], {"options": {"multi_image": share}})
+        ) as handle:
             forward(shared(family), FAMILIES[family].inputs(rows))
             kept, planned = kept_and_planned(handle)
             report = handle.report()
@@ -60,7 +63,9 @@ def test_together_an_image_may_keep_more_than_its_share() -> None:
 def test_by_itself_an_image_keeps_its_best_tokens(family: str, method: str) -> None:
     """By the attention maps of the eager oracle, span by span."""
     inputs = FAMILIES[family].inputs(SEVERAL)
-    with duet_vlm.attach(shared(family), method, **REDUCING[method], multi_image="per_image") as handle:
+    with duet_vlm.attach(
+        shared(family), method, **merged(REDUCING[method], {"options": {"multi_image": "per_image"}})
+    ) as handle:
         forward(shared(family), inputs)
         choices = choices_of(handle)
     drops = [layer for layer in choices[0].alive if layer > 0]
@@ -85,7 +90,7 @@ def test_by_itself_an_image_keeps_its_best_tokens(family: str, method: str) -> N
 def test_one_image_is_ranked_the_same_way(family: str, method: str) -> None:
     inputs, logits = FAMILIES[family].inputs([ONE, (1, 31, 32)]), []
     for share in ("joint", "per_image"):
-        with duet_vlm.attach(shared(family), method, **REDUCING[method], multi_image=share):
+        with duet_vlm.attach(shared(family), method, **merged(REDUCING[method], {"options": {"multi_image": share}})):
             logits.append(forward(shared(family), inputs).logits)
     assert torch.equal(*logits)
 
@@ -94,7 +99,9 @@ def test_one_image_is_ranked_the_same_way(family: str, method: str) -> None:
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 def test_decoding_equals_the_oracle(family: str, use_cache: bool) -> None:
     inputs, model = FAMILIES[family].inputs(MIXED), shared(family)
-    with duet_vlm.attach(model, "duet", **REDUCING["duet"], multi_image="per_image") as handle:
+    with duet_vlm.attach(
+        model, "duet", **merged(REDUCING["duet"], {"options": {"multi_image": "per_image"}})
+    ) as handle:
         written = generate(model, inputs, 5, use_cache=use_cache)
         forward(model, inputs)  # generate() without a cache ends with a longer prompt
         kept, planned = kept_and_planned(handle)
@@ -108,7 +115,9 @@ def test_decoding_equals_the_oracle(family: str, use_cache: bool) -> None:
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 def test_beams_of_a_prompt_keep_the_same(family: str) -> None:
-    with duet_vlm.attach(shared(family), "duet", **REDUCING["duet"], multi_image="per_image") as handle:
+    with duet_vlm.attach(
+        shared(family), "duet", **merged(REDUCING["duet"], {"options": {"multi_image": "per_image"}})
+    ) as handle:
         generate(shared(family), FAMILIES[family].inputs(MIXED), 4, num_beams=3)
         kept, planned = kept_and_planned(handle)
     assert kept == planned and len(kept) == 3 * len(MIXED)

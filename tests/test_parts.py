@@ -20,6 +20,7 @@ from duet_vlm.methods.encoder.visionzip import VisionZip
 from duet_vlm.methods.two_stage.duet import Duet
 from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.planning.spans import apportion, plan_span, tower_counts
+from duet_vlm.reducers.options import TokenOptions
 
 DEPTH = 8
 
@@ -114,10 +115,10 @@ def test_a_budget_below_the_newlines_is_refused() -> None:
         plan_span(lambda n: VisionZip().plan(n, 4, 6), 6, [20, 20], 6, False, True)
 
 
-@pytest.mark.parametrize(("name", "value"), [("crops", "frames"), ("newline_tokens", True)])
+@pytest.mark.parametrize(("name", "value"), [("crops", "frames"), ("newline_tokens", "all")])
 def test_other_words_are_refused(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"{name}={value!r}: choose one of"):
-        VisionZip(**{name: value})
+        VisionZip(options=TokenOptions(**{name: value}))
 
 
 # ---- choices
@@ -140,10 +141,12 @@ def part_rows(family: str, picture: Picture) -> list[list[int]]:
 def test_every_part_keeps_its_own_best_rows(family: str, rows: Any) -> None:
     model, inputs = shared(family), FAMILIES[family].inputs(rows)
     seen.clear()
-    with duet_vlm.attach(model, Probe(dominant=0.4, contextual=0.0, crops="joint")):
+    with duet_vlm.attach(model, Probe(dominant=0.4, contextual=0.0, options=TokenOptions(crops="joint"))):
         forward(model, inputs)
     importance = {view.modality: view.importance for view in seen}
-    with duet_vlm.attach(model, VisionZip(dominant=0.4, contextual=0.0, crops="per_crop")) as handle:
+    with duet_vlm.attach(
+        model, VisionZip(dominant=0.4, contextual=0.0, options=TokenOptions(crops="per_crop"))
+    ) as handle:
         forward(model, inputs)
         kept = [set(span.stages[0].kept) for row in handle.trace for span in row]
     numbers = {"image": 0, "video": 0}
@@ -162,7 +165,9 @@ def test_every_part_keeps_its_own_best_rows(family: str, rows: Any) -> None:
 def test_kept_newlines_all_enter(method: str, parts: str) -> None:
     model, inputs = shared("llava_next"), FAMILIES["llava_next"].inputs(MIXED)
     for newline in ("keep", "drop"):
-        with duet_vlm.attach(model, method, budget=0.5, crops=parts, newline_tokens=newline) as handle:
+        with duet_vlm.attach(
+            model, method, budget=0.5, options=TokenOptions(crops=parts, newline_tokens=newline)
+        ) as handle:
             forward(model, inputs)
             report = handle.report()
             entered = [set(span.stages[0].kept) for row in handle.trace for span in row]
@@ -175,10 +180,10 @@ def test_kept_newlines_all_enter(method: str, parts: str) -> None:
 
 
 SETTINGS = [
-    ("llava_next", MIXED, {"crops": "per_crop", "newline_tokens": "drop"}),
-    ("llava_next", MIXED, {"crops": "joint", "newline_tokens": "keep"}),
-    ("llava_next", MIXED, {"crops": "per_crop", "newline_tokens": "keep"}),
-    ("qwen2_5_vl", CLIPS, {"crops": "per_crop"}),
+    ("llava_next", MIXED, {"options": {"crops": "per_crop", "newline_tokens": "drop"}}),
+    ("llava_next", MIXED, {"options": {"crops": "joint", "newline_tokens": "keep"}}),
+    ("llava_next", MIXED, {"options": {"crops": "per_crop", "newline_tokens": "keep"}}),
+    ("qwen2_5_vl", CLIPS, {"options": {"crops": "per_crop"}}),
 ]
 COUNTS = {"dominant": 0.4, "contextual": 0.2, "schedule": ((3, 0.6), (5, 0.25))}
 
@@ -203,7 +208,7 @@ def test_parts_of_one_image_are_the_image() -> None:
     model, inputs = shared("llava"), FAMILIES["llava"].inputs([ONE])
     kept = []
     for parts in ("joint", "per_crop"):
-        with duet_vlm.attach(model, "duet", budget=0.4, crops=parts) as handle:
+        with duet_vlm.attach(model, "duet", budget=0.4, options=TokenOptions(crops=parts)) as handle:
             forward(model, inputs)
             kept.append(handle.trace)
     assert kept[0] == kept[1]

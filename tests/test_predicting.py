@@ -14,6 +14,7 @@ from duet_vlm.methods.decoder.fastv import FastV
 from duet_vlm.methods.decoder.pyramiddrop import PyramidDrop
 from duet_vlm.methods.encoder.visionzip import VisionZip
 from duet_vlm.methods.two_stage.duet import Duet
+from duet_vlm.reducers.options import TokenOptions
 
 IMAGE_LAST: Row = (1, 5, 6, 7, Picture(21, 4, 5))
 TWO_LAST: Row = (1, Picture(22, 3, 4), 8, 9, Picture(23, 4, 4))
@@ -110,9 +111,9 @@ def test_official_presets_drop_such_rows_as_released(preset: duet_vlm.Reducer) -
             with pytest.raises(ValueError, match=r"sample 0 has no token left .* protect_predicting_tokens=True"):
                 forward(model, made.inputs([ALONE]))
     for cls in (Duet, PyramidDrop, FastV, VisionZip):
-        assert cls.protect_predicting_tokens
+        assert cls().options.protect_predicting_tokens
 
 
 def test_keep_predicting_is_a_bool() -> None:
     with pytest.raises(TypeError, match="protect_predicting_tokens=1: give True or False"):
-        Duet(dominant=3, protect_predicting_tokens=1)  # type: ignore[arg-type]
+        Duet(dominant=3, options=TokenOptions(protect_predicting_tokens=1))  # type: ignore[arg-type]

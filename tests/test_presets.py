@@ -21,6 +21,7 @@ from duet_vlm.evaluation.lmms.arguments import parse_arguments
 from duet_vlm.evaluation.lmms.engine import Engine
 from duet_vlm.inputs.images import open_image
 from duet_vlm.methods.two_stage.duet import Duet
+from duet_vlm.reducers.options import TokenOptions
 
 PICTURE = tiny._HERE / "demo" / "scene_1.png"
 QUESTION = "What color is the ring?"
@@ -81,7 +82,7 @@ def test_a_duet_budget_solves_to_the_counts_of_its_preset(budget: int, dominant:
 
 @pytest.mark.parametrize(("method", "preset", "budget"), [("visionzip", f"visionzip-{n}", n) for n in (192, 128, 64)])
 def test_a_visionzip_budget_solves_to_the_counts_of_its_preset(method: str, preset: str, budget: int) -> None:
-    assert duet_vlm.get_method(method)().plan(576, 32, budget) == PRESETS[preset].reducer.plan(576, 32, None)
+    assert duet_vlm.make_method(method).plan(576, 32, budget) == PRESETS[preset].reducer.plan(576, 32, None)
 
 
 PYRAMIDS = [name for name in PRESETS if name.startswith("pyramiddrop")]
@@ -107,13 +108,17 @@ def test_qwen_160_is_what_the_solver_gives() -> None:
 )
 def test_llava_presets_behave_as_released(name: str) -> None:
     settings = duet_vlm.preset(name).settings()
-    assert settings["cls_token"] and settings["positions"] == "compact" and settings["merge"] == "anchor_plus_mean"
+    assert (
+        settings["options"]["cls_token"]
+        and settings["options"]["positions"] == "compact"
+        and settings["merge"] == "anchor_plus_mean"
+    )
 
 
 def test_fields_of_a_preset_can_be_overridden() -> None:
     model = shallow(32)
-    with duet_vlm.attach(model, duet_vlm.preset("duet-64"), text_query="last") as handle:
-        assert handle.reducer.settings()["text_query"] == "last" and handle.plan(256).mean == 63.75
+    with duet_vlm.attach(model, duet_vlm.preset("duet-64"), options=TokenOptions(text_query="last")) as handle:
+        assert handle.reducer.settings()["options"]["text_query"] == "last" and handle.plan(256).mean == 63.75
 
 
 def test_unknown_names_list_the_known_ones() -> None:
@@ -174,7 +179,7 @@ def test_viz_and_budget_take_presets_too(deep: Path, tmp_path: Path) -> None:
     with Image.open(got["files"][0]) as sheet:
         assert sheet.width > 4 * 352
     planned = json.loads(call("budget", "-m", deep, "--preset", "duet-64", "--json").stdout)
-    assert planned["mean_tokens"] == 63.75 and planned["settings"]["cls_token"]
+    assert planned["mean_tokens"] == 63.75 and planned["settings"]["options"]["cls_token"]
     assert "85 kept + 17 merged" in call("budget", "-m", deep, "--preset", "duet-64").stdout
 
 
@@ -184,7 +189,7 @@ def test_harness_models_take_presets(deep: Path, tmp_path: Path) -> None:
     engine.answer("questions", [[{"role": "user", "content": content}]], {"max_new_tokens": 2})
     engine.write(tmp_path / "m.json")
     counted = json.loads((tmp_path / "m.json").read_text())
-    assert counted["label"] == "duet-64" and counted["settings"]["cls_token"] and counted["budget"] is None
+    assert counted["label"] == "duet-64" and counted["settings"]["options"]["cls_token"] and counted["budget"] is None
     assert counted["tasks"]["questions"]["measured_mean"] == 63.75
 
 

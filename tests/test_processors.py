@@ -23,6 +23,7 @@ from duet_vlm import BudgetError
 from duet_vlm.models.lookup import families
 from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.planning.tokens import SpanTrace
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.scheduled import ScheduledReducer
 
 Size = tuple[int, int]  # width and height in pixels
@@ -340,7 +341,9 @@ def crops_of(size: Size) -> list[list[int]]:
 @pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
 def test_parts_and_newlines(name: str, parts: str, newline: str) -> None:
     budget, spans = 0.4, counted(name, ROWS)
-    with duet_vlm.attach(shared(name), "duet", budget=budget, crops=parts, newline_tokens=newline) as handle:
+    with duet_vlm.attach(
+        shared(name), "duet", budget=budget, options=TokenOptions(crops=parts, newline_tokens=newline)
+    ) as handle:
         generate(shared(name), inputs_for(name, drawn(ROWS)), NEW)
         report, trace = handle.report(), handle.trace
     wanted = budget * sum(map(sum, spans))
@@ -469,13 +472,17 @@ def schedule(plan: SpanPlan, most: int) -> list[int]:
 def test_methods_and_budgets(name: str, method: str, budget: float) -> None:
     """An int counts per span: what is no larger is kept whole. Methods that drop inside the decoder only cannot go
     below what their first layers need."""
-    late = issubclass(duet_vlm.get_method(method), ScheduledReducer) or method in (
+    late = isinstance(duet_vlm.make_method(method), ScheduledReducer) or method in (
         "fastv",
         "fitprune",
         "pyramiddrop",
         "stateful",
     )
-    whole_cache = {"trim_kv_cache": False} if issubclass(duet_vlm.get_method(method), duet_vlm.DecoderReducer) else {}
+    whole_cache = (
+        {"options": {"trim_kv_cache": False}}
+        if isinstance(duet_vlm.make_method(method), duet_vlm.DecoderReducer)
+        else {}
+    )
     spans, model, inputs = counted(name, ROWS), shared(name), inputs_for(name, drawn(ROWS))
     flat = [tokens for row in spans for tokens in row]
     wanted = sum(min(budget, tokens) if isinstance(budget, int) else budget * tokens for tokens in flat)

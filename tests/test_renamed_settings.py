@@ -14,32 +14,50 @@ from typer.testing import CliRunner
 import duet_vlm
 from duet_vlm.cli.main import app
 from duet_vlm.evaluation.report.check import check
-from duet_vlm.utils.renamed_settings import NAMES
+from duet_vlm.reducers.options import NAMES as OPTION_NAMES
+from duet_vlm.utils.renamed_settings import NAMES, OPTIONS
 
 PICTURE = Path(duet_vlm.__file__).parent / "evaluation/tiny/demo/scene_1.png"
+MOVED = [  # once settings of every method, by names of then and of now
+    ("contrast", {"mass": False}, "proportional_attention", False),
+    ("contrast", {"context": 3}, "pooled_context_tokens", 3),
+    ("duet", {"keep_predicting": False}, "protect_predicting_tokens", False),
+    ("duet", {"share": "each"}, "multi_image", "per_image"),
+    ("duet", {"parts": "each"}, "crops", "per_crop"),
+    ("duet", {"parts": "joint"}, "crops", "joint"),
+    ("duet", {"cache": "cut"}, "trim_kv_cache", True),
+    ("duet", {"cache": "full"}, "trim_kv_cache", False),
+    ("duet", {"clamp_below": 0}, "small_image_tokens", 0),
+    ("duet", {"newline": "keep"}, "newline_tokens", "keep"),
+    ("fastv", {"multi_image": "each"}, "multi_image", "per_image"),
+    ("scope", {"crops": "each"}, "crops", "per_crop"),
+    ("fastv", {"trim_kv_cache": "cut"}, "trim_kv_cache", True),
+    ("fastv", {"text_query": "all"}, "text_query", "all"),
+    ("duet", {"positions": "compact"}, "positions", "compact"),
+    ("duet", {"skip_unanswered": True}, "skip_unanswered", True),
+    ("contrast+duet", {"contrast_mass": False}, "proportional_attention", False),
+    ("contrast+duet", {"parts": "each"}, "crops", "per_crop"),
+]
 OLD: list[tuple[str, dict[str, Any], str]] = [
-    ("contrast", {"mass": False}, "give proportional_attention=False"),
-    ("contrast", {"context": 3}, "give pooled_context_tokens=3"),
-    ("duet", {"keep_predicting": False}, "give protect_predicting_tokens=False"),
-    ("duet", {"share": "each"}, "give multi_image='per_image'"),
-    ("duet", {"parts": "each"}, "give crops='per_crop'"),
-    ("duet", {"parts": "joint"}, "give crops='joint'"),
-    ("duet", {"cache": "cut"}, "give trim_kv_cache=True"),
-    ("duet", {"cache": "full"}, "give trim_kv_cache=False"),
-    ("duet", {"clamp_below": 0}, "give small_image_tokens=0"),
-    ("duet", {"newline": "keep"}, "give newline_tokens='keep'"),
-    ("fastv", {"multi_image": "each"}, "give multi_image='per_image'"),
-    ("scope", {"crops": "each"}, "give crops='per_crop'"),
-    ("fastv", {"trim_kv_cache": "cut"}, "give trim_kv_cache=True"),
-    ("fastv", {"trim_kv_cache": "full"}, "give trim_kv_cache=False"),
-    ("contrast+duet", {"contrast_mass": False}, "give contrast_proportional_attention=False"),
-    ("contrast+duet", {"parts": "each"}, "give crops='per_crop'"),
+    (method, settings, f"give options=TokenOptions({new}={today!r}), as text options.{new}={today}")
+    for method, settings, new, today in MOVED
 ]
 
 
 def test_every_old_name_has_a_new_one_that_some_method_has() -> None:
-    known = {name: set(cls.__dataclass_fields__) for name, cls in duet_vlm.list_methods().items()}  # type: ignore[attr-defined]
-    assert all(any(new in names for names in known.values()) for new in NAMES.values())
+    made = [cls() for cls in duet_vlm.list_methods().values()]
+    known = {name for method in made for name in (*method.settings(), *method.known_options())}
+    assert known >= set(NAMES.values()) | OPTIONS and set(OPTION_NAMES) == OPTIONS
+
+
+def test_old_values_of_options_are_refused_with_those_of_today() -> None:
+    for options, advice in (
+        ({"multi_image": "each"}, "give multi_image='per_image'"),
+        ({"parts": "each"}, "give crops='per_crop'"),
+        ({"cache": "cut"}, "give trim_kv_cache=True"),
+    ):
+        with pytest.raises(ValueError, match=advice):
+            duet_vlm.attach(shared("llava"), "duet", budget=0.5, options=options)
 
 
 @pytest.mark.parametrize(("method", "settings", "advice"), OLD)
@@ -58,20 +76,26 @@ def test_a_name_that_a_method_has_today_is_none_of_the_old_ones() -> None:
 
 @pytest.mark.parametrize(
     ("given", "new"),
-    [("keep_predicting=False", "protect_predicting_tokens=False"), ("cache=cut", "trim_kv_cache=True")],
+    [
+        ("keep_predicting=False", "options.protect_predicting_tokens=False"),
+        ("text_query=last", "options.text_query=last"),
+    ],
 )
 def test_the_command_line_says_the_new_name(given: str, new: str) -> None:
     made = CliRunner().invoke(
         app,
         ["run", "-i", str(PICTURE), "-p", "What color is the ring?", "-b", "64", "--method", "duet", "--set", given],
     )
-    assert made.exit_code == 2 and f"give {new}" in " ".join(made.output.split())
+    assert made.exit_code == 2 and f"as text {new}" in " ".join(made.output.split())
 
 
 def test_a_method_file_says_the_new_name(tmp_path: Path) -> None:
     file = tmp_path / "duet.json"
     file.write_text(json.dumps({"method": "duet", "budget": 0.5, "settings": {"parts": "each"}}))
-    with pytest.raises(ValueError, match="parts='each' is an old way to write a setting: give crops='per_crop'"):
+    with pytest.raises(
+        ValueError,
+        match=r"parts='each' is an old way to write a setting: give options=TokenOptions\(crops='per_crop'\)",
+    ):
         duet_vlm.attach(shared("llava"), str(file))
 
 
@@ -80,7 +104,7 @@ def test_the_config_of_a_checkpoint_says_the_new_name() -> None:
     model.config.duet_vlm = {"method": "duet", "budget": 0.5, "settings": {"clamp_below": 0}}
     try:
         with pytest.raises(
-            ValueError, match="clamp_below=0 is an old way to write a setting: give small_image_tokens=0"
+            ValueError, match=r"clamp_below=0 is an old way .*: give options=TokenOptions\(small_image_tokens=0\)"
         ):
             duet_vlm.attach(model)
     finally:

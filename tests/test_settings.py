@@ -17,17 +17,26 @@ import duet_vlm
 from duet_vlm.planning.budget import SpanPlan, check_schedule
 from duet_vlm.reducers import registry
 from duet_vlm.reducers.persistence import to_record
-from duet_vlm.utils.field_types import to_plain
+from duet_vlm.utils.field_types import flattened, nested, to_plain
 
-METHODS = {
-    **duet_vlm.list_methods(),
-    **{name: duet_vlm.get_method(name) for name in ("frames+duet", "scope+pyramiddrop", "frames+visionzip+fastv")},
-}
+ALL_STAGES = "contrast+duet"  # has every option
+
+
+def kind_of(field: Any) -> str:
+    return str(field.type).removesuffix(" | None")
+
+
 SETTINGS = [
-    (name, field.name, str(field.type).removesuffix(" | None"))
-    for name, cls in METHODS.items()
-    for field in fields(cls)
+    *((name, field.name, kind_of(field)) for name, cls in duet_vlm.list_methods().items() for field in fields(cls)),
+    *(
+        (name, f"{part}_{field.name}", kind_of(field))
+        for name in ("frames+duet", "scope+pyramiddrop", "frames+visionzip+fastv")
+        for part in name.split("+")
+        for field in fields(duet_vlm.get_method(part))
+    ),
 ]
+SETTINGS = [row for row in SETTINGS if not row[1].endswith("options")]
+SETTINGS += [(ALL_STAGES, f"options.{field.name}", kind_of(field)) for field in fields(duet_vlm.TokenOptions)]
 
 # kind -> (value as numpy gives it, the same in Python)
 SAME: dict[str, list[tuple[Any, Any]]] = {
@@ -66,20 +75,10 @@ WRONG: dict[str, list[Any]] = {
 
 def made(method: str, name: str, value: Any) -> duet_vlm.Reducer:
     """The method with one setting, and what that setting needs beside it."""
-    beside = {name.replace("contextual", "dominant"): 5} if name.endswith("contextual") else {}
-    if name.endswith("cls_token") and bool(value):
-        beside = {"positions": "compact"}
-    return METHODS[method](**beside, **{name: value})
-
-
-def reads_what(method: str, name: str) -> bool:
-    """Settings that some methods refuse whatever their value, as they have no CLS row to feed."""
-    cls = METHODS[method]
-    without = any(
-        part in method
-        for part in ("apet", "custom", "frames", "hired", "prumerge", "prunesid", "tome", "pool", "quecc", "resampler")
-    )
-    return not (name == "cls_token" and (duet_vlm.Input.PROJECTED_FEATURES in cls().requires or without))
+    beside: dict[str, Any] = {name.replace("contextual", "dominant"): 5} if name.endswith("contextual") else {}
+    if name == "options.cls_token" and bool(value):
+        beside = {"options.positions": "compact"}
+    return duet_vlm.make_method(method, **nested({**beside, name: value}))
 
 
 def test_every_kind_of_setting_is_known_here() -> None:
@@ -90,13 +89,11 @@ def test_every_kind_of_setting_is_known_here() -> None:
 @pytest.mark.parametrize(("method", "name", "kind"), SETTINGS)
 def test_numbers_of_numpy_become_pythons(method: str, name: str, kind: str) -> None:
     for given, meant in SAME[kind]:
-        if meant is True and not reads_what(method, name):
-            continue
         if name == "own_share" and meant == 1:  # less than all of it
             continue
         reducer, wanted = made(method, name, given), made(method, name, meant)
         assert reducer == wanted and hash(reducer) == hash(wanted)
-        value = reducer.settings()[name]
+        value = flattened(reducer.settings())[name]
         assert value == meant and type(value) is type(meant)
         assert json.dumps(reducer.settings()) == json.dumps(wanted.settings())
         assert json.dumps(to_record(reducer, np.float32(0.3))) == json.dumps(to_record(wanted, 0.3))  # type: ignore[arg-type]
@@ -109,13 +106,14 @@ def test_settings_of_another_kind_are_refused_by_name(method: str, name: str, ki
         with pytest.raises((TypeError, ValueError)) as caught:
             made(method, name, value)
         message = str(caught.value)
+        stage = next((f"{part}_" for part in method.split("+") if name.startswith(f"{part}_")), "options.")
+        own = name.removeprefix(stage)
         assert len(message.splitlines()) == 1
         # in a composition the stage speaks, of its own setting
         if kind in ("Keep", "Schedule", "Schedule | str", "str"):
-            stage = next((f"{part}_" for part in method.split("+") if name.startswith(f"{part}_")), "")
-            assert message.startswith(name.removeprefix(stage))
+            assert message.startswith(own)
         else:
-            assert isinstance(caught.value, TypeError) and message.startswith(f"{name}={to_plain(value)!r}: give ")
+            assert isinstance(caught.value, TypeError) and message.startswith(f"{own}={to_plain(value)!r}: give ")
 
 
 def test_methods_of_others_are_held_to_what_they_declare(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ from duet_vlm.methods.two_stage.duet import Duet
 from duet_vlm.models.lookup import adapter_for
 from duet_vlm.ops.score import spread_indices
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 
 seen: list[EncoderView] = []
 
@@ -144,7 +145,9 @@ def test_importance_and_keys_are_those_of_the_tower(family: str, layer: int | No
     sums)."""
     inputs, pictures = FAMILIES[family].inputs(MIXED), pictures_of(MIXED)
     expected = tower_signals(family, inputs, layer, pictures)
-    with duet_vlm.attach(shared(family, attention), Probe(dominant=0.4, contextual=0.2, signal_layer=layer)):
+    with duet_vlm.attach(
+        shared(family, attention), Probe(dominant=0.4, contextual=0.2, options=TokenOptions(signal_layer=layer))
+    ):
         forward(shared(family, attention), inputs)
     (view,) = seen
     assert view.importance is not None and view.keys is not None
@@ -160,7 +163,7 @@ def test_importance_from_some_of_the_rows_of_each_picture(family: str) -> None:
     inputs, pictures = FAMILIES[family].inputs(MIXED), pictures_of(MIXED)
     with torch.no_grad():
         expected = qwen_signals(shared(family, "eager"), inputs, DEFAULT_LAYER[family], pictures, 9)
-    with duet_vlm.attach(shared(family), Probe(dominant=0.4, contextual=0.2, signal_queries=9)):
+    with duet_vlm.attach(shared(family), Probe(dominant=0.4, contextual=0.2, options=TokenOptions(signal_queries=9))):
         forward(shared(family), inputs)
     assert seen[0].importance is not None
     for row, (importance, _) in enumerate(expected):
@@ -174,7 +177,7 @@ def test_how_many_rows_ask_matters_where_there_is_no_cls_row(family: str) -> Non
     found = []
     for sample in (None, 10_000, 3):
         seen.clear()
-        with duet_vlm.attach(model, Probe(dominant=0.4, contextual=0.2, signal_queries=sample)):
+        with duet_vlm.attach(model, Probe(dominant=0.4, contextual=0.2, options=TokenOptions(signal_queries=sample))):
             forward(model, inputs)
         assert seen[0].importance is not None
         found.append(seen[0].importance)
@@ -185,7 +188,7 @@ def test_how_many_rows_ask_matters_where_there_is_no_cls_row(family: str) -> Non
 @pytest.mark.parametrize("wrong", [0, -1])
 def test_how_many_rows_ask_is_a_number_or_none(wrong: int) -> None:
     with pytest.raises(ValueError, match=rf"signal_queries={wrong}: a number of rows, at least 1, or None for all"):
-        Duet(signal_queries=wrong)
+        Duet(options=TokenOptions(signal_queries=wrong))
 
 
 @pytest.mark.parametrize("family", FIRST)

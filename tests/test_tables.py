@@ -207,7 +207,7 @@ def usual(row: dict[str, Any]) -> bool:
     """Whether a run had every setting of its method as it comes; references stand for no method."""
     if row["method"] not in duet_vlm.list_methods():
         return False
-    return row["settings"] == json.loads(json.dumps(duet_vlm.get_method(row["method"])().settings()))
+    return row["settings"] == json.loads(json.dumps(duet_vlm.make_method(row["method"]).settings()))
 
 
 def test_how_much_each_method_keeps() -> None:

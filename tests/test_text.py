@@ -24,6 +24,7 @@ from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizer
 import duet_vlm
 from duet_vlm.inputs import text_queries
 from duet_vlm.inputs.text_queries import content_words, salient_mask
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.runtime.salient_processor import SalientProcessor
 
 WORDS = "USER : what color is the big car on left of tree a an it ? . ASSISTANT red and blue who drives 2 12 où est le chat".split()
@@ -227,7 +228,7 @@ def test_the_processor_brings_the_mask_and_generate_takes_it(processor: LlavaPro
     before = processor(images=pictures, text=PROMPTS, padding=True, return_tensors="pt")
     assert "salient_mask" not in before
     with duet_vlm.attach(
-        model, "duet", schedule=((3, 0.4), (5, 0.1)), text_query="salient", processor=processor
+        model, "duet", schedule=((3, 0.4), (5, 0.1)), options=TokenOptions(text_query="salient"), processor=processor
     ) as handle:
         assert isinstance(processor, plain) and type(processor).__name__ == plain.__name__
         inputs = processor(images=pictures, text=PROMPTS, padding=True, return_tensors="pt")
@@ -248,7 +249,7 @@ def test_the_processor_brings_the_mask_and_generate_takes_it(processor: LlavaPro
         assert survivors(handle, model, by_hand) == [
             [stage.kept for stage in span.stages] for row in salient for span in row
         ]
-        handle.set(text_query="all")
+        handle.set(options=TokenOptions(text_query="all"))
         forward(model, dict(inputs))
         assert handle.trace != salient
     assert type(processor) is plain
@@ -263,18 +264,20 @@ def test_generate_takes_a_mask_made_by_hand(processor: LlavaProcessor) -> None:
     inputs["salient_mask"] = salient_mask(processor.tokenizer, PROMPTS[0], inputs["input_ids"], IMAGE)
     with (
         pytest.warns(UserWarning),
-        duet_vlm.attach(model, "duet", schedule=((3, 0.4),), text_query="salient") as handle,
+        duet_vlm.attach(model, "duet", schedule=((3, 0.4),), options=TokenOptions(text_query="salient")) as handle,
     ):
         generate(model, inputs, 3)
         made_by_hand = handle.trace
-    with duet_vlm.attach(model, "duet", schedule=((3, 0.4),), text_query="salient", processor=processor) as handle:
+    with duet_vlm.attach(
+        model, "duet", schedule=((3, 0.4),), options=TokenOptions(text_query="salient"), processor=processor
+    ) as handle:
         generate(model, dict(processor(images=[picture(1)], text=PROMPTS[:1], return_tensors="pt")), 3)
         assert handle.trace == made_by_hand
 
 
 def test_the_processor_works_for_other_calls_too(processor: LlavaProcessor) -> None:
     model = shared("llava")
-    with duet_vlm.attach(model, "duet", budget=12, text_query="salient", processor=processor):
+    with duet_vlm.attach(model, "duet", budget=12, options=TokenOptions(text_query="salient"), processor=processor):
         words = processor(text=QUESTION, return_tensors="pt")
         assert words["salient_mask"].shape == words["input_ids"].shape
         forward(model, dict(words))
@@ -286,7 +289,9 @@ def test_detach_after_an_error_gives_the_processor_back(processor: LlavaProcesso
     plain = type(processor)
     with (
         pytest.raises(KeyError),
-        duet_vlm.attach(shared("llava"), "duet", budget=12, text_query="salient", processor=processor),
+        duet_vlm.attach(
+            shared("llava"), "duet", budget=12, options=TokenOptions(text_query="salient"), processor=processor
+        ),
     ):
         assert type(processor) is not plain
         raise KeyError
@@ -294,7 +299,9 @@ def test_detach_after_an_error_gives_the_processor_back(processor: LlavaProcesso
 
 
 def attach(family: str, processor: Any) -> duet_vlm.Handle:
-    return duet_vlm.attach(build(family), "duet", budget=12, text_query="salient", processor=processor)
+    return duet_vlm.attach(
+        build(family), "duet", budget=12, options=TokenOptions(text_query="salient"), processor=processor
+    )
 
 
 def marks(processor: Any) -> bool:

@@ -19,12 +19,14 @@ from duet_vlm.models.adapter import EncoderCall, VarlenTower
 from duet_vlm.models.lookup import adapter_for
 from duet_vlm.ops.merge import in_stretches
 from duet_vlm.profiling.flop_counter import count_flops
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.vision_tower import MergePairs, TowerReducer, TowerView
 from duet_vlm.runtime.vision_tower.batched import BatchedTowerState
 from duet_vlm.runtime.vision_tower.capabilities import use_size_bias
 from duet_vlm.runtime.vision_tower.concatenated import ConcatenatedTowerState
 from duet_vlm.runtime.vision_tower.selection import select_patches
 from duet_vlm.runtime.vision_tower.varlen import VarlenTowerState
+from duet_vlm.utils.field_types import merged
 
 SERVED = list(FAMILIES)
 CONTENT = [(name, "images") for name in SERVED] + [(name, "clips") for name in SERVED if FAMILIES[name].video is True]
@@ -48,11 +50,10 @@ def cells(methods: list[str], contents: bool = False) -> list[Any]:
     return [(*item, method) for method in methods for item in items if suits(item[0], method)]
 
 
-def spelled(cell: str) -> tuple[str, dict[str, int]]:
+def spelled(cell: str) -> tuple[str, dict[str, Any]]:
     """``contrast+duet/3``: with three rows for what leaves."""
     method, _, rows = cell.partition("/")
-    tower, *behind = method.split("+")
-    return method, {f"{tower}_pooled_context_tokens" if behind else "pooled_context_tokens": int(rows)} if rows else {}
+    return method, {"options": {"pooled_context_tokens": int(rows)}} if rows else {}
 
 
 def rows_of(family: str, content: str) -> list[Any]:
@@ -267,7 +268,7 @@ def test_survivors_are_those_of_a_tower_that_does_not_see_the_rest(
     family: str, kind: str, method: str, mass: bool, towers: list[Any]
 ) -> None:
     model, inputs = shared(family), FAMILIES[family].inputs(rows_of(family, kind))
-    with duet_vlm.attach(model, method, keep=KEEP, proportional_attention=mass) as handle:
+    with duet_vlm.attach(model, method, keep=KEEP, options=TokenOptions(proportional_attention=mass)) as handle:
         forward(model, inputs)
         ours = by_stream(handle)
     twins = rows_of_twin(family, inputs, towers)
@@ -289,9 +290,9 @@ def test_what_leaves_is_stood_for_by_the_means_of_its_stretches(
     model, inputs = shared(family), FAMILIES[family].inputs(rows_of(family, kind))
     tower, *behind = method.split("+")
     settings = (
-        {f"{tower}_keep": KEEP, f"{tower}_pooled_context_tokens": 2, "budget": 0.2}
+        {f"{tower}_keep": KEEP, "options": {"pooled_context_tokens": 2}, "budget": 0.2}
         if behind
-        else {"keep": KEEP, "pooled_context_tokens": 2}
+        else {"keep": KEEP, "options": {"pooled_context_tokens": 2}}
     )
     with duet_vlm.attach(model, method, **settings) as handle:
         forward(model, inputs)
@@ -318,7 +319,7 @@ def test_what_leaves_is_stood_for_by_the_means_of_its_stretches(
 def test_with_nothing_to_stand_for_the_tower_is_the_stock_one(family: str) -> None:
     model, inputs = shared(family), FAMILIES[family].inputs(rows_of(family, "images"))
     plain = forward(model, inputs).logits
-    with duet_vlm.attach(model, "contrast+duet_plus", budget=1.0, contrast_pooled_context_tokens=3):
+    with duet_vlm.attach(model, "contrast+duet_plus", budget=1.0, options={"pooled_context_tokens": 3}):
         assert torch.equal(forward(model, inputs).logits, plain)
     assert torch.equal(forward(model, inputs).logits, plain)
 
@@ -374,7 +375,9 @@ def test_flops_of_the_reduced_tower_are_those_that_torch_counts(family: str, kin
     costs = []
     for keep in (1.0, 0.5):
         with (
-            duet_vlm.attach(model, method, keep=keep, proportional_attention=False, **settings) as handle,
+            duet_vlm.attach(
+                model, method, keep=keep, **merged(settings, {"options": {"proportional_attention": False}})
+            ) as handle,
             torch.no_grad(),
         ):
             forward(model, inputs)
@@ -450,10 +453,8 @@ def test_gradients_pass_through_survivors(family: str, cell: str, checkpointing:
         found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         return [found[name] for name in sorted(found) if "patch_" in name or "blocks" in name or "encoder" in name]
 
-    settings = {f"{method}_proportional_attention": not checkpointing or family not in NO_MASK} | {
-        f"{method}_pooled_context_tokens": rows for rows in context.values()
-    }
-    with duet_vlm.attach(model, f"{method}+duet_plus", budget=0.3, **settings) as handle:
+    options = {"proportional_attention": not checkpointing or family not in NO_MASK} | context.get("options", {})
+    with duet_vlm.attach(model, f"{method}+duet_plus", budget=0.3, options=options) as handle:
         plain = gradients()
         assert plain and any(float(g.abs().max()) > 0 for g in plain)
         assert all(bool(g.isfinite().all()) for g in plain)
@@ -464,7 +465,7 @@ def test_gradients_pass_through_survivors(family: str, cell: str, checkpointing:
             ):
                 gradients()
         elif checkpointing:
-            handle.set(**{f"{method}_proportional_attention": True})  # left out by itself where nobody could repeat it
+            handle.set(options={"proportional_attention": True})  # left out by itself where nobody could repeat it
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             for a, b in zip(plain, gradients(), strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -535,7 +536,7 @@ def test_context_stands_for_what_leaves_in_stretches() -> None:
     patches = torch.arange(9.0).view(1, 9, 1, 1).repeat(1, 1, 1, 2)
     patches[0, 4], patches[0, 7] = 50.0, -50.0
     chosen = select_patches(
-        duet_vlm.get_method("contrast")(keep=3, pooled_context_tokens=2),
+        duet_vlm.get_method("contrast")(keep=3, options=TokenOptions(pooled_context_tokens=2)),
         patches,
         torch.ones(1, 9, 1, dtype=torch.bool),
         [3],
@@ -551,14 +552,14 @@ def test_context_stands_for_what_leaves_in_stretches() -> None:
 def test_rows_that_stand_for_what_leaves_need_a_bias() -> None:
     contrast = duet_vlm.get_method("contrast")
     assert use_size_bias(
-        contrast(keep=0.5, pooled_context_tokens=2, proportional_attention=False), True
-    ) and not use_size_bias(contrast(keep=0.5, proportional_attention=False), True)
+        contrast(keep=0.5, options=TokenOptions(pooled_context_tokens=2, proportional_attention=False)), True
+    ) and not use_size_bias(contrast(keep=0.5, options=TokenOptions(proportional_attention=False)), True)
     assert use_size_bias(contrast(keep=0.5), True) and not use_size_bias(contrast(keep=0.5), False)
     with pytest.raises(
         ValueError,
         match="pooled_context_tokens=2: rows that represent dropped units need a bias .* attn_implementation='sdpa'",
     ):
-        use_size_bias(contrast(keep=0.5, pooled_context_tokens=2), False)
+        use_size_bias(contrast(keep=0.5, options=TokenOptions(pooled_context_tokens=2)), False)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 12])
@@ -694,11 +695,11 @@ def test_no_more_enters_than_the_tower_leaves() -> None:
     with pytest.warns(UserWarning, match=r"\d+ of 576 tokens would enter the decoder, but the tower leaves 172"):
         plan = method.plan(576, 32, 0.25)
     assert plan.entry == plan.tower == 172 and plan.mean <= 0.25 * 576 < plan.mean + 3
-    free = duet_vlm.get_method("contrast+duet_plus")().plan(576, 32, 0.11)
+    free = duet_vlm.make_method("contrast+duet_plus").plan(576, 32, 0.11)
     assert free.tower == 323 and free.entry == duet_vlm.get_method("duet_plus")().plan(576, 32, 0.11).entry
-    wide = duet_vlm.get_method("contrast+duet")().plan(576, 32, 0.25)
+    wide = duet_vlm.make_method("contrast+duet").plan(576, 32, 0.25)
     assert wide.tower == min(576, -(-3 * wide.entry // 2))
-    drops = duet_vlm.get_method("contrast+pyramiddrop")().plan(576, 32, 0.2)
+    drops = duet_vlm.make_method("contrast+pyramiddrop").plan(576, 32, 0.2)
     assert drops.entry == drops.tower == 323 and drops.mean <= 0.2 * 576
 
 
@@ -727,17 +728,17 @@ def test_no_more_enters_than_the_tower_leaves() -> None:
         ("rlt+duet", {"budget": 0.2, "rlt_threshold": float("nan")}, "threshold=nan: give a finite difference"),
         (
             "contrast",
-            {"budget": 0.2, "pooled_context_tokens": -1},
-            "pooled_context_tokens=-1: a number of rows for what leaves a picture, 0 or more",
+            {"budget": 0.2, "options": {"pooled_context_tokens": -1}},
+            "pooled_context_tokens=-1: a number of rows for what leaves a picture, at least 0",
         ),
         (
             "motion+duet",
-            {"budget": 0.2, "motion_pooled_context_tokens": -2},
+            {"budget": 0.2, "options": {"pooled_context_tokens": -2}},
             "pooled_context_tokens=-2: a number of rows",
         ),
         (
             "evit",
-            {"budget": 0.2, "pooled_context_tokens": 2},
+            {"budget": 0.2, "options": {"pooled_context_tokens": 2}},
             "pooled_context_tokens=2: with evit units are dropped after blocks",
         ),
         ("rlt", {"budget": 0.2, "against": "next"}, "against='next': choose one of 'kept', 'before'"),
@@ -756,7 +757,7 @@ def test_windowed_signals_of_a_reduced_tower_are_refused() -> None:
         i for i in range(len(model.model.visual.blocks)) if i not in model.model.visual.fullatt_block_indexes
     )
     with pytest.raises(ValueError, match="attends within windows"):
-        duet_vlm.attach(model, "contrast+duet_plus", budget=0.2, signal_layer=windowed)
+        duet_vlm.attach(model, "contrast+duet_plus", budget=0.2, options=TokenOptions(signal_layer=windowed))
 
 
 class Wrong(TowerReducer):
@@ -841,7 +842,7 @@ def test_what_a_users_method_returns_is_checked(kind: str, words: str, monkeypat
 
 WHOLE = [
     ("contrast", {"budget": 8}),
-    ("contrast", {"budget": 8, "pooled_context_tokens": 2}),
+    ("contrast", {"budget": 8, "options": {"pooled_context_tokens": 2}}),
     ("checkerboard+duet_plus", {"budget": 8}),
 ]
 WHOLE += [("key_norm", {"budget": 8}), ("evit+duet", {"budget": 6}), ("tome_tower", {"budget": 8}), ("pixelprune", {})]
@@ -899,7 +900,7 @@ def test_crops_of_which_packing_leaves_nothing(method: str, parts: str) -> None:
     family, model = FAMILIES["llava_next"], shared("llava_next")
     rows: Any = [(1, Picture(1, 1, 12), 5, 6), (1, Picture(2, 6, 7), 7, 8)]
     settings = {"budget": 0.5} if "+" in method else {} if method in ("rlt", "pixelprune") else {"keep": 0.5}
-    with duet_vlm.attach(model, method, crops=parts, **settings) as handle:
+    with duet_vlm.attach(model, method, **merged(settings, {"options": {"crops": parts}})) as handle:
         alone = []
         for row in rows:
             forward(model, family.inputs([row]))

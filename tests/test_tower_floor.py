@@ -15,6 +15,8 @@ import duet_vlm
 from duet_vlm import BudgetError
 from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.planning.spans import of_each_part, shared_out, tower_counts
+from duet_vlm.reducers.options import TokenOptions
+from duet_vlm.utils.field_types import merged
 
 LARGE, SMALL = Picture(1, 6, 6, frames=4), Picture(2, 4, 3, frames=6)  # at 4 %: 5 tokens for 4 frames, 2 for 6
 CLIPS: list[Row] = [(1, 5, LARGE, 7, 8, 9), (1, 5, SMALL, 7, 8)]
@@ -69,7 +71,7 @@ def test_every_frame_keeps_one_beside_a_clip_of_another_size(family: str, method
 @pytest.mark.parametrize("parts", ["joint", "per_crop"])
 def test_crops_of_two_images(method: str, parts: str) -> None:
     model, maker = shared("llava_next"), FAMILIES["llava_next"]
-    with duet_vlm.attach(model, method, budget=0.02, crops=parts) as handle:
+    with duet_vlm.attach(model, method, budget=0.02, options=TokenOptions(crops=parts)) as handle:
         alone = []
         for row in CROPS:
             forward(model, maker.inputs([row]))
@@ -87,7 +89,7 @@ def test_crops_of_two_images(method: str, parts: str) -> None:
 def test_a_clip_that_brings_cls_rows(method: str, parts: str, settings: dict[str, Any]) -> None:
     """Video-LLaVA feeds the CLS row of each frame, beside which a patch stays."""
     model, inputs = shared("video_llava"), FAMILIES["video_llava"].inputs([(1, 2, Picture(1, 5, 4, frames=2), 7, 8, 9)])
-    with duet_vlm.attach(model, method, crops=parts, **settings) as handle:
+    with duet_vlm.attach(model, method, **merged(settings, {"options": {"crops": parts}})) as handle:
         forward(model, inputs)
         ((frames,),) = kept(handle, [[17]])
         measured_is_planned(handle)
@@ -99,7 +101,7 @@ def test_a_clip_that_brings_cls_rows(method: str, parts: str, settings: dict[str
 @pytest.mark.parametrize("settings", [{"budget": 0.5}, {"keep": 0.5}], ids=str)
 def test_newlines_that_are_kept_are_not_counted_with_the_tower(method: str, settings: dict[str, Any]) -> None:
     model, maker = shared("llava_next"), FAMILIES["llava_next"]
-    with duet_vlm.attach(model, method, newline_tokens="keep", **settings) as handle:
+    with duet_vlm.attach(model, method, **merged(settings, {"options": {"newline_tokens": "keep"}})) as handle:
         for row in CROPS:
             forward(model, maker.inputs([row]))
             measured_is_planned(handle)
@@ -131,12 +133,12 @@ def test_a_budget_of_tokens_is_refused_below_the_floor() -> None:
         forward(model, inputs)
     assert error.value.floor == 6
     with (
-        duet_vlm.attach(model, "contrast", budget=0.04, small_image_tokens=12),
+        duet_vlm.attach(model, "contrast", budget=0.04, options=TokenOptions(small_image_tokens=12)),
         pytest.raises(BudgetError, match="its floor is 6 tokens"),
     ):
         forward(model, inputs)  # frames of 12 tokens are not small enough
     # less than one token of the clip
-    with duet_vlm.attach(model, "contrast", budget=0.01, small_image_tokens=13) as handle:
+    with duet_vlm.attach(model, "contrast", budget=0.01, options=TokenOptions(small_image_tokens=13)) as handle:
         forward(model, FAMILIES["qwen2_vl"].inputs(CLIPS[1:]))
         assert handle.report().measured[0] == 6
     assert duet_vlm.handle_of(model) is None

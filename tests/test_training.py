@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import duet_vlm
+from duet_vlm.reducers.options import TokenOptions
 
 TRAINED = ("duet", "duet_plus", "fastv", "visionzip", "pyramiddrop")
 CLOSE = {"rtol": 2e-3, "atol": 2e-5}
@@ -185,7 +186,7 @@ def test_later_questions_do_not_choose_for_earlier_answers(family: str) -> None:
     with duet_vlm.attach(model, "duet", schedule=((3, 0.4), (5, 0.2))) as handle:
         first = survivors(handle, model, made.inputs([(*ONE, 41, 42)]))
         assert all(survivors(handle, model, prompt) == first for prompt in prompts)
-        handle.set(training_turns="all")
+        handle.set(options=TokenOptions(training_turns="all"))
         assert any(survivors(handle, model, prompt) != first for prompt in prompts)
 
 

@@ -30,6 +30,7 @@ from duet_vlm.evaluation.tune.halving import RUNGS, AnswerScore, Candidate, choo
 from duet_vlm.evaluation.tune.pareto_plot import front, pareto
 from duet_vlm.evaluation.tune.search import Goal
 from duet_vlm.evaluation.tune.summary import python_line, shell_line, verdict
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.persistence import load_from_file
 
 RESULTS = Path(__file__).resolve().parents[1] / "lab/studies/results"
@@ -316,8 +317,8 @@ def test_a_file_is_attached_like_its_contents(tmp_path: Path) -> None:
                 0.22,
                 schedule,
             )
-    with duet_vlm.attach(model, file, budget=0.5, text_query="last") as handle:
-        assert (handle.budget, handle.reducer.settings()["text_query"]) == (0.5, "last")
+    with duet_vlm.attach(model, file, budget=0.5, options=TokenOptions(text_query="last")) as handle:
+        assert (handle.budget, handle.reducer.settings()["options"]["text_query"]) == (0.5, "last")
     for text, said in (
         ("{", "is not JSON"),
         ("[]", "holds no reduction"),

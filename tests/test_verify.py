@@ -32,6 +32,7 @@ from duet_vlm.reducers.base import Reducer
 from duet_vlm.reducers.decoder import DecoderReducer
 from duet_vlm.reducers.encoder import EncoderReducer
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.runtime import validation
 from duet_vlm.runtime.validation import (
     MESSAGES,
@@ -96,7 +97,10 @@ def test_every_method_passes_wherever_it_runs(family: str, method: str) -> None:
     encodes, drops = issubclass(cls, EncoderReducer), issubclass(cls, DecoderReducer)
     batches = [made.inputs(MIXED), *([made.inputs(clips_for(family))] if made.video else [])]
     parts = (
-        ({"crops": "joint"}, {"crops": "per_crop", "newline_tokens": "keep"} if not cls.compares_frames else {})
+        (
+            {"options": {"crops": "joint"}},
+            {"options": {"crops": "per_crop", "newline_tokens": "keep"}} if not cls.compares_frames else {},
+        )
         if encodes
         else ({},)
     )
@@ -123,7 +127,7 @@ def test_every_method_passes_wherever_it_runs(family: str, method: str) -> None:
 def test_keeping_everything_passes(method: str, fields: dict[str, Any]) -> None:
     fields = dict(fields)
     budget = fields.pop("budget", None)
-    reducer = checked(duet_vlm.get_method(method)(**fields), [])
+    reducer = checked(duet_vlm.make_method(method, **fields), [])
     with duet_vlm.attach(shared("qwen2_5_vl"), reducer, budget=budget):
         forward(shared("qwen2_5_vl"), FAMILIES["qwen2_5_vl"].inputs(MIXED))
 
@@ -154,7 +158,9 @@ def test_official_presets_pass_with_the_cls_row(name: str) -> None:
 @pytest.mark.parametrize("name", OFFICIAL_QWEN)
 def test_official_presets_pass_on_clips(name: str, parts: str) -> None:
     seen: list[str] = []
-    with duet_vlm.attach(shared("qwen2_5_vl"), checked(dataclasses.replace(OFFICIAL_QWEN[name], crops=parts), seen)):
+    with duet_vlm.attach(
+        shared("qwen2_5_vl"), checked(dataclasses.replace(OFFICIAL_QWEN[name], options=TokenOptions(crops=parts)), seen)
+    ):
         forward(shared("qwen2_5_vl"), FAMILIES["qwen2_5_vl"].inputs(clips_for("qwen2_5_vl")))
     assert {"select_tokens", "prune_tokens"} <= set(seen)
 
@@ -425,7 +431,7 @@ def test_a_stage_of_a_composition_chooses_among_its_candidates(past: int) -> Non
 @pytest.mark.parametrize("parts", ["joint", "per_crop"])
 def test_the_method_that_is_spoiled_is_right_in_itself(family: str, parts: str) -> None:
     seen: list[str] = []
-    with duet_vlm.attach(shared(family), checked(Mine(crops=parts), seen)) as handle:
+    with duet_vlm.attach(shared(family), checked(Mine(options=TokenOptions(crops=parts)), seen)) as handle:
         forward(shared(family), FAMILIES[family].inputs(BATCH))
         assert any(span.merged for row in handle.trace for span in row)
     assert {"select_tokens", "prune_tokens"} <= set(seen)

@@ -32,8 +32,14 @@ SETTINGS = {
     "dycoke": {"keep": 0.6},
     "fastvid": {"keep": 0.5},
     "holitom": {"keep": 0.6, "threshold": 0.0, "schedule": ((4, 0.4),)},
-    "prunevid": {"keep": 0.6, "windows": 0.5, "threshold": 0.2, "schedule": ((4, 0.4),), "trim_kv_cache": False},
-    "metok": {"keep": 0.6, "threshold": 0.0, "schedule": ((3, 0.6), (5, 0.25)), "trim_kv_cache": False},
+    "prunevid": {
+        "keep": 0.6,
+        "windows": 0.5,
+        "threshold": 0.2,
+        "schedule": ((4, 0.4),),
+        "options": {"trim_kv_cache": False},
+    },
+    "metok": {"keep": 0.6, "threshold": 0.0, "schedule": ((3, 0.6), (5, 0.25)), "options": {"trim_kv_cache": False}},
     "vidcom2": {"keep": 0.5},
     "frames+duet": {
         "frames_keep": 0.7,

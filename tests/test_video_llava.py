@@ -12,6 +12,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, VideoLlavaConfig, VideoL
 
 import duet_vlm
 from duet_vlm.methods.two_stage.duet import Duet
+from duet_vlm.reducers.options import TokenOptions
 
 ROWS = 17  # of a frame of the tiny model: CLS and 4 x 4 patches
 PAPER = {"dominant": 160, "contextual": 32, "schedule": ((16, 0.5), (24, 0.0))}
@@ -32,7 +33,9 @@ def test_every_frame_keeps_its_share_and_its_cls_row(method: str) -> None:
 
 
 def test_frames_together_keep_every_cls_row() -> None:
-    with duet_vlm.attach(shared("video_llava"), "visionzip", dominant=7, contextual=0, crops="joint") as handle:
+    with duet_vlm.attach(
+        shared("video_llava"), "visionzip", dominant=7, contextual=0, options=TokenOptions(crops="joint")
+    ) as handle:
         forward(shared("video_llava"), FAMILIES["video_llava"].inputs([CLIP]))
         kept = handle.trace[0][0].stages[0].kept
     assert len(kept) == 7 and {0, ROWS} <= set(kept)

@@ -26,6 +26,7 @@ from duet_vlm.ops.video import VideoTokens
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.encoder_view import QuestionView
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 
 MERGING = ("fastvid", "holitom", "metok", "prunevid")
 STAGED = ("holitom", "metok", "prunevid")  # which go on inside the decoder
@@ -161,7 +162,7 @@ def test_reports_and_padded_batches(family: str, method: str) -> None:
             report = handle.report()
             for row in handle.trace:
                 for span in row:
-                    plan = duet_vlm.get_method(method)(**VIDEO_METHODS[method]).plan(span.span.tokens, 8, 0.4)
+                    plan = duet_vlm.make_method(method, **VIDEO_METHODS[method]).plan(span.span.tokens, 8, 0.4)
                     assert len(span.stages[0].kept) == plan.entry and plan.mean <= 0.4 * span.span.tokens + 1e-9
                     assert method in STAGED or plan.entry == math.floor(0.4 * span.span.tokens + 1e-9)
         assert report.predicted == report.observed
@@ -179,25 +180,25 @@ def test_places_are_not_known_behind_frames(method: str) -> None:
 @pytest.mark.parametrize("method", STAGED)
 def test_a_budget_lets_more_in_and_drops_where_the_paper_does(method: str) -> None:
     if method == "metok":
-        counts = duet_vlm.get_method(method)().plan(3136, 32, 0.2).counts
+        counts = duet_vlm.make_method(method).plan(3136, 32, 0.2).counts
         assert [counts[layer] for layer in (7, 8, 16, 24)] == [
             math.floor(counts[0] * share + 1e-9) for share in (1, 0.5, 0.25, 0.125)
         ]
         assert 626.2 < sum(counts) / 32 <= 627.2
         return
     layer, share = {"holitom": (18, 0.5), "prunevid": (9, 0.4)}[method]  # 11 of 32 is 9 of 28
-    counts = duet_vlm.get_method(method)().plan(3136, 28, 0.1).counts
+    counts = duet_vlm.make_method(method).plan(3136, 28, 0.1).counts
     assert set(counts[:layer]) == {counts[0]} and set(counts[layer:]) == {math.floor(share * counts[0] + 1e-9)}
     assert 312.6 < sum(counts) / 28 <= 313.6
-    assert duet_vlm.get_method(method)(schedule=((3, 0.2),)).plan(1000, 8, 0.25).counts[2:4] == (500, 100)
+    assert duet_vlm.make_method(method, schedule=((3, 0.2),)).plan(1000, 8, 0.25).counts[2:4] == (500, 100)
     # its own settings: nothing inside unless asked for
-    assert duet_vlm.get_method(method)(keep=0.5).plan(1000, 8, None).counts == (500,) * 8
+    assert duet_vlm.make_method(method, keep=0.5).plan(1000, 8, None).counts == (500,) * 8
     with pytest.raises(
         ValueError, match=rf"{method}: schedule drops before layer 0, but what it decides by is made by earlier layers"
     ):
-        duet_vlm.get_method(method)(schedule=((0, 0.5),))
+        duet_vlm.make_method(method, schedule=((0, 0.5),))
     with pytest.raises(ValueError, match=rf"{method}: with a budget give fractions in schedule="):
-        duet_vlm.get_method(method)(schedule=((4, 7),)).plan(100, 8, 0.5)
+        duet_vlm.make_method(method, schedule=((4, 7),)).plan(100, 8, 0.5)
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ SEEN: list[DecoderView] = []
 def test_notes_come_back_inside_the_decoder(family: str, share: str) -> None:
     """Whatever is in a batch: clips of several lengths, images (clips of one step), padding, spans ranked together or
     by themselves."""
-    with duet_vlm.attach(shared(family), Noting(multi_image=share)) as handle:
+    with duet_vlm.attach(shared(family), Noting(options=TokenOptions(multi_image=share))) as handle:
         for side in ("left", "right"):
             SEEN.clear()
             forward(shared(family), FAMILIES[family].inputs(clips_for(family, CLIPS), side))
@@ -262,7 +263,7 @@ def test_notes_come_back_inside_the_decoder(family: str, share: str) -> None:
 
 def test_notes_follow_rows_that_are_renumbered() -> None:
     """A clip of the embedded family has 1-D positions: its rows stand in the method's order, and the notes with them."""
-    with duet_vlm.attach(shared("llava"), Noting(positions="compact")) as handle:
+    with duet_vlm.attach(shared("llava"), Noting(options=TokenOptions(positions="compact"))) as handle:
         SEEN.clear()
         forward(shared("llava"), FAMILIES["llava"].inputs([ONE]))
         (view,) = SEEN
@@ -330,13 +331,13 @@ def test_compositions_meet_one_budget(method: str) -> None:
         ("vidcom2", {"temperature": 0.0}, "temperature=0.0: of a softmax"),
         (
             "dycoke",
-            {"crops": "per_crop"},
+            {"options": {"crops": "per_crop"}},
             "dycoke compares the frames of a clip, and crops='per_crop' would separate them",
         ),
-        ("evs", {"crops": "per_crop"}, "evs compares the frames of a clip"),
+        ("evs", {"options": {"crops": "per_crop"}}, "evs compares the frames of a clip"),
         ("vidcom2", {"keep": -3}, "keep=-3: a token count"),
     ],
 )
 def test_settings_that_cannot_be(method: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        duet_vlm.get_method(method)(**changes)
+        duet_vlm.make_method(method, **changes)

@@ -35,6 +35,7 @@ from duet_vlm.ops.select import top
 from duet_vlm.reducers import registry
 from duet_vlm.reducers.encoder_view import EncoderView
 from duet_vlm.reducers.inputs import VISION_LAYER_INPUTS, Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.plans import plan_fixed_count
 from duet_vlm.runtime.encode.build_view import in_float32
 
@@ -101,8 +102,11 @@ def views(family: str, method: Probe, rows: Any = MIXED, model: Any = None) -> l
 @pytest.mark.parametrize("family", FAMILIES)
 def test_several_layers_are_those_that_single_ones_give(family: str) -> None:
     for rows in rows_of(family):
-        both = views(family, Probe(crops="joint"), rows)
-        alone = [views(family, Probe(signal_layer=layer, second=layer, crops="joint"), rows) for layer in (None, 0)]
+        both = views(family, Probe(options=TokenOptions(crops="joint")), rows)
+        alone = [
+            views(family, Probe(options=TokenOptions(signal_layer=layer, crops="joint"), second=layer), rows)
+            for layer in (None, 0)
+        ]
         for number, view in enumerate(both):
             for layer, one in zip(view.layers, (alone[0][number].layers[0], alone[1][number].layers[0]), strict=True):
                 assert (
@@ -116,7 +120,7 @@ def test_several_layers_are_those_that_single_ones_give(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_heads_add_up_to_the_importance(family: str) -> None:
     for rows in rows_of(family):
-        for view in views(family, Probe(crops="joint"), rows):
+        for view in views(family, Probe(options=TokenOptions(crops="joint")), rows):
             for layer in view.layers:
                 content = view.valid & (view.coords >= 0).all(-1)
                 mean, total = (reduced(layer.heads, -1)[content] for reduced in (torch.mean, torch.sum))
@@ -149,7 +153,7 @@ def test_queries_take_the_way_of_the_keys(family: str) -> None:
     back in order."""
     model = with_queries_as_keys(family)
     for rows in rows_of(family):
-        for view in views(family, Probe(crops="joint"), rows, model):
+        for view in views(family, Probe(options=TokenOptions(crops="joint")), rows, model):
             content = view.valid & (view.coords >= 0).all(-1)
             for layer in view.layers:
                 torch.testing.assert_close(layer.queries[content], layer.keys[content])
@@ -158,7 +162,7 @@ def test_queries_take_the_way_of_the_keys(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_projector_asked_again_gives_its_rows(family: str) -> None:
     for rows in rows_of(family):
-        for view in views(family, Probe(crops="joint"), rows):
+        for view in views(family, Probe(options=TokenOptions(crops="joint")), rows):
             again = view.project(lambda x: x)
             content = view.valid & (view.coords >= 0).all(-1)
             torch.testing.assert_close(again[content], view.features[content], rtol=1e-4, atol=1e-5)
@@ -170,7 +174,7 @@ def test_the_projector_asked_again_gives_its_rows(family: str) -> None:
 def test_states_are_the_rows_that_leave_the_layer(family: str) -> None:
     """Behind a point-wise projector they are the rows that the decoder gets; in front of it the features themselves."""
     model = shared(family)
-    for view in views(family, Probe(crops="joint"), rows_of(family)[-1]):
+    for view in views(family, Probe(options=TokenOptions(crops="joint")), rows_of(family)[-1]):
         with torch.no_grad():
             projected = model.model.multi_modal_projector(view.layers[0].states)
         torch.testing.assert_close(projected[view.valid], view.features[view.valid], rtol=1e-4, atol=1e-5)
@@ -192,7 +196,7 @@ def expected_place(family: str, picture: Any) -> list[tuple[int, int]] | None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_grid_says_where_each_token_stands(family: str) -> None:
     for rows in rows_of(family):
-        for view in views(family, Probe(crops="joint"), rows):
+        for view in views(family, Probe(options=TokenOptions(crops="joint")), rows):
             shows = (view.coords >= 0).all(-1)
             assert torch.equal(shows, (view.coords >= 0).any(-1)) and not (shows & (view.parts < 0)).any()
             assert (view.coords[shows] < view.grid_size[:, None].expand_as(view.coords)[shows]).all()
@@ -201,7 +205,7 @@ def test_the_grid_says_where_each_token_stands(family: str) -> None:
                 where = torch.cat([view.parts[span, :, None], view.coords[span]], 1)[shows[span]]
                 assert len(where.unique(dim=0)) == len(where) and len(where) > 1
     pictures = pictures_of(MIXED)
-    (view,) = views(family, Probe(crops="joint"))
+    (view,) = views(family, Probe(options=TokenOptions(crops="joint")))
     for span, picture in enumerate(pictures):
         expected = expected_place(family, picture)
         if expected is not None:
@@ -238,7 +242,7 @@ def test_every_span_gets_the_question_of_its_sample(family: str, side: str) -> N
     ]
     for call in calls:
         seen.clear()
-        with duet_vlm.attach(model, Probe(protect_predicting_tokens=False)):
+        with duet_vlm.attach(model, Probe(options=TokenOptions(protect_predicting_tokens=False))):
             call()
         for view in seen:
             assert len(expected) == len(view.question.embeddings)
@@ -287,8 +291,8 @@ def test_an_encoder_that_is_called_by_itself_has_no_question(family: str) -> Non
 
 def test_parts_by_themselves_see_their_own_rows() -> None:
     """Per crop: the grid, states and projected rows of that crop; no mosaic."""
-    (joint,) = views("llava_next", Probe(crops="joint"))
-    (each,) = views("llava_next", Probe(crops="per_crop"))
+    (joint,) = views("llava_next", Probe(options=TokenOptions(crops="joint")))
+    (each,) = views("llava_next", Probe(options=TokenOptions(crops="per_crop")))
     assert not each.crop_grid.any() and joint.crop_grid.any() and len(each.valid) > len(joint.valid)
     crops = len(each.valid) // len(joint.valid)
     for span in range(len(joint.valid)):

@@ -19,6 +19,7 @@ from transformers import BitsAndBytesConfig, DynamicCache, LlavaForConditionalGe
 
 import duet_vlm
 from duet_vlm.evaluation import tiny
+from duet_vlm.reducers.options import TokenOptions
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -245,6 +246,6 @@ def test_a_compressed_cache_of_a_padded_batch_is_refused(method: str) -> None:
 def test_a_compressed_cache_cannot_be_cut_as_well(inputs: Any) -> None:
     """``trim_kv_cache=True`` takes rows by their number, which a compressed cache has lost."""
     model, _ = tiny.load()
-    with duet_vlm.attach(model, "duet", budget=BUDGET, trim_kv_cache=True), pressed(model, 0.5):
+    with duet_vlm.attach(model, "duet", budget=BUDGET, options=TokenOptions(trim_kv_cache=True)), pressed(model, 0.5):
         with pytest.raises(ValueError, match="trim_kv_cache=True needs a cache"):
             model.generate(**inputs, max_new_tokens=3)

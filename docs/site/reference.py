@@ -17,7 +17,7 @@ CLI, API = "reference/command-line.md", "reference/python.md"
 GROUPS = {  # heading -> public names, each where it is defined
     "Attach": ["api.attach.attach", "api.handle.Handle", "api.attach.detach", "api.attach.handle_of", "api.attach.save_to_config", "reducers.persistence.load_from_config"],
     "Reports and traces": ["profiling.report.Report", "planning.tokens.SpanTrace", "planning.tokens.StageTrace", "planning.tokens.Span"],
-    "Methods": ["methods.lookup.get_method", "methods.lookup.list_methods", "methods.compose.compose", "api.presets.preset", "reducers.registry.register"],
+    "Methods": ["methods.lookup.make_method", "methods.lookup.get_method", "methods.lookup.list_methods", "reducers.options.TokenOptions", "methods.compose.compose", "api.presets.preset", "reducers.registry.register"],
     "Write a method": [
         "reducers.base.Reducer", "reducers.inputs.Input", "reducers.encoder.EncoderReducer", "reducers.score.ScoreReducer", "reducers.decoder.DecoderReducer", "reducers.scheduled.ScheduledReducer", "reducers.vision_tower.TowerReducer",
         "reducers.vision_tower.ThresholdReducer", "reducers.encoder_view.EncoderView", "reducers.decoder_view.DecoderView", "reducers.vision_tower.TowerView", "reducers.vision_tower.MergePairs", "planning.tokens.Selection",

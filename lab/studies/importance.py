@@ -45,7 +45,7 @@ def cells(method: str) -> list[dict[str, Any]]:
         {
             "method": method,
             "budgets": list(BUDGETS),
-            "settings": {"signal_queries": queries},
+            "settings": {"options": {"signal_queries": queries}},
             "label": f"{method}, {who}",
         }
         for queries, who in ((None, "all rows"), *((n, f"{n} rows") for n in QUERIES), (CLS, "CLS row"))

@@ -20,6 +20,7 @@ from common import environment
 
 from duet_vlm.evaluation.experiment import Experiment
 from duet_vlm.evaluation.run import run_experiment
+from duet_vlm.reducers.options import TokenOptions
 
 BUDGET, WHOLE = 0.11, "whole tower"
 TASKS = {"tiny": "tiny", "tiny-crowded": "tiny", "tiny-video": "tiny-video"}
@@ -46,7 +47,7 @@ def cells(method: str, task: str, context: bool) -> list[dict[str, Any]]:
     return [
         whole,
         *(behind("contrast", keep) for keep in SHARES),
-        behind("contrast", 0.5, proportional_attention=False),
+        behind("contrast", 0.5, options=TokenOptions(proportional_attention=False)),
         *(behind("motion", keep) for keep in MOVING if task == "tiny-video"),
         *(behind(floor, 0.5) for floor in ("random_patches", "checkerboard")),
     ]

@@ -30,7 +30,7 @@ def reduced(model: Any, what: Input, share: float) -> Workload:
     work, left = request(model, what, BUDGET), ((((0, int(share * what.each)),),) * what.steps,)
     sample = dataclasses.replace(work.sample, planned_left=left, in_tower_counts=left, projects_survivors_only=True)
     mass = tower_choice_flops(
-        duet_vlm.get_method("contrast+duet")(contrast_keep=share), sample.in_tower(), model.vision, HEAD
+        duet_vlm.make_method("contrast+duet", contrast_keep=share), sample.in_tower(), model.vision, HEAD
     )
     return dataclasses.replace(work, sample=sample, selection=work.selection + mass)
 

@@ -37,6 +37,7 @@ from duet_vlm.models.lookup import adapter_for
 from duet_vlm.ops.select import top
 from duet_vlm.profiling.flops import vision_flops
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 
 BUDGET, WHOLE, METHOD, BATCH = 0.11, "whole tower", "duet_plus", 40
 TASKS = {"tiny": "tiny", "tiny-crowded": "tiny", "tiny-video": "tiny-video"}
@@ -180,39 +181,44 @@ def tries(task_name: str) -> list[Cell]:
         return Cell(label, settings=settings, both=both)
 
     if task_name == "tiny-video":
-        moving = {"base": "motion", "proportional_attention": False}
+        moving = {"base": "motion", "options": {"proportional_attention": False}}
         return [
             Cell("motion", "motion", both=True),
             Cell("contrast", "contrast", both=True),
-            Cell("contrast, no mass", "contrast", {"proportional_attention": False}),
+            Cell("contrast, no mass", "contrast", {"options": {"proportional_attention": False}}),
             Cell("contrast, ground 8%", "contrast", {"ground": 0.08}),
             Cell("change", "rlt"),
-            tried("contrast + change, no mass", rule="change", proportional_attention=False),
-            Cell("motion, mass", "motion", {"proportional_attention": True}),
+            tried("contrast + change, no mass", rule="change", options=TokenOptions(proportional_attention=False)),
+            Cell("motion, mass", "motion", {"options": {"proportional_attention": True}}),
             tried("motion, frozen context, cells of 2 x 2", **moving, frozen=2, both=True),
             tried("motion, frozen context, cells of 4 x 4", **moving, frozen=4),
             *(
-                Cell(f"motion, context of {rows}", "motion", {"pooled_context_tokens": rows}, both=True)
+                Cell(f"motion, context of {rows}", "motion", {"options": {"pooled_context_tokens": rows}}, both=True)
                 for rows in (1, 2, 4, 6, 8)
             ),
-            Cell("contrast, context of 4", "contrast", {"pooled_context_tokens": 4}),
+            Cell("contrast, context of 4", "contrast", {"options": {"pooled_context_tokens": 4}}),
             tried("motion + question", **moving, rule="asked", weight=1.0, both=True),
             tried("motion + question, context of 4", **moving, rule="asked", weight=1.0, context=4, both=True),
         ]
     return [
         Cell("contrast", "contrast", both=True),
-        Cell("contrast, no mass", "contrast", {"proportional_attention": False}, both=True),
+        Cell("contrast, no mass", "contrast", {"options": {"proportional_attention": False}}, both=True),
         *(Cell(f"contrast, ground {share:.0%}", "contrast", {"ground": share}) for share in (0.04, 0.08, 0.16)),
         tried("contrast + chroma", rule="chroma"),
         tried("contrast + edges", rule="edges"),
         tried("contrast + neighbourhood", rule="around"),
         tried("learned scorer", rule="learned", weight=10.0),
         Cell("contrast, then short keys after 2 blocks", settings={"rule": "second"}),
-        tried("contrast, frozen context, cells of 2 x 2", frozen=2, proportional_attention=False, both=True),
+        tried(
+            "contrast, frozen context, cells of 2 x 2",
+            frozen=2,
+            options=TokenOptions(proportional_attention=False),
+            both=True,
+        ),
         tried("contrast, frozen context, cells of 2 x 2, ranked by mass", frozen=2),
-        tried("contrast, frozen context, cells of 4 x 4", frozen=4, proportional_attention=False),
+        tried("contrast, frozen context, cells of 4 x 4", frozen=4, options=TokenOptions(proportional_attention=False)),
         *(
-            Cell(f"contrast, context of {rows}", "contrast", {"pooled_context_tokens": rows}, both=True)
+            Cell(f"contrast, context of {rows}", "contrast", {"options": {"pooled_context_tokens": rows}}, both=True)
             for rows in (1, 2, 4, 6, 8, 12, 16)
         ),
         tried("contrast + question", rule="asked", weight=1.0, both=True),

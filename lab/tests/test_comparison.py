@@ -31,7 +31,7 @@ ASKED = (  # two of these per comparison, in this order: one of each kind where 
     "duet_plus@0.05",
     "frames+duet_plus@0.07",
     "divprune+duet_plus@0.07",
-    "fastv[text_query=all]@0.47",
+    "fastv[options.text_query=all]@0.47",
     "frames+duet@0.07",
     "visionzip@0.07",
     "random@0.07",

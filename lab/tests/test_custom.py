@@ -25,6 +25,7 @@ from duet_vlm.ops.merge_targets import merge_into_nearest
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.encoder_view import LayerView, QuestionView
 from duet_vlm.reducers.inputs import FEATURE_INPUTS, VISION_LAYER_INPUTS, Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.runtime.validation import check_selection
 from duet_vlm_lab.methods.building_blocks import CLOSEST, MERGERS, SCHEDULES, SCORERS, SELECTORS, TAKEN
 from duet_vlm_lab.methods.custom import Custom
@@ -426,7 +427,7 @@ def test_in_compositions(name: str) -> None:
     """Like any method before, or inside, the decoder; a composition needs what its blocks need."""
     alike: dict[str, Any] = {"custom_selector": "max_min", "custom_compare": "projected"}
     settings = {"custom_schedule": "duet"} if name == "divprune+custom" else alike
-    reducer = duet_vlm.get_method(name)(**settings)
+    reducer = duet_vlm.make_method(name, **settings)
     assert (
         isinstance(reducer, duet_vlm.EncoderReducer)
         and Input.PROJECTED_FEATURES in reducer.requires
@@ -458,7 +459,7 @@ def test_in_compositions(name: str) -> None:
         ({"tau": -2.0}, r"tau=-2.0: must be a number in \[-1, 1\]"),
         ({"alike": math.nan}, "alike=nan: must be a number in"),
         ({"merger": "local", "pool": 0.5}, "pool=0.5: with merger='local' at least 1"),
-        ({"cls_token": True, "positions": "compact"}, "cls_token=True cannot work with custom"),
+        ({"options": {"cls_token": True, "positions": "compact"}}, "options.cls_token=True cannot work with custom"),
         ({"schedule": ((3, 0.5), (3, 0.2))}, "layers must be strictly increasing"),
     ],
 )
@@ -490,7 +491,12 @@ def test_few_rows_and_crops_by_themselves(merger: str, keep: float) -> None:
     """No row or one, and crops that are reduced each by itself, of which some keep none."""
     model, inputs = shared("llava_next"), FAMILIES["llava_next"].inputs((ONE, THREE))
     with duet_vlm.attach(
-        model, "custom", keep=keep, merger=merger, selector="nms", crops="per_crop" if keep == 0.3 else "joint"
+        model,
+        "custom",
+        keep=keep,
+        merger=merger,
+        selector="nms",
+        options=TokenOptions(crops="per_crop" if keep == 0.3 else "joint"),
     ) as handle:
         forward(model, inputs)
         report = handle.report()

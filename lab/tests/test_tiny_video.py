@@ -274,7 +274,7 @@ def test_whole_frames_leave_as_if_they_had_been_masked(loaded):
     ("settings", "words"),
     [
         ({"frames": 9}, "frames=9 of=8"),
-        ({"crops": "per_crop"}, "use crops='joint'"),
+        ({"options": {"crops": "per_crop"}}, "use crops='joint'"),
         ({"of": 7}, "not made of 7 equal frames"),
         ({"budget": 0.5}, "no budget"),
     ],
@@ -288,6 +288,9 @@ def test_questions_know_what_they_need(loaded):
     """The oracle keeps every needed row at a budget where chance keeps few of them."""
     questions = [task("tiny-video").ask(0, i) for i in range(10)]
     oracle, chance = ran(
-        loaded, questions, ExperimentCell("oracle", 0.07, {"crops": "joint"}), ExperimentCell("random", 0.07)
+        loaded,
+        questions,
+        ExperimentCell("oracle", 0.07, {"options": {"crops": "joint"}}),
+        ExperimentCell("random", 0.07),
     ).values()
     assert oracle.recalls[1] == oracle.recalls[0] and chance.recalls[1] < 0.3 * chance.recalls[0]

@@ -60,10 +60,10 @@ DEAR = {"fastvid", "hired", "prunevid", "quecc", "resampler", "vqtoken", "vscan"
 
 
 def _by_attention(name: str) -> bool:
-    cls = duet_vlm.get_method(name)
+    method = duet_vlm.make_method(name)
     return (
-        cls().requires & DECODER_INPUTS <= {duet_vlm.Input.SCORES, duet_vlm.Input.TOKENS}
-        and getattr(cls, "text_query", "") != "raters"
+        method.requires & DECODER_INPUTS <= {duet_vlm.Input.SCORES, duet_vlm.Input.TOKENS}
+        and method.options.text_query != "raters"
         and name not in DEAR
     )
 
@@ -118,7 +118,7 @@ def predicted(family: str, adapter: Adapter, handle: duet_vlm.Handle | None, tra
         plan, method = handle.plan(tokens), handle.reducer
     asks = isinstance(method, duet_vlm.DecoderReducer) and duet_vlm.Input.SCORES in method.requires
     question = 14 - ANSWER + FAMILIES[family].mrope  # Qwen's end-of-image token comes after the image, too
-    queries = {"all": question, "last": 1}[getattr(method, "text_query", "all")]
+    queries = {"all": question, "last": 1}["all" if method is None else method.options.text_query]
     example = TrainingExample(
         text, (plan,), queries=queries if asks else 0, signals=plan.merges and method is not None and bool(method.requires & VISION_LAYER_INPUTS),
         projects_all=handle is not None and handle.projects_all,
@@ -159,7 +159,7 @@ def test_patches_that_left_the_tower_cost_nothing_behind_it(family: str, what: s
     adapter = adapter_for(build(family, "eager"))
     run = freeze(adapter, trained)
     whole = predicted(family, adapter, None, trained)
-    with duet_vlm.attach(run, f"{name}+duet", budget=6, **tower, **{f"{name}_proportional_attention": False}) as handle:
+    with duet_vlm.attach(run, f"{name}+duet", budget=6, **tower, options={"proportional_attention": False}) as handle:
         forward, backward = counted(run, FAMILIES[family].inputs(ROWS))
         found = predicted(family, adapter, handle, trained)
     assert found.vision < 0.75 * whole.vision

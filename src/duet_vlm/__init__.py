@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from duet_vlm.api.handle import Handle
     from duet_vlm.api.presets import preset
     from duet_vlm.methods.compose import compose
-    from duet_vlm.methods.lookup import get_method, list_methods
+    from duet_vlm.methods.lookup import get_method, list_methods, make_method
     from duet_vlm.planning.budget import BudgetError, SpanPlan
     from duet_vlm.planning.tokens import Selection, Span, SpanTrace, StageTrace
     from duet_vlm.profiling.report import Report
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
     from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
     from duet_vlm.reducers.inputs import Input
+    from duet_vlm.reducers.options import TokenOptions
     from duet_vlm.reducers.persistence import load_from_config
     from duet_vlm.reducers.registry import register
     from duet_vlm.reducers.scheduled import ScheduledReducer
@@ -54,6 +55,7 @@ _HOMES = {
     "SpanTrace": "planning.tokens",
     "StageTrace": "planning.tokens",
     "ThresholdReducer": "reducers.vision_tower",
+    "TokenOptions": "reducers.options",
     "TowerReducer": "reducers.vision_tower",
     "TowerView": "reducers.vision_tower",
     "attach": "api.attach",
@@ -63,6 +65,7 @@ _HOMES = {
     "handle_of": "api.attach",
     "list_methods": "methods.lookup",
     "load_from_config": "reducers.persistence",
+    "make_method": "methods.lookup",
     "preset": "api.presets",
     "register": "reducers.registry",
     "save_to_config": "api.attach",
@@ -88,6 +91,7 @@ __all__ = [
     "SpanTrace",
     "StageTrace",
     "ThresholdReducer",
+    "TokenOptions",
     "TowerReducer",
     "TowerView",
     "attach",
@@ -97,6 +101,7 @@ __all__ = [
     "handle_of",
     "list_methods",
     "load_from_config",
+    "make_method",
     "preset",
     "register",
     "save_to_config",

@@ -84,7 +84,9 @@ def check_llm(case: Case) -> None:
     rows = hidden[:, begin : begin + count]
     for run, settings in case.runs.items():
         keep, basis = settings_of(case, run)
-        more: dict[str, Any] = {"own_share": 0.5, "ridge": case.config["ridge"], "positions": "keep"} if qwen else {}
+        more: dict[str, Any] = (
+            {"own_share": 0.5, "ridge": case.config["ridge"], "options": {"positions": "keep"}} if qwen else {}
+        )
         method = ApET.official(keep, basis=basis, start=starts(case, run)[0], **more)
         selection = dropped(method, rows, keep)
         settle(case, run, [choice(method, rows, keep) | {"kept_index": selection.index[0]}], batched=False)

@@ -7,13 +7,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from duet_vlm.methods.video.holitom import HoliTom
+from duet_vlm.reducers.options import TokenOptions
 from golden_runner import inside
 from golden_runner.case import Case
 
 
 def preset(case: Case, settings: dict[str, Any]) -> HoliTom:
     layer, count = settings["HOLITOM_k"], case.meta["image_tokens"]
-    return HoliTom.official(None, ((layer, round(count * (1 - settings["HOLITOM_r"]))),), positions="keep")
+    return HoliTom.official(
+        None, ((layer, round(count * (1 - settings["HOLITOM_r"]))),), options=TokenOptions(positions="keep")
+    )
 
 
 def seeing_all(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -107,7 +107,7 @@ class Qwen:
         }
         self.inputs["mm_token_type_ids"] = visual.long()
         # under sdpa the released code scores with a second, unmasked attention over every patch of the call
-        self.signal = {"signal_layer": -1, "signal_segments": attention != "sdpa"}
+        self.signal = {"options": {"signal_layer": -1}, "signal_segments": attention != "sdpa"}
         self.v2v = self.duet.get("visionzip_enabled", True)
         self.layers: list[int] = self.duet["layer_list"] if self.duet.get("pdrop_enabled") else []
         self.ratios: list[float] = self.duet.get("image_token_ratio_list", [])[: len(self.layers)]

@@ -99,7 +99,9 @@ def scores_at(
     not score."""
     run, reducer, adapter = handle._prompt_state, handle.reducer, handle.adapter
     tokens = run.layer_group(layer - 1).tokens
-    rows = query_rows(reducer.text_query, run.prompt.visual, run.prompt.valid, labels, salient, reducer.training_turns)
+    rows = query_rows(
+        reducer.options.text_query, run.prompt.visual, run.prompt.valid, labels, salient, reducer.options.training_turns
+    )
     index, valid = pack_right(gather_rows(rows, tokens.prompt_index) & tokens.valid, max(1, int(rows.sum(1).max())))
     hidden, rotary = watch.calls[call][2][layer - 1], watch.calls[call][1][layer - 1]
     module = adapter.layers[layer]

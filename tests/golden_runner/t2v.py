@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from duet_vlm import DecoderView, Handle, attach
 from duet_vlm.methods.decoder.pyramiddrop import PyramidDrop
 from duet_vlm.methods.two_stage.duet import Duet
+from duet_vlm.reducers.options import TokenOptions
 from golden_runner.case import Case, equal, near
 from golden_runner.models import TINY_CLIP, llava, renamed
 from golden_runner.spy import Watch, scores_at, spying
@@ -94,13 +95,13 @@ def preset(case: Case, settings: dict[str, Any]) -> Duet | PyramidDrop:
     if "PyramidDrop" in case.meta["stage"]:
         return PyramidDrop.official(tuple(pairs))
     query = "salient" if settings.get("use_salient_tokens") and settings.get("idxs") else "all"
-    return Duet.official_llava(None, None, schedule=tuple(pairs), text_query=query)
+    return Duet.official_llava(None, None, schedule=tuple(pairs), options=TokenOptions(text_query=query))
 
 
 def _check_run(case: Case, run: str, settings: dict[str, Any], prompt: Prompt, recorded: bool = True) -> None:
     labels = case.given("labels") if settings.get("train") else None
     reducer, views, losses = preset(case, settings), [], []
-    salient = prompt.salient(settings["idxs"], labels) if reducer.text_query == "salient" else None
+    salient = prompt.salient(settings["idxs"], labels) if reducer.options.text_query == "salient" else None
     extra = {} if salient is None else {"salient_mask": salient}
     prompt.model.loss_function = lambda labels, **kwargs: losses.append(labels) or torch.zeros(())
     cache = DynamicCache(config=prompt.text_model.config) if settings.get("use_cache") else None
@@ -184,7 +185,7 @@ def compare_stages(
             else:
                 scores = scores_at(handle, layer, watch, labels, salient)[b][before.tokens.visual[b]]
             padding = before.width - before.lengths[b]
-            if padding and labels is None and handle.reducer.text_query == "all":
+            if padding and labels is None and handle.reducer.options.text_query == "all":
                 compare_shifted(case, run, f"{sample}/scores", scores, state.num_queries[b], padding)
             else:
                 case.scores(run, f"{sample}/scores", scores)

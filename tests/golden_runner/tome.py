@@ -18,6 +18,7 @@ from duet_vlm.models.adapter import EncoderCall
 from duet_vlm.models.lookup import adapter_for
 from duet_vlm.ops.merge import matched, merged_rows
 from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.runtime.active_config import ActiveConfig
 from duet_vlm.runtime.context import EncodeContext, ThreadState
 from duet_vlm.runtime.encode.attention_intercept import SizeBias
@@ -166,8 +167,7 @@ def check_flow(case: Case, run: str, leaving: list[int], size: Tensor) -> None:
         keep=count - sum(leaving),
         shares=tuple(leaving),
         order="released",
-        protect_predicting_tokens=False,
-        proportional_attention=case.runs[run]["prop_attn"],
+        options=TokenOptions(protect_predicting_tokens=False, proportional_attention=case.runs[run]["prop_attn"]),
     )
     adapter, stacks = adapter_for(model), ThreadState()
     blocks = dataclasses.replace(adapter.blocks_to_reduce()[0], output_block=config["layers"])
@@ -176,7 +176,7 @@ def check_flow(case: Case, run: str, leaving: list[int], size: Tensor) -> None:
     every = torch.ones(len(given), count, dtype=torch.bool)
     tower = BatchedTowerState(
         stages={after: counts * len(given) for after, counts in stages.items()}, grids=((side, side),) * len(given), num_cls=extra,
-        uses_size_bias=reducer.proportional_attention, invalid_code=torch.tensor(0), pooled_count=(0,) * len(given), units=torch.arange(count).expand(len(given), -1), valid=every,
+        uses_size_bias=reducer.options.proportional_attention, invalid_code=torch.tensor(0), pooled_count=(0,) * len(given), units=torch.arange(count).expand(len(given), -1), valid=every,
         is_output=every, content=every, size=every.float(), cells=torch.arange(count)[:, None], total=given.shape[1],
     )  # fmt: skip
     stacks.encode_contexts.append(

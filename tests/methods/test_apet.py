@@ -68,7 +68,7 @@ def test_released_rows_weigh_one_and_neighbours_in_the_batch_change_nothing(
     "wrong, said",
     [
         ({"basis": 0}, "basis=0"), ({"ridge": 0.0}, "ridge=0.0"), ({"start": -1}, "start=-1"), ({"own_share": 1.0}, "own_share=1.0"),
-        ({"slots": "mine"}, "slots='mine'"), ({"cls_token": True, "positions": "compact"}, "cls_token=True"),
+        ({"slots": "mine"}, "slots='mine'"), ({"options": {"cls_token": True, "positions": "compact"}}, "cls_token=True"),
     ],
 )  # fmt: skip
 def test_what_apet_refuses(wrong: dict[str, Any], said: str) -> None:

@@ -62,7 +62,7 @@ def test_duet_plus_plans() -> None:
         and reducer().plan(100, 8, 13).counts == (21,) * 4 + (10,) * 2 + (0,) * 2
     )
     assert reducer(keep=100).with_paper_schedule(32).plan(576, 32, None).counts == (100,) * 16 + (50,) * 8 + (0,) * 8
-    scope = duet_vlm.get_method("scope+duet_plus")()
+    scope = duet_vlm.make_method("scope+duet_plus")
     for budget in (0.05, 0.11, 0.4):  # a composition's drops depend on the budget in the same way
         assert scope.plan(576, 32, budget).counts == reducer().plan(576, 32, budget).counts
     assert (

@@ -15,6 +15,7 @@ from torch import Tensor
 import duet_vlm
 from duet_vlm import EncoderView
 from duet_vlm.methods.video.frames import Frames
+from duet_vlm.reducers.options import TokenOptions
 
 
 def kept_of_frames(view: EncoderView) -> list[list[int]]:
@@ -104,9 +105,9 @@ def test_nothing_is_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_settings_that_cannot_be() -> None:
     with pytest.raises(ValueError, match="crops='per_crop' would separate them"):
-        Frames(crops="per_crop")
+        Frames(options=TokenOptions(crops="per_crop"))
     with pytest.raises(ValueError, match="no place in the frame to compare"):
-        Frames(cls_token=True, positions="compact")
+        Frames(options=TokenOptions(cls_token=True, positions="compact"))
     with pytest.raises(ValueError, match=r"keep=1.5"):
         Frames(keep=1.5)
 

@@ -36,7 +36,9 @@ def answer(model: Any, processor: Any, prompt: Prompt, settings: dict[str, Any],
     inputs = processor(text=text, images=images or None, return_tensors="pt", **videos)
     count = inputs["input_ids"].shape[1]
     cls = duet_vlm.get_method(settings["method"])
-    given = {name: value for name, value in settings.items() if name != "method"} | {"positions": positions}
+    given = {name: value for name, value in settings.items() if name != "method"} | {
+        "options": {"positions": positions}
+    }
     given |= {"schedule": ()} if "schedule" in cls.__dataclass_fields__ else {}
     with duet_vlm.attach(model, cls(**given)) as handle, torch.no_grad():
         out = model.generate(

@@ -13,7 +13,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "both stages": {"method": "duet", "dominant": 54, "contextual": 10, "schedule": [[2, 0.5], [3, 0.0]]},
         "budget": {"method": "duet", "budget": 64},
         "fastv": {"method": "fastv", "layers": 2, "keep": 30},
-        "compact": {"method": "pyramiddrop", "schedule": [[2, 0.25]], "positions": "compact"},
+        "compact": {"method": "pyramiddrop", "schedule": [[2, 0.25]], "options": {"positions": "compact"}},
         "dart": {"method": "dart", "schedule": [[2, 40]]},
         "v2drop": {"method": "v2drop", "schedule": [[1, 0.5], [2, 0.1]]},
     },

@@ -28,7 +28,7 @@ def reducer_of(settings: dict[str, Any], positions: str) -> Any:
     """The method as a server sets it: where it reduces before the decoder, rows have the positions of the family."""
     cls = duet_vlm.get_method(settings["method"])
     given = {name: value for name, value in settings.items() if name not in ("method", "budget")}
-    return cls(**given | ({"positions": positions} if issubclass(cls, duet_vlm.EncoderReducer) else {}))
+    return cls(**given | ({"options": {"positions": positions}} if issubclass(cls, duet_vlm.EncoderReducer) else {}))
 
 
 def answer(model: Any, inputs: Any) -> list[Any]:

@@ -166,7 +166,7 @@ def test_settings_that_no_server_can_run(laid_out: Processor, settings: dict[str
 def test_positions_are_those_of_the_family(laid_out: Processor, family: str) -> None:
     other = {"compact": "keep", "keep": "compact"}[POSITIONS[family]]
     with pytest.raises(ValueError, match=f"positions='{other}'"):
-        laid_out({"method": "divprune", "budget": 9, "positions": other}, "one")
+        laid_out({"method": "divprune", "budget": 9, "options": {"positions": other}}, "one")
 
 
 def test_the_plug_in_can_be_loaded_twice_and_imports_no_model() -> None:

@@ -22,6 +22,7 @@ from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration 
 from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration as Qwen3VL
 
 import duet_vlm
+from duet_vlm.reducers.options import TokenOptions
 
 
 def config(compilation: dict[str, Any] | None = None, **multimodal: Any) -> Any:
@@ -91,13 +92,16 @@ def test_a_model_without_settings_says_how_to_give_them() -> None:
 @pytest.mark.parametrize(("asked", "layer"), [(None, 20), (-1, 22), (0, 0), (-23, 0), (22, 22)])
 def test_the_layer_that_ranks(asked: int | None, layer: int) -> None:
     """Of 23 layers, all of which are built."""
-    assert layer_of(duet_vlm.get_method("visionzip")(dominant=9, signal_layer=asked), 20, 23, 23) == layer
+    assert (
+        layer_of(duet_vlm.get_method("visionzip")(dominant=9, options=TokenOptions(signal_layer=asked)), 20, 23, 23)
+        == layer
+    )
 
 
 @pytest.mark.parametrize("asked", [23, -24, -1, 22])
 def test_a_layer_that_is_not_built_is_an_error(asked: int) -> None:
-    with pytest.raises(ValueError, match=rf"signal_layer={asked}: vLLM runs layers 0 to 21"):
-        layer_of(duet_vlm.get_method("visionzip")(dominant=9, signal_layer=asked), 20, 23, 22)
+    with pytest.raises(ValueError, match=rf"options.signal_layer={asked}: vLLM runs layers 0 to 21"):
+        layer_of(duet_vlm.get_method("visionzip")(dominant=9, options=TokenOptions(signal_layer=asked)), 20, 23, 22)
 
 
 def test_images_go_through_the_tower_in_runs_that_memory_was_measured_for() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from duet_vlm.api.handle import Handle
 from duet_vlm.methods import lookup
 from duet_vlm.models.lookup import adapter_for, core_of
 from duet_vlm.planning.budget import Budget, check_budget
-from duet_vlm.reducers.base import Reducer, with_fields
+from duet_vlm.reducers.base import Reducer
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.persistence import KEY, is_method_file, load_from_config, load_from_file, to_checkpoint_record
 from duet_vlm.runtime.compat import check_version
 from duet_vlm.runtime.encode.video_chunks import ChunkConfig
@@ -27,7 +29,7 @@ def attach(
     *,
     budget: Budget | None = None,
     processor: Any = None,
-    positions: str | None = None,
+    options: TokenOptions | Mapping[str, Any] | None = None,
     align: bool = False,
     text_tower: Any = None,
     chunk_frames: int | None = None,
@@ -49,9 +51,10 @@ def attach(
         Mean visual tokens per decoder layer and image (int), or that as a fraction of the image's tokens (float in (0,
         1]).
     processor : optional
-        The model's processor; needed for ``text_query="salient"``, whose words it marks.
-    positions : str, optional
-        "keep" (default) or "compact".
+        The model's processor; needed for ``TokenOptions(text_query="salient")``, whose words it marks.
+    options : TokenOptions, optional
+        How visual tokens are treated, whatever the method: their positions, which text asks, whether images are ranked
+        together. What is left out stays as the method, or the file, has it. A mapping of its fields will do.
     align : bool
         Give the decoder's output one row per prompt slot again, a dropped slot repeating the survivor before it: for
         trainers and metrics that line logits up with labels themselves (TRL, label smoothing, ``compute_metrics``). The
@@ -91,19 +94,21 @@ def attach(
     check_version()
     check_budget(budget)
     core = core_of(model)
-    fields |= {} if positions is None else {"positions": positions}
+    given = TokenOptions.of(options)
     if method is None or isinstance(method, str | Path) and is_method_file(method):
         saved = (
             load_from_file(method)
             if isinstance(method, str | Path)
             else load_from_config(core) or {"method": "duet", "budget": None, "settings": {}}
         )
+        given = TokenOptions.of(saved["settings"].get("options")).overlaid(given)
         method, fields = saved["method"], saved["settings"] | fields
         budget = saved["budget"] if budget is None else budget
+    settings = fields | {"options": given}
     if isinstance(method, str):
-        reducer = with_fields(lookup.get_method(method), fields)
+        reducer = lookup.make_method(method, **settings)
     elif isinstance(method, Reducer):
-        reducer = with_fields(method, fields)
+        reducer = method.with_settings(settings)
     else:
         raise TypeError(f"method must be a name or a Reducer instance, got {method!r}")
     adapter = adapter_for(model)

@@ -22,6 +22,7 @@ import duet_vlm
 from duet_vlm.planning.budget import NoBudget, check_keep
 from duet_vlm.reducers import method_files
 from duet_vlm.reducers.inputs import FEATURE_INPUTS, TOWER_INPUTS, Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.utils import lab
 from duet_vlm.utils.field_types import DECLARED, check_names, check_type
 from duet_vlm.utils.suggest import did_you_mean
@@ -105,6 +106,9 @@ def check_settings(text: str, settings: Mapping[str, Any]) -> None:
     if row is None:
         return
     check_names(text, settings, row["settings"])
+    for name in TokenOptions.of(settings.get("options")).given():
+        if name not in row["options"]:
+            raise ValueError(f"{text} has no option {name!r}; its options: {', '.join(row['options'])}")
     for name, value in settings.items():
         kind = row["types"].get(name, "")
         value = check_type(name, kind, value)
@@ -127,7 +131,7 @@ def refuses_without_budget(text: str, settings: Mapping[str, Any]) -> bool:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of these counts, which are no picture's
-            duet_vlm.get_method(text)(**settings).plan(*USUAL, None)
+            duet_vlm.make_method(text, **settings).plan(*USUAL, None)
     except NoBudget:
         return True
     except (ValueError, TypeError):  # ``attach`` says what is wrong
@@ -179,6 +183,7 @@ def describe(name: str, cls: type[duet_vlm.Reducer]) -> dict[str, Any]:
         "needs_text": usual.uses_text_queries() or "question" in reads,
         "paper": cls.paper,
         "settings": [field.name for field in dataclasses.fields(cls)],
+        "options": list(usual.known_options()),
         "types": {
             field.name: kind
             for field in dataclasses.fields(cls)
@@ -240,14 +245,14 @@ def _refusing(cls: type[duet_vlm.Reducer]) -> list[dict[str, Any]]:
 
 
 def _why_not(adapter: Any, reducer: duet_vlm.Reducer) -> str:
-    if reducer.positions == "compact" and adapter.mrope:
+    if reducer.options.positions == "compact" and adapter.mrope:
         return "positions are grids (M-RoPE) and cannot be compact"
     lacking = sorted({need.value for need in reducer.requires} & adapter.unsupported.keys())
     if lacking:
         return adapter.unsupported[lacking[0]]
     bare = object.__new__(adapter)  # what a family refuses whatever the model, it refuses without one
     asks = [bare.blocks_to_reduce] if reducer.reduces_in_tower else []
-    asks += [bare.cls_module] if reducer.cls_token else []
+    asks += [bare.cls_module] if reducer.options.cls_token else []
     for ask in asks:
         try:
             ask()

@@ -15,7 +15,7 @@ from duet_vlm.models.adapter import Adapter
 from duet_vlm.planning.budget import Budget, SpanPlan, TowerStages, check_budget
 from duet_vlm.planning.tokens import SpanTrace
 from duet_vlm.profiling.report import Report, SampleCounts, make_report
-from duet_vlm.reducers.base import Reducer, with_fields
+from duet_vlm.reducers.base import Reducer
 from duet_vlm.reducers.compressor import Compressor, compressor_of, store, stored
 from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.persistence import to_record
@@ -32,6 +32,7 @@ from duet_vlm.runtime.trace import trace_of
 from duet_vlm.runtime.training.compressor_module import check_saved, weight_facts
 from duet_vlm.runtime.validation import check_finite, raise_if_invalid
 from duet_vlm.runtime.vision_tower.block_hooks import blocks_to_cut
+from duet_vlm.utils.field_types import flattened
 from duet_vlm.utils.hooks import Hooks
 
 
@@ -88,7 +89,7 @@ class Handle:
             budget = f"budget {self.budget} visual tokens per layer and image"
         elif self.budget is not None:
             budget = f"budget {100 * self.budget:.4g} % of the visual tokens"
-        settings = [f"{name}={value!r}" for name, value in known["settings"].items()]
+        settings = [f"{name}={value!r}" for name, value in flattened(known["settings"]).items()]
         told = ", ".join([f"{known['method']} on {type(model).__name__} ({self.adapter.family})", budget, *settings])
         return f"<duet_vlm.Handle: {told}; {'detached' if self._tracker.closed else 'attached'}>"
 
@@ -190,7 +191,7 @@ class Handle:
             As ``attach``; the old settings then stay in force.
         """
         self._check_attached()
-        reducer = with_fields(self.reducer, fields) if fields else self.reducer
+        reducer = self.reducer.with_settings(fields)
         budget = self.budget if isinstance(budget, EllipsisType) else budget
         check_budget(budget)
         config = ActiveConfig(reducer, budget, len(self.adapter.layers))

@@ -16,6 +16,7 @@ from duet_vlm.methods.encoder.visionzip import VisionZip
 from duet_vlm.methods.two_stage.duet import Duet
 from duet_vlm.planning.budget import Schedule
 from duet_vlm.reducers.base import Reducer
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.utils.suggest import did_you_mean
 
 LLAVA, QWEN, VIDEO_LLAVA = "LLaVA-1.5-7B", "Qwen2.5-VL-7B", "Video-LLaVA-7B"
@@ -88,7 +89,7 @@ PRESETS: dict[str, Preset] = {
     ),
     # 160 + 32 rows of each frame's 257: the model of transformers feeds the CLS row of frames, it need not be added
     "duet-video-llava-960": Preset(
-        Duet.official_llava(160, 32, schedule=OF_32, text_query="last", cls_token=False), VIDEO_LLAVA, 257, 32, 120.0, True,
+        Duet.official_llava(160, 32, schedule=OF_32, options=TokenOptions(text_query="last", cls_token=False)), VIDEO_LLAVA, 257, 32, 120.0, True,
         f"{DUET}, scripts/videollava; per frame, 960 per clip of 8. The released code drops tokens of the first frame only: 1464",
     ),
     "visionzip-192": _llava(VisionZip.official(162, 30), 192.0, True, VISIONZIP),

@@ -115,7 +115,7 @@ def decoder_terms(adapter: Adapter, reducer: Reducer, samples: Sequence[SampleCo
             else 0
         )
 
-    products, cut = Input.SCORES in reducer.requires, reducer.trim_kv_cache
+    products, cut = Input.SCORES in reducer.requires, reducer.options.trim_kv_cache
     scores_after_drop = reducer.score_layer_offset > 0
     return {"deciding": sum(map(of, samples)), "products": products, "cut": cut, "scores_after_drop": scores_after_drop}
 

@@ -10,7 +10,7 @@ import duet_vlm
 from duet_vlm import Reducer, TowerReducer
 from duet_vlm.planning.budget import Budget, read_budget
 from duet_vlm.reducers.persistence import to_record
-from duet_vlm.utils.field_types import files_among, read_value
+from duet_vlm.utils.field_types import flattened, is_setting_name, nested, read_value
 
 NO_TOWER = "none"
 SCHEDULE, KEEP = "schedule", "keep"
@@ -52,7 +52,8 @@ class Controls:
     @property
     def files(self) -> dict[str, Any]:
         """Settings that name files."""
-        return files_among(duet_vlm.get_method(self._whole), self._lines)
+        named = duet_vlm.make_method(self._whole).file_settings()
+        return {name: value for name, value in self._lines.items() if name in named and value is not None}
 
     @property
     def _whole(self) -> str:
@@ -61,14 +62,14 @@ class Controls:
 
     @property
     def _lines(self) -> dict[str, Any]:
-        return dict(_line(line) for line in self.settings.splitlines() if line.strip())
+        return nested(dict(_line(line) for line in self.settings.splitlines() if line.strip()))
 
     @classmethod
     def of(cls, method: str, budget: Budget | None, settings: Mapping[str, Any]) -> Controls:
         """The controls that mean this method: the other way round than ``read``."""
         first, _, behind = method.partition("+")
         tower = first if behind and first in tower_methods() else NO_TOWER
-        rest = {name: value if isinstance(value, str) else repr(value) for name, value in settings.items()}
+        rest = {name: value if isinstance(value, str) else repr(value) for name, value in flattened(settings).items()}
         keep = rest.pop(f"{tower}_{KEEP}", "")
         schedule = rest.pop(_setting(method, SCHEDULE) or "", "")
         lines = "\n".join(f"{name}={value}" for name, value in rest.items())
@@ -88,7 +89,7 @@ class Controls:
         if not self.method.strip():
             raise ValueError("no method is chosen: choose one, or write several with a + between (frames+duet)")
         method = self._whole
-        duet_vlm.get_method(method)  # names what is unknown, or does not follow each other
+        named = duet_vlm.make_method(method).file_settings()  # names what is unknown, or does not follow each other
         settings = self._lines
         if self.schedule.strip():
             name = _setting(method, SCHEDULE)
@@ -101,8 +102,8 @@ class Controls:
                     f"share of the patches {self.tower_keep.strip()}: choose a method in the tower as well, or leave it empty"
                 )
             settings[f"{self.tower}_{KEEP}"] = read_value(self.tower_keep)
-        for name, value in files_among(duet_vlm.get_method(method), settings).items():
-            if value != (files or {}).get(name):
+        for name, value in settings.items():
+            if name in named and value not in (None, (files or {}).get(name)):
                 raise ValueError(
                     f"setting {name}: the page opens no files; whoever starts it may name one (duet-vlm app --set {name}=FILE)"
                 )
@@ -135,12 +136,12 @@ def starting(method: str | Reducer | None, budget: Budget | None, settings: Mapp
 
 def _setting(method: str, name: str) -> str | None:
     """Name of a setting in a method: its own, or with the name of the part that has it before it."""
-    fields = getattr(duet_vlm.get_method(method), "__dataclass_fields__", {})
-    return next((field for field in fields if field == name or field.endswith(f"_{name}")), None)
+    names = duet_vlm.make_method(method).settings()
+    return next((setting for setting in names if setting == name or setting.endswith(f"_{name}")), None)
 
 
 def _line(line: str) -> tuple[str, Any]:
     key, equals, value = line.partition("=")
-    if not equals or not key.strip().isidentifier():
+    if not equals or not is_setting_name(key.strip()):
         raise ValueError(f"setting {line.strip()}: write it as key=value, one to a line")
     return key.strip(), read_value(value)

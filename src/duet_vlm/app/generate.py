@@ -18,6 +18,7 @@ from duet_vlm.api.loading import LoadedModel
 from duet_vlm.app.controls import ChosenMethod
 from duet_vlm.app.errors import sentence
 from duet_vlm.app.files import Uploads
+from duet_vlm.reducers.options import marks_salient
 
 if TYPE_CHECKING:
     from torch import nn
@@ -76,7 +77,7 @@ class AppSide:
         self.model = same_weights(loaded.model)
         self.handle = None if asked is None else _attached(self.model, loaded, asked.method, asked)
         self.inputs = loaded.inputs(shown.pictures, question, shown.clips)
-        if self.handle is None or self.handle.reducer.text_query != "salient":
+        if self.handle is None or self.handle.reducer.options.text_query != "salient":
             self.inputs.pop("salient_mask", None)
 
     def seen(self) -> RunRecord:
@@ -101,9 +102,9 @@ class AppSide:
 def _attached(model: nn.Module, loaded: LoadedModel, method: Any, asked: ChosenMethod) -> Handle:
     from duet_vlm import attach
 
-    query = asked.settings.get("text_query", getattr(method, "text_query", None))
-    processor = loaded.processor if query == "salient" else None
+    settings = method.settings() if not isinstance(method, str) else {}
     try:
+        processor = loaded.processor if marks_salient(settings | asked.settings) else None
         return attach(model, method, budget=asked.budget, processor=processor, **asked.settings)
     except (ValueError, TypeError) as error:
         text = str(error)

@@ -20,6 +20,7 @@ from duet_vlm.app.depth import FIRST, DepthView, depth_view, tiled
 from duet_vlm.app.errors import sentence
 from duet_vlm.app.files import check_question, open_uploads
 from duet_vlm.app.generate import AppSide, RunRecord, StreamedText, answers
+from duet_vlm.utils.field_types import flattened
 
 EACH = len(fields(Controls))  # controls of a method
 WAITING = 20  # questions in the queue; more are refused
@@ -377,7 +378,8 @@ class AppPage:
 
 def _settings(method: str) -> str:
     try:
-        own = [field.name for field in fields(duet_vlm.get_method(method)) if not field.metadata.get("file")]  # type: ignore[arg-type]
+        made = duet_vlm.make_method(method)
+        own = [name for name in flattened(made.settings()) if name not in made.file_settings()]
     except ValueError:
         return "key=value, one to a line"
     return f"key=value, one to a line: {', '.join(own)}"

@@ -25,6 +25,7 @@ from duet_vlm.cli.options import (
     several,
     several_paths,
 )
+from duet_vlm.utils.field_types import merged
 
 if TYPE_CHECKING:
     from duet_vlm.evaluation.experiment import Experiment
@@ -58,7 +59,7 @@ def evaluate(
         typer.Option(
             "--methods",
             "--method",
-            help=f"Settings in brackets: duet[text_query=last]; or duet.json, ./mine.py. {SEVERAL} Default: {METHODS}.",
+            help=f"Settings in brackets: duet[options.text_query=last]; or duet.json, ./mine.py. {SEVERAL} Default: {METHODS}.",
         ),
     ] = None,
     budgets: Annotated[
@@ -197,12 +198,12 @@ def _cells(methods: Texts, budgets: Texts, presets: Texts, oracle: bool) -> tupl
     cells: list[dict[str, Any]] = []
     for name, pairs in named:
         method, own, kept = method_of(name, *REFERENCES)
-        check_settings(method, kept | settings_of(pairs))
+        check_settings(method, merged(kept, settings_of(pairs)))
         cells.append(
             {
                 "method": method,
                 "budgets": wanted if own is None or budgets else [own],
-                "settings": kept | settings_of(pairs),
+                "settings": merged(kept, settings_of(pairs)),
             }
         )
     cells += [{"preset": preset} for preset in published]

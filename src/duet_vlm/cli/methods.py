@@ -43,7 +43,8 @@ def methods(
 def _more(row: dict[str, Any]) -> list[str]:
     """Details of a method that was named."""
     told = [escape(row["idea"]), escape(row["cost"]), f"needs: {', '.join(row['needs']) or 'nothing of the model'}"]
-    told += [f"settings: {', '.join(row['settings'])}"]
+    told += [f"settings: {', '.join(name for name in row['settings'] if name != 'options') or 'none'}"]
+    told += [f"options: {', '.join(row['options'])}"]
     for case in row["families_without"]:
         way = f"{case['preset']} " if case["preset"] else ""
         told.append(escape(f"{way}not on {', '.join(case['families'])}: {case['why']}"))

@@ -19,8 +19,9 @@ from duet_vlm.inputs.images import open_image
 from duet_vlm.inputs.video import VideoFrames, decode, length
 from duet_vlm.planning.budget import read_budget
 from duet_vlm.reducers import method_files
+from duet_vlm.reducers.options import marks_salient
 from duet_vlm.reducers.persistence import is_method_file, load_from_config, load_from_file
-from duet_vlm.utils.field_types import read_value
+from duet_vlm.utils.field_types import is_setting_name, merged, nested, read_value
 
 if TYPE_CHECKING:
     from torch import nn
@@ -87,7 +88,9 @@ Positions = Annotated[str | None, typer.Option("--positions", help="'keep' (defa
 Settings = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="A setting of the method, e.g. --set 'schedule=((16, .5), (24, 0.0))'."
+        "--set",
+        metavar="KEY=VALUE",
+        help="A setting of the method, e.g. --set 'schedule=((16, .5), (24, 0.0))', or an option: --set options.text_query=last.",
     ),
 ]
 Device = Annotated[str | None, typer.Option("--device", help="Where to run; default: cuda if there is one, else cpu.")]
@@ -260,10 +263,10 @@ def settings_of(pairs: list[str] | None) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for pair in pairs or []:
         key, equals, value = pair.partition("=")
-        if not equals or not key.strip().isidentifier():
+        if not equals or not is_setting_name(key.strip()):
             raise ValueError(f"--set {pair}: write it as key=value")
         out[key.strip()] = read_value(value)
-    return out
+    return nested(out)
 
 
 @dataclass(frozen=True)
@@ -285,8 +288,8 @@ class Reduction:
         from duet_vlm import attach, load_from_config
 
         known = load_from_config(model) if self.method is None else None
-        fields = (known or {}).get("settings", {}) | self.fields
-        marked = processor if fields.get("text_query") == "salient" else None
+        fields = merged((known or {}).get("settings", {}), self.fields)
+        marked = processor if marks_salient(fields) else None
         return attach(model, self.method, budget=self.budget, processor=marked, **self.fields | pieces)
 
     def check(self, model: str) -> None:
@@ -315,7 +318,7 @@ class Reduction:
             kept = load_from_config(model)
         kept = kept or {"method": "duet", "budget": None, "settings": {}}
         budget = kept["budget"] if self.budget is None else self.budget
-        return kept | {"budget": budget, "settings": kept["settings"] | self.fields}
+        return kept | {"budget": budget, "settings": merged(kept["settings"], self.fields)}
 
     def lacks_budget(self, model: str | nn.Module) -> bool:
         """True where nothing says how many tokens the method is to keep: by the lists where the model is only named,
@@ -372,11 +375,11 @@ def reductions_of(
     """
     name, published = one("--method", method), one("--preset", preset)
     if published is None:
-        fields = settings_of(settings) | ({} if positions is None else {"positions": positions})
+        fields = settings_of([*(settings or []), *([] if positions is None else [f"options.positions={positions}"])])
         budgets: list[int | float | None] = [*budgets_of(budget)]
         if name is not None:
             name, own, kept = method_of(name)
-            budgets, fields = budgets or [own], kept | fields
+            budgets, fields = budgets or [own], merged(kept, fields)
         return [Reduction(None, name, value, fields) for value in budgets or [None]]
     others = {"--method": method, "--budget": budget, "--positions": positions, "--set": settings}
     given = [option for option, value in others.items() if value]

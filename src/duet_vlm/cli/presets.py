@@ -13,6 +13,7 @@ from rich.table import Table
 from duet_vlm.api.catalogue import chosen
 from duet_vlm.cli.errors import friendly
 from duet_vlm.cli.options import AsJson, Debug
+from duet_vlm.utils.field_types import flattened
 
 
 def presets(
@@ -31,7 +32,7 @@ def presets(
         table = Table("name", "method", "for", "tokens", "where the settings are from", box=SIMPLE, pad_edge=False)
         table.columns[0].no_wrap = True
         for row in rows:
-            changed = ", ".join(f"{key}={value}" for key, value in row["settings"].items())
+            changed = ", ".join(f"{key}={value}" for key, value in flattened(row["settings"]).items())
             told = row["source"] + (f"\nsettings: {changed}" if names else "")
             table.add_row(row["name"], row["method"], row["model"], f"{row['mean']:g} of {row['tokens']}", told)
         Console(highlight=False).print(table)

@@ -29,6 +29,7 @@ from duet_vlm.cli.options import (
     several_paths,
 )
 from duet_vlm.train.settings import TUNED, TrainSettings, recipes, settings_from
+from duet_vlm.utils.field_types import merged
 
 NEEDED = ("accelerate", "yaml")  # of the extra 'train', in every run
 EPILOG = "\n\n".join(["Recipes:", *(f"{name}: {said}." for name, said in recipes().items())])
@@ -133,7 +134,7 @@ def train(
             "model": model, "data": [str(path) for path in several_paths(list(map(Path, data or [])))] or None, "images": images, "limit": limit,
             "tune": tune, "method": name, "out": out, "budget": (budgets[0] if len(budgets) == 1 else budgets) if budgets else None,
             "anneal_from": budget_of(anneal_from), "anneal_until": anneal_until, "imitate": imitate, "trainer": _arguments(trainer),
-            "settings": kept | settings_of(set_) | settings_of([f"schedule={schedule}"] if schedule else None),
+            "settings": merged(kept, settings_of([*(set_ or []), *([f"schedule={schedule}"] if schedule else [])])),
         }  # fmt: skip
         given = {name: value for name, value in given.items() if value is not None}
         with _options_named(

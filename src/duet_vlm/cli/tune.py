@@ -14,6 +14,7 @@ from duet_vlm.api.catalogue import check_settings
 from duet_vlm.cli.errors import GOES_ON, folder_for, friendly, plain_name
 from duet_vlm.cli.options import SEVERAL, AsJson, Debug, Device, budgets_of, method_of, settings_of, several
 from duet_vlm.evaluation.tune import BUDGETS, METHODS
+from duet_vlm.utils.field_types import merged
 
 if TYPE_CHECKING:
     from duet_vlm.api.loading import LoadedModel
@@ -65,7 +66,7 @@ def tune(
         typer.Option(
             "--methods",
             "--method",
-            help=f"Settings in brackets: duet[text_query=last]; or ./mine.py. {SEVERAL} Default: {','.join(METHODS)}.",
+            help=f"Settings in brackets: duet[options.text_query=last]; or ./mine.py. {SEVERAL} Default: {','.join(METHODS)}.",
         ),
     ] = None,
     budgets: Annotated[
@@ -121,7 +122,7 @@ def tune(
             if methods
             else []
         )
-        wanted = [(method, kept | own) for method, _, kept, own in named] or [(method, {}) for method in METHODS]
+        wanted = [(method, merged(kept, own)) for method, _, kept, own in named] or [(method, {}) for method in METHODS]
         for method, settings in wanted:
             check_settings(method, settings)
         amounts = budgets_of(budgets) or BUDGETS

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import MISSING, fields
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +13,7 @@ from rich.table import Table
 import duet_vlm
 from duet_vlm.evaluation.source import unclean
 from duet_vlm.profiling.report import run_lengths
+from duet_vlm.utils.field_types import flattened
 
 WIDTH = 150  # where the output goes to a file
 
@@ -69,9 +69,11 @@ def settings(run: dict[str, Any]) -> str:
         words.append(run_lengths(run["solved"]["counts"]) + f" of {run['solved']['tokens']}")
         if run["solved"]["contextual"]:
             words.append(f"{run['solved']['dominant']} dominant + {run['solved']['contextual']} contextual")
-    defaults = _defaults(run["method"])
+    defaults = flattened(_defaults(run["method"]))
     words += [
-        f"{key}={value}" for key, value in run["settings"].items() if key not in defaults or defaults[key] != value
+        f"{key}={value}"
+        for key, value in flattened(run["settings"]).items()
+        if key not in defaults or defaults[key] != value
     ]
     return "; ".join(words)
 
@@ -79,7 +81,7 @@ def settings(run: dict[str, Any]) -> str:
 def _defaults(method: str) -> dict[str, Any]:
     """Default settings of a method or composition; nothing for one that is not installed here."""
     try:
-        return {f.name: f.default for f in fields(duet_vlm.get_method(method)) if f.default is not MISSING}
+        return duet_vlm.make_method(method).settings()
     except ValueError:
         return {}
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from duet_vlm.utils.field_types import flattened
 from duet_vlm.utils.suggest import did_you_mean
 
 BASELINE = "none"
@@ -52,7 +53,7 @@ class ExperimentCell:
         """Unique within an experiment: ``duet@0.11``, ``random[follow=duet]@0.11``, ``preset:duet-64``, ``none``."""
         if self.preset:
             return f"preset:{self.preset}"
-        settings = ",".join(f"{key}={value}" for key, value in sorted(self.settings.items()))
+        settings = ",".join(f"{key}={value}" for key, value in sorted(flattened(self.settings).items()))
         return (
             self.method + (f"[{settings}]" if settings else "") + ("" if self.budget is None else f"@{self.budget:g}")
         )

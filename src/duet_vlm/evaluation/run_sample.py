@@ -17,6 +17,7 @@ from duet_vlm.evaluation.experiment import ORACLE, ExperimentCell
 from duet_vlm.evaluation.shared_vision import SharedVision
 from duet_vlm.evaluation.tasks import TaskQuestion
 from duet_vlm.reducers.inputs import VISION_LAYER_INPUTS
+from duet_vlm.reducers.options import marks_salient
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def method_of(run: ExperimentCell) -> Reducer:
     """The method whose settings a run sets: a preset or a method of the registry."""
     if run.preset:
         return duet_vlm.preset(run.preset)
-    return duet_vlm.get_method(run.method)()
+    return duet_vlm.make_method(run.method)
 
 
 @contextlib.contextmanager
@@ -69,7 +70,7 @@ def attached(loaded: LoadedModel, run: ExperimentCell, questions: Sequence[TaskQ
     told: dict[str, Any] = (
         {"needed": tuple(part for q in questions for part in needed_parts(q))} if run.method == ORACLE else {}
     )
-    processor = loaded.processor if run.settings.get("text_query") == "salient" else None
+    processor = loaded.processor if marks_salient(run.settings) else None
     with duet_vlm.attach(
         loaded.model, method_of(run), budget=run.budget, processor=processor, **run.settings | run.pieces, **told
     ) as handle:
@@ -106,7 +107,7 @@ def answer(
     for run in runs:
         try:
             with attached(loaded, run, questions) as handle, sharing(shared, handle.reducer), torch.no_grad():
-                salient = run.settings.get("text_query") == "salient"
+                salient = marks_salient(run.settings)
                 inputs = inputs_of(loaded, questions, salient=True) if salient else plain
                 made = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
                 said = loaded.processor.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -47,7 +47,7 @@ def summarize(
         row: dict[str, Any] = {"id": run.id, "label": run.label, "method": run.method, "budget": run.budget}
         row |= {"preset": run.preset, "beside": run.beside}
         row["settings"] = (
-            dict(run.settings) if run.method == ORACLE else replace(method_of(run), **run.settings).settings()
+            dict(run.settings) if run.method == ORACLE else method_of(run).with_settings(run.settings).settings()
         )
         refused = infeasible[run.id]
         if refused is not None:

@@ -13,6 +13,7 @@ from duet_vlm.evaluation.experiment import BASELINE, ExperimentCell
 from duet_vlm.evaluation.run_sample import attached, inputs_of
 from duet_vlm.evaluation.tasks import TaskQuestion
 from duet_vlm.profiling.timing import ratio, time_paired
+from duet_vlm.reducers.options import marks_salient
 
 
 def prefill_times(
@@ -34,7 +35,7 @@ def prefill_times(
                 contextlib.nullcontext() if run.method == BASELINE else attached(loaded, run, questions),
                 torch.no_grad(),
             ):
-                if run.settings.get("text_query") == "salient":
+                if marks_salient(run.settings):
                     inputs.update(inputs_of(loaded, questions, salient=True))
                 yield
 

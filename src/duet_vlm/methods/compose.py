@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from dataclasses import dataclass, field, fields
-from functools import cache, cached_property
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from itertools import accumulate
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,29 +34,23 @@ from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
 from duet_vlm.reducers.encoder_view import Layer
 from duet_vlm.reducers.inputs import DECODER_INPUTS, ENCODER_INPUTS, FEATURE_INPUTS, Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.plans import plan_keep_all
 from duet_vlm.reducers.scoring import ScoringRules
 from duet_vlm.reducers.vision_tower import TowerReducer
+from duet_vlm.utils.field_types import check_names
 
 ORDER = "at most one of each, in this order: a method in the tower, frames, a method that reduces before the decoder, a method that drops inside it"
 LEFT, SPARE = 0.56, 1.5  # of a picture, and of what enters, that go through the tower where nobody says how many
-FIRST_SETTINGS = {each.name for each in fields(EncoderReducer)}
-SECOND_SETTINGS = {each.name for each in fields(DecoderReducer)}
 DROPPING = ("score_layer_offset", "score_heads", "score_states", "merges")  # what a method inside the decoder declares
-SHARED = FIRST_SETTINGS | SECOND_SETTINGS
-
-Roles = tuple[TowerReducer | None, Frames | None, EncoderReducer | None, DecoderReducer | None]
-Classes = tuple[
-    type[TowerReducer] | None, type[Frames] | None, type[EncoderReducer] | None, type[DecoderReducer] | None
-]
 
 
-def compose(*stages: Reducer) -> Composition:
+def compose(*stages: Reducer) -> Pipeline:
     """Make one method of two to four: ``compose(Frames(), Duet())``, ``compose(Contrast(), VisionZip(),
     PyramidDrop())``.
 
     A method that reduces both before and inside the decoder (``Duet``) does both, unless a method that drops inside the
-    decoder follows it. See ``Composition``.
+    decoder follows it. See ``Pipeline``.
 
     Parameters
     ----------
@@ -66,107 +60,45 @@ def compose(*stages: Reducer) -> Composition:
     Raises
     ------
     ValueError
-        If the stages are in the wrong order, or differ in a shared setting.
+        If the stages are in the wrong order, or differ in an option.
     TypeError
         If a stage is not a method.
     """
     for stage in stages:
         if not isinstance(stage, Reducer):
             raise TypeError(f"compose: {stage!r} is no method; give instances, e.g. compose(Frames(), Duet())")
-    cls = composition_class(tuple(type(stage) for stage in stages))
-    settings: dict[str, Any] = {}
-    for stage in stages:
-        for each in fields(stage):
-            if cls.owners.get(each.name) in (None, type(stage)):
-                settings[each.name if each.name in SHARED else f"{stage.name}_{each.name}"] = getattr(stage, each.name)
-    for stage in stages:
-        for each in fields(stage):
-            value = getattr(stage, each.name)
-            matters = each.name == "positions" or (each.name in SHARED and value != each.default)
-            if matters and value != settings[each.name]:
-                raise ValueError(
-                    f"{cls.name}: {stage.name} wants {each.name}={value!r}, {cls.owners[each.name].name} {settings[each.name]!r}; "
-                    "a composition has one, give both the same"
-                )
-    return cls(**settings)
-
-
-@cache
-def composition_class(stages: tuple[type[Reducer], ...]) -> type[Composition]:
-    """Make the class of a composition, as ``attach(model, "frames+duet")`` finds it."""
-    tower, frames, first, second = roles = _roles(stages)
-    sees = first or frames or tower
-    assert sees is not None  # checked by _roles
-    facts: dict[str, Any] = {
-        "name": "+".join(stage.name for stage in stages),
-        "paper": " + ".join(stage.paper for stage in stages),
-        "summary": ", then ".join(stage.name for stage in stages) + ", under one budget",
-        "stages": stages,
-        "roles": roles,
-        "owners": dict.fromkeys(SECOND_SETTINGS, second) | dict.fromkeys(FIRST_SETTINGS, sees),
-        "reduces_in_tower": tower is not None,
-        "compares_frames": frames is not None or sees.compares_frames,
-    }
-    if second is not None:
-        facts |= {name: getattr(second, name) for name in DROPPING}
-    settings = [
-        (
-            each.name if each.name in SHARED else f"{stage.name}_{each.name}",
-            each.type,
-            field(default=each.default, metadata=each.metadata),
-        )
-        for stage in stages
-        for each in fields(stage)
-        if facts["owners"].get(each.name) in (None, stage)
-    ]
-    base = Composition if second is None else DecoderComposition
-    return dataclasses.make_dataclass(
-        "".join(stage.__name__ for stage in stages), settings, bases=(base,), namespace=facts, frozen=True
-    )
-
-
-def _roles(stages: tuple[type[Reducer], ...]) -> Classes:
-    """Assign the stages to their roles: inside the tower, frame selection, before the decoder, inside the decoder.
-
-    Raises
-    ------
-    ValueError
-        If the stages are in the wrong order.
-    """
-    for stage in stages:
         if not hasattr(stage, "name"):
-            raise ValueError(f"compose: {stage.__name__} has no name; register it first (duet_vlm.register)")
-    tower = stages[0] if stages and issubclass(stages[0], TowerReducer) else None
-    behind = stages if tower is None else stages[1:]
-    frames = behind[0] if behind and issubclass(behind[0], Frames) else None
-    rest = behind if frames is None else behind[1:]
-    second = rest[-1] if rest and issubclass(rest[-1], DecoderReducer) else None
-    before = rest if second is None else rest[:-1]
-    first = before[0] if before else second if second is not None and issubclass(second, EncoderReducer) else None
-    wrong = any(not issubclass(stage, EncoderReducer) for stage in before)
-    wrong |= any(issubclass(stage, TowerReducer | Frames | Composition) for stage in rest)
-    if frames is not None and first is not None and issubclass(first, EncoderReducer) and first.compares_positions:
+            raise ValueError(f"compose: {type(stage).__name__} has no name; register it first (duet_vlm.register)")
+    rest = list(stages)
+    tower = rest.pop(0) if rest and isinstance(rest[0], TowerReducer) else None
+    frames = rest.pop(0) if rest and isinstance(rest[0], Frames) else None
+    decoder = rest[-1] if rest and isinstance(rest[-1], DecoderReducer) else None
+    before = rest if decoder is None else rest[:-1]
+    encoder = before[0] if before else decoder if isinstance(decoder, EncoderReducer) else None
+    wrong = any(isinstance(stage, TowerReducer | Frames | Pipeline) for stage in rest)
+    wrong |= any(not isinstance(stage, EncoderReducer) for stage in before)
+    names = ", ".join(stage.name for stage in stages)
+    if frames is not None and isinstance(encoder, EncoderReducer) and encoder.compares_positions:
         raise ValueError(
-            f"compose({frames.name}, {first.name}): {first.name} compares the same places of frames, which are not known of the tokens that "
+            f"compose({frames.name}, {encoder.name}): {encoder.name} compares the same places of frames, which are not known of the tokens that "
             f"{frames.name} leaves; leave {frames.name} out"
         )
-    if not 2 <= len(stages) <= 4 or len(set(stages)) < len(stages) or len(before) > 1 or wrong:
-        names = ", ".join(stage.name for stage in stages)
+    if not 2 <= len(stages) <= 4 or len({*map(type, stages)}) < len(stages) or len(before) > 1 or wrong:
         raise ValueError(f"compose({names}): give two to four different methods, {ORDER}")
-    return tower, frames, first, second  # type: ignore[return-value]
+    kind = Pipeline if decoder is None else DecoderPipeline
+    return kind(tower=tower, frames=frames, encoder=encoder, decoder=decoder)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
-class Composition(EncoderReducer):
-    """Several methods as one: stages under one budget.
+class Pipeline(EncoderReducer):
+    """Several methods as one: stages under one budget. Made by ``compose``.
 
     A method in the tower drops some tokens of each image, ``frames`` narrows a video to a pool of candidates, the
     method before the decoder chooses and merges within the pool, and the method inside the decoder drops some of the
     entering tokens.
 
-    Settings are those of the stages, prefixed by the stage's name (``frames_keep``, ``duet_dominant``); shared ones
-    (``positions``, ``text_query``) are set once. Fractions of entering tokens are fractions of the whole span, not of
-    the pool.
+    Settings are those of the stages, prefixed by the stage's name (``frames_keep``, ``duet_dominant``); ``options``
+    holds for all of them. Fractions of entering tokens are fractions of the whole span, not of the pool.
 
     A budget holds over the whole composition. If one method reduces both before and inside the decoder, or none reduces
     inside it, that method solves the budget as it does alone. Otherwise the drops follow their own schedule, or their
@@ -184,69 +116,156 @@ class Composition(EncoderReducer):
 
     Attributes
     ----------
-    stages : tuple of type
-        Classes of the stages, in order.
-    roles : tuple
-        The class inside the tower, the frame selection, the class before the decoder and the class inside it; None for
-        an empty role.
-    owners : dict of str to type
-        For each shared setting, the stage that defines its default.
+    tower : TowerReducer or None
+        The method inside the vision tower.
+    frames : Frames or None
+        The choice among the tokens of a clip.
+    encoder : EncoderReducer or None
+        The method before the decoder.
+    decoder : DecoderReducer or None
+        The method inside the decoder; the same as ``encoder`` where one method does both.
     """
 
-    stages: ClassVar[tuple[type[Reducer], ...]]
-    roles: ClassVar[Classes]
-    owners: ClassVar[dict[str, type[Reducer]]]  # whose each shared setting is
+    tower: TowerReducer | None = None
+    frames: Frames | None = None
+    encoder: EncoderReducer | None = None
+    decoder: DecoderReducer | None = None
 
     def __post_init__(self) -> None:
+        for name, value in self._facts().items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "options", self._shared_options().overlaid(TokenOptions.of(self.options)))
         super().__post_init__()
-        *_, first, second = self._stages
-        if second is None or second is first:
+        for role, stage in self._roles().items():
+            if stage is not None:
+                own = {name: getattr(self.options, name) for name in stage.known_options()}
+                object.__setattr__(self, role, dataclasses.replace(stage, options=TokenOptions(**own)))
+        if self.decoder is None or self._one_method:
             return
-        if getattr(first, "schedule", None):
+        if getattr(self.encoder, "schedule", None):
+            assert self.encoder is not None  # has a schedule
             raise ValueError(
-                f"{self.name}: {second.name} drops inside the decoder, so leave {self.stages[-2].name}_schedule out"
+                f"{self.name}: {self.decoder.name} drops inside the decoder, so leave {self.encoder.name}_schedule out"
             )
-        if isinstance(second, EncoderReducer) and second.with_paper_schedule(1000).plan(4096, 1000, None).merges:
+        if (
+            isinstance(self.decoder, EncoderReducer)
+            and self.decoder.with_paper_schedule(1000).plan(4096, 1000, None).merges
+        ):
+            before = self.encoder or self.frames or self.tower
+            assert before is not None  # two methods at least
             raise ValueError(
-                f"{self.name}: {self.stages[-2].name} reduces before the decoder; of {second.name} set the drops only"
+                f"{self.name}: {before.name} reduces before the decoder; of {self.decoder.name} set the drops only"
             )
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _made_again, (self.stages, self.settings())
+    # ---- what it is made of
 
-    @cached_property
-    def _stages(self) -> Roles:
-        """Stages with their settings, by role; a method that reduces before and inside the decoder occurs twice."""
-        made = {cls: cls(**self._settings_of(cls)) for cls in self.stages}
-        return tuple(None if cls is None else made[cls] for cls in self.roles)  # type: ignore[return-value]
-
-    def _settings_of(self, cls: type[Reducer]) -> dict[str, Any]:
-        own = {each.name: getattr(self, f"{cls.name}_{each.name}") for each in fields(cls) if each.name not in SHARED}
-        return own | {
-            each.name: getattr(self, each.name)
-            for each in fields(cls)
-            if each.name in SHARED and hasattr(self, each.name)
-        }
+    def _roles(self) -> dict[str, Reducer | None]:
+        return {"tower": self.tower, "frames": self.frames, "encoder": self.encoder, "decoder": self.decoder}
 
     @property
-    def tower_reducer(self) -> TowerReducer | None:
-        return self._stages[0]
+    def stages(self) -> tuple[Reducer, ...]:
+        """The methods in the order in which they run; one that reduces before and inside the decoder once."""
+        roles = [self.tower, self.frames, None if self._one_method else self.encoder, self.decoder]
+        return tuple(stage for stage in roles if stage is not None)
+
+    @property
+    def _one_method(self) -> bool:
+        """True if one method reduces before and inside the decoder."""
+        return self.decoder is not None and self.encoder == self.decoder
 
     @property
     def _sees(self) -> EncoderReducer:
         """Stage that gets the outputs of the vision tower."""
-        tower, frames, first, _ = self._stages
-        sees = first or frames or tower
-        assert sees is not None  # checked by _roles
+        sees = self.encoder or self.frames or self.tower
+        assert sees is not None  # checked by compose
         return sees
+
+    def _facts(self) -> dict[str, Any]:
+        """The facts that a single method declares in its class."""
+        facts: dict[str, Any] = {
+            "name": "+".join(stage.name for stage in self.stages),
+            "paper": " + ".join(stage.paper for stage in self.stages),
+            "summary": ", then ".join(stage.name for stage in self.stages) + ", under one budget",
+            "reduces_in_tower": self.tower is not None,
+            "compares_frames": self.frames is not None or self._sees.compares_frames,
+        }
+        if self.decoder is not None:
+            facts |= {name: getattr(self.decoder, name) for name in DROPPING}
+        return facts
 
     @property
     def requires(self) -> frozenset[Input]:  # type: ignore[override]
-        _, frames, _, second = self._stages
-        before = self._sees.requires & ENCODER_INPUTS
-        if frames is not None and not before & FEATURE_INPUTS:
-            before |= {Input.FEATURES}
-        return before if second is None else before | second.requires & DECODER_INPUTS
+        required = self._sees.requires & ENCODER_INPUTS
+        if self.frames is not None and not required & FEATURE_INPUTS:
+            required |= {Input.FEATURES}
+        return required if self.decoder is None else required | self.decoder.requires & DECODER_INPUTS
+
+    def _owners(self) -> dict[str, Reducer]:
+        """The stage whose default each option has."""
+        owners: dict[str, Reducer] = dict.fromkeys(self._sees.known_options(), self._sees)
+        if self.tower is not None:
+            owners |= dict.fromkeys(TowerReducer.option_names, self.tower)
+        if self.decoder is not None:
+            owners |= dict.fromkeys(DecoderReducer.option_names, self.decoder)
+        return owners
+
+    def known_options(self) -> tuple[str, ...]:
+        owners = self._owners()
+        return tuple(each.name for each in fields(TokenOptions) if each.name in owners)
+
+    def usual_options(self) -> TokenOptions:
+        usual = {name: getattr(stage.usual_options(), name) for name, stage in self._owners().items()}
+        return super().usual_options().overlaid(TokenOptions(**usual))
+
+    def _shared_options(self) -> TokenOptions:
+        """The options on which the stages agree: one that a stage changes must be the same for all."""
+        owners = self._owners()
+        shared = {name: getattr(stage.options, name) for name, stage in owners.items()}
+        for stage in self.stages:
+            for name in stage.known_options():
+                value = getattr(stage.options, name)
+                changed = name == "positions" or value != getattr(stage.usual_options(), name)
+                if changed and value != shared[name]:
+                    raise ValueError(
+                        f"{self.name}: {stage.name} wants {name}={value!r}, {owners[name].name} {shared[name]!r}; "
+                        "a composition has one, give both the same"
+                    )
+        return TokenOptions(**shared)
+
+    def settings(self) -> dict[str, object]:
+        own = {
+            f"{stage.name}_{name}": value
+            for stage in self.stages
+            for name, value in stage.settings().items()
+            if name != "options"
+        }
+        return own | {"options": {name: getattr(self.options, name) for name in self.known_options()}}
+
+    def file_settings(self) -> tuple[str, ...]:
+        return tuple(f"{stage.name}_{name}" for stage in self.stages for name in stage.file_settings())
+
+    def usual_settings(self) -> dict[str, object]:
+        return compose(*(type(stage)() for stage in self.stages)).settings()
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Pipeline:
+        names = {f"{stage.name}_{each.name}": stage.name for stage in self.stages for each in fields(stage)}
+        known = [name for name in names if not name.endswith("_options")]
+        check_names(self.name, settings, [*known, "options"])
+        options = self.options.overlaid(TokenOptions.of(settings.get("options")))
+        changed: dict[str, Any] = {"options": options}
+        for role, stage in self._roles().items():
+            if stage is not None:
+                own = {
+                    name.removeprefix(f"{stage.name}_"): settings[name]
+                    for name in settings
+                    if names.get(name) == stage.name
+                }
+                changed[role] = stage.with_settings(own)
+        return dataclasses.replace(self, **changed)
+
+    @property
+    def tower_reducer(self) -> TowerReducer | None:
+        return self.tower
 
     def scoring_rules(self) -> ScoringRules:
         return self._sees.scoring_rules()
@@ -262,14 +281,14 @@ class Composition(EncoderReducer):
     # ---- how many
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
-        tower, _, first, _ = self._stages
+        tower = self.tower
         if tower is None:
             return self._behind(tokens, depth, budget)
         if tower.keep is None and budget is not None and target_mean(budget, tokens) >= tokens:
             return plan_keep_all(tokens, depth)
         wanted = self._wanted(tokens, depth, budget)
         left = self._left(tower, tokens, wanted)
-        if first is not None and wanted.merges and wanted.entry > left:
+        if self.encoder is not None and wanted.merges and wanted.entry > left:
             warnings.warn(
                 f"{self.name}: {wanted.entry} of {tokens} tokens would enter the decoder, but the tower leaves {left}: all of those enter, and "
                 f"later layers keep more. Raise {tower.name}_keep, or lower the budget",
@@ -291,7 +310,7 @@ class Composition(EncoderReducer):
     @property
     def _reduces_behind(self) -> bool:
         """True if a stage reduces between the tower and the decoder."""
-        return any(stage is not None for stage in self._stages[1:3])
+        return self.frames is not None or self.encoder is not None
 
     def _left(self, tower: TowerReducer, tokens: int, wanted: SpanPlan) -> int:
         """Number of tokens of a span that survive the tower."""
@@ -304,7 +323,7 @@ class Composition(EncoderReducer):
 
     def _behind(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         """Plan of the stages after the tower for a span of ``tokens``."""
-        _, frames, first, second = self._stages
+        frames, first, second = self.frames, self.encoder, self.decoder
         alone = second if first is None and frames is None else frames if first is None and second is None else None
         if alone is not None:
             return alone.plan(tokens, depth, budget)
@@ -313,7 +332,7 @@ class Composition(EncoderReducer):
         target = target_mean(budget, tokens)
         if target >= tokens:
             return plan_keep_all(tokens, depth)
-        if first is not None and (second is None or second is first):
+        if first is not None and (second is None or self._one_method):
             return first.plan(tokens, depth, budget)
         assert second is not None
         if first is None and frames is not None and frames.keep is not None:
@@ -323,14 +342,14 @@ class Composition(EncoderReducer):
 
     def _planned(self, tokens: int, depth: int) -> SpanPlan:
         """Plan by the stages' own settings, without a budget."""
-        _, frames, first, second = self._stages
+        frames, first, second = self.frames, self.encoder, self.decoder
         pool = None if frames is None or frames.keep is None else frames.plan(tokens, depth, None)
         entering = pool if first is None else first.plan(tokens, depth, None)
         if entering is None:
             raise NoBudget(f"{self.name} needs a budget or frames_keep=", "frames_keep=")
         if pool is not None and not entering.merges:  # nobody else reduces before the decoder: the pool enters
             entering = pool
-        elif second is first:
+        elif self._one_method:
             return entering
         if second is None:
             return entering
@@ -358,12 +377,12 @@ class Composition(EncoderReducer):
                 self.name, target, sum(counts(1, 0)) / depth, tokens, "at least one token enters the decoder"
             )
         end = largest_int(tokens, lambda n: mean_within(counts(entry, n), target)) if entry >= tokens else 0
-        split = _split(self._stages[2], tokens, depth, min(entry, tokens))
+        split = _split(self.encoder, tokens, depth, min(entry, tokens))
         return dataclasses.replace(split, counts=counts(entry, end))
 
     def pool(self, plan: SpanPlan) -> int:
         """Number of candidates of a video that the frame selection passes to the next stage."""
-        _, frames, first, _ = self._stages
+        frames, first = self.frames, self.encoder
         if frames is None or first is None:
             return plan.tokens if frames is None else plan.entry
         wanted = (
@@ -376,11 +395,9 @@ class Composition(EncoderReducer):
     # ---- which
 
     def select_tokens(self, view: EncoderView) -> Selection:
-        tower, frames, first, _ = self._stages
+        frames, first = self.frames, self.encoder
         if first is None:
-            alone = frames or tower
-            assert alone is not None
-            return alone.select_tokens(view)
+            return self._sees.select_tokens(view)
         if frames is None or view.modality != "video":
             return first.select_tokens(view)
         sizes = [self.pool(plan) for plan in view.plans]
@@ -404,14 +421,13 @@ class Composition(EncoderReducer):
 
 
 @dataclass(frozen=True)
-class DecoderComposition(Composition, DecoderReducer):
-    """Composition whose last stage drops inside the decoder."""
+class DecoderPipeline(Pipeline, DecoderReducer):
+    """A pipeline whose last stage drops inside the decoder."""
 
     @property
     def _drops(self) -> DecoderReducer:
-        drops = self._stages[3]
-        assert drops is not None  # says _roles
-        return drops
+        assert self.decoder is not None  # says compose
+        return self.decoder
 
     def scoring_rules(self) -> ScoringRules:
         seen = self._sees.scoring_rules()
@@ -420,17 +436,13 @@ class DecoderComposition(Composition, DecoderReducer):
         )
 
     def extra_stages(self, depth: int) -> frozenset[int]:
-        second = self._stages[3]
-        return frozenset() if second is None else second.with_paper_schedule(depth).extra_stages(depth)
+        return self._drops.with_paper_schedule(depth).extra_stages(depth)
 
     def calibration(self) -> Calibration | None:
-        second = self._stages[3]
-        return None if second is None else second.calibration()
+        return self._drops.calibration()
 
     def prune_tokens(self, view: DecoderView) -> Tensor:
-        second = self._stages[3]
-        assert second is not None
-        return second.prune_tokens(view)
+        return self._drops.prune_tokens(view)
 
 
 def _split(method: EncoderReducer | None, tokens: int, depth: int, entry: int) -> SpanPlan:
@@ -441,8 +453,3 @@ def _split(method: EncoderReducer | None, tokens: int, depth: int, entry: int) -
         return SpanPlan(tokens, entry, 0, ())
     contextual = min(method.plan_entry(tokens, entry, depth).contextual, entry - 1)
     return SpanPlan(tokens, entry - contextual, contextual, ())
-
-
-def _made_again(stages: tuple[type[Reducer], ...], settings: dict[str, Any]) -> Composition:
-    """Rebuild a composition for pickle, which cannot find a class made at run time."""
-    return composition_class(stages)(**settings)

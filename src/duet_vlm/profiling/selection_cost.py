@@ -65,9 +65,9 @@ def selection_flops(
             zip(parts, beyond, strict=True) if reducer.scoring_rules().signal_segments else [(sum(parts), sum(beyond))]
         )
         heads = 1 if reducer.scoring_rules().signal_heads == "one" else vision.width // key_width
-        signals = sum(signal_flops(vision, n, reducer.signal_queries, heads, more) for n, more in looks) * _attentions(
-            reducer
-        )
+        signals = sum(
+            signal_flops(vision, n, reducer.options.signal_queries, heads, more) for n, more in looks
+        ) * _attentions(reducer)
     keys = vision.width if reducer.scoring_rules().signal_heads == "one" else key_width
     timed = _steps(plans, passes if steps is None else steps) if reducer.compares_frames else None
     return signals + choice_flops(
@@ -102,7 +102,7 @@ def tower_choice_flops(
         total += 2 * len(here) * tower.merge_pairs(max(here), max(left)) * (key_width if after else vision.width)
         if Input.BLOCK_ATTENTION in tower.requires:
             total += sum(
-                signal_flops(vision, tokens, tower.signal_queries, vision.width // key_width) for tokens in here
+                signal_flops(vision, tokens, tower.options.signal_queries, vision.width // key_width) for tokens in here
             )
         here = left
     return total
@@ -120,7 +120,9 @@ def selection_bytes(
         return 0
     rows = [tower_rows(vision, n) for span in passes for n in span]
     heads = 1 if reducer.scoring_rules().signal_heads == "one" else vision.width // key_width
-    return sum(16 * heads * query_rows(vision, n, reducer.signal_queries) * n for n in rows) * _attentions(reducer)
+    return sum(16 * heads * query_rows(vision, n, reducer.options.signal_queries) * n for n in rows) * _attentions(
+        reducer
+    )
 
 
 def _attentions(reducer: EncoderReducer) -> int:
@@ -237,7 +239,7 @@ def deciding_flops(
     """
     if not isinstance(reducer, DecoderReducer):
         return 0
-    total = 2 * visual[0] * queries * shape.hidden if reducer.text_query == "raters" else 0
+    total = 2 * visual[0] * queries * shape.hidden if reducer.options.text_query == "raters" else 0
     among: dict[int, int] = {}  # by scoring layer, which may serve several drops, the index of the rows that it ranks
     for layer, (before, stay) in enumerate(zip(visual, visual[1:], strict=False)):
         if not 0 < stay < before:

@@ -7,19 +7,41 @@ dataclass that implements one or both.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from duet_vlm.planning.budget import Budget, SpanPlan
 from duet_vlm.reducers.calibration import Calibration
 from duet_vlm.reducers.encoder_view import Layer
 from duet_vlm.reducers.inputs import ATTENTION_INPUTS, TEXT_QUERY_INPUTS, Input
+from duet_vlm.reducers.options import NAMES, TokenOptions
 from duet_vlm.reducers.scoring import ScoringRules
 from duet_vlm.utils.field_types import check_names, check_type
 
-POSITIONS = ("keep", "compact")
 ROUNDINGS = ("floor", "int", "round")
+NEUTRAL = TokenOptions(  # of a stage that a method does not have
+    positions="keep",
+    protect_predicting_tokens=True,
+    small_image_tokens=64,
+    cls_token=False,
+    signal_layer=None,
+    signal_queries=None,
+    crops="joint",
+    newline_tokens="drop",
+    text_query="all",
+    training_turns="first",
+    skip_unanswered=False,
+    multi_image="joint",
+    trim_kv_cache=False,
+    proportional_attention=True,
+    pooled_context_tokens=0,
+)
+
+
+Method = TypeVar("Method", bound="Reducer")
 
 
 @dataclass(frozen=True)
@@ -31,15 +53,8 @@ class Reducer(ABC):
 
     Attributes
     ----------
-    positions : str
-        "keep": survivors keep their original position; "compact": positions are renumbered after every reduction.
-    protect_predicting_tokens : bool
-        A visual row whose logits predict text (the last row of a prompt that ends in an image; in training, one in
-        front of a label) never leaves the sequence. It counts: one that the method had left out comes on top of its
-        plan. False: it leaves like any other (released code).
-    small_image_tokens : int
-        Spans of fewer visual tokens than this (inside the tower: crops and frames) that a fractional budget cannot be
-        met on are reduced to the method's floor instead of an error; 0: always an error.
+    options : TokenOptions
+        How visual tokens are treated, complete: what was left out is the method's own default.
     """
 
     name: ClassVar[str]
@@ -50,8 +65,11 @@ class Reducer(ABC):
     requires: ClassVar[frozenset[Input]] = frozenset()  # made for the method, nothing else is
     available: ClassVar[frozenset[Input]] = frozenset()  # of a contract: what it can make
 
-    # Neutral values: a method that differs has its own, or a setting of the same name (no annotation here, or it would
-    # be one everywhere).
+    option_names: ClassVar[frozenset[str]] = frozenset({"positions", "protect_predicting_tokens", "small_image_tokens"})
+    """Options that a contract adds to those of its bases."""
+    default_options: ClassVar[TokenOptions] = NEUTRAL
+    """Defaults of a class in place of those of its bases."""
+
     compares_frames: ClassVar[bool] = False  # compares frames, so "auto" never takes them apart
     # compares the same places of frames, so nothing may narrow a clip before it
     compares_positions: ClassVar[bool] = False
@@ -59,17 +77,7 @@ class Reducer(ABC):
     reduces_in_tower: ClassVar[bool] = False
     merges: ClassVar[bool] = False  # ``prune_tokens`` returns selections
     score_layer_offset: ClassVar[int] = 0  # how many layers before the drop the score is taken
-    cls_token = False
-    crops = "joint"
-    newline_tokens = "drop"
-    text_query = "all"
-    training_turns = "first"
-    multi_image = "joint"
-    trim_kv_cache = False
-
-    positions: str = "keep"
-    protect_predicting_tokens: bool = True
-    small_image_tokens: int = 64
+    options: TokenOptions = TokenOptions()
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -77,33 +85,66 @@ class Reducer(ABC):
         available = frozenset[Input]().union(*(vars(base).get("available", ()) for base in type(self).__mro__))
         if unknown := [need for need in self.requires if need not in available]:
             names = ", ".join(sorted(need.value if isinstance(need, Input) else repr(need) for need in unknown))
-            known = ", ".join(sorted(f"Input.{need.name}" for need in available)) or "nothing"
-            raise ValueError(f"{type(self).__name__}.requires names {names}: choose from {known}")
-        check_choice("positions", self.positions, POSITIONS)
-        if self.small_image_tokens < 0:
-            raise ValueError(
-                f"small_image_tokens={self.small_image_tokens}: a number of visual tokens, at least 0 (0 clamps nothing)"
-            )
+            there = ", ".join(sorted(f"Input.{need.name}" for need in available)) or "nothing"
+            raise ValueError(f"{type(self).__name__}.requires names {names}: choose from {there}")
+        given, usual, known = TokenOptions.of(self.options), self.usual_options(), self.known_options()
+        for name, value in given.given().items():
+            if name not in known and value != getattr(usual, name):
+                raise ValueError(
+                    f"{self.name}: options.{name}={value!r} concerns a stage that {self.name} does not have; its options: "
+                    f"{', '.join(known)}"
+                )
+        object.__setattr__(self, "options", usual.overlaid(given))
+
+    @classmethod
+    def from_preset(cls: type[Method], options: TokenOptions, given: Mapping[str, Any], **settings: Any) -> Method:
+        """The method as published: with these options and settings, and what is ``given`` in their place."""
+        chosen = options.overlaid(TokenOptions.of(given.get("options")))
+        return cls(**settings | dict(given) | {"options": chosen})
 
     @abstractmethod
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         """Exact counts for a span of ``tokens`` in a decoder of ``depth`` layers; raises ``BudgetError`` below the
         floor."""
 
+    def known_options(self) -> tuple[str, ...]:
+        """Names of the options that the method has, in the order of ``TokenOptions``."""
+        return _known_options(type(self))
+
+    def usual_options(self) -> TokenOptions:
+        """The options of the method where nothing is given."""
+        return _usual_options(type(self))
+
+    def with_settings(self: Method, settings: Mapping[str, Any]) -> Method:
+        """The method with these settings; those that are left out, and options that are left out, stay as they are.
+
+        Raises
+        ------
+        ValueError
+            An unknown setting; those that there are are listed.
+        """
+        check_names(self.name, settings, [field.name for field in fields(self)])
+        options = self.options.overlaid(TokenOptions.of(settings.get("options")))
+        return replace(self, **dict(settings) | {"options": options})
+
     def settings(self) -> dict[str, object]:
-        """Every field with its value."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """Every field with its value; ``options`` as a mapping of those that the method has."""
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "options"}
+        return own | {"options": {name: getattr(self.options, name) for name in self.known_options()}}
+
+    def file_settings(self) -> tuple[str, ...]:
+        """Names of the settings that name files."""
+        return tuple(field.name for field in fields(self) if field.metadata.get("file"))
+
+    def usual_settings(self) -> dict[str, object]:
+        """The settings of the method where nothing is given."""
+        return type(self)().settings()
 
     @property
     def signal_layers(self) -> tuple[Layer, ...]:
         """The vision layers whose signals the method is given: numbers, shares of the tower's depth (0.25: the last
         layer of its first quarter), or None for the family's own."""
         return ()
-
-    @property
-    def signal_queries(self) -> int | None:
-        """The number of rows whose attention ranks tokens where the tower has no CLS row; None: all."""
-        return None
 
     @property
     def tower_reducer(self) -> Reducer | None:
@@ -142,17 +183,16 @@ class Reducer(ABC):
         return bool(self.requires & ATTENTION_INPUTS)
 
 
-def with_fields(method: type[Reducer] | Reducer, settings: dict[str, Any]) -> Reducer:
-    """The method with these settings; an unknown one is a ValueError that lists those there are."""
-    cls = method if isinstance(method, type) else type(method)
-    known = [field.name for field in fields(cls)]
-    check_names(cls.name, settings, known)
-    return method(**settings) if isinstance(method, type) else replace(method, **settings)
+@functools.cache
+def _known_options(cls: type[Reducer]) -> tuple[str, ...]:
+    known = frozenset[str]().union(*(vars(base).get("option_names", ()) for base in cls.__mro__))
+    return tuple(name for name in NAMES if name in known)
 
 
-def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, allowed))}")
+@functools.cache
+def _usual_options(cls: type[Reducer]) -> TokenOptions:
+    declared: list[TokenOptions] = [vars(base).get("default_options", TokenOptions()) for base in reversed(cls.__mro__)]
+    return functools.reduce(TokenOptions.overlaid, declared)
 
 
 def check_picks(picks: int) -> None:

@@ -88,7 +88,7 @@ class Compressor(EncoderReducer):
             check_keep("keep", self.keep)
         if self.weights is not None and not isinstance(self.weights, str):
             raise TypeError(f"weights={self.weights!r}: give the path of a file as text")
-        if self.cls_token:
+        if self.options.cls_token:
             raise ValueError(
                 f"cls_token=True: {self.name} makes its rows of patches, the CLS row is none of them; leave it out"
             )

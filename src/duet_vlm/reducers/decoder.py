@@ -9,13 +9,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import Reducer, check_choice
+from duet_vlm.reducers.base import Reducer
 from duet_vlm.reducers.decoder_view import DecoderView as DecoderView
 from duet_vlm.reducers.inputs import DECODER_INPUTS
-
-TEXT_QUERIES = ("all", "last", "salient", "raters")
-TRAINING_TURNS = ("first", "all")
-MULTI_IMAGE = ("joint", "per_image")
 
 
 @dataclass(frozen=True)
@@ -26,39 +22,12 @@ class DecoderReducer(Reducer):
     "max", the "most" of any head and query, or "each". ``score_states``: layers that have a state in place of attention
     rank by what text would read out of it (``Adapter.linear_attention_scores``); else the last attention before them
     does. ``merges``: it merges tokens.
-
-    Attributes
-    ----------
-    text_query : str
-        Which text rows rank the visual tokens: "all" after the last visual token, "last", "salient" words (needs the
-        processor), or "raters": of all, those that the visual tokens resemble more than the average one (SparseVLM,
-        arXiv 2410.04417, section 3.2).
-    training_turns : str
-        With labels, take the queries of the "first" turn only (later questions do not choose for earlier answers) or of
-        "all".
-    multi_image : str
-        With several images (or clips) in a prompt, "joint": all their tokens are ranked together, so that an image that
-        matters more to the text keeps more; their sum is what is planned (released code). "per_image": every image is
-        ranked by itself and keeps its own share.
-    trim_kv_cache : bool
-        False: every layer keeps the keys and values of all that it read. True: once the prompt is read, those of visual
-        tokens that did not reach the last layer are removed from the caches of earlier ones, too.
     """
 
     available = DECODER_INPUTS
     score_heads: ClassVar[str] = "mean"
     score_states: ClassVar[bool] = False
-
-    text_query: str = "all"
-    training_turns: str = "first"
-    multi_image: str = "joint"
-    trim_kv_cache: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("text_query", self.text_query, TEXT_QUERIES)
-        check_choice("training_turns", self.training_turns, TRAINING_TURNS)
-        check_choice("multi_image", self.multi_image, MULTI_IMAGE)
+    option_names = frozenset({"text_query", "training_turns", "skip_unanswered", "multi_image", "trim_kv_cache"})
 
     def with_paper_schedule(self, depth: int, share: float | None = None) -> DecoderReducer:
         """This method as a composition runs it in a decoder of ``depth`` layers: where its settings leave the drops to

@@ -9,15 +9,12 @@ from dataclasses import dataclass, replace
 
 from duet_vlm.planning.budget import EPSILON, Budget, BudgetError, SpanPlan, largest_fraction, target_mean
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import Reducer, check_choice
+from duet_vlm.reducers.base import Reducer
 from duet_vlm.reducers.encoder_view import EncoderView as EncoderView
 from duet_vlm.reducers.encoder_view import Layer
 from duet_vlm.reducers.inputs import ENCODER_INPUTS, Input
+from duet_vlm.reducers.options import QUERIES, TokenOptions
 from duet_vlm.reducers.plans import plan_keep_all
-
-CROPS = ("auto", "joint", "per_crop")
-NEWLINES = ("drop", "keep")
-QUERIES = 256  # rows of a picture that rank its tokens where the tower has no CLS row
 
 
 @dataclass(frozen=True)
@@ -26,48 +23,24 @@ class EncoderReducer(Reducer):
 
     One that requires neither ``Input.FEATURES`` nor ``Input.PROJECTED_FEATURES`` chooses as soon as its signals are
     recorded, and keeps no more in memory than its choice.
-
-    Attributes
-    ----------
-    cls_token : bool
-        Feed the tower's CLS row as a visual token (released code of DUET-VLM and VisionZip). It counts among the
-        dominant tokens; needs ``positions="compact"`` and a tower with a CLS row.
-    signal_layer : int or None
-        Vision layer whose attention is read; None: the model family's choice.
-    signal_queries : int or None
-        In a tower without a CLS row: number of rows of each picture, spread over its grid, whose attention ranks the
-        tokens. None: all of them (released code). The cost is this number times the number of tokens.
-    crops : str
-        "joint": all crops of an image or frames of a clip are reduced together; "per_crop": each by itself, within one
-        budget, with the method's own counts per crop; "auto": what the model family's documentation states.
-    newline_tokens : str
-        "drop": newline rows of packed crops leave first when their image is reduced; "keep": all of them enter, within
-        the budget.
     """
 
     available = ENCODER_INPUTS
 
-    cls_token: bool = False
-    signal_layer: int | None = None
-    signal_queries: int | None = QUERIES
-    crops: str = "auto"
-    newline_tokens: str = "drop"
+    option_names = frozenset({"cls_token", "signal_layer", "signal_queries", "crops", "newline_tokens"})
+    default_options = TokenOptions(signal_queries=QUERIES, crops="auto")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.signal_queries is not None and self.signal_queries < 1:
-            raise ValueError(f"signal_queries={self.signal_queries}: a number of rows, at least 1, or None for all")
-        check_choice("crops", self.crops, CROPS)
-        check_choice("newline_tokens", self.newline_tokens, NEWLINES)
-        if self.cls_token and self.positions != "compact":
+        if self.options.cls_token and self.options.positions != "compact":
             raise ValueError(
-                f"cls_token=True needs positions='compact' (the CLS row has no position of its own), got {self.positions!r}"
+                f"cls_token=True needs positions='compact' (the CLS row has no position of its own), got {self.options.positions!r}"
             )
-        if self.cls_token and Input.PROJECTED_FEATURES in self.requires:
+        if self.options.cls_token and Input.PROJECTED_FEATURES in self.requires:
             raise ValueError(
                 f"cls_token=True cannot work with {self.name}: it reads projected rows, and the CLS row is not projected"
             )
-        if self.cls_token and getattr(self, "dominant", None) == 0:
+        if self.options.cls_token and getattr(self, "dominant", None) == 0:
             raise ValueError(
                 "cls_token=True with dominant=0: the CLS row counts as a dominant token, give dominant >= 1"
             )
@@ -108,7 +81,7 @@ class EncoderReducer(Reducer):
     def signal_layers(self) -> tuple[Layer, ...]:
         """The vision layers that are read: numbers, shares of the tower's depth (0.25: the last layer of its first
         quarter), or None for the family's own."""
-        return (self.signal_layer,)
+        return (self.options.signal_layer,)
 
     @abstractmethod
     def select_tokens(self, view: EncoderView) -> Selection:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from duet_vlm.planning.budget import Budget, SpanPlan
 from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.plans import plan_keep_all
 
 
@@ -29,8 +30,7 @@ class Observer(DecoderReducer):
     name = "calibrate"
     paper = summary = ""
 
-    multi_image: str = "per_image"
-    protect_predicting_tokens: bool = False
+    default_options = TokenOptions(multi_image="per_image", protect_predicting_tokens=False)
     observations: Observations = field(default_factory=Observations)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:

@@ -3,7 +3,6 @@ a file of its own."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,20 +20,25 @@ PARTS = {"method", "budget", "settings"}
 
 def to_record(reducer: Reducer, budget: Budget | None) -> dict[str, Any]:
     """The record that is saved: the method, the budget, and the settings that are not the method's defaults."""
-    changed = {
-        field.name: getattr(reducer, field.name)
-        for field in dataclasses.fields(reducer)
-        if getattr(reducer, field.name) != field.default
+    settings, usual = reducer.settings(), reducer.usual_settings()
+    changed = {name: value for name, value in settings.items() if name != "options" and value != usual[name]}
+    options = {
+        name: value
+        for name, value in reducer.options.given().items()
+        if value != getattr(reducer.usual_options(), name)
     }
-    return {"method": reducer.name, "budget": to_plain(budget), "settings": changed}
+    return {
+        "method": reducer.name,
+        "budget": to_plain(budget),
+        "settings": changed | ({"options": options} if options else {}),
+    }
 
 
 def to_checkpoint_record(reducer: Reducer, budget: Budget | None) -> dict[str, Any]:
     """As ``record``, for the config of a checkpoint: weights of the method's own are in the file beside it."""
     found = to_record(reducer, budget)
     return found | {
-        "settings": found["settings"]
-        | {field.name: BESIDE for field in dataclasses.fields(reducer) if _names_weights(field.name)}
+        "settings": found["settings"] | {name: BESIDE for name in reducer.settings() if _names_weights(name)}
     }
 
 

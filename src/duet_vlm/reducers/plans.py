@@ -71,11 +71,11 @@ def plan_or_clamp(
             budget is None
             or isinstance(budget, Integral)
             or error.floor is None
-            or tokens >= reducer.small_image_tokens
+            or tokens >= reducer.options.small_image_tokens
         ):
             raise
         try:
-            reducer.plan(math.ceil(reducer.small_image_tokens / budget), depth, budget)
+            reducer.plan(math.ceil(reducer.options.small_image_tokens / budget), depth, budget)
         except BudgetError:
             raise error from None
         return replace(solve(error.floor / tokens), floored=True)

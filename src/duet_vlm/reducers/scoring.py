@@ -23,8 +23,6 @@ class ScoringRules:
     probe : str
         Layer behind which ``Input.GRADIENT`` is taken: the "next"; "last": the one before once more, with the input
         embeddings in place of the head.
-    skip_unanswered : bool
-        Samples without any supervised label stay whole in training.
     """
 
     signal_segments: bool = True
@@ -32,4 +30,3 @@ class ScoringRules:
     score_mask: str = "causal"
     score_positions: str = "as_is"
     probe: str = "next"
-    skip_unanswered: bool = False

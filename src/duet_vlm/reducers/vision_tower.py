@@ -143,30 +143,18 @@ class TowerReducer(EncoderReducer):
     ----------
     keep : int or float or None
         Tokens of a span that the tower leaves: a count, or a fraction.
-    proportional_attention : bool
-        Count each dropped unit with the one that is most like it (cosine of patch embeddings, or of keys): the kept
-        unit weighs as many rows as it stands for, in the tower's attention and in rankings by it. Kernels without a
-        bias (flash attention) go without.
-    pooled_context_tokens : int
-        Rows that stand for the dropped units of a picture; 0: none. Before the first block these, line by line, form so
-        many groups of equal size. The mean of a group goes through the tower at the place of its middle unit, with the
-        weight of its members, and leaves after it. ``proportional_attention`` then plays no part.
     """
 
     available = TOWER_INPUTS
     reduces_in_tower: ClassVar[bool] = True
     by_threshold: ClassVar[bool] = False  # how many stay is what ``stay`` says
 
+    option_names = frozenset({"proportional_attention", "pooled_context_tokens"})
+
     keep: Keep | None = None
-    proportional_attention: bool = True
-    pooled_context_tokens: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.pooled_context_tokens < 0:
-            raise ValueError(
-                f"pooled_context_tokens={self.pooled_context_tokens}: a number of rows for what leaves a picture, 0 or more"
-            )
         if self.keep is not None:
             check_keep("keep", self.keep)
             if self.keep == 0:
@@ -228,12 +216,12 @@ class TowerReducer(EncoderReducer):
 
     def merge_pairs(self, units: int, left: int) -> int:
         """Number of pairwise similarities that a boundary computes that leaves ``left`` of ``units``."""
-        return units * left if self.proportional_attention and not self.pooled_context_tokens else 0
+        return units * left if self.options.proportional_attention and not self.options.pooled_context_tokens else 0
 
     def pooled_features(self, units: int, left: int) -> int:
         """Number of units that stand for the dropped ones of a picture of ``units`` of which ``left`` stay: each for
         two or more."""
-        return min(self.pooled_context_tokens, (units - left) // 2)
+        return min(self.options.pooled_context_tokens, (units - left) // 2)
 
 
 def tower_of(reducer: Reducer) -> TowerReducer | None:

@@ -80,7 +80,7 @@ class ActiveConfig:
             As ``plan``, and where a method that works in the tower only has less than one token for a part. With a
             fraction, parts of fewer tokens than ``small_image_tokens`` get the smallest possible count instead.
         """
-        tower, keep_structure = self.tower_reducer, self.reducer.newline_tokens == "keep"
+        tower, keep_structure = self.tower_reducer, self.reducer.options.newline_tokens == "keep"
         solve = functools.partial(
             plan_span, self.plan, self.budget, sizes, structure, per_crop, keep_structure, num_survivors
         )
@@ -105,7 +105,7 @@ class ActiveConfig:
             )
         if not plan.merges or plan.entry - plan.structure >= sum(least) or self.budget is None:
             return of_each_part(plan, sizes, least)
-        if isinstance(self.budget, Integral) or max(sizes) >= tower.small_image_tokens:
+        if isinstance(self.budget, Integral) or max(sizes) >= tower.options.small_image_tokens:
             each_of = f"each of its {len(sizes)} crops or frames" if len(sizes) > 1 else "it"
             what = f"of {each_of} no fewer than {min(max(sizes), tower.least + num_cls)} tokens enter the decoder"
             raise infeasible_budget(tower.name, target_mean(self.budget, tokens), floor, tokens, what)

@@ -28,7 +28,12 @@ def hook_settings(reducer: Reducer) -> tuple[Any, ...]:
     """The settings that decide the hooks on the vision tower and the method's own module."""
     compressor = compressor_of(reducer)
     module = None if compressor is None else (compressor.weights, compressor.seed, tuple(compressor.shape.items()))
-    return reducer.signal_layers, reducer.requires & (ENCODER_INPUTS - FEATURE_INPUTS), reducer.cls_token, module
+    return (
+        reducer.signal_layers,
+        reducer.requires & (ENCODER_INPUTS - FEATURE_INPUTS),
+        reducer.options.cls_token,
+        module,
+    )
 
 
 def check(
@@ -40,7 +45,7 @@ def check(
     text_tower: Any = None,
 ) -> None:
     """Raise for every setting that is known to be wrong before a call."""
-    if reducer.positions == "compact" and adapter.mrope:
+    if reducer.options.positions == "compact" and adapter.mrope:
         raise TypeError(
             f"positions='compact' cannot work on {adapter.family}: its positions are grids (M-RoPE); use positions='keep'"
         )
@@ -56,7 +61,7 @@ def check(
                 raise TypeError(
                     f"{reducer.name} uses the output of blocks of the vision tower, which a reduced tower has for some patches only: do not reduce the tower"
                 )
-        if reducer.cls_token:
+        if reducer.options.cls_token:
             adapter.cls_module()
             if adapter.feeds_cls:
                 raise ValueError(
@@ -73,7 +78,7 @@ def check(
             _check_text_tower(adapter, reducer, text_tower, processor)
     if processor is not None and not hasattr(processor, "tokenizer"):
         raise TypeError(f"processor= must be the model's processor (with a tokenizer), got {type(processor).__name__}")
-    if isinstance(reducer, DecoderReducer) and reducer.text_query == "salient" and processor is None:
+    if isinstance(reducer, DecoderReducer) and reducer.options.text_query == "salient" and processor is None:
         warnings.warn(
             "text_query='salient' without processor=: every call must bring salient_mask (duet_vlm.inputs.text_queries.salient_mask)",
             stacklevel=3,
@@ -138,5 +143,5 @@ def _check_counts(tokens: int, reducer: Reducer) -> None:
     """Refuse counts above the number of tokens of a tower with a fixed size."""
     for name in ("dominant", "contextual", "entry", "keep"):
         value = getattr(reducer, name, None)
-        if isinstance(value, int) and not isinstance(value, bool) and value > tokens + reducer.cls_token:
+        if isinstance(value, int) and not isinstance(value, bool) and value > tokens + reducer.options.cls_token:
             raise ValueError(f"{name}={value}: this model's images have {tokens} visual tokens")

@@ -81,7 +81,7 @@ def _on_tower(
         encoder.skips_unused_layers = bool(unused)
         for layer in map(_unwrapped, unused):
             hooks.shadow(layer, "forward", encoder.skippable(layer.forward))
-    if reducer.cls_token:
+    if reducer.options.cls_token:
         hooks.add(adapter.cls_module().register_forward_hook, model_hooks.record_cls)
     if adapter.pointwise_projector is not None:
         hooks.add(adapter.pointwise_projector.register_forward_pre_hook, encoder.before_projector)

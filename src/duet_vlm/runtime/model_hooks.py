@@ -268,7 +268,7 @@ class ModelHooks:
         cache = kwargs.get("past_key_values")
         if isinstance(running_pass, PrefillPass) and cache is not None and running_pass.prompt_state.reduces:
             record_evicted(cache, running_pass.prompt_state, running_pass.kinds)
-            if running_pass.reducer.trim_kv_cache:
+            if running_pass.reducer.options.trim_kv_cache:
                 trim_cache(cache, running_pass.prompt_state, running_pass.kinds)
         if running_pass is not None and running_pass.prompt_state.cache_bytes is None:
             # without a given cache the decoder made its own

@@ -158,7 +158,7 @@ class PromptState:
 
     @property
     def positions(self) -> str:
-        return self.config.reducer.positions
+        return self.config.reducer.options.positions
 
     @property
     def plans(self) -> tuple[tuple[SpanPlan, ...], ...]:

@@ -18,7 +18,7 @@ from duet_vlm.reducers.inputs import DECODER_INPUTS, Input
 INPUTS = frozenset({
     Input.SCORES, Input.HIDDEN_STATES, Input.PREVIOUS_HIDDEN_STATES, Input.TEXT_HIDDEN_STATES, Input.DECODER_KEYS, Input.POSITIONS,
 })  # fmt: skip
-SERVED_SETTINGS: dict[str, tuple[object, ...]] = {
+SERVED_OPTIONS: dict[str, tuple[object, ...]] = {
     "text_query": ("all", "last"),
     "multi_image": ("joint",),
     "trim_kv_cache": (False,),
@@ -136,7 +136,7 @@ def check_decoder_method(reducer: Reducer) -> None:
         raise ValueError(
             f"{name}: it looks at rows in layers that drop none, and a server asks only at drops; take duet or fastv"
         )
-    for holder, served in ((reducer, SERVED_SETTINGS), (reducer.scoring_rules(), SERVED_RULES)):
+    for holder, served in ((reducer.options, SERVED_OPTIONS), (reducer.scoring_rules(), SERVED_RULES)):
         for setting, allowed in served.items():
             if (value := getattr(holder, setting)) not in allowed:
                 raise ValueError(

@@ -67,7 +67,7 @@ def reduce_rows(
         raise_if_invalid(int(code), reducer)
         merged = merged_rows(features, selection)
         number = torch.arange(selection.index.shape[1], device=features.device)
-        place = selection.index if reducer.positions == "keep" else number.expand_as(selection.index)
+        place = selection.index if reducer.options.positions == "keep" else number.expand_as(selection.index)
         order = torch.where(selection.valid, place, features.shape[1] + len(number)).argsort(dim=1, stable=True)
     return [
         (merged[i, order[i, : plan.entry]], selection.index[i, order[i, : plan.entry]]) for i, plan in enumerate(plans)

@@ -4,7 +4,6 @@ make exactly as many rows."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -13,19 +12,20 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import duet_vlm
-from duet_vlm.methods.lookup import get_method
+from duet_vlm.methods.lookup import get_method, make_method
 from duet_vlm.planning.budget import Budget, BudgetError, SpanPlan, check_budget
 from duet_vlm.planning.spans import plan_span
-from duet_vlm.reducers.base import Reducer, check_choice, with_fields
+from duet_vlm.reducers.base import Reducer
 from duet_vlm.reducers.decoder import DecoderReducer
 from duet_vlm.reducers.encoder import EncoderReducer
 from duet_vlm.reducers.inputs import ENCODER_INPUTS, FEATURE_INPUTS, Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.plans import plan_or_clamp
 from duet_vlm.reducers.vision_tower import TowerReducer
 from duet_vlm.runtime.encode.selection import reduces_per_crop
 from duet_vlm.runtime.validation import check_plan
 from duet_vlm.serve.decoder_stages import DecoderStages, check_decoder_method
-from duet_vlm.utils.field_types import to_plain
+from duet_vlm.utils.field_types import check_choice, flattened, to_plain
 
 KEY = "duet"  # of the model's config: {"method": ..., "budget": ..., and settings of the method}
 REQUEST = "duet_budget"  # of a request's processor arguments
@@ -53,19 +53,19 @@ STAGES = ("first", "all")  # what of a method a server runs: before the decoder 
 # of the decoder in which a method divides what enters into dominant and contextual rows, where nobody says how deep it
 # is
 DEPTH = 32
-SECOND = {each.name for each in dataclasses.fields(DecoderReducer)} - {
-    each.name for each in dataclasses.fields(Reducer)
-}
 # of a method; in a composition behind its name
-OWN_SECOND = ("schedule", "skip_unanswered", "score_mask", "score_positions", "probe")
+OWN_SECOND = ("schedule", "score_mask", "score_positions", "probe")
 NOTHING_ASKED = -1.0
 # of spans for which a method's drops are looked up
 SIZES = tuple(size for power in range(14) for size in (2**power, 3 * 2**power))
 
 
 def _late(name: str) -> bool:
-    """True for a setting of what is dropped inside the decoder."""
-    return name in SECOND or any(name == own or name.endswith(f"_{own}") for own in OWN_SECOND)
+    """True for a setting, or an option, of what is dropped inside the decoder."""
+    group, _, option = name.rpartition(".")
+    if group:
+        return option in DecoderReducer.option_names
+    return any(name == own or name.endswith(f"_{own}") for own in OWN_SECOND)
 
 
 @dataclass(frozen=True)
@@ -125,13 +125,12 @@ class ServedMethod:
             return cls._of_all_stages(str(method), budget, settings, positions, depth)
         for part in str(method).split("+"):
             _check_stage(part, get_method(part))
-        late = sorted(name for name in settings if _late(name) and settings[name] not in (None, ()))
+        late = sorted(name for name, value in flattened(settings).items() if _late(name) and value not in (None, ()))
         if late:
             raise ValueError(
                 f"{late[0]}: a setting of what is dropped inside the decoder, and this server runs the first stage: leave it out"
             )
-        _check_first_settings(settings, positions)
-        reducer = with_fields(get_method(method), {**settings, "positions": positions})
+        reducer = make_method(str(method), **_at_positions(settings, positions))
         assert isinstance(reducer, EncoderReducer)  # checked stage by stage
         _check_signals(reducer)
         made = cls(reducer, budget)
@@ -148,16 +147,14 @@ class ServedMethod:
             )
         for part in method.split("+"):
             _check_tower(part, get_method(part))
-        kind = get_method(method)
-        if issubclass(kind, EncoderReducer):
-            _check_first_settings(settings, positions)
-            settings["positions"] = positions
+        if isinstance(make_method(method), EncoderReducer):
+            settings = _at_positions(settings, positions)
         elif positions == "keep":  # a family with grids
-            check_choice("positions", settings.get("positions", "keep"), ("keep",))
-        reducer = with_fields(kind, settings)
+            check_choice("positions", settings.get("options", {}).get("positions", "keep"), ("keep",))
+        reducer = make_method(method, **settings)
         check_decoder_method(reducer)
         assert isinstance(reducer, DecoderReducer)  # just checked
-        first = reducer if isinstance(reducer, EncoderReducer) else _keep_all(reducer.positions)
+        first = reducer if isinstance(reducer, EncoderReducer) else _keep_all(reducer.options.positions)
         _check_signals(first)
         made = cls(first, budget, reducer, depth)
         _ = made.stages  # raises where no span can be planned
@@ -284,29 +281,31 @@ def _span(
         sizes,
         structure,
         reduces_per_crop(reducer, family_default=False),
-        reducer.newline_tokens == "keep",
+        reducer.options.newline_tokens == "keep",
     )
 
 
 def _keep_all(positions: str) -> EncoderReducer:
     """The first stage of a method that has none."""
-    every = with_fields(get_method("divprune"), {"keep": 1.0, "positions": positions})
+    every = make_method("divprune", keep=1.0, options=TokenOptions(positions=positions))
     assert isinstance(every, EncoderReducer)
     return every
 
 
-def _check_first_settings(settings: Mapping[str, Any], positions: str) -> None:
-    """Refuse settings that no server's first stage can run by."""
-    if settings.get("cls_token"):
+def _at_positions(settings: Mapping[str, Any], positions: str) -> dict[str, Any]:
+    """The settings with the family's positions; those that no server's first stage can run by are refused."""
+    options = settings.get("options", {})
+    if options.get("cls_token"):
         raise ValueError("cls_token=True: no server feeds the tower's CLS row to the decoder, leave it out")
     if any(settings.get(name) is False for name in settings if name.endswith("signal_segments")):
         raise ValueError(
             "signal_segments=False: it ranks all images of a call together, and a server decides which those are, leave it out"
         )
-    if settings.get("positions", positions) != positions:
+    if options.get("positions", positions) != positions:
         raise ValueError(
-            f"positions={settings['positions']!r}: vLLM gives this model {positions!r} positions, leave it out"
+            f"positions={options['positions']!r}: vLLM gives this model {positions!r} positions, leave it out"
         )
+    return {**settings, "options": {**options, "positions": positions}}
 
 
 def _check_signals(reducer: EncoderReducer) -> None:

@@ -15,6 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from duet_vlm import Handle, NewWeights, attach
 from duet_vlm.api.loading import base_of, load, quiet
 from duet_vlm.models.lookup import adapter_for
+from duet_vlm.reducers.options import marks_salient
 from duet_vlm.train import resume
 from duet_vlm.train.callbacks import BudgetCallback, FrozenTowerCallback, ProgressCallback, RememberCallback
 from duet_vlm.train.collate import IGNORED, Collator
@@ -197,7 +198,7 @@ def build(settings: TrainSettings, checkpoint: Path | None = None) -> tuple[Trai
     loaded = load(source, "cpu", torch.float32)  # the Trainer moves it to this process's device
     model = tuned(loaded.model, settings)
     budget = settings.budgets[-1] if settings.budgets else None
-    marked = loaded.processor if settings.settings.get("text_query") == "salient" else None
+    marked = loaded.processor if marks_salient(settings.settings) else None
     collator = Collator(loaded.processor, settings.prompts, settings.max_length)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NewWeights)  # they are about to learn

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -30,10 +29,36 @@ DECLARED: dict[str, tuple[Callable[[Any], bool], str]] = {
 FILE = {"file": True}  # metadata of a field that names a file: field(default=None, metadata=FILE)
 
 
-def files_among(cls: type[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the settings of a method (a dataclass) that name files."""
-    named = {each.name for each in fields(cls) if each.metadata.get("file")}
-    return {name: value for name, value in settings.items() if name in named and value is not None}
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as people write them, ``{"keep": 0.3, "options.positions": "compact"}``, as methods take them:
+    ``{"keep": 0.3, "options": {"positions": "compact"}}``."""
+    made: dict[str, Any] = {}
+    for key, value in flat.items():
+        group, dot, name = key.partition(".")
+        if dot:
+            made[group] = {**made.get(group, {}), name: value}
+        else:
+            made[key] = value
+    return made
+
+
+def flattened(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The other way round than ``nested``."""
+    return {
+        f"{key}.{name}" if name else key: each
+        for key, value in settings.items()
+        for name, each in (value.items() if isinstance(value, Mapping) else [("", value)])
+    }
+
+
+def merged(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with those ``given`` in their place; of options only those that are given change."""
+    return nested(flattened(settings) | flattened(given))
+
+
+def is_setting_name(text: str) -> bool:
+    """True if a text can name a setting (``keep``) or an option (``options.positions``)."""
+    return text.count(".") < 2 and all(part.isidentifier() for part in text.split("."))
 
 
 def read_value(text: str) -> Any:
@@ -81,3 +106,9 @@ def check_type(name: str, annotation: Any, value: Any) -> Any:
         if not meant(value):
             raise TypeError(f"{name}={value!r}: give {words}{' or None' if kind != text else ''}")
     return value
+
+
+def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Refuse a value that is none of the ``allowed`` ones."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, allowed))}")

@@ -21,19 +21,45 @@ VALUES: dict[str, dict[object, object]] = {  # new name -> old value -> new valu
     "crops": {"each": "per_crop"},
     "trim_kv_cache": {"full": False, "cut": True},
 }
+OPTIONS = frozenset(  # settings of every method once, fields of TokenOptions today
+    {
+        "positions",
+        "protect_predicting_tokens",
+        "small_image_tokens",
+        "cls_token",
+        "signal_layer",
+        "signal_queries",
+        "crops",
+        "newline_tokens",
+        "text_query",
+        "training_turns",
+        "skip_unanswered",
+        "multi_image",
+        "trim_kv_cache",
+        "proportional_attention",
+        "pooled_context_tokens",
+    }
+)
 
 
 def renamed(method: str, name: str, value: object) -> str | None:
-    """The advice for an old name or an old value of a setting of ``method``, None if neither is old; in a composition
-    the name may carry the name of one of its methods."""
-    prefix = next((f"{part}_" for part in method.split("+") if "+" in method and name.startswith(f"{part}_")), "")
-    bare = name.removeprefix(prefix)
+    """The advice for an old way to write a setting of ``method``, None if it is none: an old name, an old value, an
+    option of ``TokenOptions`` among the settings, or a setting of a composition that carries the name of its part."""
+    part = next((part for part in method.split("+") if "+" in method and name.startswith(f"{part}_")), "")
+    bare = name.removeprefix(f"{part}_")
     new = NAMES.get(bare, bare)
     changed = VALUES.get(new, {})
     today = changed[value] if isinstance(value, str) and value in changed else value
-    if new == bare and today is value:
+    moved = new in OPTIONS and method != "TokenOptions"
+    if new == bare and today is value and not part and not moved:
         return None
-    return f"{name}={value!r} is an old way to write a setting: give {prefix}{new}={today!r}"
+    if moved:
+        advice = f"options=TokenOptions({new}={today!r}), as text options.{new}={today}"
+    elif part:
+        advice = f"{part}={{{new!r}: {today!r}}}, as text {part}.{new}={today}"
+    else:
+        advice = f"{new}={today!r}"
+    return f"{name}={value!r} is an old way to write a setting: give {advice}"
 
 
 def check_renamed(method: str, settings: Mapping[str, Any], known: Sequence[str] = ()) -> None:
@@ -45,6 +71,5 @@ def check_renamed(method: str, settings: Mapping[str, Any], known: Sequence[str]
         Naming the method, the setting, and what to write today.
     """
     for name, value in settings.items():
-        old_name = name not in known
-        if (old_name or name in VALUES) and (advice := renamed(method, name, value)):
+        if (name not in known or name in VALUES) and (advice := renamed(method, name, value)):
             raise ValueError(f"{method}: {advice}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -38,8 +39,8 @@ class ScoreRecorder:
                 return cls.prune_tokens(self, view)  # type: ignore[attr-defined]
 
             facts |= {"prune_tokens": prune_tokens, "requires": method.requires | {Input.TOKENS}}
-        made: Any = type(cls.__name__, (cls,), facts)
-        self.reducer: Reducer = made(**method.settings())
+        self.reducer: Reducer = copy.copy(method)
+        object.__setattr__(self.reducer, "__class__", type(cls.__name__, (cls,), facts))
 
     def of(self, trace: SpanTrace, number: int) -> list[dict[int, float] | None]:
         """For each stage of ``trace``, span ``number`` of the only sample of the last prompt: the score of every token

@@ -39,9 +39,9 @@ from duet_vlm.ops.ragged import pack_right, upload
 from duet_vlm.ops.select import ranking, spaced_picks, top
 from duet_vlm.planning.budget import EPSILON, Schedule, check_schedule
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.encoder import EncoderView
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.utils.field_types import check_choice
 
 CLOSEST = 5  # neighbours that make the density of a token
 STRETCHES = 16  # of a picture, HoloV's

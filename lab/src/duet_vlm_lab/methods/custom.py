@@ -21,12 +21,12 @@ from duet_vlm.planning.budget import (
     target_mean,
 )
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
 from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all, plan_with_schedule
 from duet_vlm.reducers.registry import register
+from duet_vlm.utils.field_types import check_choice
 from duet_vlm_lab.methods.building_blocks import CHOICES, SCHEDULES, Blocks, checked_schedule
 
 ANY, COSINE = (0, math.inf), (-1, 1)
@@ -126,7 +126,7 @@ class Custom(EncoderReducer, DecoderReducer):
                 )
         if self.merger == "local" and self.pool is not None and self.pool < 1:
             raise ValueError(f"pool={self.pool}: with merger='local' at least 1, each row has a token")
-        if self.cls_token:
+        if self.options.cls_token:
             raise ValueError(
                 f"cls_token=True cannot work with {self.name}: it chooses among patches, and the CLS row is none"
             )

@@ -14,6 +14,7 @@ from torch import Tensor
 import duet_vlm
 from duet_vlm import EncoderReducer, EncoderView, Selection, SpanPlan
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,14 +32,14 @@ class Oracle(EncoderReducer):
     summary = "the tokens that the answer needs (reference)"
     requires = frozenset({Input.IMPORTANCE})
 
-    crops: str = "joint"
+    default_options = TokenOptions(crops="joint")
     needed: Sequence[np.ndarray] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.crops != "joint":
+        if self.options.crops != "joint":
             raise ValueError(
-                f"the oracle knows what a whole picture or clip needs: use crops='joint', not {self.crops!r}"
+                f"the oracle knows what a whole picture or clip needs: use crops='joint', not {self.options.crops!r}"
             )
 
     def plan(self, tokens: int, depth: int, budget: Any) -> SpanPlan:

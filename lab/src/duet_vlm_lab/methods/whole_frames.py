@@ -9,6 +9,7 @@ import torch
 
 from duet_vlm import EncoderReducer, EncoderView, Selection, SpanPlan
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class WholeFrames(EncoderReducer):
     requires = frozenset({Input.FEATURES})
     compares_frames = True
 
-    crops: str = "joint"
+    default_options = TokenOptions(crops="joint")
     frames: int = 4
     of: int = 8
 
@@ -34,8 +35,10 @@ class WholeFrames(EncoderReducer):
         super().__post_init__()
         if not 1 <= self.frames <= self.of:
             raise ValueError(f"frames={self.frames} of={self.of}: keep at least 1 frame and at most all of them")
-        if self.crops != "joint":
-            raise ValueError(f"whole_frames chooses among the frames of a clip: use crops='joint', not {self.crops!r}")
+        if self.options.crops != "joint":
+            raise ValueError(
+                f"whole_frames chooses among the frames of a clip: use crops='joint', not {self.options.crops!r}"
+            )
 
     def plan(self, tokens: int, depth: int, budget: Any) -> SpanPlan:
         if budget is not None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import duet_vlm
+from duet_vlm.utils.field_types import nested
 
 # settings of one generation that a task may give, besides max_new_tokens and until
 GENERATION = (
@@ -46,7 +47,10 @@ def parse_arguments(
     """
     if preset is None:
         return ModelArguments(
-            method or "duet", method or "duet", budget, {name: value_of(given) for name, given in fields.items()}
+            method or "duet",
+            method or "duet",
+            budget,
+            nested({name: value_of(given) for name, given in fields.items()}),
         )
     others = [name for name, given in {"method": method, "budget": budget, **fields}.items() if given is not None]
     if others:
@@ -65,7 +69,7 @@ def value_of(given: Any) -> Any:
 
 
 def fields_of(settings: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    """``settings=`` of the model arguments: JSON text (``{"text_query": "last"}``) or a mapping.
+    """``settings=`` of the model arguments: JSON text (``{"keep": 0.3}``) or a mapping.
 
     Raises
     ------
@@ -78,7 +82,7 @@ def fields_of(settings: str | Mapping[str, Any] | None) -> dict[str, Any]:
         except ValueError as error:
             raise ValueError(f"settings={settings}: not JSON ({error})") from error
     if settings is not None and not isinstance(settings, Mapping):
-        raise ValueError(f'settings={settings!r}: give a JSON object, for example {{"text_query": "last"}}')
+        raise ValueError(f'settings={settings!r}: give a JSON object, for example {{"keep": 0.3}}')
     return dict(settings or {})
 
 

@@ -17,6 +17,7 @@ from duet_vlm.evaluation import tiny
 from duet_vlm.evaluation.lmms.arguments import ModelArguments, cut, generation_of
 from duet_vlm.evaluation.lmms.costs import PromptCosts
 from duet_vlm.inputs.images import rgb
+from duet_vlm.reducers.options import marks_salient
 
 Conversation = Sequence[Mapping[str, Any]]
 
@@ -68,7 +69,8 @@ class Engine:
         ).eval()
         if device_map is None:
             self.model.to(device or own_device())
-        salient = getattr(chosen.method, "text_query", chosen.fields.get("text_query")) == "salient"
+        settings = {} if isinstance(chosen.method, str) else chosen.method.settings()
+        salient = marks_salient(settings | chosen.fields)
         self.handle = duet_vlm.attach(
             self.model,
             chosen.method,

@@ -27,7 +27,7 @@ class DuetVLM(lmms):
     method, budget, preset : optional
         As ``duet_vlm.attach`` and ``duet_vlm.preset`` take them; ``method=none`` is the full model. Default: duet.
     settings : str, optional
-        Settings of the method as JSON. Short ones can stand among the arguments: ``text_query=last``.
+        Settings of the method as JSON. Short ones can stand among the arguments: ``keep=0.3``, ``options.text_query=last``.
     batch_size : int
     device, device_map, dtype, attn_implementation, min_pixels, max_pixels : optional
         See ``Engine``.

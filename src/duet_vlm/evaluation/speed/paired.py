@@ -188,7 +188,7 @@ def _feasible(
     for side in sides:
         try:
             if side.method is not None:
-                duet_vlm.get_method(side.method)(**dict(side.settings)).plan(
+                duet_vlm.make_method(side.method, **dict(side.settings)).plan(
                     prompt.tokens, len(adapter.layers), side.budget
                 )
             found.append(side)

@@ -59,7 +59,7 @@ def plan_prompt(
     before = sum(plan.entry for plan in plans)
     counts = tuple(map(sum, zip(*(plan.counts for plan in plans), strict=True)))
     drops = [i for i, (old, new) in enumerate(zip((before, *counts), counts, strict=False)) if new not in (old, 0)]
-    queries = 1 if reducer.text_query == "last" else text
+    queries = 1 if reducer.options.text_query == "last" else text
     measured = counts, tuple(text + count for count in counts)
     tower = tower_of(reducer)
     fed, least = int(handle.adapter.feeds_cls), 1 if tower is None else tower.least

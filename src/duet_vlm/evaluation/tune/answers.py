@@ -19,6 +19,7 @@ from duet_vlm.evaluation.run_sample import attached, inputs_of, sharing
 from duet_vlm.evaluation.shared_vision import SharedVision
 from duet_vlm.evaluation.tasks import Task, TaskQuestion, accepted
 from duet_vlm.evaluation.tune.halving import AnswerScore
+from duet_vlm.reducers.options import marks_salient
 
 FULL = ExperimentCell(BASELINE, label="full model")
 
@@ -144,7 +145,7 @@ def answers(
     for run in runs:
         try:
             with attached(loaded, run, questions) as handle, sharing(shared, handle.reducer), torch.no_grad():
-                salient = run.settings.get("text_query") == "salient"
+                salient = marks_salient(run.settings)
                 inputs = inputs_of(loaded, questions, salient=True) if salient else plain
                 made = loaded.model.generate(
                     **inputs,

@@ -16,6 +16,7 @@ from duet_vlm.reducers.calibration import Calibration, read
 from duet_vlm.reducers.decoder import DecoderView
 from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.observer import Observer
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.scheduled import ScheduledReducer
 from duet_vlm.utils.field_types import FILE
@@ -64,7 +65,7 @@ class D2Pruner(ScheduledReducer):
     score_layer_offset = 1
     requires = frozenset({Input.SCORES, Input.TOKENS, Input.HIDDEN_STATES})
 
-    text_query: str = "last"
+    default_options = TokenOptions(text_query="last")
     prior: str | None = field(default=None, metadata=FILE)
     resize: bool = False
     important: float = 0.7

@@ -12,11 +12,12 @@ from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.ragged import gather_rows
 from duet_vlm.ops.select import ranking
 from duet_vlm.planning.budget import Schedule
-from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.decoder import DecoderView
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.scheduled import ScheduledReducer
+from duet_vlm.utils.field_types import check_choice
 
 PIVOT_ORDERS = ("norm", "set")
 
@@ -78,13 +79,13 @@ class Dart(ScheduledReducer):
         """
         pivots = visual_pivots + text_pivots
         kept = visual_pivots + pivots * (maximum // pivots)
-        released: dict[str, Any] = {"key_norm": 1, "pivot_order": "set", "protect_predicting_tokens": False}
         own: dict[str, Any] = {
             "schedule": ((layers, kept),),
             "visual_pivots": visual_pivots,
             "text_pivots": text_pivots,
         }
-        return cls(**own | released | fields)
+        options = TokenOptions(protect_predicting_tokens=False)
+        return cls.from_preset(options, fields, **own, key_norm=1, pivot_order="set")
 
     def prune_tokens(self, view: DecoderView) -> Tensor:
         keys, text_keys = view.require(Input.DECODER_KEYS)

@@ -19,11 +19,13 @@ from duet_vlm.planning.budget import (
     mean_within,
     target_mean,
 )
-from duet_vlm.reducers.base import ROUNDINGS, check_choice
+from duet_vlm.reducers.base import ROUNDINGS
 from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.plans import plan_keep_all
 from duet_vlm.reducers.registry import register
+from duet_vlm.utils.field_types import check_choice
 
 
 @register("fastv")
@@ -58,7 +60,7 @@ class FastV(DecoderReducer):
     requires = frozenset({Input.SCORES})
     score_layer_offset = 1
 
-    text_query: str = "last"
+    default_options = TokenOptions(text_query="last")
     layers: int = 2
     keep: Keep = 0.5
     rounding: str = "floor"
@@ -78,7 +80,7 @@ class FastV(DecoderReducer):
         check_choice("variant", variant, ("hf", "inplace", "lmms"))
         lmms = {"rounding": "int", "layers": 3, "keep": 0.5}
         presets: dict[str, dict[str, Any]] = {"hf": {"rounding": "round"}, "inplace": {}, "lmms": lmms}
-        return cls(**{"protect_predicting_tokens": False} | presets[variant] | fields)
+        return cls.from_preset(TokenOptions(protect_predicting_tokens=False), fields, **presets[variant])
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         if budget is None:

@@ -21,15 +21,15 @@ from duet_vlm.planning.budget import (
     mean_within,
     target_mean,
 )
-from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.calibration import Calibration, read
 from duet_vlm.reducers.decoder import DecoderView
 from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.observer import Observer
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.scheduled import ScheduledReducer
-from duet_vlm.utils.field_types import FILE
+from duet_vlm.utils.field_types import FILE, check_choice
 
 USUAL = 60
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # of the tokens, per layer: the lines of a table that is fitted
@@ -83,8 +83,8 @@ class FitPrune(ScheduledReducer):
         """
         check_choice("reduction", str(reduction), tuple(map(str, DELETED)))
         left = [TOKENS - sum(DELETED[reduction][:layer]) for layer in range(1, min(depth, 32))]
-        numbers: dict[str, Any] = {"schedule": tuple(enumerate(left, 1)), "protect_predicting_tokens": False}
-        return cls(**numbers | fields)
+        options = TokenOptions(protect_predicting_tokens=False)
+        return cls.from_preset(options, fields, schedule=tuple(enumerate(left, 1)))
 
     @classmethod
     def observer(cls) -> Observer:

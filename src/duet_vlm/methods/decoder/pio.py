@@ -10,12 +10,13 @@ from torch import Tensor
 
 from duet_vlm.ops.greedy import cosine, greedy_nms
 from duet_vlm.planning.budget import Schedule
-from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.decoder import DecoderView
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.scheduled import ScheduledReducer
 from duet_vlm.reducers.scoring import ScoringRules
+from duet_vlm.utils.field_types import check_choice
 
 
 @register("pio")
@@ -75,12 +76,8 @@ class Pio(ScheduledReducer):
         for layer, count in zip(layers, counts, strict=True):
             if count and (not schedule or count < schedule[-1][1]):
                 schedule.append((layer, count))
-        released: dict[str, Any] = {
-            "schedule": tuple(schedule),
-            "positions": "compact",
-            "protect_predicting_tokens": False,
-        }
-        return cls(**released | fields)
+        options = TokenOptions(positions="compact", protect_predicting_tokens=False)
+        return cls.from_preset(options, fields, schedule=tuple(schedule))
 
     @classmethod
     def official_qwen(
@@ -92,13 +89,8 @@ class Pio(ScheduledReducer):
         published: these are those of the LLaVA stages.
         """
         schedule = tuple(zip(layers, ratios, strict=True))
-        released: dict[str, Any] = {
-            "relative": "current",
-            "rounding": "int",
-            "probe": "last",
-            "protect_predicting_tokens": False,
-        }
-        return cls(**{"schedule": schedule} | released | fields)
+        options = TokenOptions(protect_predicting_tokens=False)
+        return cls.from_preset(options, fields, schedule=schedule, relative="current", rounding="int", probe="last")
 
     def scoring_rules(self) -> ScoringRules:
         return ScoringRules(probe=self.probe)

@@ -12,6 +12,7 @@ from duet_vlm.reducers.calibration import Calibration
 from duet_vlm.reducers.decoder import DecoderView
 from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.observer import Observer
+from duet_vlm.reducers.options import TokenOptions
 
 Grid = tuple[int, int] | None
 
@@ -25,7 +26,7 @@ class PositionBiasObserver(Observer):
     score_layer_offset = 1
     requires = frozenset({Input.SCORES, Input.TOKENS})
 
-    text_query: str = "last"
+    default_options = TokenOptions(text_query="last")
     layer: int = 2
 
     def extra_stages(self, depth: int) -> frozenset[int]:

@@ -22,12 +22,13 @@ from duet_vlm.planning.budget import (
     mean_within,
     target_mean,
 )
-from duet_vlm.reducers.base import ROUNDINGS, check_choice
+from duet_vlm.reducers.base import ROUNDINGS
 from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all
 from duet_vlm.reducers.registry import register
-from duet_vlm.reducers.scoring import ScoringRules
+from duet_vlm.utils.field_types import check_choice
 
 
 def between(early: Schedule, late: Schedule, weight: float) -> Schedule:
@@ -63,8 +64,6 @@ class PyramidDrop(DecoderReducer):
         each time. With a budget the schedule is solved, see below.
     rounding : str
         "floor" (exact product) or "int" (truncated float product, released code).
-    skip_unanswered : bool
-        Leave samples without any supervised label whole (released training code).
 
     A budget moves along one path of schedules, without a jump. From the floor up, the share kept per stage grows at the
     stages that the authors give for small budgets, [2, 8, 16]/32 of the depth, until it is 0.56. Then every layer keeps
@@ -85,10 +84,9 @@ class PyramidDrop(DecoderReducer):
     summary = "drop in stages inside the decoder by the last instruction token's attention"
     requires = frozenset({Input.SCORES})
 
-    text_query: str = "last"
+    default_options = TokenOptions(text_query="last")
     schedule: Schedule | None = None
     rounding: str = "floor"
-    skip_unanswered: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,14 +99,10 @@ class PyramidDrop(DecoderReducer):
         """Return the settings of the released code: compact positions, truncated float products, the tokens before all
         answers in training.
         """
-        preset: dict[str, Any] = {
-            "positions": "compact",
-            "rounding": "int",
-            "training_turns": "all",
-            "skip_unanswered": True,
-        }
-        preset["protect_predicting_tokens"] = False
-        return cls(**{"schedule": schedule} | preset | fields)
+        options = TokenOptions(
+            positions="compact", training_turns="all", skip_unanswered=True, protect_predicting_tokens=False
+        )
+        return cls.from_preset(options, fields, schedule=schedule, rounding="int")
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         check_budget_or_fields(self, budget, self.schedule is not None, "schedule=")
@@ -144,9 +138,6 @@ class PyramidDrop(DecoderReducer):
 
     def with_paper_schedule(self, depth: int, share: float | None = None) -> PyramidDrop:
         return self if self.schedule is not None else replace(self, schedule=pyramid(depth))
-
-    def scoring_rules(self) -> ScoringRules:
-        return ScoringRules(skip_unanswered=self.skip_unanswered)
 
     def prune_tokens(self, view: DecoderView) -> Tensor:
         return top(view.require(Input.SCORES), view.valid, view.num_keep)

@@ -13,12 +13,13 @@ from duet_vlm.ops.ragged import gather_rows, pack_right, upload
 from duet_vlm.ops.select import ranking, ranks, top
 from duet_vlm.planning.budget import Schedule, count_of, largest_int
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.decoder import DecoderView
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.scheduled import ScheduledReducer
 from duet_vlm.reducers.scoring import ScoringRules
+from duet_vlm.utils.field_types import check_choice
 
 RELEASED = {  # tokens kept at each stage, of 576
     "1.5": {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)},
@@ -70,7 +71,7 @@ class SparseVLM(ScheduledReducer):
     requires = frozenset({Input.SCORES, Input.HIDDEN_STATES})
     merges = True
 
-    text_query: str = "raters"
+    default_options = TokenOptions(text_query="raters")
     recycle: bool = True
     best_heads: int | None = None
     released: bool = False
@@ -90,15 +91,12 @@ class SparseVLM(ScheduledReducer):
         """
         check_choice("version", version, tuple(RELEASED))
         check_choice("tokens", str(tokens), tuple(map(str, RELEASED[version])))
-        schedule = tuple(zip(LAYERS, RELEASED[version][tokens], strict=True))
-        every: dict[str, Any] = {
-            "schedule": schedule,
-            "relative": "current",
-            "released": True,
-            "protect_predicting_tokens": False,
-        }
-        second = {"recycle": False, "best_heads": HEADS, "score_positions": "divided"}
-        return cls(**every | ({"positions": "compact"} if version == "1.5" else second) | fields)
+        counts: dict[str, Any] = {"schedule": tuple(zip(LAYERS, RELEASED[version][tokens], strict=True))}
+        counts |= {"relative": "current", "released": True}
+        if version == "1.5":
+            return cls.from_preset(TokenOptions(positions="compact", protect_predicting_tokens=False), fields, **counts)
+        second: dict[str, Any] = {"recycle": False, "best_heads": HEADS, "score_positions": "divided"}
+        return cls.from_preset(TokenOptions(protect_predicting_tokens=False), fields, **counts, **second)
 
     def extra_stages(self, depth: int) -> frozenset[int]:
         """With ``released``, stages that only reorder: a single recycled token moves after the kept ones, and none is

@@ -17,6 +17,7 @@ from duet_vlm.planning.budget import Schedule
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.decoder import DecoderView
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.scheduled import ScheduledReducer
 
@@ -53,8 +54,7 @@ class TokenCarve(ScheduledReducer):
     requires = frozenset({Input.SCORES, Input.HIDDEN_STATES})
     merges = True
 
-    text_query: str = "last"
-    trim_kv_cache: bool = True
+    default_options = TokenOptions(text_query="last", trim_kv_cache=True)
     attention_weight: float = 0.5
 
     def __post_init__(self) -> None:
@@ -65,12 +65,8 @@ class TokenCarve(ScheduledReducer):
     @classmethod
     def official(cls, keep: int = 128, attention_weight: float = 0.5, **fields: Any) -> TokenCarve:
         """Return the released counts: ``keep`` tokens from layer 2 on."""
-        released: dict[str, Any] = {
-            "schedule": ((2, keep),),
-            "attention_weight": attention_weight,
-            "protect_predicting_tokens": False,
-        }
-        return cls(**released | fields)
+        options = TokenOptions(protect_predicting_tokens=False)
+        return cls.from_preset(options, fields, schedule=((2, keep),), attention_weight=attention_weight)
 
     def prune_tokens(self, view: DecoderView) -> Selection:
         hidden_states = view.require(Input.HIDDEN_STATES)

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from duet_vlm.ops.select import top
 from duet_vlm.planning.budget import Schedule
-from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.decoder import DecoderView
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.scheduled import ScheduledReducer
+from duet_vlm.utils.field_types import check_choice
 
 
 @register("v2drop")
@@ -46,13 +47,8 @@ class V2Drop(ScheduledReducer):
         """Return the released counts, relative to the current tokens at each stage: "llava" or "qwen2_vl"."""
         check_choice("model", model, ("llava", "qwen2_vl"))
         schedule = ((3, 0.5), (17, 0.5), (22, 0.0)) if model == "llava" else ((3, 0.25), (16, 0.05), (22, 0.0))
-        released: dict[str, Any] = {
-            "schedule": schedule,
-            "relative": "current",
-            "rounding": "int",
-            "protect_predicting_tokens": False,
-        }
-        return cls(**released | fields)
+        options = TokenOptions(protect_predicting_tokens=False)
+        return cls.from_preset(options, fields, schedule=schedule, relative="current", rounding="int")
 
     def prune_tokens(self, view: DecoderView) -> Tensor:
         moved = (view.require(Input.HIDDEN_STATES).float() - view.require(Input.PREVIOUS_HIDDEN_STATES).float()).norm(

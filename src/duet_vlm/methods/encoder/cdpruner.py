@@ -10,11 +10,12 @@ from torch import Tensor
 from duet_vlm.ops.greedy import conditional_kernel, cosine, greedy_dpp_map
 from duet_vlm.ops.saliency import OFFSET, min_max_scaled, relevance
 from duet_vlm.planning.budget import Keep
-from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.encoder import EncoderView
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.score import ScoreReducer
+from duet_vlm.utils.field_types import check_choice
 
 
 @register("cdpruner")
@@ -65,14 +66,8 @@ class CDPruner(ScoreReducer):
         """Return the settings of the released LLaVA code: relevance in CLIP's space, scaled over the call, compact
         positions; ``keep`` patches of each crop.
         """
-        released: dict[str, Any] = {
-            "relevance": "contrastive",
-            "scale": "call",
-            "positions": "compact",
-            "crops": "per_crop",
-            "protect_predicting_tokens": False,
-        }
-        return cls(**{"keep": keep} | released | fields)
+        options = TokenOptions(positions="compact", crops="per_crop", protect_predicting_tokens=False)
+        return cls.from_preset(options, fields, keep=keep, relevance="contrastive", scale="call")
 
     @property
     def requires(self) -> frozenset[Input]:  # type: ignore[override]

@@ -9,11 +9,13 @@ from duet_vlm.ops.greedy import cosine, max_min_diversity
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import ROUNDINGS, check_choice
+from duet_vlm.reducers.base import ROUNDINGS
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.plans import plan_fixed_count
 from duet_vlm.reducers.registry import register
+from duet_vlm.utils.field_types import check_choice
 
 
 @register("divprune")
@@ -56,9 +58,8 @@ class DivPrune(EncoderReducer):
     @classmethod
     def official(cls, keep: Keep = 0.098, **fields: Any) -> DivPrune:
         """Return the settings of the released LLaVA code: rounded counts, compact positions."""
-        return cls(
-            **{"keep": keep, "rounding": "round", "positions": "compact", "protect_predicting_tokens": False} | fields
-        )
+        options = TokenOptions(positions="compact", protect_predicting_tokens=False)
+        return cls.from_preset(options, fields, keep=keep, rounding="round")
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         return plan_fixed_count(self, self.keep, tokens, depth, budget, self.rounding)

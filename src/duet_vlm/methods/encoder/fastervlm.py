@@ -10,6 +10,7 @@ from torch import Tensor
 from duet_vlm.planning.budget import Keep
 from duet_vlm.reducers.encoder import EncoderView
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.score import ScoreReducer
 
@@ -40,16 +41,10 @@ class FasterVLM(ScoreReducer):
     @classmethod
     def official(cls, keep: Keep = 144, **fields: Any) -> FasterVLM:
         """Return the settings of the released LLaVA code: compact positions; ``keep`` patches of each crop."""
-        return cls(
-            **{
-                "keep": keep,
-                "positions": "compact",
-                "crops": "per_crop",
-                "protect_predicting_tokens": False,
-                "signal_queries": None,
-            }
-            | fields
+        options = TokenOptions(
+            positions="compact", crops="per_crop", protect_predicting_tokens=False, signal_queries=None
         )
+        return cls.from_preset(options, fields, keep=keep)
 
     def score(self, view: EncoderView) -> Tensor:
         return view.require(Input.IMPORTANCE)

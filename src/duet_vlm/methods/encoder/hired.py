@@ -12,12 +12,14 @@ from duet_vlm.ops.groups import proportional_shares, sums_of_groups, top_of_grou
 from duet_vlm.ops.ragged import upload
 from duet_vlm.ops.select import top
 from duet_vlm.planning.budget import Keep, count_of
-from duet_vlm.reducers.base import ROUNDINGS, check_choice
+from duet_vlm.reducers.base import ROUNDINGS
 from duet_vlm.reducers.encoder import EncoderView
 from duet_vlm.reducers.encoder_view import Layer
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.score import ScoreReducer
+from duet_vlm.utils.field_types import check_choice
 
 MOST_CROPS = 64  # more than any model cuts a picture into
 FAR = 1 << 30
@@ -71,23 +73,18 @@ class HiRED(ScoreReducer):
             raise ValueError(f"alpha={self.alpha}: the overview's share of the budget, in [0, 1]")
         check_choice("regions", self.regions, ("quadrants", "stripes"))
         check_choice("rounding", self.rounding, ROUNDINGS)
-        if self.cls_token:
+        if self.options.cls_token:
             raise ValueError(f"cls_token=True cannot work with {self.name}: the CLS row stands nowhere in a crop")
 
     @classmethod
     def official(cls, keep: Keep = 0.2, alpha: float = 0.5, **fields: Any) -> HiRED:
         """Return the settings of the released code: stripes, truncated float products, compact positions."""
-        released: dict[str, Any] = {
-            "regions": "stripes",
-            "rounding": "int",
-            "positions": "compact",
-            "protect_predicting_tokens": False,
-        }
-        return cls(**{"keep": keep, "alpha": alpha, "crops": "joint", "signal_queries": None} | released | fields)
+        options = TokenOptions(positions="compact", crops="joint", protect_predicting_tokens=False, signal_queries=None)
+        return cls.from_preset(options, fields, keep=keep, alpha=alpha, regions="stripes", rounding="int")
 
     @property
     def signal_layers(self) -> tuple[Layer, ...]:
-        return (self.signal_layer, self.early)
+        return (self.options.signal_layer, self.early)
 
     def score(self, view: EncoderView) -> Tensor:
         return view.require(Input.IMPORTANCE)

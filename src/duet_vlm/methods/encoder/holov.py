@@ -12,11 +12,12 @@ from duet_vlm.ops.greedy import cosine
 from duet_vlm.ops.groups import proportional_shares, segment_numbers, sums_of_groups, top_of_groups
 from duet_vlm.ops.select import ranking, ranks
 from duet_vlm.planning.budget import Keep
-from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.encoder import EncoderView
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.score import ScoreReducer
+from duet_vlm.utils.field_types import check_choice
 
 TINY = torch.finfo(torch.float32).tiny
 BOUND = 1e30  # what a CLS row that must come first is given for attention
@@ -78,13 +79,8 @@ class HoloV(ScoreReducer):
         """Return the settings of the released LLaVA code: ranking by attention within a segment, whole shares, compact
         positions.
         """
-        released: dict[str, Any] = {
-            "within": "attention",
-            "split": "floor",
-            "positions": "compact",
-            "protect_predicting_tokens": False,
-        }
-        return cls(**{"keep": keep, "crops": "joint", "signal_queries": None} | released | fields)
+        options = TokenOptions(positions="compact", crops="joint", protect_predicting_tokens=False, signal_queries=None)
+        return cls.from_preset(options, fields, keep=keep, within="attention", split="floor")
 
     def choose(self, scores: Tensor, view: EncoderView) -> Tensor:
         stretch = segment_numbers(view.valid, self.num_crops)

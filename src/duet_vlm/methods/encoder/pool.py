@@ -11,6 +11,7 @@ from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.plans import plan_fixed_count
 from duet_vlm.reducers.registry import register
 
@@ -39,12 +40,12 @@ class Pool(EncoderReducer):
     summary = "the mean of every window of a grid as one row, before the decoder (baseline)"
     requires = frozenset({Input.FEATURES, Input.GRID})
 
-    crops: str = "per_crop"
+    default_options = TokenOptions(crops="per_crop")
     keep: Keep | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.cls_token:
+        if self.options.cls_token:
             raise ValueError(
                 "cls_token=True: pool makes its rows of patches, the CLS row is none of them; leave it out"
             )

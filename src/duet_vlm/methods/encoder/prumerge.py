@@ -22,12 +22,14 @@ from duet_vlm.planning.budget import (
     target_mean,
 )
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import ROUNDINGS, check_choice
+from duet_vlm.reducers.base import ROUNDINGS
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.scoring import ScoringRules
+from duet_vlm.utils.field_types import check_choice
 
 
 @register("prumerge")
@@ -89,7 +91,7 @@ class PruMerge(EncoderReducer):
         check_choice("order", self.order, ("raster", "attention"))
         check_choice("rounding", self.rounding, ROUNDINGS)
         check_choice("signal_heads", self.signal_heads, ("each", "one"))
-        if self.cls_token:
+        if self.options.cls_token:
             raise ValueError(
                 f"cls_token=True cannot work with {self.name}: the CLS row has no attention of its own to weigh it by"
             )
@@ -101,20 +103,12 @@ class PruMerge(EncoderReducer):
 
         Sums, the last vision layer, compact positions.
         """
-        released: dict[str, Any] = {
-            "merge": "sum",
-            "order": "attention",
-            "rounding": "int",
-            "signal_heads": "one",
-            "signal_layer": -1,
-        }
-        released |= {
-            "positions": "compact",
-            "crops": "per_crop",
-            "protect_predicting_tokens": False,
-            "signal_queries": None,
-        }
-        return cls(**{"keep": keep} | released | fields)
+        options = TokenOptions(
+            positions="compact", crops="per_crop", protect_predicting_tokens=False, signal_queries=None, signal_layer=-1
+        )
+        return cls.from_preset(
+            options, fields, keep=keep, merge="sum", order="attention", rounding="int", signal_heads="one"
+        )
 
     def scoring_rules(self) -> ScoringRules:
         return ScoringRules(signal_heads=self.signal_heads)

@@ -14,10 +14,10 @@ from duet_vlm.ops.ragged import pack_right, upload
 from duet_vlm.ops.select import outliers, ranking, spaced_picks, top
 from duet_vlm.planning.budget import Budget, Keep, SpanPlan
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.encoder import EncoderView
 from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
+from duet_vlm.utils.field_types import check_choice
 
 
 @register("prumerge_plus")

@@ -15,6 +15,7 @@ from duet_vlm.ops.select import ranking, ranks
 from duet_vlm.planning.budget import Keep
 from duet_vlm.reducers.encoder import EncoderView
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.score import ScoreReducer
 
@@ -56,7 +57,7 @@ class PruneSID(ScoreReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.cls_token:
+        if self.options.cls_token:
             raise ValueError(f"cls_token=True cannot work with {self.name}: the CLS row is no token to group")
 
     @classmethod
@@ -64,16 +65,10 @@ class PruneSID(ScoreReducer):
         """Return the settings of the released LLaVA code, except for the differences listed in the class: compact
         positions; ``keep`` patches of each crop.
         """
-        return cls(
-            **{
-                "keep": keep,
-                "positions": "compact",
-                "crops": "per_crop",
-                "protect_predicting_tokens": False,
-                "signal_queries": None,
-            }
-            | fields
+        options = TokenOptions(
+            positions="compact", crops="per_crop", protect_predicting_tokens=False, signal_queries=None
         )
+        return cls.from_preset(options, fields, keep=keep)
 
     def score(self, view: EncoderView) -> Tensor:
         return view.require(Input.IMPORTANCE)

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from duet_vlm.ops.greedy import cosine, greedy_coverage
-from duet_vlm.reducers.base import check_choice, check_picks
+from duet_vlm.reducers.base import check_picks
 from duet_vlm.reducers.encoder import EncoderView
 from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.score import ScoreReducer
+from duet_vlm.utils.field_types import check_choice
 
 
 @register("scope")

@@ -12,11 +12,12 @@ from duet_vlm.ops.merge import matched
 from duet_vlm.ops.ragged import gather_rows, pack_right
 from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.plans import plan_fixed_count
 from duet_vlm.reducers.registry import register
+from duet_vlm.utils.field_types import check_choice
 
 
 @register("tome")
@@ -65,7 +66,7 @@ class ToMe(EncoderReducer):
         check_choice("order", self.order, ("raster", "released"))
         if self.pace < 2:
             raise ValueError(f"pace={self.pace}: at most every second token can leave in a round, give 2 or more")
-        if self.cls_token:
+        if self.options.cls_token:
             raise ValueError("cls_token=True cannot work with tome: the CLS row would be merged like any other")
 
     @classmethod
@@ -73,14 +74,8 @@ class ToMe(EncoderReducer):
         """Return the settings of the released code's matching, in its order, at compact positions; ``keep`` tokens of
         each crop.
         """
-        released: dict[str, Any] = {
-            "order": "released",
-            "pace": 2,
-            "positions": "compact",
-            "crops": "per_crop",
-            "protect_predicting_tokens": False,
-        }
-        return cls(**{"keep": keep} | released | fields)
+        options = TokenOptions(positions="compact", crops="per_crop", protect_predicting_tokens=False)
+        return cls.from_preset(options, fields, keep=keep, order="released", pace=2)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         return plan_fixed_count(self, self.keep, tokens, depth, budget)

@@ -10,12 +10,13 @@ from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import top
 from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep, count_of, infeasible_budget, target_mean
 from duet_vlm.planning.tokens import MERGES, Selection
-from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.scoring import ScoringRules
+from duet_vlm.utils.field_types import check_choice
 
 
 @register("visionzip")
@@ -72,21 +73,18 @@ class VisionZip(EncoderReducer):
         """Return the settings of the released LLaVA code: CLS counts as a dominant token, anchor + mean, [CLS,
         dominant, contextual] at compact positions.
         """
-        preset: dict[str, Any] = {
-            "cls_token": True,
-            "positions": "compact",
-            "merge": "anchor_plus_mean",
-            "anchor_step": "floor",
-        }
-        preset |= {"protect_predicting_tokens": False, "signal_queries": None}
-        return cls(**{"dominant": dominant, "contextual": contextual} | preset | fields)
+        options = TokenOptions(
+            cls_token=True, positions="compact", protect_predicting_tokens=False, signal_queries=None
+        )
+        settings: dict[str, Any] = {"dominant": dominant, "contextual": contextual}
+        return cls.from_preset(options, fields, **settings, merge="anchor_plus_mean", anchor_step="floor")
 
     def scoring_rules(self) -> ScoringRules:
         return ScoringRules(signal_segments=self.signal_segments)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         check_budget_or_fields(self, budget, self.dominant is not None, "dominant=, contextual=")
-        available = tokens + self.cls_token
+        available = tokens + self.options.cls_token
         if budget is None:
             assert self.dominant is not None
             dominant = count_of(self.dominant, available)

@@ -12,6 +12,7 @@ from duet_vlm.ops.greedy import cosine
 from duet_vlm.planning.budget import Keep
 from duet_vlm.reducers.encoder import EncoderView
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.score import ScoreReducer
 
@@ -60,13 +61,10 @@ class VisPruner(ScoreReducer):
     @classmethod
     def official(cls, keep: Keep = 128, important: float = 0.5, **fields: Any) -> VisPruner:
         """Return the settings of the released LLaVA code: compact positions; ``keep`` patches of each crop."""
-        released: dict[str, Any] = {
-            "positions": "compact",
-            "crops": "per_crop",
-            "protect_predicting_tokens": False,
-            "signal_queries": None,
-        }
-        return cls(**{"keep": keep, "important": important} | released | fields)
+        options = TokenOptions(
+            positions="compact", crops="per_crop", protect_predicting_tokens=False, signal_queries=None
+        )
+        return cls.from_preset(options, fields, keep=keep, important=important)
 
     def score(self, view: EncoderView) -> Tensor:
         return view.require(Input.IMPORTANCE)

@@ -16,6 +16,7 @@ from duet_vlm.reducers.compressor import Compressor, ModuleSizes, attended, chec
 from duet_vlm.reducers.encoder import EncoderView
 from duet_vlm.reducers.encoder_view import Layer
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.registry import register
 
 EPSILON = 1e-6  # of its norms
@@ -55,7 +56,7 @@ class QueCC(Compressor):
     requires = frozenset({Input.STATES, Input.FEATURES, Input.GRID, Input.QUESTION, Input.QUESTION_STATE})
     module_inputs: ClassVar[tuple[str, ...]] = ("heads", "kernel")
 
-    crops: str = "per_crop"
+    default_options = TokenOptions(crops="per_crop")
     heads: int = 8
     kernel: int = 4
 
@@ -66,7 +67,7 @@ class QueCC(Compressor):
 
     @property
     def signal_layers(self) -> tuple[Layer, ...]:
-        return (*LEVELS[:-1], self.signal_layer)
+        return (*LEVELS[:-1], self.options.signal_layer)
 
     def module(self, sizes: ModuleSizes) -> nn.Module:
         check_heads(self.heads, sizes.rows, "rows")

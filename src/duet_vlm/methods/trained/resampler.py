@@ -14,6 +14,7 @@ from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.compressor import Compressor, ModuleSizes, attended, check_heads
 from duet_vlm.reducers.encoder import EncoderView
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.registry import register
 
 LONGEST = 10_000.0  # of the waves that places are written in
@@ -47,7 +48,7 @@ class Resampler(Compressor):
     requires = frozenset({Input.FEATURES, Input.GRID})
     module_inputs: ClassVar[tuple[str, ...]] = ("heads", "layers")
 
-    crops: str = "per_crop"
+    default_options = TokenOptions(crops="per_crop")
     heads: int = 8
     layers: int = 1
 

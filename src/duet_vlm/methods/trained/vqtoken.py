@@ -14,11 +14,12 @@ from duet_vlm.ops.merge import shares, unit_rows
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.planning.budget import Keep
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.compressor import Compressor, ModuleSizes, attended, check_heads
 from duet_vlm.reducers.encoder import EncoderView
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.registry import register
+from duet_vlm.utils.field_types import check_choice
 
 FORMS = ("paper", "code", "codebook")
 BINS = (4, 8, 8)  # of time (or crops), rows and columns, in which a cluster's places are told
@@ -68,7 +69,7 @@ class VQToken(Compressor):
     compares_frames = True
     module_inputs: ClassVar[tuple[str, ...]] = ("heads", "form", "frame")
 
-    crops: str = "joint"
+    default_options = TokenOptions(crops="joint")
     form: str = "paper"
     norms: bool = True
     frame: int | None = None

@@ -26,12 +26,13 @@ from duet_vlm.planning.budget import (
     target_mean,
 )
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all, plan_with_schedule
 from duet_vlm.reducers.registry import register
+from duet_vlm.utils.field_types import check_choice
 
 SLOTS = ("own", "released", "behind")
 
@@ -100,7 +101,7 @@ class ApET(EncoderReducer, DecoderReducer):
             raise ValueError(
                 f"{found}: at least 1 basis token, a ridge above 0, no negative start, and a share in [0, 1)"
             )
-        if self.cls_token:
+        if self.options.cls_token:
             raise ValueError("cls_token=True cannot work with apet: the CLS row would be approximated like any other")
 
     @classmethod
@@ -108,23 +109,16 @@ class ApET(EncoderReducer, DecoderReducer):
         """Return the settings of the released LLaVA code: ``keep`` tokens enter, ``inside`` of them are kept before
         ``layer``; compact positions.
         """
-        released: dict[str, Any] = {
-            "slots": "released",
-            "positions": "compact",
-            "crops": "per_crop",
-            "protect_predicting_tokens": False,
-        }
-        return cls(**{"keep": keep, "schedule": ((layer, inside),)} | released | fields)
+        options = TokenOptions(positions="compact", crops="per_crop", protect_predicting_tokens=False)
+        return cls.from_preset(options, fields, keep=keep, schedule=((layer, inside),), slots="released")
 
     @classmethod
     def official_qwen(cls, keep: Keep = 0.3, **fields: Any) -> ApET:
         """Return the settings of the released Qwen2.5-VL code, whose drop inside the decoder (``ridge=0.1``) is defined
         but never called.
         """
-        return cls(
-            **{"keep": keep, "schedule": (), "slots": "released", "own_share": 0.5, "protect_predicting_tokens": False}
-            | fields
-        )
+        options = TokenOptions(protect_predicting_tokens=False)
+        return cls.from_preset(options, fields, keep=keep, schedule=(), slots="released", own_share=0.5)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         check_budget_or_fields(self, budget, self.keep is not None or self.schedule is not None, "keep=, schedule=")

@@ -24,17 +24,22 @@ from duet_vlm.planning.budget import (
     target_mean,
 )
 from duet_vlm.planning.tokens import MERGES, Selection
-from duet_vlm.reducers.base import ROUNDINGS, check_choice
+from duet_vlm.reducers.base import ROUNDINGS
 from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all, plan_with_schedule
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.scoring import ScoringRules
+from duet_vlm.utils.field_types import check_choice
 
-RELEASED: dict[str, Any] = {  # both released codes
-    "merge": "anchor_plus_mean", "anchor_step": "floor", "rounding": "int", "protect_predicting_tokens": False, "signal_queries": None,
-}  # fmt: skip
+RELEASED: dict[str, Any] = {
+    "merge": "anchor_plus_mean",
+    "anchor_step": "floor",
+    "rounding": "int",
+}  # both released codes
+RELEASED_OPTIONS = TokenOptions(protect_predicting_tokens=False, signal_queries=None)
 
 
 @register("duet")
@@ -70,8 +75,6 @@ class Duet(EncoderReducer, DecoderReducer):
         everything in the call, as the released Qwen2.5-VL code does under sdpa.
     score_mask : str
         "causal": a query sees what precedes it; "none": every token (released Qwen2.5-VL code).
-    skip_unanswered : bool
-        Leave samples without any supervised label whole (released training code).
 
     Cost: one row of attention (CLS) or blocked column sums of one vision layer; per T2V stage one key projection of all
     rows plus queries of the text rows. Needs: vision attention, vision keys, text after the image. Usable in training.
@@ -95,7 +98,6 @@ class Duet(EncoderReducer, DecoderReducer):
     rounding: str = "floor"
     signal_segments: bool = True
     score_mask: str = "causal"
-    skip_unanswered: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,14 +121,11 @@ class Duet(EncoderReducer, DecoderReducer):
         """Return the settings of the released LLaVA code: CLS counts as a dominant token, compact positions, anchor +
         mean, all turns in training.
         """
-        preset: dict[str, Any] = {
-            "cls_token": True,
-            "positions": "compact",
-            "training_turns": "all",
-            "skip_unanswered": True,
-        }
         counts = {"dominant": dominant, "contextual": contextual, "cluster_width": cluster_width}
-        return cls(**RELEASED | counts | preset | fields)
+        options = RELEASED_OPTIONS.overlaid(
+            TokenOptions(cls_token=True, positions="compact", training_turns="all", skip_unanswered=True)
+        )
+        return cls.from_preset(options, fields, **RELEASED, **counts)
 
     @classmethod
     def official_qwen25(
@@ -136,14 +135,13 @@ class Duet(EncoderReducer, DecoderReducer):
         without a causal mask.
         """
         counts = {"dominant": dominant, "contextual": contextual, "cluster_width": cluster_width}
-        return cls(**RELEASED | counts | {"signal_layer": -1, "score_mask": "none"} | fields)
+        options = RELEASED_OPTIONS.overlaid(TokenOptions(signal_layer=-1))
+        return cls.from_preset(options, fields, **RELEASED, **counts, score_mask="none")
 
     # ---- how many
 
     def scoring_rules(self) -> ScoringRules:
-        return ScoringRules(
-            signal_segments=self.signal_segments, score_mask=self.score_mask, skip_unanswered=self.skip_unanswered
-        )
+        return ScoringRules(signal_segments=self.signal_segments, score_mask=self.score_mask)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         given = self.dominant is not None or self.schedule is not None
@@ -153,7 +151,7 @@ class Duet(EncoderReducer, DecoderReducer):
         )
 
     def _planned(self, tokens: int, depth: int) -> SpanPlan:
-        available = tokens + self.cls_token
+        available = tokens + self.options.cls_token
         dominant, contextual = tokens, 0
         if self.dominant is not None:
             dominant = min(count_of(self.dominant, available, self.rounding), available)
@@ -162,7 +160,7 @@ class Duet(EncoderReducer, DecoderReducer):
             if self.anchor_step == "floor":
                 contextual = max(contextual if self.cluster_width else 0, min(1, available - dominant))
             if dominant + contextual > tokens:
-                if self.cls_token:
+                if self.options.cls_token:
                     raise ValueError(
                         f"dominant={dominant} (CLS included) + contextual={contextual} rows do not fit the image's {tokens} placeholders"
                     )

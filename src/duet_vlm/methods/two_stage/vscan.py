@@ -28,13 +28,14 @@ from duet_vlm.planning.budget import (
     target_mean,
 )
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
 from duet_vlm.reducers.encoder_view import Layer
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all, plan_with_schedule
 from duet_vlm.reducers.registry import register
+from duet_vlm.utils.field_types import check_choice
 
 
 @register("vscan")
@@ -79,7 +80,7 @@ class VScan(EncoderReducer, DecoderReducer):
     summary = "keep local and global vision tokens of two vision layers, merge all others into them; drop once by the last text row"
     requires = frozenset({Input.IMPORTANCE, Input.PROJECTED_FEATURES, Input.GRID, Input.SCORES})
 
-    text_query: str = "last"
+    default_options = TokenOptions(text_query="last")
     keep: Keep | None = None
     window: int = 6
     shallow: Layer = 0.25
@@ -103,34 +104,20 @@ class VScan(EncoderReducer, DecoderReducer):
 
         ``keep`` is the count of each crop, and the schedule has counts.
         """
-        released: dict[str, Any] = {
-            "local": "equal",
-            "shallow": 5,
-            "positions": "compact",
-            "crops": "per_crop",
-            "protect_predicting_tokens": False,
-        }
-        return cls(**{"keep": keep, "schedule": schedule} | released | fields)
+        options = TokenOptions(positions="compact", crops="per_crop", protect_predicting_tokens=False)
+        return cls.from_preset(options, fields, keep=keep, schedule=schedule, local="equal", shallow=5)
 
     @classmethod
     def official_qwen25(
         cls, keep: Keep | None = 0.25, schedule: Schedule | None = ((14, 1 / 3),), **fields: Any
     ) -> VScan:
         """Return the settings of the released Qwen2.5-VL code: windows of 4, attention from all patches of an image."""
-        return cls(
-            **{
-                "keep": keep,
-                "schedule": schedule,
-                "window": 4,
-                "signal_queries": None,
-                "protect_predicting_tokens": False,
-            }
-            | fields
-        )
+        options = TokenOptions(signal_queries=None, protect_predicting_tokens=False)
+        return cls.from_preset(options, fields, keep=keep, schedule=schedule, window=4)
 
     @property
     def signal_layers(self) -> tuple[Layer, ...]:
-        return (self.signal_layer, self.shallow)
+        return (self.options.signal_layer, self.shallow)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         check_budget_or_fields(

@@ -8,6 +8,7 @@ from typing import Any
 from duet_vlm.methods.video.frames import Frames
 from duet_vlm.planning.budget import Budget, SpanPlan
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.plans import plan_fixed_count
 from duet_vlm.reducers.registry import register
 
@@ -39,7 +40,7 @@ class EVS(Frames):
         """
         if not 0 <= pruned < 1:
             raise ValueError(f"pruned={pruned}: the share of tokens that leave, in [0, 1)")
-        return cls(**{"keep": 1.0 - pruned, "protect_predicting_tokens": False} | fields)
+        return cls.from_preset(TokenOptions(protect_predicting_tokens=False), fields, keep=1.0 - pruned)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         return plan_fixed_count(self, self.keep, tokens, depth, budget, "int")

@@ -15,10 +15,11 @@ from duet_vlm.ops.ragged import gather_rows
 from duet_vlm.ops.select import ranking, ranks, top
 from duet_vlm.ops.video import FrameWindows, VideoTokens, split_windows
 from duet_vlm.planning.budget import Budget, Keep, SpanPlan
-from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.encoder import EncoderView
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.registry import register
+from duet_vlm.utils.field_types import check_choice
 
 NEIGHBOURS = 4  # that decide how dense it is around a row
 
@@ -85,9 +86,8 @@ class FastVID(VideoReducer):
     @classmethod
     def official(cls, keep: Keep = 0.25, **fields: Any) -> FastVID:
         """Return the settings of the released rule with a given count."""
-        return cls(
-            **{"keep": keep, "merge": "frames", "protect_predicting_tokens": False, "signal_queries": None} | fields
-        )
+        options = TokenOptions(protect_predicting_tokens=False, signal_queries=None)
+        return cls.from_preset(options, fields, keep=keep, merge="frames")
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         plan = super().plan(tokens, depth, budget)

@@ -54,11 +54,11 @@ class Frames(EncoderReducer):
         super().__post_init__()
         if self.keep is not None:
             check_keep("keep", self.keep)
-        if self.crops == "per_crop":
+        if self.options.crops == "per_crop":
             raise ValueError(
                 f"{self.name} compares the frames of a clip, and crops='per_crop' would separate them: use crops='joint'"
             )
-        if self.cls_token:
+        if self.options.cls_token:
             raise ValueError(
                 f"cls_token=True cannot work with {self.name}: the CLS row has no place in the frame to compare"
             )

@@ -18,11 +18,12 @@ from duet_vlm.ops.static_regions import StaticDynamicSets, everywhere, gains, me
 from duet_vlm.ops.video import FrameWindows, VideoTokens, alike_before, split_windows
 from duet_vlm.planning.budget import Keep, Schedule
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.decoder import DecoderView
 from duet_vlm.reducers.encoder import EncoderView
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.registry import register
+from duet_vlm.utils.field_types import check_choice
 
 
 @register("holitom")
@@ -73,7 +74,7 @@ class HoliTom(ScheduledVideoReducer):
     merges = True
     compares_positions = True
 
-    text_query: str = "last"
+    default_options = TokenOptions(text_query="last")
     threshold: float = 0.8
     own: float | None = 0.6
     neighbours: int = 7
@@ -100,14 +101,8 @@ class HoliTom(ScheduledVideoReducer):
         """Return the released settings and order, with given counts; ``schedule=()``: no stage inside the decoder, as
         in some released scripts.
         """
-        released: dict[str, Any] = {
-            "rows": "sets",
-            "positions": "compact",
-            "joining": "halving",
-            "protect_predicting_tokens": False,
-            "signal_queries": None,
-        }
-        return cls(**{"keep": keep, "schedule": schedule} | released | fields)
+        options = TokenOptions(positions="compact", protect_predicting_tokens=False, signal_queries=None)
+        return cls.from_preset(options, fields, keep=keep, schedule=schedule, rows="sets", joining="halving")
 
     def reduced(self, view: EncoderView, clips: VideoTokens, count: Tensor) -> VideoRows:
         rows = clips.grid(view.require(Input.FEATURES))

@@ -18,6 +18,7 @@ from duet_vlm.planning.budget import Schedule
 from duet_vlm.reducers.decoder import DecoderView
 from duet_vlm.reducers.encoder import EncoderView
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.registry import register
 
 SLACK = 1e-6  # of a cosine, lost by rounding
@@ -63,7 +64,7 @@ class METok(ScheduledVideoReducer):
     score_layer_offset = 0
     requires = frozenset({Input.PROJECTED_FEATURES, Input.QUESTION, Input.SCORES, Input.TAGS})
 
-    trim_kv_cache: bool = True
+    default_options = TokenOptions(trim_kv_cache=True)
     deviations: float = 1.0
     key: float = 0.25
     pooled: float = 0.25

@@ -15,11 +15,12 @@ from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.static_regions import StaticDynamicSets, everywhere, members_of, most_similar
 from duet_vlm.ops.video import FrameWindows, VideoTokens, split_windows
 from duet_vlm.planning.budget import Keep, Schedule
-from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.decoder import DecoderView
 from duet_vlm.reducers.encoder import EncoderView
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.registry import register
+from duet_vlm.utils.field_types import check_choice
 
 NEIGHBOURS = 7  # tokens that decide how dense it is around one
 SETS = 1 << 24  # more than a clip has
@@ -66,7 +67,7 @@ class PruneVid(ScheduledVideoReducer):
     requires = frozenset({Input.PROJECTED_FEATURES, Input.SCORES, Input.TOKENS, Input.TAGS})
     compares_positions = True
 
-    trim_kv_cache: bool = True
+    default_options = TokenOptions(trim_kv_cache=True)
     windows: float = 0.25
     threshold: float = 0.8
     neighbours: int = 7
@@ -85,16 +86,8 @@ class PruneVid(ScheduledVideoReducer):
     @classmethod
     def official(cls, keep: Keep | None = 0.17, schedule: Schedule | None = ((11, 0.4),), **fields: Any) -> PruneVid:
         """Return the released settings and order, with given counts."""
-        return cls(
-            **{
-                "keep": keep,
-                "schedule": schedule,
-                "rows": "sets",
-                "positions": "compact",
-                "protect_predicting_tokens": False,
-            }
-            | fields
-        )
+        options = TokenOptions(positions="compact", protect_predicting_tokens=False)
+        return cls.from_preset(options, fields, keep=keep, schedule=schedule, rows="sets")
 
     def reduced(self, view: EncoderView, clips: VideoTokens, count: Tensor) -> VideoRows:
         rows = clips.grid(view.require(Input.FEATURES))

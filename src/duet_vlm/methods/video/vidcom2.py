@@ -17,6 +17,7 @@ from duet_vlm.ops.video import VideoTokens, split_windows
 from duet_vlm.planning.budget import Keep
 from duet_vlm.reducers.encoder import EncoderView
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.registry import register
 
 WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)  # of the kernels whose sum says how alike two rows are
@@ -65,7 +66,8 @@ class VidCom2(VideoReducer):
     @classmethod
     def official(cls, keep: Keep = 0.25, **fields: Any) -> VidCom2:
         """Return the settings of the released rule with a given count: newline tokens are kept."""
-        return cls(**{"keep": keep, "newline_tokens": "keep", "protect_predicting_tokens": False} | fields)
+        options = TokenOptions(newline_tokens="keep", protect_predicting_tokens=False)
+        return cls.from_preset(options, fields, keep=keep)
 
     def reduced(self, view: EncoderView, clips: VideoTokens, count: Tensor) -> VideoRows:
         to_clip, to_frame = self.likeness(clips.grid(view.require(Input.FEATURES)), clips)

@@ -79,7 +79,7 @@ class VideoReducer(EncoderReducer):
         super().__post_init__()
         if self.keep is not None:
             check_keep("keep", self.keep)
-        if self.crops == "per_crop":
+        if self.options.crops == "per_crop":
             raise ValueError(
                 f"{self.name} compares the frames of a clip, and crops='per_crop' would separate them: use crops='joint'"
             )

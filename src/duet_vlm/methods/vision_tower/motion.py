@@ -9,6 +9,7 @@ from torch import Tensor
 
 from duet_vlm.ops.select import top
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.vision_tower import TowerReducer, TowerView
 
@@ -35,7 +36,7 @@ class Motion(TowerReducer):
     )
     requires = frozenset({Input.PATCH_CONTRAST, Input.PIXELS})
 
-    proportional_attention: bool = False
+    default_options = TokenOptions(proportional_attention=False)
 
     def keep_patches(self, view: TowerView) -> Tensor:
         contrast = view.require(Input.PATCH_CONTRAST)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.vision_tower import ThresholdReducer, TowerView, check_threshold
+from duet_vlm.utils.field_types import check_choice
 
 
 @register("pixelprune")
@@ -42,7 +43,7 @@ class PixelPrune(ThresholdReducer):
     summary = "patches that repeat the pixels beside or above them do not go through the vision tower"
     requires = frozenset({Input.PIXELS})
 
-    proportional_attention: bool = False
+    default_options = TokenOptions(proportional_attention=False)
     threshold: float = 0.0
     metric: str = "max"
 

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from duet_vlm.ops.ragged import upload
 from duet_vlm.ops.select import spaced_picks
-from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.vision_tower import ThresholdReducer, TowerView, check_threshold
+from duet_vlm.utils.field_types import check_choice
 
 
 @register("rlt")
@@ -43,7 +44,7 @@ class RLT(ThresholdReducer):
     summary = "patches of a clip that did not change since the frame before do not go through the vision tower"
     requires = frozenset({Input.PIXELS})
 
-    proportional_attention: bool = False
+    default_options = TokenOptions(proportional_attention=False)
     threshold: float = 0.1
     against: str = "kept"
 

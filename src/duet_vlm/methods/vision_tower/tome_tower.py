@@ -11,10 +11,10 @@ from torch import nn
 
 from duet_vlm.ops.merge import matched
 from duet_vlm.ops.ragged import gather_rows, pack_right
-from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.vision_tower import MergePairs, TowerReducer, TowerView
+from duet_vlm.utils.field_types import check_choice
 
 
 @register("tome_tower")
@@ -65,7 +65,7 @@ class ToMeTower(TowerReducer):
         """Smallest number of units: the last unit, which may have to predict text, is never merged, and all others
         become one at least.
         """
-        return 1 + self.protect_predicting_tokens
+        return 1 + self.options.protect_predicting_tokens
 
     def stage_counts(self, units: int, left: int, depth: int) -> Sequence[int]:
         shares = self.shares or (1,) * depth

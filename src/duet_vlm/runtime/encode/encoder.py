@@ -350,7 +350,7 @@ class EncoderHooks:
         if context.is_chunk:  # one row of each frame instead: the projected output of a chunk is unused
             context.unprojected_rows = args[0]
             return (args[0][:, :1], *args[1:])
-        if reducer.cls_token:
+        if reducer.options.cls_token:
             features = torch.cat([_recorded_cls(context, self.adapter), features], 1)
         merged = self._select_and_merge(context, spans, features)
         if context.standalone:
@@ -375,7 +375,7 @@ class EncoderHooks:
             config=context.config,
             selection=span_selection.selection,
             slots=slots,
-            cls_token=reducer.cls_token,
+            cls_token=reducer.options.cls_token,
             last_rows=spans[:, -1].clone(),
             last_rows_unprojected=True,
             invalid_code=span_selection.invalid_code,
@@ -500,7 +500,7 @@ class EncoderHooks:
         sizes = tuple(part_sizes(rows)[0] for rows in parts)
         if not isinstance(reducer, EncoderReducer) or not any(plan.merges for plan in plans):
             return SpanSelection(plans, sizes=sizes)
-        if reducer.cls_token:
+        if reducer.options.cls_token:
             self.adapter.cls_module()  # raises: no CLS row here
             parts = [nn.functional.pad(rows, (1, 0)) for rows in parts]
         width = max(map(len, parts))

@@ -30,9 +30,9 @@ STRUCTURE, PADDING = -1, -2  # instead of the number of a part
 
 def reduces_per_crop(reducer: Reducer, family_default: bool) -> bool:
     """True if the encoder stage reduces the parts of a span one by one; ``family_default``: the family's default."""
-    if not isinstance(reducer, EncoderReducer) or reducer.crops == "joint":
+    if not isinstance(reducer, EncoderReducer) or reducer.options.crops == "joint":
         return False
-    return reducer.crops == "per_crop" or (family_default and not reducer.compares_frames)
+    return reducer.options.crops == "per_crop" or (family_default and not reducer.compares_frames)
 
 
 def plan_spans(
@@ -81,7 +81,7 @@ def record_qk(reducer: Reducer, query: Tensor, key: Tensor, scaling: float, segm
     query, key = query.detach(), key.detach()
     if reducer.scoring_rules().signal_heads == "one":
         query, key, scaling = one_head(query, key, scaling)
-    return RecordedQK(query, key, scaling, segments, reducer.signal_queries)
+    return RecordedQK(query, key, scaling, segments, reducer.options.signal_queries)
 
 
 def select_tokens(
@@ -158,6 +158,6 @@ def select_tokens(
 def slots_of(selection: Selection, reducer: Reducer) -> Tensor:
     """Position within the span of each selected token [B, K]: its own (keep), or the first ones in the method's order
     (compact)."""
-    if reducer.positions == "keep":
+    if reducer.options.positions == "keep":
         return selection.index
     return torch.where(selection.valid, selection.valid.cumsum(1) - 1, 0)

@@ -153,7 +153,7 @@ def decide_stage(
     if Input.TOKENS in reducer.requires:
         fields["spans"], columns["span_index"], columns["token_index"] = _span_and_token(prompt_state, tokens, rows)
         fields["grids"] = tuple(span.grid for sample in prompt_state.spans for span in sample)
-    if reducer.multi_image == "joint":
+    if reducer.options.multi_image == "joint":
         counts = tuple(zip(map(sum, num_before), map(sum, num_kept), strict=True))
         return _checked_decision(prompt_state, reducer, _view(valid, counts, fields | columns | text), rows, None)
     layout = SpanRows.of(num_before, rows.shape[1], rows.device)

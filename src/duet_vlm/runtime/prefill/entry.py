@@ -51,7 +51,7 @@ def begin_prompt(
     cached = cache is not None or compat.uses_cache(adapter.text_model, kwargs.get("use_cache"))
     stored = _stored_decisions(context, config) if not cached and context.labels is None and context.received else {}
     protected = dropped_protected = torch.zeros_like(valid)
-    if reducer.protect_predicting_tokens and context.received:
+    if reducer.options.protect_predicting_tokens and context.received:
         rows = stored.setdefault("predicting", predicting_rows(valid, visual, context.labels, context.num_draft_tokens))
         rows = torch.nn.functional.pad(rows, (0, valid.shape[1] - rows.shape[1]))
         protected, dropped_protected = rows_that_stay(context, rows, placeholders, embeds)
@@ -64,12 +64,12 @@ def begin_prompt(
                 torch.arange(valid.shape[1], device=valid.device) < valid.shape[1] - context.num_draft_tokens
             )
         queries = query_rows(
-            reducer.text_query,
+            reducer.options.text_query,
             prompt.prunable,
             candidates,
             context.labels,
             context.salient_mask,
-            reducer.training_turns,
+            reducer.options.training_turns,
         )
     document_starts = documents(kwargs.get("attention_mask"), kwargs.get("position_ids"), valid, cached)
     layout = read_layout(context, reducer, placeholders, valid, queries, protected, dropped_protected, document_starts)
@@ -84,13 +84,13 @@ def begin_prompt(
     spans_by_sample = assign_spans(context, layout)
     spans, sources = spans_of(spans_by_sample, layout, placeholders, valid)
     plans = tuple(tuple(encoded.plans[number] for encoded, number in row) for row in sources)
-    if reducer.scoring_rules().skip_unanswered and context.labels is not None:
+    if reducer.options.skip_unanswered and context.labels is not None:
         plans = tuple(
             _without_drops(row) if not has_labels else row
             for row, has_labels in zip(plans, layout.has_labels, strict=True)
         )
     ranking_groups = _ranking_groups(
-        plans, spans, layout, prompt, dropped_protected, per_image=reducer.multi_image == "per_image"
+        plans, spans, layout, prompt, dropped_protected, per_image=reducer.options.multi_image == "per_image"
     )
     prompt_state = PromptState(
         config=config,
@@ -123,7 +123,7 @@ def begin_prompt(
         cache = kwargs["past_key_values"] = compat.new_cache(adapter.text_model.config) if cache is None else cache
         bind_prompt(cache, prompt_state)
     replay = stored.setdefault("survivors", {}) if prompt_state.reduces and not cached else {}
-    if replay and reducer.trim_kv_cache:
+    if replay and reducer.options.trim_kv_cache:
         raise ValueError(
             f"{reducer.name}: trim_kv_cache=True takes rows out of a cache, and use_cache=False has none: use a cache, or trim_kv_cache=False"
         )

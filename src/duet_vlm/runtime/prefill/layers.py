@@ -143,7 +143,7 @@ class PrefillPass:
         """The input of ``layer``: score, drop tokens, and cut its arguments to the kept ones."""
         if (
             index == 0
-            and self.reducer.text_query == "raters"
+            and self.reducer.options.text_query == "raters"
             and self.scorer is not None
             and self.scorer.raters is None
         ):

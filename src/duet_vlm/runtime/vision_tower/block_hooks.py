@@ -53,7 +53,9 @@ def depth_of(blocks: TowerBlocks | VarlenTower, adapter: Adapter, reducer: Encod
 
     A block whose output is used, or whose attention ranks tokens, must have the kept units only.
     """
-    attentions = adapter.vision_attentions(reducer.signal_layer) if reducer.requires & VISION_LAYER_INPUTS else []
+    attentions = (
+        adapter.vision_attentions(reducer.options.signal_layer) if reducer.requires & VISION_LAYER_INPUTS else []
+    )
     scored_blocks = [
         number
         for number, modules in enumerate(blocks.block_modules)
@@ -66,9 +68,9 @@ def check_boundaries(adapter: Adapter, reducer: EncoderReducer) -> None:
     """Raise where the method's boundaries do not fit the tower."""
     tower = tower_of(reducer)
     assert isinstance(tower, TowerReducer)
-    if tower.pooled_context_tokens and tower.prunes_inside:
+    if tower.options.pooled_context_tokens and tower.prunes_inside:
         raise ValueError(
-            f"pooled_context_tokens={tower.pooled_context_tokens}: with {tower.name} units are dropped after blocks, and context is pooled from units "
+            f"pooled_context_tokens={tower.options.pooled_context_tokens}: with {tower.name} units are dropped after blocks, and context is pooled from units "
             "dropped before all blocks only"
         )
     for blocks in adapter.blocks_to_reduce():

@@ -19,12 +19,12 @@ def use_size_bias(tower: TowerReducer, possible: bool) -> bool:
     ValueError
         Pooled context without a bias.
     """
-    if tower.pooled_context_tokens and not possible:
+    if tower.options.pooled_context_tokens and not possible:
         raise ValueError(
-            f"pooled_context_tokens={tower.pooled_context_tokens}: rows that represent dropped units need a bias of the tower's attention, which flash "
+            f"pooled_context_tokens={tower.options.pooled_context_tokens}: rows that represent dropped units need a bias of the tower's attention, which flash "
             "attention does not take, nor does this tower with gradient checkpointing: leave context out, or load the tower with attn_implementation='sdpa'"
         )
-    return possible and (tower.proportional_attention or tower.pooled_context_tokens > 0)
+    return possible and (tower.options.proportional_attention or tower.options.pooled_context_tokens > 0)
 
 
 def takes_bias(blocks: TowerBlocks, stages: dict[int, tuple[int, ...]], recomputed: bool) -> bool:

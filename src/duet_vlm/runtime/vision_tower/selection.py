@@ -101,11 +101,15 @@ def apply_selection(
     """
     unit_index = view_fields["unit_index"]
     protected = valid & (unit_index == unit_index.masked_fill(~valid, -1).amax(1, keepdim=True))
-    protected = protected & tower.protect_predicting_tokens  # its token may have to predict
+    protected = protected & tower.options.protect_predicting_tokens  # its token may have to predict
     selectable = valid & ~protected
     keep = (upload(counts, valid.device) if counts else valid.sum(1)) - protected.sum(1)
     view = TowerView(
-        selectable, keep, tuple(n - tower.protect_predicting_tokens for n in counts), **view_fields, method=tower.name
+        selectable,
+        keep,
+        tuple(n - tower.options.protect_predicting_tokens for n in counts),
+        **view_fields,
+        method=tower.name,
     )
     result = tower.keep_patches(view)
     positions = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
@@ -124,7 +128,7 @@ def apply_selection(
     counts = tuple(counts) or tuple(mask.sum(1).tolist())
     unread = torch.zeros_like(mask)
     pooled = (0,) * len(counts)
-    if tower.pooled_context_tokens:
+    if tower.options.pooled_context_tokens:
         pooled = tuple(
             tower.pooled_features(high * wide, n) for (high, wide), n in zip(view.grids, counts, strict=True)
         )

@@ -74,7 +74,7 @@ class StagedDecoder:
         **kwargs: Any,
     ) -> Any:
         step = self.running.step
-        compact = self.served.decoder_reducer.positions == "compact"
+        compact = self.served.decoder_reducer.options.positions == "compact"
         if (
             get_forward_context().attn_metadata is None
             or step is None
@@ -146,7 +146,7 @@ class StagedPass:
     ) -> dict[str, Tensor]:
         if not any(after for _, after in tables.counts):
             return {}
-        drop = self.step.drop(stage, self.reducer.text_query)
+        drop = self.step.drop(stage, self.reducer.options.text_query)
         assert drop is not None  # there are tables of it
         return layer_signals(
             self.reducer, self.decoder.layers[number], whole, positions, tables, self.step, drop.requests
@@ -154,5 +154,5 @@ class StagedPass:
 
     def _tables(self, stage: int, rows: Tensor) -> DropTables | None:
         if stage not in self.tables:
-            self.tables[stage] = DropTables.of(self.step, stage, self.reducer.text_query, rows)
+            self.tables[stage] = DropTables.of(self.step, stage, self.reducer.options.text_query, rows)
         return self.tables[stage]
