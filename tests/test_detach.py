@@ -438,7 +438,7 @@ def test_a_handle_says_model_method_and_budget() -> None:
         budget = "budget 5 visual tokens per layer and image"
         assert repr(handle) == f"<duet_vlm.Handle: duet on {name} (llava), {budget}; attached>"
         handle.set(budget=0.225, options=TokenOptions(text_query="last"))
-        assert "budget 22.5 % of the visual tokens, text_query='last'; attached>" in str(handle)
+        assert "budget 22.5 % of the visual tokens, options.text_query='last'; attached>" in str(handle)
     assert repr(handle).endswith("; detached>")
     with duet_vlm.attach(model, "scope", keep=3) as handle:
         assert f"scope on {name} (llava), own settings, keep=3;" in repr(handle)
