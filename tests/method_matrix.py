@@ -233,7 +233,7 @@ class Case:
         return build(self.family, self.attention)
 
     def attach(self, model: nn.Module | None = None, **changes: Any) -> duet_vlm.Handle:
-        settings = merged(REDUCING[self.method] | {"options": {"positions": self.positions}}, changes)
+        settings = merged(merged(REDUCING[self.method], {"options": {"positions": self.positions}}), changes)
         return duet_vlm.attach(self.model() if model is None else model, self.method, **settings)
 
 

@@ -171,7 +171,7 @@ def test_reports_and_padded_batches(family: str, method: str) -> None:
 @pytest.mark.parametrize("method", ["dycoke", "holitom", "prunevid"])
 def test_places_are_not_known_behind_frames(method: str) -> None:
     with pytest.raises(ValueError, match=rf"compose\(frames, {method}\): {method} compares the same places of frames"):
-        duet_vlm.get_method(f"frames+{method}")
+        duet_vlm.make_method(f"frames+{method}")
 
 
 # ---- inside the decoder
@@ -221,7 +221,7 @@ class Noting(VideoReducer, duet_vlm.DecoderReducer):
         )
         alone = VideoRows.alone(kept)
         return alone._replace(
-            notes=100 * clips.step + clips.place + 1, order=order if self.positions == "compact" else None
+            notes=100 * clips.step + clips.place + 1, order=order if self.options.positions == "compact" else None
         )
 
     def prune_tokens(self, view: DecoderView) -> Tensor:

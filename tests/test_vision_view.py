@@ -54,7 +54,7 @@ class Probe(EncoderReducer):
 
     @property
     def signal_layers(self) -> tuple[Any, ...]:
-        return (self.signal_layer, self.second)
+        return (self.options.signal_layer, self.second)
 
     def plan(self, tokens: int, depth: int, budget: Any) -> SpanPlan:
         return plan_fixed_count(self, self.keep, tokens, depth, budget)

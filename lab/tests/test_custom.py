@@ -459,7 +459,7 @@ def test_in_compositions(name: str) -> None:
         ({"tau": -2.0}, r"tau=-2.0: must be a number in \[-1, 1\]"),
         ({"alike": math.nan}, "alike=nan: must be a number in"),
         ({"merger": "local", "pool": 0.5}, "pool=0.5: with merger='local' at least 1"),
-        ({"options": {"cls_token": True, "positions": "compact"}}, "options.cls_token=True cannot work with custom"),
+        ({"options": {"cls_token": True, "positions": "compact"}}, "cls_token=True cannot work with custom"),
         ({"schedule": ((3, 0.5), (3, 0.2))}, "layers must be strictly increasing"),
     ],
 )
