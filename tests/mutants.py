@@ -89,7 +89,7 @@ MUTANTS = (
     ),
     Mutant(
         "a small image ends a whole batch under a fractional budget",
-        "reducers/plans.py", "or error.floor is None\n", "or error.floor is None or True\n",
+        "planning/solve.py", "or error.floor is None\n", "or error.floor is None or True\n",
         "tests/test_budget.py", "floor",
     ),
     Mutant(

@@ -25,9 +25,9 @@ from duet_vlm.methods.two_stage.duet import Duet
 from duet_vlm.methods.two_stage.duet_plus import DuetPlus
 from duet_vlm.methods.video.frames import Frames
 from duet_vlm.planning.budget import check_budget, check_schedule, count_of, largest_int, layer_counts, target_mean
-from duet_vlm.planning.spans import plan_span
+from duet_vlm.planning.solve import plan_or_clamp
+from duet_vlm.planning.spans import plan_parts
 from duet_vlm.reducers.options import TokenOptions
-from duet_vlm.reducers.plans import plan_or_clamp
 
 SOLVERS = {
     method.name: method
@@ -270,9 +270,9 @@ def test_a_floored_span_of_parts_stays_marked() -> None:
     def solve(tokens: int) -> SpanPlan:
         return plan_or_clamp(Scope(), tokens, 8, 0.02)
 
-    plan = plan_span(solve, 0.02, (4, 4, 4), 3, each=True, keep_structure=False)
+    plan = plan_parts(solve, 0.02, (4, 4, 4), 3, each=True, keep_structure=False)
     assert plan.floored and plan.entry == 1 and plan.parts == ((1, 0), (0, 0), (0, 0))
-    assert not plan_span(solve, 0.02, (40, 40), 3, each=True, keep_structure=False).floored
+    assert not plan_parts(solve, 0.02, (40, 40), 3, each=True, keep_structure=False).floored
 
 
 @pytest.mark.parametrize("method", SOLVERS)

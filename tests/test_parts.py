@@ -19,7 +19,7 @@ from duet_vlm import BudgetError
 from duet_vlm.methods.encoder.visionzip import VisionZip
 from duet_vlm.methods.two_stage.duet import Duet
 from duet_vlm.planning.budget import SpanPlan
-from duet_vlm.planning.spans import apportion, plan_span, tower_counts
+from duet_vlm.planning.spans import apportion, plan_parts, tower_counts
 from duet_vlm.reducers.options import TokenOptions
 
 DEPTH = 8
@@ -54,9 +54,9 @@ def test_a_budget_is_met_whatever_the_parts(
     plain = method.plan(tokens, DEPTH, budget) if budget * tokens >= 1 else None
     if plain is None or (keep and newlines and plain.merges and plain.entry <= newlines):
         with pytest.raises(BudgetError):
-            plan_span(lambda n: method.plan(n, DEPTH, budget), budget, sizes, newlines, each, keep)
+            plan_parts(lambda n: method.plan(n, DEPTH, budget), budget, sizes, newlines, each, keep)
         return
-    plan = plan_span(lambda n: method.plan(n, DEPTH, budget), budget, sizes, newlines, each, keep)
+    plan = plan_parts(lambda n: method.plan(n, DEPTH, budget), budget, sizes, newlines, each, keep)
     assert plan.mean <= budget * tokens + 1e-6
     most = tokens if keep or not plain.merges else sum(sizes)
     assert plan.entry == min(plain.entry, most) == plan.counts[0]
@@ -82,27 +82,27 @@ def test_counts_of_a_method_are_per_part_when_parts_are_taken_one_by_one() -> No
     """Video-LLaVA in the paper: 160 + 32 of each of 8 frames, half of them from layer 16 on, none from 24 on: 960 on
     average."""
     method = Duet(dominant=160, contextual=32, schedule=((16, 0.5), (24, 0.0)))
-    plan = plan_span(lambda n: method.plan(n, 32, None), None, [257] * 8, 0, True, False)
+    plan = plan_parts(lambda n: method.plan(n, 32, None), None, [257] * 8, 0, True, False)
     assert plan.parts == ((160, 32),) * 8
     assert plan.counts == (1536,) * 16 + (768,) * 8 + (0,) * 8 and plan.mean == 960
-    assert plan_span(lambda n: method.plan(n, 32, None), None, [257] * 8, 0, False, False).entry == 192
+    assert plan_parts(lambda n: method.plan(n, 32, None), None, [257] * 8, 0, False, False).entry == 192
 
 
 def test_kept_newlines_come_on_top_of_explicit_counts_and_out_of_budgets() -> None:
     method = VisionZip(dominant=10, contextual=2)
-    given = plan_span(lambda n: method.plan(n, 4, None), None, [20, 20], 6, False, True)
+    given = plan_parts(lambda n: method.plan(n, 4, None), None, [20, 20], 6, False, True)
     assert given == SpanPlan(46, 16, 2, (18,) * 4, structure=6)
-    solved = plan_span(lambda n: VisionZip().plan(n, 4, 18), 18, [20, 20], 6, False, True)
+    solved = plan_parts(lambda n: VisionZip().plan(n, 4, 18), 18, [20, 20], 6, False, True)
     assert (solved.entry, solved.structure, solved.counts) == (18, 6, (18,) * 4)
 
 
 def test_a_span_that_is_kept_whole_keeps_its_newlines() -> None:
     whole = Duet(dominant=1.0, contextual=0, schedule=())
     for each in (True, False):
-        assert plan_span(lambda n: VisionZip().plan(n, 4, 46), 46, [20, 20], 6, each, False) == SpanPlan(
+        assert plan_parts(lambda n: VisionZip().plan(n, 4, 46), 46, [20, 20], 6, each, False) == SpanPlan(
             46, 46, 0, (46,) * 4
         )
-        assert plan_span(lambda n: whole.plan(n, 4, None), None, [20, 20], 6, each, False) == SpanPlan(
+        assert plan_parts(lambda n: whole.plan(n, 4, None), None, [20, 20], 6, each, False) == SpanPlan(
             46, 46, 0, (46,) * 4
         )
 
@@ -112,7 +112,7 @@ def test_a_budget_below_the_newlines_is_refused() -> None:
         BudgetError,
         match=r"newline_tokens='keep': the budget lets 6 of 46 rows enter .* 6 of them are newlines; raise the budget",
     ):
-        plan_span(lambda n: VisionZip().plan(n, 4, 6), 6, [20, 20], 6, False, True)
+        plan_parts(lambda n: VisionZip().plan(n, 4, 6), 6, [20, 20], 6, False, True)
 
 
 @pytest.mark.parametrize(("name", "value"), [("crops", "frames"), ("newline_tokens", "all")])

@@ -78,8 +78,8 @@ def towers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         monkeypatch.setattr(kind, "drop_patches", remembering(kind.drop_patches, cuts))
 
     def finish(self: Any, output: Any, call: Any) -> Any:
-        if call.tower_state is not None:
-            run = call.tower_state
+        if call.tower_work.state is not None:
+            run = call.tower_work.state
             run.content_before = (
                 None if isinstance(run, VarlenTowerState) else content_of(self.adapter, call.encoding, run)
             )
@@ -88,7 +88,7 @@ def towers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             if isinstance(run, ConcatenatedTowerState):
                 some = torch.cat([run.cells.flatten(), run.spare])
                 run.history.setdefault(0, torch.zeros(1, run.patches_before).index_fill(1, some, 1.0))
-            seen.append((call.encoding.stream, call.tower_state))
+            seen.append((call.encoding.stream, call.tower_work.state))
         return real(self, output, call)
 
     monkeypatch.setattr(EncoderHooks, "_store_result", finish)

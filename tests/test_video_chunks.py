@@ -225,7 +225,9 @@ def test_frames_that_are_the_same_have_the_same_rows(family: str, method: str, c
         whole, kept = forward(model, inputs).logits, handle.trace
     with duet_vlm.attach(model, method, **settings, chunk_frames=chunk, still_frames=0.0) as handle:
         assert same(family, forward(model, inputs).logits, whole) and handle.trace == kept
-        assert sum(handle._prompt_state.sources[0][0].repeated_parts[0]) == (3 if "video_grid_thw" in inputs else 1)  # type: ignore[union-attr]
+        assert sum(handle._prompt_state.sources[0][0].accounting.repeated_parts[0]) == (
+            3 if "video_grid_thw" in inputs else 1
+        )  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("family", MOVING)

@@ -32,11 +32,11 @@ from duet_vlm.evaluation.speed.prompts import encode
 from duet_vlm.models.lookup import adapter_for
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import top
+from duet_vlm.planning.solve import plan_fixed_count
 from duet_vlm.reducers import registry
 from duet_vlm.reducers.encoder_view import EncoderView
 from duet_vlm.reducers.inputs import VISION_LAYER_INPUTS, Input
 from duet_vlm.reducers.options import TokenOptions
-from duet_vlm.reducers.plans import plan_fixed_count
 from duet_vlm.runtime.encode.build_view import in_float32
 
 seen: list[EncoderView] = []

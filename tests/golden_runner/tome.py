@@ -20,7 +20,7 @@ from duet_vlm.ops.merge import matched, merged_rows
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.runtime.active_config import ActiveConfig
-from duet_vlm.runtime.context import EncodeContext, ThreadState
+from duet_vlm.runtime.context import EncodeContext, ThreadState, TowerWork
 from duet_vlm.runtime.encode.attention_intercept import SizeBias
 from duet_vlm.runtime.vision_tower.batched import BatchedTowerState
 from duet_vlm.runtime.vision_tower.block_hooks import BlockHooks
@@ -180,7 +180,7 @@ def check_flow(case: Case, run: str, leaving: list[int], size: Tensor) -> None:
         is_output=every, content=every, size=every.float(), cells=torch.arange(count)[:, None], total=given.shape[1],
     )  # fmt: skip
     stacks.encode_contexts.append(
-        EncodeContext(EncoderCall("image"), ActiveConfig(reducer, None, 1), tower_state=tower)
+        EncodeContext(EncoderCall("image"), ActiveConfig(reducer, None, 1), tower_work=TowerWork(state=tower))
     )
     inside = BlockHooks(flow)
     hidden = given

@@ -40,16 +40,17 @@ def sample_counts(prompt_state: PromptState, per_token: int) -> list[SampleCount
         SampleCounts(
             text=length - sum(span.tokens for span in spans),
             spans=tuple(span.tokens for span in spans),
-            tokens_per_crop=tuple(encoded.tokens_per_crop[number] for encoded, number in sample_sources),
+            tokens_per_crop=tuple(encoded.accounting.tokens_per_crop[number] for encoded, number in sample_sources),
             plans=plans,
             queries=num_queries,
             measured=measured,
             grids=tuple(span.grid for span in spans),
-            projected=tuple(encoded.projected_rows[number] for encoded, number in sample_sources),
-            skipped=any(encoded.skipped_layers for encoded, _ in sample_sources),
+            projected=tuple(encoded.accounting.projected_rows[number] for encoded, number in sample_sources),
+            skipped=any(encoded.accounting.skipped_layers for encoded, _ in sample_sources),
             nominal=nominal,
             projects_survivors_only=any(
-                encoded.tower_state is not None and encoded.tower_state.pending_merges for encoded, _ in sample_sources
+                encoded.accounting.tower_state is not None and encoded.accounting.tower_state.pending_merges
+                for encoded, _ in sample_sources
             ),
             planned_left=tuple(
                 _of_span(encoded, number, "planned_stages", per_token) for encoded, number in sample_sources
@@ -59,14 +60,19 @@ def sample_counts(prompt_state: PromptState, per_token: int) -> list[SampleCount
             ),
             still=tuple(encoded.modality != "video" for encoded, _ in sample_sources),
             repeated=tuple(
-                encoded.repeated_parts[number] if encoded.repeated_parts else () for encoded, number in sample_sources
+                encoded.accounting.repeated_parts[number] if encoded.accounting.repeated_parts else ()
+                for encoded, number in sample_sources
             ),
             sizes=tuple(
-                encoded.sizes[number] if encoded.sizes else encoded.tokens_per_crop[number]
+                encoded.accounting.sizes[number]
+                if encoded.accounting.sizes
+                else encoded.accounting.tokens_per_crop[number]
                 for encoded, number in sample_sources
             ),
             spare=tuple(
-                encoded.spare[number] if encoded.spare else ((0, 0),) * len(encoded.tokens_per_crop[number])
+                encoded.accounting.spare[number]
+                if encoded.accounting.spare
+                else ((0, 0),) * len(encoded.accounting.tokens_per_crop[number])
                 for encoded, number in sample_sources
             ),
             kept=tuple(_mean_kept(span, prompt_state.depth) for span in history),
@@ -87,12 +93,14 @@ def sample_counts(prompt_state: PromptState, per_token: int) -> list[SampleCount
 
 def _of_span(encoded: EncodedFeatures, number: int, name: str, per_token: int) -> tuple[TowerStages, ...]:
     """Stages of each picture of a span in the tower, in patches."""
-    if encoded.tower_state is None:
-        return ((),) * len(encoded.tokens_per_crop[number])
-    first = sum(map(len, encoded.tokens_per_crop[:number]))
+    if encoded.accounting.tower_state is None:
+        return ((),) * len(encoded.accounting.tokens_per_crop[number])
+    first = sum(map(len, encoded.accounting.tokens_per_crop[:number]))
     # of a frame that is pooled later, several become one token
-    patches = encoded.tower_state.patches_of_unit // per_token
-    parts = getattr(encoded.tower_state, name)[first : first + len(encoded.tokens_per_crop[number])]
+    patches = encoded.accounting.tower_state.patches_of_unit // per_token
+    parts = getattr(encoded.accounting.tower_state, name)[
+        first : first + len(encoded.accounting.tokens_per_crop[number])
+    ]
     return tuple(tuple((after, left * patches) for after, left in stages) for stages in parts)
 
 

@@ -26,6 +26,7 @@ from duet_vlm.planning.budget import (
     mean_within,
     target_mean,
 )
+from duet_vlm.planning.solve import plan_keep_all
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import Reducer
 from duet_vlm.reducers.calibration import Calibration
@@ -35,7 +36,6 @@ from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
 from duet_vlm.reducers.encoder_view import Layer
 from duet_vlm.reducers.inputs import DECODER_INPUTS, ENCODER_INPUTS, FEATURE_INPUTS, Input
 from duet_vlm.reducers.options import TokenOptions
-from duet_vlm.reducers.plans import plan_keep_all
 from duet_vlm.reducers.scoring import ScoringRules
 from duet_vlm.reducers.vision_tower import TowerReducer
 from duet_vlm.utils.field_types import check_names

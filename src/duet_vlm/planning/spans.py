@@ -7,12 +7,47 @@ of the tokens that enter, so that the encoder stage runs part by part under one 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from numbers import Integral
 
-from duet_vlm.planning.budget import Budget, BudgetError, SpanPlan
+from duet_vlm.planning.budget import Budget, BudgetError, SpanPlan, infeasible_budget, target_mean
 
 
-def plan_span(
+@dataclass(frozen=True)
+class TowerFloors:
+    """Floors of a method that works in the vision tower alone.
+
+    Attributes
+    ----------
+    method : str
+        Its name.
+    least : int
+        Tokens of a part that are always kept, where it has so many.
+    small : int
+        Tokens of a part below which a fraction that cannot be met becomes the floor.
+    kept_structure : int
+        Separators of the span that are kept.
+    depth : int
+        Decoder layers.
+    each : bool
+        Parts are reduced one by one.
+    """
+
+    method: str
+    least: int
+    small: int
+    kept_structure: int
+    depth: int
+    each: bool
+
+    def structure_alone(self, tokens: int, parts: int) -> SpanPlan:
+        """The plan of a span of ``tokens`` that keeps its separators and nothing else."""
+        kept = self.kept_structure
+        counts, none = (kept,) * self.depth, ((0, 0),) * (parts * self.each)
+        return SpanPlan(tokens, kept, 0, counts, structure=kept, parts=none, tower=0)
+
+
+def plan_parts(
     solve: Callable[..., SpanPlan],
     budget: Budget | None,
     sizes: Sequence[int],
@@ -54,6 +89,40 @@ def plan_span(
     rows = apportion(entry, sizes if left is None else left)
     merged = apportion(contextual, rows)
     return replace(plan, parts=tuple((n - k, k) for n, k in zip(rows, merged, strict=True)))
+
+
+def plan_parts_of_tower(
+    solve: Callable[[], SpanPlan],
+    budget: Budget | None,
+    sizes: Sequence[int],
+    structure: int,
+    floors: TowerFloors,
+) -> SpanPlan:
+    """The plan of a span whose method works in the vision tower alone: every part keeps at least its floor.
+
+    ``solve`` is ``plan_parts`` of the span.
+
+    Raises
+    ------
+    BudgetError
+        As ``solve``, and where a part has less than its floor. With a fraction, parts of fewer tokens than
+        ``floors.small`` get the smallest possible count instead.
+    """
+    least = [min(size, floors.least) for size in sizes]
+    floor, tokens = sum(least) + floors.kept_structure, sum(sizes) + structure
+    try:
+        plan = solve()
+    except BudgetError as error:
+        if error.floor is None or error.floor >= floor:
+            raise
+        plan = floors.structure_alone(tokens, len(sizes))
+    if not plan.merges or plan.entry - plan.structure >= sum(least) or budget is None:
+        return of_each_part(plan, sizes, least)
+    if isinstance(budget, Integral) or max(sizes) >= floors.small:
+        each_of = f"each of its {len(sizes)} crops or frames" if len(sizes) > 1 else "it"
+        what = f"of {each_of} no fewer than {min(max(sizes), floors.least)} tokens enter the decoder"
+        raise infeasible_budget(floors.method, target_mean(budget, tokens), floor, tokens, what)
+    return replace(of_each_part(plan, sizes, least), floored=True)
 
 
 def apportion(total: int, sizes: Sequence[int]) -> list[int]:

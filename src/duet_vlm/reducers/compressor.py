@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
+from duet_vlm.planning.solve import plan_fixed_count
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import Reducer
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
 from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.persistence import BESIDE
-from duet_vlm.reducers.plans import plan_fixed_count
 from duet_vlm.utils.field_types import FILE
 
 FORMAT = 1

@@ -8,13 +8,13 @@ from abc import abstractmethod
 from dataclasses import dataclass, replace
 
 from duet_vlm.planning.budget import EPSILON, Budget, BudgetError, SpanPlan, largest_fraction, target_mean
+from duet_vlm.planning.solve import plan_keep_all
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import Reducer
 from duet_vlm.reducers.encoder_view import EncoderView as EncoderView
 from duet_vlm.reducers.encoder_view import Layer
 from duet_vlm.reducers.inputs import ENCODER_INPUTS, Input
 from duet_vlm.reducers.options import QUERIES, TokenOptions
-from duet_vlm.reducers.plans import plan_keep_all
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from duet_vlm.planning.budget import Budget, SpanPlan
+from duet_vlm.planning.solve import plan_keep_all
 from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
 from duet_vlm.reducers.options import TokenOptions
-from duet_vlm.reducers.plans import plan_keep_all
 
 
 class Observations:

@@ -17,9 +17,9 @@ from duet_vlm.planning.budget import (
     mean_within,
     target_mean,
 )
+from duet_vlm.planning.solve import check_budget_or_fields, plan_keep_all
 from duet_vlm.reducers.base import ROUNDINGS
 from duet_vlm.reducers.decoder import DecoderReducer
-from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all
 from duet_vlm.utils.field_types import check_choice
 
 RELATIVE = ("entry", "current")

@@ -10,9 +10,9 @@ from torch import Tensor
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import top
 from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
+from duet_vlm.planning.solve import plan_fixed_count
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
-from duet_vlm.reducers.plans import plan_fixed_count
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,11 @@ from duet_vlm.planning.budget import (
     infeasible_budget,
     target_mean,
 )
+from duet_vlm.planning.solve import check_budget_or_fields, plan_keep_all
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import Reducer
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
 from duet_vlm.reducers.inputs import TOWER_INPUTS, Input, required
-from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all
 
 Grid = tuple[int, int]
 

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from numbers import Integral
+from dataclasses import dataclass, field
 
-from duet_vlm.planning.budget import Budget, BudgetError, SpanPlan, infeasible_budget, target_mean
-from duet_vlm.planning.spans import of_each_part, plan_span
+from duet_vlm.planning.budget import Budget, SpanPlan
+from duet_vlm.planning.solve import plan_or_clamp
+from duet_vlm.planning.spans import TowerFloors, plan_parts, plan_parts_of_tower
 from duet_vlm.reducers.base import Reducer
-from duet_vlm.reducers.plans import plan_or_clamp
 from duet_vlm.reducers.vision_tower import TowerReducer, tower_of
 from duet_vlm.runtime.validation import check_plan
 
@@ -80,33 +79,18 @@ class ActiveConfig:
             As ``plan``, and where a method that works in the tower only has less than one token for a part. With a
             fraction, parts of fewer tokens than ``small_image_tokens`` get the smallest possible count instead.
         """
-        tower, keep_structure = self.tower_reducer, self.reducer.options.newline_tokens == "keep"
+        tower, keeps_structure = self.tower_reducer, self.reducer.options.newline_tokens == "keep"
         solve = functools.partial(
-            plan_span, self.plan, self.budget, sizes, structure, per_crop, keep_structure, num_survivors
+            plan_parts, self.plan, self.budget, sizes, structure, per_crop, keeps_structure, num_survivors
         )
         if tower is None or tower is not self.reducer or num_survivors is not None:
             return solve()
-        least = [min(size, tower.least + num_cls) for size in sizes]
-        kept = structure if keep_structure else 0
-        floor, tokens = sum(least) + kept, sum(sizes) + structure
-        try:
-            plan = solve()
-        except BudgetError as error:
-            if error.floor is None or error.floor >= floor:
-                raise
-            plan = SpanPlan(
-                tokens,
-                kept,
-                0,
-                (kept,) * self.depth,
-                structure=kept,
-                parts=((0, 0),) * (len(sizes) * per_crop),
-                tower=0,
-            )
-        if not plan.merges or plan.entry - plan.structure >= sum(least) or self.budget is None:
-            return of_each_part(plan, sizes, least)
-        if isinstance(self.budget, Integral) or max(sizes) >= tower.options.small_image_tokens:
-            each_of = f"each of its {len(sizes)} crops or frames" if len(sizes) > 1 else "it"
-            what = f"of {each_of} no fewer than {min(max(sizes), tower.least + num_cls)} tokens enter the decoder"
-            raise infeasible_budget(tower.name, target_mean(self.budget, tokens), floor, tokens, what)
-        return replace(of_each_part(plan, sizes, least), floored=True)
+        floors = TowerFloors(
+            tower.name,
+            least=tower.least + num_cls,
+            small=tower.options.small_image_tokens,
+            kept_structure=structure if keeps_structure else 0,
+            depth=self.depth,
+            each=per_crop,
+        )
+        return plan_parts_of_tower(solve, self.budget, sizes, structure, floors)

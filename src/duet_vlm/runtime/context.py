@@ -23,11 +23,77 @@ ENCODED = "_duet_vlm_encoded"  # attribute of the encoder output that carries it
 
 
 @dataclass
+class EncodeAccounting:
+    """Counts of an encoder call that the trace and the report read, per span and part. "Part" means a crop of an image
+    or a frame of a video.
+
+    Attributes
+    ----------
+    tokens_per_crop : tuple of tuple of int
+        Per span and part, visual tokens as the tower sees them.
+    projected_rows : tuple of int
+        Per span, rows that the projector works on where all tokens are kept.
+    sizes : tuple of tuple of int
+        Per span and part, visual tokens as the encoder stage sees them.
+    spare : tuple
+        Per span and part, (patches that become no token, padding patches that are embedded).
+    skipped_layers : bool
+        Tower layers with unused output were not run.
+    repeated_parts : tuple of tuple of bool
+        Per span, parts that were not encoded, as they repeat the part before.
+    tower_survivors : Tensor or None
+        [spans, N] bool, tokens that went through a reduced tower.
+    tower_state : TowerState or None
+        State of the reduced tower (runtime/vision_tower/state.py).
+    """
+
+    tokens_per_crop: tuple[tuple[int, ...], ...] = ()
+    projected_rows: tuple[int, ...] = ()
+    sizes: tuple[tuple[int, ...], ...] = ()
+    spare: tuple[tuple[tuple[int, int], ...], ...] = ()
+    skipped_layers: bool = False
+    repeated_parts: tuple[tuple[bool, ...], ...] = ()
+    tower_survivors: Tensor | None = None
+    tower_state: Any = None  # one of several classes, by the kind of tower
+
+
+@dataclass
+class FeatureChecks:
+    """Checks of an encoder call that stay on the device until the prefill reads them.
+
+    Attributes
+    ----------
+    finite : Tensor or None
+        0-dim bool, every feature is finite.
+    invalid_code : Tensor or None
+        0-dim code of what is wrong with the selection (runtime/validation.py).
+    """
+
+    finite: Tensor | None = None
+    invalid_code: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LastRows:
+    """The last token of each span, for prompts that predict from it: [spans, C], before the projector or behind it."""
+
+    rows: Tensor
+    unprojected: bool = False
+
+
+@dataclass(frozen=True)
+class ReducedRows:
+    """Reduced features [n, D] of each span, and of the levels that are added after the first decoder layers."""
+
+    rows: list[Tensor]
+    deepstack: list[Any] = field(default_factory=list)
+
+
+@dataclass
 class EncodedFeatures:
     """The result of one reduced encoder call, with the decisions that were made in it.
 
-    It is stored on the encoder's output object, which generate() hands to every later step. "Part" means a crop of an
-    image or a frame of a video.
+    It is stored on the encoder's output object, which generate() hands to every later step.
 
     Attributes
     ----------
@@ -46,37 +112,15 @@ class EncodedFeatures:
         Kept tokens of all spans; None where every span keeps all of its tokens.
     slots : Tensor or None
         [spans, K] positions within the span that the selected tokens were written to.
-    cls_token : bool
-        The selection counts a CLS row before the tokens.
-    reduced_rows : list of Tensor or None
+    reduced : ReducedRows or None
         Reduced features, where ``rows`` are those of the stock model: the user called the encoder. They are used when
         the output comes back with a prompt.
-    deepstack_rows : list of tuple of Tensor or None
-        Reduced features of the levels that are added after the first decoder layers.
-    last_rows : Tensor or None
-        [spans, C] the last token of each span, for prompts that predict from it.
-    last_rows_unprojected : bool
-        ``last_rows`` come from before the projector.
-    finite : Tensor or None
-        0-dim bool, every feature is finite.
-    invalid_code : Tensor or None
-        0-dim code of what is wrong with the selection (runtime/validation.py).
-    tokens_per_crop : tuple of tuple of int
-        Per span and part, visual tokens as the tower sees them.
-    projected_rows : tuple of int
-        Per span, rows that the projector works on where all tokens are kept.
-    sizes : tuple of tuple of int
-        Per span and part, visual tokens as the encoder stage sees them.
-    spare : tuple
-        Per span and part, (patches that become no token, padding patches that are embedded).
-    skipped_layers : bool
-        Tower layers with unused output were not run.
-    repeated_parts : tuple of tuple of bool
-        Per span, parts that were not encoded, as they repeat the part before.
-    tower_survivors : Tensor or None
-        [spans, N] bool, tokens that went through a reduced tower.
-    tower_state : TowerState or None
-        State of the reduced tower (runtime/vision_tower/state.py).
+    last : LastRows or None
+        The last token of each span, where a selection was made.
+    checks : FeatureChecks
+        Checks that the prefill reads.
+    accounting : EncodeAccounting
+        Counts that the trace and the report read.
     decisions : dict
         Kept tokens of the first pass without a cache, which later passes replay.
     """
@@ -88,22 +132,16 @@ class EncodedFeatures:
     config: ActiveConfig
     selection: Selection | None = None
     slots: Tensor | None = None
-    cls_token: bool = False
-    reduced_rows: list[Tensor] | None = None
-    deepstack_rows: list[tuple[Tensor, ...]] | None = None
-    last_rows: Tensor | None = None
-    last_rows_unprojected: bool = False
-    finite: Tensor | None = None
-    invalid_code: Tensor | None = None
-    tokens_per_crop: tuple[tuple[int, ...], ...] = ()
-    projected_rows: tuple[int, ...] = ()
-    sizes: tuple[tuple[int, ...], ...] = ()
-    spare: tuple[tuple[tuple[int, int], ...], ...] = ()
-    skipped_layers: bool = False
-    repeated_parts: tuple[tuple[bool, ...], ...] = ()
-    tower_survivors: Tensor | None = None
-    tower_state: Any = None  # one of several classes, by the kind of tower
+    reduced: ReducedRows | None = None
+    last: LastRows | None = None
+    checks: FeatureChecks = field(default_factory=FeatureChecks)
+    accounting: EncodeAccounting = field(default_factory=EncodeAccounting)
     decisions: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def cls_token(self) -> bool:
+        """True if the selection counts a CLS row before the tokens."""
+        return self.selection is not None and self.config.reducer.options.cls_token
 
     def span_number(self, rows: Tensor, position: int, total: int) -> int:
         """The number of the span that a feature tensor belongs to.
@@ -157,16 +195,12 @@ class PromptText:
     labels: Tensor | None = None
 
 
-@dataclass
-class EncodeContext:
-    """State of one running encoder call: what was recorded so far and what was decided before the projector.
+@dataclass(frozen=True)
+class EncodeCall:
+    """Facts of one encoder call that are known when it begins.
 
     Attributes
     ----------
-    encoding : EncoderCall
-        Modality, arguments and sizes of the call.
-    config : ActiveConfig
-        Method and budget of the call.
     standalone : bool
         The user called the encoder, and gets the features of the stock model.
     per_crop : bool
@@ -177,39 +211,68 @@ class EncodeContext:
         The text around the call; None where the encoder was called without a prompt.
     run_stock_too : bool
         The stock encoder runs a second time for the user, as the tower itself is reduced.
-    call_depth : tuple of int
+    depth : tuple of int
         Numbers of forwards and of generate() calls that were running when the encoder call began.
-    recorded_qk : dict
-        Attention module -> queries and keys that its layer recorded.
-    captured_layers : set of int
-        Numbers of the signal layers whose attention has run.
-    signals : dict
-        Number of a signal layer -> signal name -> one tensor per span, until the selection is made.
-    projector_args : tuple or None
-        Arguments of the projector, for methods that call it themselves.
-    selection : SpanSelection or None
-        The selection, once it is made.
-    cls_row : Tensor or None
-        The CLS row, where the method counts it.
-    pending_features : EncodedFeatures or None
-        Reduced features on their way through the projector.
-    merged_rows : Tensor or None
-        Reduced rows that go through the projector a second time, besides all rows.
     is_chunk : bool
         The call encodes one chunk of a video: it records features and signals and selects nothing.
     needs_grad : bool
         A gradient flows into what a trainable module reads.
+    """
+
+    standalone: bool = False
+    per_crop: bool = False
+    skips_unused_layers: bool = False
+    prompt: PromptText | None = None
+    run_stock_too: bool = False
+    depth: tuple[int, int] = (0, 0)
+    is_chunk: bool = False
+    needs_grad: bool = False
+
+
+@dataclass
+class RecordedSignals:
+    """Records of the vision tower and the projector, until the selection is made.
+
+    Attributes
+    ----------
+    qk : dict
+        Attention module -> queries and keys that its layer recorded.
+    captured_layers : set of int
+        Numbers of the signal layers whose attention has run.
+    signals : dict
+        Number of a signal layer -> signal name -> one tensor per span.
     block_outputs : dict
         Number of a signal layer -> output of its block, where that carries a gradient.
+    projector_args : tuple or None
+        Arguments of the projector, for methods that call it themselves.
+    cls_row : Tensor or None
+        The CLS row, where the method counts it.
     unprojected_rows : Tensor or None
         Rows of a chunk before the projector, where the encoder stage works on those.
+    """
+
+    qk: dict[nn.Module, list[RecordedQK]] = field(default_factory=dict)
+    captured_layers: set[int] = field(default_factory=set)
+    signals: dict[int, dict[str, list[Tensor]]] = field(default_factory=dict)
+    block_outputs: dict[int, Tensor] = field(default_factory=dict)
+    projector_args: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    cls_row: Tensor | None = None
+    unprojected_rows: Tensor | None = None
+
+
+@dataclass
+class TowerWork:
+    """Work of a call whose vision tower is reduced.
+
+    Attributes
+    ----------
     patches : Tensor or None
         Patch embeddings [P, D, h, w], until the patches of the tower are selected.
     pixels : Tensor or None
         Pixels of ``patches``.
     embedded : Tensor or None
         Patch embeddings of the selected patches, until a packed tower embeds them.
-    tower_state : TowerState or None
+    state : TowerState or None
         State of the reduced tower (runtime/vision_tower/state.py).
     captured_attention : list of RecordedQK
         Queries and keys of the running block, where patches are dropped after it.
@@ -217,32 +280,46 @@ class EncodeContext:
         The drop inside the running block.
     """
 
-    encoding: EncoderCall
-    config: ActiveConfig
-    standalone: bool = False
-    per_crop: bool = False
-    skips_unused_layers: bool = False
-    prompt: PromptText | None = None
-    run_stock_too: bool = False
-    call_depth: tuple[int, int] = (0, 0)
-    recorded_qk: dict[nn.Module, list[RecordedQK]] = field(default_factory=dict)
-    captured_layers: set[int] = field(default_factory=set)
-    signals: dict[int, dict[str, list[Tensor]]] = field(default_factory=dict)
-    projector_args: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-    selection: SpanSelection | None = None
-    cls_row: Tensor | None = None
-    pending_features: EncodedFeatures | None = None
-    merged_rows: Tensor | None = None
-    is_chunk: bool = False
-    needs_grad: bool = False
-    block_outputs: dict[int, Tensor] = field(default_factory=dict)
-    unprojected_rows: Tensor | None = None
     patches: Tensor | None = None
     pixels: Tensor | None = None
     embedded: Tensor | None = None
-    tower_state: Any = None  # one of several classes, by the kind of tower
+    state: Any = None  # one of several classes, by the kind of tower
     captured_attention: list[RecordedQK] = field(default_factory=list)
     active_cut: Any = None
+
+
+@dataclass
+class EncodeContext:
+    """State of one running encoder call: what was recorded so far and what was decided before the projector.
+
+    Attributes
+    ----------
+    encoding : EncoderCall
+        Modality, arguments and sizes of the call.
+    config : ActiveConfig
+        Method and budget of the call.
+    call : EncodeCall
+        Facts that do not change while it runs.
+    recorded : RecordedSignals
+        Records of the tower and the projector.
+    tower_work : TowerWork
+        Work of a reduced tower.
+    selection : SpanSelection or None
+        The selection, once it is made.
+    pending_features : EncodedFeatures or None
+        Reduced features on their way through the projector.
+    merged_rows : Tensor or None
+        Reduced rows that go through the projector a second time, besides all rows.
+    """
+
+    encoding: EncoderCall
+    config: ActiveConfig
+    call: EncodeCall = EncodeCall()
+    recorded: RecordedSignals = field(default_factory=RecordedSignals)
+    tower_work: TowerWork = field(default_factory=TowerWork)
+    selection: SpanSelection | None = None
+    pending_features: EncodedFeatures | None = None
+    merged_rows: Tensor | None = None
 
 
 @dataclass
@@ -268,6 +345,36 @@ class OriginalArgs:
 
 
 @dataclass
+class ForwardCall:
+    """Arguments of a running forward, as the caller gave them.
+
+    Attributes
+    ----------
+    input_ids, input_embeds : Tensor or None
+        Of the call.
+    attention_mask : Tensor, dict or None
+        The caller's mask, before the family prepares others from it.
+    labels, salient_mask : Tensor or None
+        Of the call.
+    num_draft_tokens : int
+        Tokens at the end that assisted decoding guessed; they are no part of the question.
+    logits_by_prompt_position : bool
+        The caller selects logits by prompt position, so the output has one row for each position of the prompt.
+    brings_images : bool
+        The call has pixels or encoder outputs.
+    """
+
+    input_ids: Tensor | None = None
+    input_embeds: Tensor | None = None
+    attention_mask: Any = None
+    labels: Tensor | None = None
+    salient_mask: Tensor | None = None
+    num_draft_tokens: int = 0
+    logits_by_prompt_position: bool = False
+    brings_images: bool = False
+
+
+@dataclass
 class ForwardContext:
     """State of one running forward of the model.
 
@@ -277,22 +384,12 @@ class ForwardContext:
         The module whose forward began it.
     config : ActiveConfig or None
         Method and budget; None for the full model.
+    call : ForwardCall
+        Arguments of the call.
     in_base_model : bool
         The multimodal model inside the owner is running.
-    logits_by_prompt_position : bool
-        The caller selects logits by prompt position, so the output has one row for each position of the prompt.
-    labels, salient_mask : Tensor or None
-        Of the call.
-    num_draft_tokens : int
-        Tokens at the end that assisted decoding guessed; they are no part of the question.
-    input_ids, input_embeds : Tensor or None
-        Of the call.
-    attention_mask : Tensor, dict or None
-        The caller's mask, before the family prepares others from it.
     layer : int
         The decoder layer that is running.
-    brings_images : bool
-        The call has pixels or encoder outputs.
     placeholders : dict
         Modality -> [B, S] bool, placeholder positions.
     received : dict
@@ -307,16 +404,9 @@ class ForwardContext:
 
     owner: nn.Module | None
     config: ActiveConfig | None
+    call: ForwardCall = field(default_factory=ForwardCall)
     in_base_model: bool = False
-    logits_by_prompt_position: bool = False
-    labels: Tensor | None = None
-    salient_mask: Tensor | None = None
-    num_draft_tokens: int = 0
-    input_ids: Tensor | None = None
-    input_embeds: Tensor | None = None
-    attention_mask: Any = None
     layer: int = 0
-    brings_images: bool = False
     placeholders: dict[str, Tensor] = field(default_factory=dict)
     received: dict[str, ReceivedFeatures] = field(default_factory=dict)
     prompt_state: PromptState | None = None

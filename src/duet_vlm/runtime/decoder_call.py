@@ -22,7 +22,7 @@ def begin_decoder(adapter: Adapter, context: ForwardContext, kwargs: dict[str, A
         if context.received:
             raise ValueError("new image on a reduced cache: start a new conversation (no past_key_values) or detach")
         cache.duet_prompt_state.num_decoded += kwargs["inputs_embeds"].shape[1]
-        return DecodePass(adapter, cache, context.attention_mask, kwargs)
+        return DecodePass(adapter, cache, context.call.attention_mask, kwargs)
     config = next(
         (received.decisions.config for received in context.received.values() if received.decisions is not None),
         context.config,

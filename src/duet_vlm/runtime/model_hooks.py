@@ -191,19 +191,19 @@ class ModelHooks:
         Those of the pre-hook, or, if passed by position or without it, those seen here.
         """
         original = self.state.original_args or OriginalArgs()
-        context.labels = arguments.get("labels") if original.labels is None else original.labels
-        context.salient_mask = original.salient_mask
+        context.call.labels = arguments.get("labels") if original.labels is None else original.labels
+        context.call.salient_mask = original.salient_mask
         logits_to_keep = arguments.get("logits_to_keep") if original.logits_to_keep is None else original.logits_to_keep
-        context.num_draft_tokens = 0
-        if isinstance(logits_to_keep, int) and context.labels is None:
-            context.num_draft_tokens = max(0, logits_to_keep - 1)  # assisted decoding needs their logits, too
-        context.logits_by_prompt_position = isinstance(logits_to_keep, Tensor) and context.labels is None
+        context.call.num_draft_tokens = 0
+        if isinstance(logits_to_keep, int) and context.call.labels is None:
+            context.call.num_draft_tokens = max(0, logits_to_keep - 1)  # assisted decoding needs their logits, too
+        context.call.logits_by_prompt_position = isinstance(logits_to_keep, Tensor) and context.call.labels is None
         collect_features(context, arguments.get(OUTPUTS))
 
     def _finish_output(self, context: ForwardContext, output: Any) -> Any:
         """The output of the multimodal model, aligned with the prompt where the caller expects it."""
         prompt_state = context.prompt_state
-        if prompt_state is not None and prompt_state.reduces and (self.align or context.logits_by_prompt_position):
+        if prompt_state is not None and prompt_state.reduces and (self.align or context.call.logits_by_prompt_position):
             output = align(output, prompt_state)
         return without_marks(output) if context.received else output
 
@@ -219,7 +219,7 @@ class ModelHooks:
         context = self.state.forward_contexts[-1]
         # here, where images would have been encoded, not in the embedding's hook, which sharding counts as part of the
         # embedding
-        if context.placeholders and not context.brings_images and needs_rank_sync(self.adapter.model):
+        if context.placeholders and not context.call.brings_images and needs_rank_sync(self.adapter.model):
             kwargs["inputs_embeds"] = add_dummy_image(self.adapter, self._encode, kwargs["inputs_embeds"])
         if (
             self.module is not None
@@ -319,7 +319,7 @@ class ModelHooks:
         """Post-hook of the vision layer with the CLS row."""
         if self.state.encode_contexts:
             hidden = output[0] if isinstance(output, tuple) else output
-            self.state.encode_contexts[-1].cls_row = hidden[:, :1]
+            self.state.encode_contexts[-1].recorded.cls_row = hidden[:, :1]
 
 
 def _prompt_text(args: tuple[Any, ...], kwargs: dict[str, Any]) -> PromptText:

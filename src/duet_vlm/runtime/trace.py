@@ -117,9 +117,9 @@ def _merged_before(group: LayerGroup, sample: int, ranks: list[int]) -> dict[int
 
 def _tower_trace(encoded: EncodedFeatures, number: int, tokens: int) -> StageTrace | None:
     """The tokens of a span that went through a reduced tower."""
-    if encoded.tower_survivors is None:
+    if encoded.accounting.tower_survivors is None:
         return None
-    survivors = encoded.tower_survivors[number, int(encoded.cls_token) :][:tokens].tolist()
+    survivors = encoded.accounting.tower_survivors[number, int(encoded.cls_token) :][:tokens].tolist()
     kept = tuple(token for token, flag in enumerate(survivors) if flag)
     return (
         None

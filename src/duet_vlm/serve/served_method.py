@@ -14,13 +14,13 @@ from typing import Any
 import duet_vlm
 from duet_vlm.methods.lookup import get_method, make_method
 from duet_vlm.planning.budget import Budget, BudgetError, SpanPlan, check_budget
-from duet_vlm.planning.spans import plan_span
+from duet_vlm.planning.solve import plan_or_clamp
+from duet_vlm.planning.spans import plan_parts
 from duet_vlm.reducers.base import Reducer
 from duet_vlm.reducers.decoder import DecoderReducer
 from duet_vlm.reducers.encoder import EncoderReducer
 from duet_vlm.reducers.inputs import ENCODER_INPUTS, FEATURE_INPUTS, Input
 from duet_vlm.reducers.options import TokenOptions
-from duet_vlm.reducers.plans import plan_or_clamp
 from duet_vlm.reducers.vision_tower import TowerReducer
 from duet_vlm.runtime.encode.selection import reduces_per_crop
 from duet_vlm.runtime.validation import check_plan
@@ -275,7 +275,7 @@ def _span(
         plan = reducer.plan(tokens, DEPTH, None) if budget is None else reducer.plan_entry(tokens, budget, DEPTH)
         return check_plan(reducer, plan, tokens, DEPTH)
 
-    return plan_span(
+    return plan_parts(
         solve,
         budget,
         sizes,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from duet_vlm.planning.budget import Budget, SpanPlan, check_budget
+from duet_vlm.planning.solve import plan_keep_all
 from duet_vlm.reducers.base import Reducer
-from duet_vlm.reducers.plans import plan_keep_all
 from duet_vlm.reducers.registry import register
 
 

@@ -21,12 +21,12 @@ from duet_vlm.planning.budget import (
     mean_within,
     target_mean,
 )
+from duet_vlm.planning.solve import check_budget_or_fields, plan_keep_all
 from duet_vlm.reducers.calibration import Calibration, read
 from duet_vlm.reducers.decoder import DecoderView
 from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.observer import Observer
 from duet_vlm.reducers.options import TokenOptions
-from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.scheduled import ScheduledReducer
 from duet_vlm.utils.field_types import FILE, check_choice

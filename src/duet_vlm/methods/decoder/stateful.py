@@ -19,9 +19,9 @@ from duet_vlm.planning.budget import (
     mean_within,
     target_mean,
 )
+from duet_vlm.planning.solve import check_budget_or_fields, plan_keep_all
 from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
 from duet_vlm.reducers.inputs import Input
-from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all
 from duet_vlm.reducers.registry import register
 
 

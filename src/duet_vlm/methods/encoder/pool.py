@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from duet_vlm.ops.windows import GridWindows, windows
 from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
+from duet_vlm.planning.solve import plan_fixed_count
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
 from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.options import TokenOptions
-from duet_vlm.reducers.plans import plan_fixed_count
 from duet_vlm.reducers.registry import register
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from duet_vlm.ops.merge import matched
 from duet_vlm.ops.ragged import gather_rows, pack_right
 from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
+from duet_vlm.planning.solve import plan_fixed_count
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
 from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.options import TokenOptions
-from duet_vlm.reducers.plans import plan_fixed_count
 from duet_vlm.reducers.registry import register
 from duet_vlm.utils.field_types import check_choice
 

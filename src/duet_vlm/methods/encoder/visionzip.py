@@ -9,11 +9,11 @@ from duet_vlm.ops.merge_targets import merge_around_anchors, visionzip_contextua
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import top
 from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep, count_of, infeasible_budget, target_mean
+from duet_vlm.planning.solve import check_budget_or_fields, plan_keep_all
 from duet_vlm.planning.tokens import MERGES, Selection
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
 from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.options import TokenOptions
-from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.scoring import ScoringRules
 from duet_vlm.utils.field_types import check_choice

@@ -25,12 +25,12 @@ from duet_vlm.planning.budget import (
     layer_counts,
     target_mean,
 )
+from duet_vlm.planning.solve import check_budget_or_fields, plan_keep_all, plan_with_schedule
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
 from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.options import TokenOptions
-from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all, plan_with_schedule
 from duet_vlm.reducers.registry import register
 from duet_vlm.utils.field_types import check_choice
 

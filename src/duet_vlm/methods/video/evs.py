@@ -7,9 +7,9 @@ from typing import Any
 
 from duet_vlm.methods.video.frames import Frames
 from duet_vlm.planning.budget import Budget, SpanPlan
+from duet_vlm.planning.solve import plan_fixed_count
 from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.options import TokenOptions
-from duet_vlm.reducers.plans import plan_fixed_count
 from duet_vlm.reducers.registry import register
 
 

@@ -11,10 +11,10 @@ from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.ragged import gather_rows, pack_right
 from duet_vlm.ops.select import ranks, spaced_picks, top
 from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
+from duet_vlm.planning.solve import plan_fixed_count
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
 from duet_vlm.reducers.inputs import Input
-from duet_vlm.reducers.plans import plan_fixed_count
 from duet_vlm.reducers.registry import register
 
 

@@ -21,11 +21,11 @@ from duet_vlm.planning.budget import (
     layer_counts,
     target_mean,
 )
+from duet_vlm.planning.solve import check_budget_or_fields, plan_fixed_count, plan_keep_all, plan_with_schedule
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.decoder import DecoderReducer
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
 from duet_vlm.reducers.inputs import Input
-from duet_vlm.reducers.plans import check_budget_or_fields, plan_fixed_count, plan_keep_all, plan_with_schedule
 
 Self = TypeVar("Self", bound="ScheduledVideoReducer")
 

@@ -72,7 +72,7 @@ class QKRecorder(AttentionInterceptor):
             cu_seqlens = kwargs.get("cu_seq_lens_q")
             segments = None if cu_seqlens is None else cu_seqlens[1:] - cu_seqlens[:-1]
             recorded = record_qk(context.config.reducer, query, key, kwargs["scaling"], segments)
-            context.recorded_qk.setdefault(self.module, []).append(recorded)
+            context.recorded.qk.setdefault(self.module, []).append(recorded)
         return mask
 
 
@@ -91,11 +91,11 @@ class SizeBias(AttentionInterceptor):
 
     def on_attention(self, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> Any:
         context = self.state.encode_contexts[-1] if self.state.encode_contexts else None
-        if context is None or context.tower_state is None or context.standalone:
+        if context is None or context.tower_work.state is None or context.call.standalone:
             return mask
-        if self.number + 1 in context.tower_state.stages:
-            context.captured_attention.append(RecordedQK(query.detach(), key.detach(), kwargs["scaling"]))
-        return context.tower_state.mask(mask, key)
+        if self.number + 1 in context.tower_work.state.stages:
+            context.tower_work.captured_attention.append(RecordedQK(query.detach(), key.detach(), kwargs["scaling"]))
+        return context.tower_work.state.mask(mask, key)
 
 
 def _intercepting(mark: str) -> compat.AttentionFunction:

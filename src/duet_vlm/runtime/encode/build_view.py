@@ -138,9 +138,9 @@ def layer_views(context: EncodeContext, count: int, width: int) -> tuple[tuple[L
     views: list[LayerView] = []
     flags: list[Tensor] = []
     for number in range(count):
-        if number not in context.signals:
+        if number not in context.recorded.signals:
             raise RuntimeError("the vision attention was not recorded (changed after attach?): detach and attach again")
-        padded = {name: pad_rows(rows)[0] for name, rows in context.signals[number].items()}
+        padded = {name: pad_rows(rows)[0] for name, rows in context.recorded.signals[number].items()}
         flags += map(compat.finite, padded.values())
         views.append(
             LayerView(**{name: _add_cls_row(rows, width, CLS_SIGNALS.get(name, 1.0)) for name, rows in padded.items()})
@@ -299,17 +299,21 @@ def _sizes_on_host(given: Any) -> Any:
 
 def projector_function(adapter: Adapter, context: EncodeContext) -> Callable[[Change], Tensor]:
     """The projector as a function of a change to its input in this call."""
-    if context.projector_args is None:
+    if context.recorded.projector_args is None:
         raise RuntimeError(f"{adapter.family}: the projector did not run in this encoder call; detach and attach again")
-    (features, *args), kwargs = context.projector_args
+    (features, *args), kwargs = context.recorded.projector_args
     projector = in_float32(adapter.projector())
     args, kwargs = [_sizes_on_host(x) for x in args], {name: _sizes_on_host(x) for name, x in kwargs.items()}
 
     def project(change: Change) -> Tensor:
         projected = projector(change(features.detach().float()), *args, **kwargs)
-        if context.tower_state is not None and context.tower_state.pending_merges and not context.standalone:
+        if (
+            context.tower_work.state is not None
+            and context.tower_work.state.pending_merges
+            and not context.call.standalone
+        ):
             # its input holds only the kept rows of a packed tower
-            projected = context.tower_state.projected(projected)
+            projected = context.tower_work.state.projected(projected)
         return pad_rows(adapter.unpack_to_spans(projected, context.encoding))[0]
 
     return project

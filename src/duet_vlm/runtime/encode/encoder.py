@@ -33,10 +33,15 @@ from duet_vlm.runtime import compat
 from duet_vlm.runtime.active_config import ActiveConfig
 from duet_vlm.runtime.context import (
     ENCODED,
+    EncodeAccounting,
+    EncodeCall,
     EncodeContext,
     EncodedFeatures,
+    FeatureChecks,
+    LastRows,
     PromptText,
     ReceivedFeatures,
+    ReducedRows,
     SpanSelection,
     ThreadState,
 )
@@ -111,13 +116,13 @@ class EncoderHooks:
                 bound = signature.bind_partial(*args, **kwargs)
                 context = self._new_context(modality, modality.encoding(bound.arguments), config)
                 pixels = bound.arguments.get(modality.pixels)
-                if not context.standalone and isinstance(pixels, Tensor):
+                if not context.call.standalone and isinstance(pixels, Tensor):
                     chunk_plan = self.chunks.plan_chunks(self.adapter, config.reducer, context.encoding, pixels)
                     if chunk_plan is not None:
                         return self._encode_in_chunks(
                             functools.partial(_call_bound, encode, signature), modality, context, chunk_plan
                         )
-                stock_output = encode(*args, **kwargs) if context.run_stock_too else None
+                stock_output = encode(*args, **kwargs) if context.call.run_stock_too else None
                 self.state.encode_contexts.append(context)
                 try:
                     output = encode(*args, **kwargs)
@@ -135,16 +140,18 @@ class EncoderHooks:
         chunked = ChunkedFeatures(chunk_plan)
         for chunk in chunk_plan.chunks:
             chunk_context = self._new_context(
-                modality, self.adapter.slice_frames(context.encoding, chunk.video, chunk.steps), context.config
+                modality,
+                self.adapter.slice_frames(context.encoding, chunk.video, chunk.steps),
+                context.config,
+                is_chunk=True,
             )
-            chunk_context.is_chunk = True
             self.state.encode_contexts.append(chunk_context)
             try:
                 output = encode(chunk_context.encoding.arguments)
             finally:
                 self.state.encode_contexts.pop()
             chunked.add(self.adapter, chunk, chunk_context, output)
-        rows, levels, context.signals = chunked.concatenate()
+        rows, levels, context.recorded.signals = chunked.concatenate()
         projects = chunked.projects
         del chunked, chunk_context  # frees the chunks: their features are in ``rows`` now
         if projects:
@@ -155,7 +162,7 @@ class EncoderHooks:
         if levels:
             output.deepstack_features = levels
         output = self._store_result(output, context, rows)
-        getattr(output, ENCODED).repeated_parts = chunk_plan.repeated_steps
+        getattr(output, ENCODED).accounting.repeated_parts = chunk_plan.repeated_steps
         return output
 
     def _project_video(self, features: Tensor, context: EncodeContext, chunk_plan: ChunkPlan) -> list[Tensor]:
@@ -171,7 +178,9 @@ class EncoderHooks:
         assert context.pending_features is not None
         return list(_expand_marked(projector.forward(merged), context.pending_features, features.shape[1]))
 
-    def _new_context(self, modality: Modality, encoding: EncoderCall, config: ActiveConfig) -> EncodeContext:
+    def _new_context(
+        self, modality: Modality, encoding: EncoderCall, config: ActiveConfig, is_chunk: bool = False
+    ) -> EncodeContext:
         """The context of a new encoder call."""
         standalone = not (self.state.forward_contexts or self.state.generate_preparations)
         run_stock_too = standalone and config.tower_reducer is not None and config.tower_reducer.prunes_inside
@@ -179,13 +188,16 @@ class EncoderHooks:
         return EncodeContext(
             encoding,
             config,
-            standalone=standalone,
-            per_crop=reduces_per_crop(config.reducer, modality.each),
-            skips_unused_layers=not standalone and self._can_skip_layers(config.reducer, encoding),
-            prompt=self._current_prompt(),
-            run_stock_too=run_stock_too,
-            call_depth=self._depth(),
-            needs_grad=self.module is not None and torch.is_grad_enabled(),
+            EncodeCall(
+                standalone=standalone,
+                per_crop=reduces_per_crop(config.reducer, modality.each),
+                skips_unused_layers=not standalone and self._can_skip_layers(config.reducer, encoding),
+                prompt=self._current_prompt(),
+                run_stock_too=run_stock_too,
+                depth=self._depth(),
+                is_chunk=is_chunk,
+                needs_grad=self.module is not None and torch.is_grad_enabled(),
+            ),
         )
 
     def _depth(self) -> tuple[int, int]:
@@ -196,7 +208,7 @@ class EncoderHooks:
         """Refuse an encoder call from inside the tower; one encoder method may call that of another modality."""
         running = self.state.encode_contexts[-1]
         same_modality = any(context.encoding.stream == modality.name for context in self.state.encode_contexts)
-        if running.call_depth != self._depth() or same_modality:
+        if running.call.depth != self._depth() or same_modality:
             raise RuntimeError(
                 f"{type(self.adapter.model).__name__} was called with pictures from inside its own vision tower (by a hook?) while a reducer is "
                 "attached: what both calls record would mix. Call it when this call has ended, or from a hook of the decoder"
@@ -206,8 +218,8 @@ class EncoderHooks:
         """The text around this encoder call."""
         if self.state.forward_contexts:
             context = self.state.forward_contexts[-1]
-            embeds = context.input_embeds if context.input_ids is None else None
-            return PromptText(context.input_ids, embeds, context.attention_mask, context.labels)
+            embeds = context.call.input_embeds if context.call.input_ids is None else None
+            return PromptText(context.call.input_ids, embeds, context.call.attention_mask, context.call.labels)
         if self.state.generate_preparations and self.state.generate_prompts:
             return self.state.generate_prompts[-1]
         return None
@@ -215,7 +227,7 @@ class EncoderHooks:
     def _attach_to_stock(self, stock_output: Any, output: Any, context: EncodeContext) -> Any:
         """The output of the stock encoder, with the reduced features of ``output`` stored on it."""
         encoded: EncodedFeatures = getattr(output, ENCODED)
-        encoded.reduced_rows = encoded.rows
+        encoded.reduced = ReducedRows(encoded.rows, getattr(output, "deepstack_features", None) or [])
         encoded.rows = self.adapter.spans(stock_output, context.encoding)
         setattr(stock_output, ENCODED, encoded)
         return stock_output
@@ -237,7 +249,7 @@ class EncoderHooks:
         """The forward of a tower layer whose output is unused: it is skipped where the call allows it."""
 
         def pass_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self.state.encode_contexts and self.state.encode_contexts[-1].skips_unused_layers:
+            if self.state.encode_contexts and self.state.encode_contexts[-1].call.skips_unused_layers:
                 return hidden_states
             return forward(hidden_states, *args, **kwargs)
 
@@ -250,31 +262,33 @@ class EncoderHooks:
         The selection is made here so that recorded tensors are freed before the MLP of the layer needs memory.
         """
         context = self.state.encode_contexts[-1] if self.state.encode_contexts else None
-        recorded = None if context is None else context.recorded_qk.pop(attention, None)
+        recorded = None if context is None else context.recorded.qk.pop(attention, None)
         if context is None or not recorded or not isinstance(context.config.reducer, EncoderReducer):
             return
         reducer, layer_numbers = context.config.reducer, self.signal_layers.numbers_of(attention)
-        if context.selection is not None or context.captured_layers & set(layer_numbers):
+        if context.selection is not None or context.recorded.captured_layers & set(layer_numbers):
             raise RuntimeError(
                 "the vision tower ran twice in one encoder call: it is not known which of its attentions ranks the tokens"
             )
-        context.captured_layers |= set(layer_numbers)
+        context.recorded.captured_layers |= set(layer_numbers)
         if self._may_merge(context, sum(qk.key.shape[0] * qk.key.shape[2] for qk in recorded)):
             with torch.no_grad(), compat.without_autocast(recorded[0].key):
                 recorded = (
                     recorded
-                    if context.tower_state is None or context.standalone
-                    else context.tower_state.record_attention(recorded)
+                    if context.tower_work.state is None or context.call.standalone
+                    else context.tower_work.state.record_attention(recorded)
                 )
                 layer_signals = layer_view(self.adapter, recorded, context.encoding, reducer)
-            context.signals |= {number: context.signals.get(number, {}) | layer_signals for number in layer_numbers}
+            context.recorded.signals |= {
+                number: context.recorded.signals.get(number, {}) | layer_signals for number in layer_numbers
+            }
             if (
-                len(context.captured_layers) == len(self.signal_layers.attentions)
+                len(context.recorded.captured_layers) == len(self.signal_layers.attentions)
                 and _needs_attention_only(reducer)
-                and not context.is_chunk
+                and not context.call.is_chunk
             ):
                 counts = [len(rows) + self.adapter.feeds_cls for rows in next(iter(layer_signals.values()))]
-                context.selection, context.signals = self._select(context, counts, lambda: None), {}
+                context.selection, context.recorded.signals = self._select(context, counts, lambda: None), {}
 
     def after_block(self, block: nn.Module, args: Any, output: Any) -> None:
         """Post-hook of a vision layer whose output the method uses."""
@@ -284,7 +298,7 @@ class EncoderHooks:
         rows = output[0] if isinstance(output, tuple) else output
         layer_numbers = self.signal_layers.numbers_of(block)
         if (
-            context.needs_grad
+            context.call.needs_grad
             and not torch.is_grad_enabled()
             and any(weight.requires_grad for weight in self.adapter.tower().parameters())
         ):
@@ -293,8 +307,8 @@ class EncoderHooks:
                 "loses: pass gradient_checkpointing_kwargs={'use_reentrant': False}, or freeze the tower"
             )
         # used after the tower: a checkpointed block must not save more than its second run does
-        if rows.requires_grad and context.needs_grad:
-            context.block_outputs |= dict.fromkeys(layer_numbers, rows)
+        if rows.requires_grad and context.call.needs_grad:
+            context.recorded.block_outputs |= dict.fromkeys(layer_numbers, rows)
         else:
             with torch.no_grad():
                 self._store_block_output(context, layer_numbers, rows.detach())
@@ -302,29 +316,31 @@ class EncoderHooks:
     def _store_block_output(self, context: EncodeContext, layer_numbers: Iterable[int], rows: Tensor) -> None:
         """Store a block's output among the signals of its layers."""
         tokens = self.adapter.token_rows(rows, context.encoding)
-        context.signals |= {number: context.signals.get(number, {}) | {"states": tokens} for number in layer_numbers}
+        context.recorded.signals |= {
+            number: context.recorded.signals.get(number, {}) | {"states": tokens} for number in layer_numbers
+        }
 
     def record_projector_args(self, projector: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook of the projector, for methods that call it themselves."""
         if self.state.encode_contexts:
-            self.state.encode_contexts[-1].projector_args = args, kwargs
+            self.state.encode_contexts[-1].recorded.projector_args = args, kwargs
 
     def _may_merge(self, context: EncodeContext, rows: int) -> bool:
         """True if spans can be reduced at all: no span is larger than all ``rows`` of the tower plus its newlines."""
-        if context.tower_state is not None or context.is_chunk:
+        if context.tower_work.state is not None or context.call.is_chunk:
             return True
         try:
             return context.config.plan_span(
-                (rows,), max(self.adapter.num_separator_rows(context.encoding, 1)), context.per_crop
+                (rows,), max(self.adapter.num_separator_rows(context.encoding, 1)), context.call.per_crop
             ).merges
         except ValueError:  # this many rows cannot be reduced so far (or not at all by these settings), fewer may
             return True
 
     def _tower_counts(self, context: EncodeContext, parts: list[Tensor]) -> list[list[int] | None]:
         """Per span how many tokens of each part a threshold in the tower kept; None where no threshold decides."""
-        if context.tower_state is None or not context.config.by_threshold:
+        if context.tower_work.state is None or not context.config.by_threshold:
             return [None] * len(parts)
-        survivors = iter(context.tower_state.counts)
+        survivors = iter(context.tower_work.state.counts)
         num_cls = self.adapter.num_cls_rows(context.encoding)
         tokens_per_crop = self.adapter.tokens_per_crop(context.encoding, [len(rows) for rows in parts])
         counts_of_spans: list[list[int] | None] = []
@@ -347,13 +363,13 @@ class EncoderHooks:
         reducer = context.config.reducer
         pictures_per_span = self.adapter.projected_together(context.encoding)
         spans = features = args[0].unflatten(0, (-1, pictures_per_span)).flatten(1, 2)
-        if context.is_chunk:  # one row of each frame instead: the projected output of a chunk is unused
-            context.unprojected_rows = args[0]
+        if context.call.is_chunk:  # one row of each frame instead: the projected output of a chunk is unused
+            context.recorded.unprojected_rows = args[0]
             return (args[0][:, :1], *args[1:])
         if reducer.options.cls_token:
             features = torch.cat([_recorded_cls(context, self.adapter), features], 1)
         merged = self._select_and_merge(context, spans, features)
-        if context.standalone:
+        if context.call.standalone:
             context.merged_rows = merged
             return None
         return None if merged is None else (merged, *args[1:])
@@ -375,27 +391,23 @@ class EncoderHooks:
             config=context.config,
             selection=span_selection.selection,
             slots=slots,
-            cls_token=reducer.options.cls_token,
-            last_rows=spans[:, -1].clone(),
-            last_rows_unprojected=True,
-            invalid_code=span_selection.invalid_code,
-            tower_survivors=span_selection.tower_survivors,
-            sizes=span_selection.sizes,
+            last=LastRows(spans[:, -1].clone(), unprojected=True),
+            checks=FeatureChecks(invalid_code=span_selection.invalid_code),
+            accounting=EncodeAccounting(tower_survivors=span_selection.tower_survivors, sizes=span_selection.sizes),
         )
         return _merge(features, span_selection.selection)
 
     def after_projector(self, projector: nn.Module, args: tuple[Any, ...], projected: Tensor) -> Tensor | None:
         """Post-hook of the projector: rows [B, K, D] -> [B, N, D] with the dropped rows marked."""
         context = self.state.encode_contexts[-1] if self.state.encode_contexts else None
-        if context is not None and context.unprojected_rows is not None:
-            return projected.expand(-1, context.unprojected_rows.shape[1], -1)
+        if context is not None and context.recorded.unprojected_rows is not None:
+            return projected.expand(-1, context.recorded.unprojected_rows.shape[1], -1)
         if context is None or context.pending_features is None:
             return None
         width = context.pending_features.plans[0].tokens
         if context.merged_rows is not None:
-            context.pending_features.reduced_rows = list(
-                _expand_marked(projector.forward(context.merged_rows), context.pending_features, width)
-            )
+            expanded = _expand_marked(projector.forward(context.merged_rows), context.pending_features, width)
+            context.pending_features.reduced = ReducedRows(list(expanded))
             return None
         pictures_per_span = self.adapter.projected_together(context.encoding)
         return (
@@ -422,17 +434,17 @@ class EncoderHooks:
         )
         encoded.rows = rows
         encoded.grids = self.adapter.grids(context.encoding, counts)
-        encoded.tokens_per_crop = tuple(self.adapter.tokens_per_crop(context.encoding, counts))
-        encoded.tower_state = None if context.standalone else context.tower_state
-        encoded.spare = self.adapter.spare(context.encoding)
-        encoded.projected_rows = tuple(self.adapter.projected_rows(context.encoding, counts))
-        encoded.skipped_layers = context.skips_unused_layers
-        if encoded.finite is None:
-            encoded.finite = compat.finite(
+        encoded.accounting.tokens_per_crop = tuple(self.adapter.tokens_per_crop(context.encoding, counts))
+        encoded.accounting.tower_state = None if context.call.standalone else context.tower_work.state
+        encoded.accounting.spare = self.adapter.spare(context.encoding)
+        encoded.accounting.projected_rows = tuple(self.adapter.projected_rows(context.encoding, counts))
+        encoded.accounting.skipped_layers = context.call.skips_unused_layers
+        if encoded.checks.finite is None:
+            encoded.checks.finite = compat.finite(
                 torch.stack([span_rows.detach().sum(dtype=torch.float32) for span_rows in rows])
             )
         setattr(output, ENCODED, encoded)
-        if not context.standalone:
+        if not context.call.standalone:
             publish_features(output, encoded)
             if self.state.forward_contexts:  # inside forward: for the decoder of this call
                 self.state.forward_contexts[-1].received[context.encoding.stream] = ReceivedFeatures(
@@ -453,18 +465,17 @@ class EncoderHooks:
             span_selection.plans,
             context.config,
             span_selection.selection,
-            sizes=span_selection.sizes,
+            accounting=EncodeAccounting(sizes=span_selection.sizes),
         )
         if span_selection.selection is not None:
             encoded.slots = slots_of(span_selection.selection, context.config.reducer)
-            encoded.invalid_code = span_selection.invalid_code
-            encoded.tower_survivors = span_selection.tower_survivors
-            encoded.last_rows = torch.stack([row[-1] for row in rows])
+            encoded.checks.invalid_code = span_selection.invalid_code
+            encoded.accounting.tower_survivors = span_selection.tower_survivors
+            encoded.last = LastRows(torch.stack([row[-1] for row in rows]))
             features, _ = pad_rows(rows)
-            encoded.reduced_rows = _unpad(
-                _expand_marked(_merge(features, span_selection.selection), encoded, features.shape[1]), rows
-            )
-            encoded.deepstack_rows = [type(level)(_expand_unmarked(list(level), encoded)) for level in levels or ()]
+            marked = _expand_marked(_merge(features, span_selection.selection), encoded, features.shape[1])
+            deepstack = [type(level)(_expand_unmarked(list(level), encoded)) for level in levels or ()]
+            encoded.reduced = ReducedRows(_unpad(marked, rows), deepstack)
         return encoded
 
     # ---- both
@@ -473,7 +484,7 @@ class EncoderHooks:
         """The selection made before the features were known, or a new one with them."""
         if context.selection is None:
             span_selection = self._select(context, counts, features)
-            context.signals = {}
+            context.recorded.signals = {}
             return span_selection
         selected_sizes = [plan.tokens for plan in context.selection.plans]
         if selected_sizes != counts:
@@ -493,7 +504,7 @@ class EncoderHooks:
         plans = plan_spans(
             context.config.plan_span,
             parts,
-            context.per_crop,
+            context.call.per_crop,
             self._tower_counts(context, parts),
             self.adapter.num_cls_rows(context.encoding),
         )
@@ -508,9 +519,9 @@ class EncoderHooks:
         rows = features()
         any_input = next(x for x in (*(x for layer in layers for x in layer.tensors()), rows) if x is not None)
         survivors = None
-        if context.tower_state is not None:
+        if context.tower_work.state is not None:
             survivors = self._tower_survivors(context, width).to(any_input.device)
-        with torch.set_grad_enabled(context.needs_grad), compat.without_autocast(any_input):
+        with torch.set_grad_enabled(context.call.needs_grad), compat.without_autocast(any_input):
             further_inputs = self._further_inputs(context, counts, width, any_input.device, layers)
             selection, invalid_code, selectable = select_tokens(
                 reducer,
@@ -519,12 +530,12 @@ class EncoderHooks:
                 layers,
                 rows,
                 modality=context.encoding.stream,
-                per_crop=context.per_crop,
+                per_crop=context.call.per_crop,
                 tower_survivors=survivors,
                 further_inputs=further_inputs,
             )
-        if context.tower_state is not None:
-            invalid_code = torch.maximum(invalid_code, context.tower_state.invalid_code.to(invalid_code.device))
+        if context.tower_work.state is not None:
+            invalid_code = torch.maximum(invalid_code, context.tower_work.state.invalid_code.to(invalid_code.device))
         return SpanSelection(plans, selection, invalid_code, None if survivors is None else selectable, sizes)
 
     def _tower_survivors(self, context: EncodeContext, width: int) -> Tensor:
@@ -532,7 +543,7 @@ class EncoderHooks:
         survivors, _ = pad_rows(
             [
                 rows[:, 0] > 0.5
-                for rows in self.adapter.patches_to_tokens(context.tower_state.survivors(), context.encoding)
+                for rows in self.adapter.patches_to_tokens(context.tower_work.state.survivors(), context.encoding)
             ]
         )
         # a CLS row before the tokens is always kept
@@ -540,9 +551,9 @@ class EncoderHooks:
 
     def _layer_views(self, context: EncodeContext, width: int) -> tuple[LayerView, ...]:
         """Signals of all signal layers, padded to ``width`` rows."""
-        for number, rows in context.block_outputs.items():
+        for number, rows in context.recorded.block_outputs.items():
             self._store_block_output(context, (number,), rows)
-        context.block_outputs = {}
+        context.recorded.block_outputs = {}
         views, finite = layer_views(context, len(self.signal_layers.blocks), width)
         check_finite(finite, "the vision attention scores")
         return views
@@ -558,7 +569,12 @@ class EncoderHooks:
             inputs |= grid_of(self.adapter, context.encoding, counts, width, device)
         if reducer.requires & QUESTION_INPUTS:
             question = find_question(
-                self.adapter, context.prompt, context.encoding.stream, counts, reducer.name, context.needs_grad
+                self.adapter,
+                context.call.prompt,
+                context.encoding.stream,
+                counts,
+                reducer.name,
+                context.call.needs_grad,
             )
             inputs["question"] = question.question
             if Input.QUESTION_STATE in reducer.requires:
@@ -590,20 +606,20 @@ def _call_bound(encode: Callable[..., Any], signature: inspect.Signature, argume
 
 def publish_features(output: Any, encoded: EncodedFeatures) -> None:
     """Replace the features of an encoder output by the reduced ones, if there are any."""
-    rows = encoded.rows if encoded.reduced_rows is None else encoded.reduced_rows
+    rows = encoded.rows if encoded.reduced is None else encoded.reduced.rows
     features = output.pooler_output
     output.pooler_output = stacked(rows) if isinstance(features, Tensor) else type(features)(rows)
-    if encoded.deepstack_rows:
-        output.deepstack_features = encoded.deepstack_rows
+    if encoded.reduced is not None and encoded.reduced.deepstack:
+        output.deepstack_features = encoded.reduced.deepstack
     encoded.rows = list(output.pooler_output)
-    encoded.reduced_rows = None
+    encoded.reduced = None
 
 
 def _expand_marked(rows: Tensor, encoded: EncodedFeatures, width: int) -> Tensor:
     """[B, K, D] -> [B, width, D]: kept rows at their positions, all others marked."""
     selection = encoded.selection
     assert selection is not None
-    encoded.finite = compat.finite(rows.masked_fill(~selection.valid[..., None], 0))
+    encoded.checks.finite = compat.finite(rows.masked_fill(~selection.valid[..., None], 0))
     return _write_at_positions(rows, encoded, rows.new_full((rows.shape[0], width + 1, rows.shape[2]), MARK))
 
 
@@ -641,7 +657,7 @@ def _unpad(padded: Tensor, rows: list[Tensor]) -> list[Tensor]:
 
 def _recorded_cls(context: EncodeContext, adapter: Adapter) -> Tensor:
     """The recorded CLS row."""
-    if context.cls_row is None:
+    if context.recorded.cls_row is None:
         adapter.cls_module()
         raise RuntimeError("the CLS row was not recorded; detach and attach again")
-    return context.cls_row
+    return context.recorded.cls_row

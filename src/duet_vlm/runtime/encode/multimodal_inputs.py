@@ -13,7 +13,14 @@ from torch import Tensor
 
 from duet_vlm.models.adapter import Adapter
 from duet_vlm.runtime.active_config import ActiveConfig
-from duet_vlm.runtime.context import ENCODED, EncodedFeatures, ForwardContext, OriginalArgs, ReceivedFeatures
+from duet_vlm.runtime.context import (
+    ENCODED,
+    EncodeAccounting,
+    EncodedFeatures,
+    ForwardContext,
+    OriginalArgs,
+    ReceivedFeatures,
+)
 from duet_vlm.runtime.encode.encoder import publish_features
 from duet_vlm.runtime.marks import is_marked
 
@@ -42,11 +49,11 @@ def swap_in_reduced(config: ActiveConfig | None, kwargs: dict[str, Any], copy_al
 def _with_reduced_features(output: Any, copy_all: bool) -> Any:
     """A copy of an encoder output with its reduced features."""
     encoded = getattr(output, ENCODED, None)
-    if encoded is None or (encoded.reduced_rows is None and not copy_all):
+    if encoded is None or (encoded.reduced is None and not copy_all):
         return output
     output = copy.copy(output)
     encoded = dataclasses.replace(encoded, decisions={})
-    if encoded.reduced_rows is not None:
+    if encoded.reduced is not None:
         publish_features(output, encoded)
     setattr(output, ENCODED, encoded)
     return output
@@ -62,7 +69,7 @@ def collect_features(context: ForwardContext, outputs: dict[str, Any] | None) ->
         encoded = getattr(output, ENCODED, None)
         if (
             encoded is not None
-            and encoded.reduced_rows is None
+            and encoded.reduced is None
             and (context.config is not None or encoded.selection is not None)
         ):
             context.received[name] = ReceivedFeatures(list(output.pooler_output), encoded)
@@ -95,10 +102,10 @@ def collect_inputs(adapter: Adapter, context: ForwardContext, arguments: dict[st
             "inputs_embeds without input_ids and without images: visual rows merged by the caller cannot be told from text. Pass "
             "input_ids and pixel_values (or inputs_embeds and pixel_values), or use handle.paused()"
         )
-    context.attention_mask = arguments.get("attention_mask")
-    context.input_ids = ids
-    context.input_embeds = embeds
-    context.brings_images = brings_images
+    context.call.attention_mask = arguments.get("attention_mask")
+    context.call.input_ids = ids
+    context.call.input_embeds = embeds
+    context.call.brings_images = brings_images
     decodes = ids is not None and ids.shape[1] == 1 and not brings_images
     if not decodes and (ids is not None or embeds is not None):
         context.placeholders = adapter.placeholders(ids, embeds)
@@ -133,8 +140,7 @@ def _encoded_elsewhere(modality: str, features: list[Tensor], config: ActiveConf
         grids=(None,) * len(features),
         plans=plans,
         config=config,
-        tokens_per_crop=tokens_per_crop,
-        projected_rows=sizes,
+        accounting=EncodeAccounting(tokens_per_crop=tokens_per_crop, projected_rows=sizes),
     )
     return ReceivedFeatures(features, encoded)
 

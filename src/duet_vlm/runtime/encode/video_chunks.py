@@ -243,18 +243,18 @@ class ChunkedFeatures:
 
     def add(self, adapter: Adapter, chunk: Chunk, context: EncodeContext, output: Any) -> None:
         """Add the result of ``chunk``. Rows after the steps of a video come from its last chunk."""
-        self.projects = context.unprojected_rows is not None
-        if context.unprojected_rows is None:
+        self.projects = context.recorded.unprojected_rows is not None
+        if context.recorded.unprojected_rows is None:
             spans = adapter.spans(output, context.encoding)
         else:
-            spans = adapter.unpack_to_spans(context.unprojected_rows, context.encoding)
+            spans = adapter.unpack_to_spans(context.recorded.unprojected_rows, context.encoding)
         num_step_rows = int((adapter.parts(context.encoding, [len(spans[0])])[0] >= 0).sum())
         self._write(self.rows, chunk, spans[0], num_step_rows)
         levels = [list(level) for level in getattr(output, "deepstack_features", None) or ()]
         self.levels = self.levels or [{} for _ in levels]
         for level, level_rows in zip(self.levels, levels, strict=True):
             self._write(level, chunk, level_rows[0], num_step_rows)
-        for layer, signals in context.signals.items():
+        for layer, signals in context.recorded.signals.items():
             for name, spans in signals.items():
                 self._write(self.signals.setdefault(layer, {}).setdefault(name, {}), chunk, spans[0], num_step_rows)
 

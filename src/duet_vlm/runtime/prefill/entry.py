@@ -45,30 +45,34 @@ def begin_prompt(
     embeds = kwargs["inputs_embeds"]
     cache = kwargs.get("past_key_values")
     reducer = config.reducer
-    valid = valid_tokens(context.attention_mask, embeds)
+    valid = valid_tokens(context.call.attention_mask, embeds)
     placeholders = {name: rows.to(valid.device) for name, rows in context.placeholders.items()}
     visual = torch.stack(list(placeholders.values())).any(0)
     cached = cache is not None or compat.uses_cache(adapter.text_model, kwargs.get("use_cache"))
-    stored = _stored_decisions(context, config) if not cached and context.labels is None and context.received else {}
+    stored = (
+        _stored_decisions(context, config) if not cached and context.call.labels is None and context.received else {}
+    )
     protected = dropped_protected = torch.zeros_like(valid)
     if reducer.options.protect_predicting_tokens and context.received:
-        rows = stored.setdefault("predicting", predicting_rows(valid, visual, context.labels, context.num_draft_tokens))
+        rows = stored.setdefault(
+            "predicting", predicting_rows(valid, visual, context.call.labels, context.call.num_draft_tokens)
+        )
         rows = torch.nn.functional.pad(rows, (0, valid.shape[1] - rows.shape[1]))
         protected, dropped_protected = rows_that_stay(context, rows, placeholders, embeds)
     prompt = TokenMap.identity(valid, visual, protected)
     queries = torch.zeros_like(valid)
     if (reducer.uses_text_queries() or Input.QUESTION_STATE in reducer.requires) and context.received:
         candidates = valid
-        if context.num_draft_tokens:
+        if context.call.num_draft_tokens:
             candidates = valid & (
-                torch.arange(valid.shape[1], device=valid.device) < valid.shape[1] - context.num_draft_tokens
+                torch.arange(valid.shape[1], device=valid.device) < valid.shape[1] - context.call.num_draft_tokens
             )
         queries = query_rows(
             reducer.options.text_query,
             prompt.prunable,
             candidates,
-            context.labels,
-            context.salient_mask,
+            context.call.labels,
+            context.call.salient_mask,
             reducer.options.training_turns,
         )
     document_starts = documents(kwargs.get("attention_mask"), kwargs.get("position_ids"), valid, cached)
@@ -84,7 +88,7 @@ def begin_prompt(
     spans_by_sample = assign_spans(context, layout)
     spans, sources = spans_of(spans_by_sample, layout, placeholders, valid)
     plans = tuple(tuple(encoded.plans[number] for encoded, number in row) for row in sources)
-    if reducer.options.skip_unanswered and context.labels is not None:
+    if reducer.options.skip_unanswered and context.call.labels is not None:
         plans = tuple(
             _without_drops(row) if not has_labels else row
             for row, has_labels in zip(plans, layout.has_labels, strict=True)
@@ -100,7 +104,7 @@ def begin_prompt(
         prompt=prompt,
         sources=sum(sources, ()),
         num_text_after_image=min(layout.num_text_after_image),
-        drafts=context.num_draft_tokens,
+        drafts=context.call.num_draft_tokens,
         element_bytes=embeds.element_size(),
         num_real_tokens=valid.sum(1),
     )
@@ -187,12 +191,12 @@ def _bring_back(
     """
     for name, received in context.received.items():
         encoded = received.decisions
-        if encoded is None or encoded.last_rows is None:
+        if encoded is None or encoded.last is None:
             continue
         span_number = span_ends(received, placeholders[name])
         numbers = [number for sample in spans_by_sample[name] for (_, number), _ in sample]
-        rows = encoded.last_rows[upload(numbers, encoded.last_rows.device)]
-        if encoded.last_rows_unprojected and adapter.pointwise_projector is not None:
+        rows = encoded.last.rows[upload(numbers, encoded.last.rows.device)]
+        if encoded.last.unprojected and adapter.pointwise_projector is not None:
             rows = adapter.pointwise_projector.forward(rows[:, None])[:, 0]
         rows = rows.to(embeds.device, embeds.dtype)[span_number.clamp(min=0).to(embeds.device)]
         embeds = torch.where((dropped_protected & (span_number >= 0)).to(embeds.device)[..., None], rows, embeds)
@@ -208,7 +212,7 @@ def _stored_decisions(context: ForwardContext, config: ActiveConfig) -> dict[str
     first_encoded = next(iter(context.received.values())).decisions
     assert first_encoded is not None
     stored = first_encoded.decisions
-    ids = context.input_ids
+    ids = context.call.input_ids
     if ids is None:
         return {}
     first: Any = stored.get("input_ids")

@@ -82,7 +82,7 @@ def rows_that_stay(
     dropped = predicting & is_marked(embeds).to(predicting.device)
     available = predicting & ~dropped
     for name, received in context.received.items():
-        if received.decisions is not None and received.decisions.last_rows is not None:
+        if received.decisions is not None and received.decisions.last is not None:
             available = available | (predicting & (span_ends(received, placeholders[name]) >= 0))
     return available, dropped & available
 
@@ -98,14 +98,16 @@ def read_layout(
     document_starts: Tensor,
 ) -> PromptLayout:
     """The one device-to-host copy of a prefill; checks that would need a copy of their own are made here, too."""
-    supervised = torch.zeros_like(valid) if context.labels is None else (context.labels.to(valid.device) != -100)
+    supervised = (
+        torch.zeros_like(valid) if context.call.labels is None else (context.call.labels.to(valid.device) != -100)
+    )
     finite = torch.ones((), dtype=torch.bool, device=valid.device)
     invalid_code = torch.zeros((), dtype=torch.long, device=valid.device)
     for received in context.received.values():
-        if received.decisions is not None and received.decisions.finite is not None:
-            finite = finite & received.decisions.finite.to(valid.device)
-        if received.decisions is not None and received.decisions.invalid_code is not None:
-            invalid_code = torch.maximum(invalid_code, received.decisions.invalid_code.to(valid.device))
+        if received.decisions is not None and received.decisions.checks.finite is not None:
+            finite = finite & received.decisions.checks.finite.to(valid.device)
+        if received.decisions is not None and received.decisions.checks.invalid_code is not None:
+            invalid_code = torch.maximum(invalid_code, received.decisions.checks.invalid_code.to(valid.device))
     visual = torch.stack(list(placeholders.values())).any(0)
     text_after = valid & after_last_true(visual)
     masked = [positions & ~valid for positions in placeholders.values()]

@@ -14,13 +14,12 @@ from duet_vlm.ops.merge import weighed_means
 from duet_vlm.ops.ragged import gather_rows, gather_square
 from duet_vlm.ops.score import cls_attention, column_attention
 from duet_vlm.planning.budget import TowerStages
-from duet_vlm.reducers.vision_tower import Grid
 from duet_vlm.runtime.vision_tower.patch_groups import selectable_units
 from duet_vlm.runtime.vision_tower.selection import PatchSelection
 from duet_vlm.runtime.vision_tower.state import TowerState
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class BatchedTowerState(TowerState):
     """State of a tower that takes pictures as a batch.
 
@@ -48,12 +47,6 @@ class BatchedTowerState(TowerState):
 
     pending_merges: ClassVar[bool] = False
 
-    stages: dict[int, tuple[int, ...]]
-    grids: tuple[Grid, ...]
-    num_cls: int
-    uses_size_bias: bool
-    invalid_code: Tensor
-    pooled_count: tuple[int, ...]
     units: Tensor
     valid: Tensor
     is_output: Tensor

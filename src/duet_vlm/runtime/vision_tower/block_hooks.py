@@ -116,8 +116,8 @@ class BlockHooks:
     def _dropping_call(self, number: int) -> tuple[EncodeContext, TowerReducer, TowerState] | None:
         """The running call, if units are dropped after the attention of block ``number``."""
         running = self.tower_hooks.current_state()
-        tower_state = None if running is None else running[0].tower_state
-        if running is None or tower_state is None or running[0].standalone or number + 1 not in tower_state.stages:
+        tower_state = None if running is None else running[0].tower_work.state
+        if running is None or tower_state is None or running[0].call.standalone or number + 1 not in tower_state.stages:
             return None
         return (*running, tower_state)
 
@@ -131,15 +131,15 @@ class BlockHooks:
         rows = hidden if hidden.ndim == 3 else hidden[None]
         with torch.no_grad(), compat.without_autocast(hidden):
             valid, unit_index = state.view(state.stages[number + 1])
-            signals = tower_signals_of(tower, state, context.captured_attention)
-            metric = state.of_units(keys_of(context.captured_attention)) if state.uses_size_bias else None
+            signals = tower_signals_of(tower, state, context.tower_work.captured_attention)
+            metric = state.of_units(keys_of(context.tower_work.captured_attention)) if state.uses_size_bias else None
             selection = apply_selection(
                 tower, valid, state.stages[number + 1], metric, state.sizes(), state.uses_size_bias, grids=state.grids, after=number + 1, unit_index=unit_index,
                 num_cls=state.num_cls, **signals,
             )  # fmt: skip
-        context.captured_attention.clear()
+        context.tower_work.captured_attention.clear()
         kept_rows, kept = state.drop_patches(selection, rows, number + 1)
-        context.active_cut = BlockCut(
+        context.tower_work.active_cut = BlockCut(
             kept, rows.shape[1], None if selection.into is None else kept_rows - gather_rows(rows, kept)
         )
         return (kept_rows if hidden.ndim == 3 else kept_rows[0], *args[1:])
@@ -147,7 +147,7 @@ class BlockHooks:
     def after_mlp(self, number: int, mlp: Any, args: Any, output: Tensor) -> Tensor | None:
         """Post-hook of the MLP: expand its output to the rows of the residual stream."""
         running = self._dropping_call(number)
-        cut: BlockCut | None = None if running is None else running[0].active_cut
+        cut: BlockCut | None = None if running is None else running[0].tower_work.active_cut
         if cut is None:
             return None
         rows = output if output.ndim == 3 else output[None]
@@ -159,10 +159,10 @@ class BlockHooks:
     def after_block(self, number: int, block: Any, args: Any, output: Tensor) -> Tensor | None:
         """Post-hook of the block: only kept rows continue."""
         running = self._dropping_call(number)
-        cut: BlockCut | None = None if running is None else running[0].active_cut
+        cut: BlockCut | None = None if running is None else running[0].tower_work.active_cut
         if running is None or cut is None:
             return None
-        running[0].active_cut = None
+        running[0].tower_work.active_cut = None
         rows = gather_rows(output if output.ndim == 3 else output[None], cut.kept)
         rows = rows if cut.change is None else rows + cut.change
         return rows if output.ndim == 3 else rows[0]

@@ -161,15 +161,15 @@ class ConcatenatedTowerHooks(TowerHooks):
         kwargs: dict[str, Any],
     ) -> Any:
         running = self.current_state()
-        if running is None or running[0].patches is None:
+        if running is None or running[0].tower_work.patches is None:
             return None
         context, tower = running
         assert isinstance(blocks, ConcatenatedBlocks)
         recomputed = recomputes(blocks.tower)
-        with torch.no_grad(), compat.without_autocast(running[0].patches):
-            context.tower_state = tower_state = self._begin_concatenated(context, tower, blocks, depth, recomputed)
-        context.patches = context.pixels = None
-        if tower_state is None or context.standalone:
+        with torch.no_grad(), compat.without_autocast(running[0].tower_work.patches):
+            context.tower_work.state = tower_state = self._begin_concatenated(context, tower, blocks, depth, recomputed)
+        context.tower_work.patches = context.tower_work.pixels = None
+        if tower_state is None or context.call.standalone:
             return None
         new_kwargs = dict(zip(parameters, args, strict=False)) | kwargs
         new_kwargs[parameters[0]] = tower_state.enter(new_kwargs[parameters[0]])
@@ -182,9 +182,9 @@ class ConcatenatedTowerHooks(TowerHooks):
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         running = self.current_state()
-        if running is None or running[0].tower_state is None or running[0].standalone:
+        if running is None or running[0].tower_work.state is None or running[0].call.standalone:
             return
-        tower_state: ConcatenatedTowerState = running[0].tower_state
+        tower_state: ConcatenatedTowerState = running[0].tower_work.state
         width = len(tower_state.entry_index) * tower_state.unit + len(tower_state.spare)
 
         def full(rows: Tensor | None) -> Tensor | None:
@@ -198,7 +198,7 @@ class ConcatenatedTowerHooks(TowerHooks):
         """Pre-hook of a block: pass the tables of the kept rows."""
         running = self.current_state()
         tower_state: ConcatenatedTowerState | None = (
-            None if running is None or running[0].standalone else running[0].tower_state
+            None if running is None or running[0].call.standalone else running[0].tower_work.state
         )
         if tower_state is None or len(tower_state.entry_index) == len(tower_state.units):
             return None
@@ -212,10 +212,10 @@ class ConcatenatedTowerHooks(TowerHooks):
 
         ``recomputed``: its blocks run again in the backward pass.
         """
-        assert context.patches is not None
+        assert context.tower_work.patches is not None
         sides = blocks.grids(context.encoding)
         cell = blocks.patch_grid
-        device = context.patches.device
+        device = context.tower_work.patches.device
         grids = tuple((height // cell, width // cell) for height, width in sides)
         lengths = [height * width for height, width in grids]
         spans: list[tuple[int, ...]] = [(n,) for n in lengths]
@@ -233,7 +233,7 @@ class ConcatenatedTowerHooks(TowerHooks):
             rows = torch.cat(
                 [
                     some[:, :height, :width].flatten(1).t()
-                    for some, (height, width) in zip(context.patches, sides, strict=True)
+                    for some, (height, width) in zip(context.tower_work.patches, sides, strict=True)
                 ]
             )
             valid = pad_sequence(
@@ -242,8 +242,10 @@ class ConcatenatedTowerHooks(TowerHooks):
             embedded = pad_sequence(list(rows[cells].split(lengths)), batch_first=True)
             pixels = (
                 None
-                if context.pixels is None
-                else self._pixels(context.pixels, sides, blocks.patch)[cells].flatten(1)[:, None].split(lengths)
+                if context.tower_work.pixels is None
+                else self._pixels(context.tower_work.pixels, sides, blocks.patch)[cells]
+                .flatten(1)[:, None]
+                .split(lengths)
             )
             pixel_groups = None if pixels is None else pad_sequence(list(pixels), batch_first=True)
             selection = select_patches(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -14,8 +15,9 @@ from duet_vlm.reducers.vision_tower import Grid
 from duet_vlm.runtime.vision_tower.selection import PatchSelection
 
 
+@dataclass(kw_only=True)
 class TowerState(ABC):
-    """State of a reduced tower in one call: the units that are kept so far.
+    """State of a reduced tower in one call: the units that are kept so far. A subclass lays rows out as its tower does.
 
     A "unit" is the group of patches that becomes one token.
 
@@ -42,10 +44,10 @@ class TowerState(ABC):
 
     stages: dict[int, tuple[int, ...]]
     grids: tuple[Grid, ...]
-    num_cls: int
     uses_size_bias: bool
     invalid_code: Tensor
     pooled_count: tuple[int, ...]
+    num_cls: int = 0
 
     @property
     @abstractmethod

@@ -69,7 +69,7 @@ class TowerHooks:
         for sizes, separators in zip(spans, num_separators, strict=True):
             plans.append(
                 context.config.plan_span(
-                    [units + num_cls for units in sizes], separators, context.per_crop, num_cls=num_cls
+                    [units + num_cls for units in sizes], separators, context.call.per_crop, num_cls=num_cls
                 )
             )
         kept = [
@@ -95,8 +95,8 @@ class TowerHooks:
         """Post-hook of the patch embedding."""
         running = self.current_state()
         if running is not None:
-            running[0].patches = output.detach()
-            running[0].pixels = args[0].detach() if Input.PIXELS in running[1].requires else None
+            running[0].tower_work.patches = output.detach()
+            running[0].tower_work.pixels = args[0].detach() if Input.PIXELS in running[1].requires else None
 
     def enter(
         self,
@@ -109,20 +109,20 @@ class TowerHooks:
     ) -> Any:
         """Pre-hook of the stack of blocks: pass the kept rows."""
         running = self.current_state()
-        if running is None or running[0].patches is None:
+        if running is None or running[0].tower_work.patches is None:
             return None
         context, tower = running
         recomputed = recomputes(blocks.tower)
-        with torch.no_grad(), compat.without_autocast(running[0].patches):
-            context.tower_state = self._begin(context, tower, blocks, depth, recomputed)
-        context.patches = context.pixels = None
+        with torch.no_grad(), compat.without_autocast(running[0].tower_work.patches):
+            context.tower_work.state = self._begin(context, tower, blocks, depth, recomputed)
+        context.tower_work.patches = context.tower_work.pixels = None
         # a standalone call gets the stock output
-        if context.tower_state is None or context.standalone or context.tower_state.is_stock:
+        if context.tower_work.state is None or context.call.standalone or context.tower_work.state.is_stock:
             return None
         new_kwargs = dict(zip(parameters, args, strict=False)) | kwargs
-        new_kwargs[parameters[0]] = context.tower_state.enter(new_kwargs[parameters[0]])
-        if "attention_mask" in parameters and max(context.tower_state.stages) == 0:  # else block by block
-            new_kwargs["attention_mask"] = context.tower_state.mask(
+        new_kwargs[parameters[0]] = context.tower_work.state.enter(new_kwargs[parameters[0]])
+        if "attention_mask" in parameters and max(context.tower_work.state.stages) == 0:  # else block by block
+            new_kwargs["attention_mask"] = context.tower_work.state.mask(
                 new_kwargs.get("attention_mask"), new_kwargs[parameters[0]]
             )
         return (), new_kwargs
@@ -130,9 +130,9 @@ class TowerHooks:
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Post-hook of the tower: expand its output to all rows."""
         running = self.current_state()
-        if running is None or running[0].tower_state is None or running[0].standalone:
+        if running is None or running[0].tower_work.state is None or running[0].call.standalone:
             return
-        tower_state: BatchedTowerState = running[0].tower_state
+        tower_state: BatchedTowerState = running[0].tower_work.state
         width = tower_state.num_cls + tower_state.units.shape[1] * tower_state.cells.shape[1]
 
         def full(rows: Tensor | None) -> Tensor | None:  # None: not returned
@@ -149,10 +149,10 @@ class TowerHooks:
 
         ``recomputed``: its blocks run again in the backward pass.
         """
-        assert context.patches is not None
-        pictures, _, height, width = context.patches.shape
+        assert context.tower_work.patches is not None
+        pictures, _, height, width = context.tower_work.patches.shape
         cell = self.adapter.cell_of(context.encoding, blocks)
-        device = context.patches.device
+        device = context.tower_work.patches.device
         grid = height // cell, width // cell
         num_units = grid[0] * grid[1]
         spans = self.adapter.images_of(context.encoding, pictures, num_units)
@@ -160,7 +160,7 @@ class TowerHooks:
         if not stages:
             return None
         cells = in_cells(torch.arange(height * width, device=device).view(height, width), cell)
-        rows = context.patches.flatten(2).transpose(1, 2)
+        rows = context.tower_work.patches.flatten(2).transpose(1, 2)
         valid = self.adapter.real_patches(context.encoding, pictures)
         valid = torch.ones(rows.shape[:2], dtype=torch.bool, device=device) if valid is None else upload(valid, device)
         valid = valid[:, cells]
@@ -191,8 +191,8 @@ class TowerHooks:
             return tower_state
         pixels = (
             None
-            if context.pixels is None
-            else in_patches(context.pixels, height, width)[:, cells].flatten(2)[:, :, None]
+            if context.tower_work.pixels is None
+            else in_patches(context.tower_work.pixels, height, width)[:, cells].flatten(2)[:, :, None]
         )
         if stages[0]:
             valid = valid | (selectable_units(all_units, content, stages[0]) & ~content)[..., None]

@@ -23,7 +23,7 @@ from duet_vlm.ops.ragged import gather_rows, upload
 from duet_vlm.ops.score import column_attention
 from duet_vlm.planning.budget import TowerStages
 from duet_vlm.reducers.inputs import Input
-from duet_vlm.reducers.vision_tower import Grid, TowerReducer
+from duet_vlm.reducers.vision_tower import TowerReducer
 from duet_vlm.runtime import compat
 from duet_vlm.runtime.context import EncodeContext
 from duet_vlm.runtime.vision_tower.capabilities import is_flash, recomputation_error, recomputes, use_size_bias
@@ -33,7 +33,7 @@ from duet_vlm.runtime.vision_tower.state import TowerState
 from duet_vlm.runtime.vision_tower.tower_hooks import TowerHooks
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class VarlenTowerState(TowerState):
     """State of a packed tower. The blocks process units in an order of their own (windows).
 
@@ -69,13 +69,7 @@ class VarlenTowerState(TowerState):
     """
 
     pending_merges: ClassVar[bool] = True
-    num_cls: ClassVar[int] = 0  # type: ignore[misc]
 
-    stages: dict[int, tuple[int, ...]]
-    grids: tuple[Grid, ...]
-    uses_size_bias: bool
-    invalid_code: Tensor
-    pooled_count: tuple[int, ...]
     units: Tensor
     order: Tensor
     slots: Tensor
@@ -354,12 +348,12 @@ class VarlenTowerHooks(TowerHooks):
                 tower_state, tables, entering = self._pack(
                     context, reducer, tower, stages, spans, rows, hidden_states, recomputed
                 )
-            context.tower_state = tower_state
-            if context.standalone or tower_state is None:
-                context.embedded = rows if 0 in stages else None
+            context.tower_work.state = tower_state
+            if context.call.standalone or tower_state is None:
+                context.tower_work.embedded = rows if 0 in stages else None
                 del rows, entering
                 return original(hidden_states, grid_thw, **kwargs)
-            context.embedded = (
+            context.tower_work.embedded = (
                 entering.entering(rows.view(-1, tower.unit * rows.shape[1])).view(-1, rows.shape[1])
                 if 0 in stages
                 else None
@@ -379,9 +373,9 @@ class VarlenTowerHooks(TowerHooks):
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
             running = self.current_state()
-            if running is None or running[0].embedded is None:
+            if running is None or running[0].tower_work.embedded is None:
                 return original(*args, **kwargs)
-            rows, running[0].embedded = running[0].embedded, None
+            rows, running[0].tower_work.embedded = running[0].tower_work.embedded, None
             return rows
 
         return forward
@@ -390,7 +384,7 @@ class VarlenTowerHooks(TowerHooks):
         """The state, if units have been dropped after a block."""
         running = self.current_state()
         tower_state: VarlenTowerState | None = (
-            None if running is None or running[0].standalone else running[0].tower_state
+            None if running is None or running[0].call.standalone else running[0].tower_work.state
         )
         return (
             tower_state if tower_state is not None and len(tower_state.entry_index) < len(tower_state.units) else None

@@ -1,11 +1,12 @@
-"""Plans that several methods share: all tokens, a fixed count, a schedule under a budget; and the floor of small
-images."""
+"""Solve a budget: plans that several methods share (all tokens, a fixed count, a schedule under a budget), and the floor
+of small images."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
 from numbers import Integral
+from typing import ClassVar, Protocol
 
 from duet_vlm.planning.budget import (
     EPSILON,
@@ -23,10 +24,33 @@ from duet_vlm.planning.budget import (
     mean_within,
     target_mean,
 )
-from duet_vlm.reducers.base import Reducer
 
 
-def check_budget_or_fields(method: Reducer, budget: Budget | None, given: bool, example: str) -> None:
+class PlanningOptions(Protocol):
+    """The options of a method that planning reads."""
+
+    @property
+    def small_image_tokens(self) -> int:
+        """Tokens of a span below which the method's floor stands for a budget that cannot be met."""
+
+
+class Planner(Protocol):
+    """A method as planning sees it."""
+
+    name: ClassVar[str]
+
+    @property
+    def options(self) -> PlanningOptions:
+        """Options of the method."""
+
+    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+        """Exact counts for a span of ``tokens`` in a decoder of ``depth`` layers."""
+
+    def plan_after_tower(self, tokens: int, depth: int, budget: Budget | None, left: int) -> SpanPlan:
+        """``plan`` of a span of which a threshold in the tower left ``left`` tokens."""
+
+
+def check_budget_or_fields(method: Planner, budget: Budget | None, given: bool, example: str) -> None:
     """A method is set either by a budget or by its own fields, not by both and not by neither."""
     check_budget(budget)
     if budget is not None and given:
@@ -39,10 +63,10 @@ def check_budget_or_fields(method: Reducer, budget: Budget | None, given: bool, 
 
 
 def plan_or_clamp(
-    reducer: Reducer, tokens: int, depth: int, budget: Budget | None, left: int | None = None
+    reducer: Planner, tokens: int, depth: int, budget: Budget | None, left: int | None = None
 ) -> SpanPlan:
     """``reducer.plan``, but a small span that a fractional budget cannot be met on gets the method's floor
-    (``Reducer.small_image_tokens``).
+    (``TokenOptions.small_image_tokens``).
 
     ``left``: of the span, how many tokens a threshold in the tower left.
 
@@ -87,7 +111,7 @@ def plan_keep_all(tokens: int, depth: int) -> SpanPlan:
 
 
 def plan_fixed_count(
-    method: Reducer, keep: Keep | None, tokens: int, depth: int, budget: Budget | None, rounding: str = "floor"
+    method: Planner, keep: Keep | None, tokens: int, depth: int, budget: Budget | None, rounding: str = "floor"
 ) -> SpanPlan:
     """The plan of a method that enters ``keep`` tokens of a span (a fraction rounded as ``count_of`` says), or as many
     as ``budget`` allows, and drops none later."""
@@ -103,7 +127,7 @@ def plan_fixed_count(
     return SpanPlan(tokens, count, 0, (count,) * depth)
 
 
-def plan_with_schedule(method: Reducer, schedule: Schedule, tokens: int, depth: int, target: float) -> SpanPlan:
+def plan_with_schedule(method: Planner, schedule: Schedule, tokens: int, depth: int, target: float) -> SpanPlan:
     """The largest entry whose mean under ``schedule`` (fractions) is within ``target``; every entering token counts as
     dominant.
 
