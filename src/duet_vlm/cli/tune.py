@@ -108,8 +108,8 @@ def tune(
         plain_name("--name", name)
         _check_extras()
         from duet_vlm.api.loading import check_model, load, quiet
-        from duet_vlm.evaluation.distributed import WorkerRank
         from duet_vlm.evaluation.experiment import cells_of
+        from duet_vlm.evaluation.ranks import WorkerRank
         from duet_vlm.evaluation.tasks import usual_model
         from duet_vlm.evaluation.tune.binomial import split
         from duet_vlm.evaluation.tune.goal import Goal

@@ -1,7 +1,7 @@
 """Answers to many prompts, written to a file: resumable, and shared among processes without communication.
 
 Prompts are put into batches in their order, the same however many processes there are
-(:mod:`duet_vlm.evaluation.distributed`). The process that finds all of them recorded writes the file.
+(:mod:`duet_vlm.evaluation.ranks`). The process that finds all of them recorded writes the file.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import transformers
 import duet_vlm
 from duet_vlm import BudgetError, Handle
 from duet_vlm.api.loading import LoadedModel
-from duet_vlm.evaluation.distributed import WorkerRank, recorded
 from duet_vlm.evaluation.journal import CONTENTS, Journal, Page, alone
 from duet_vlm.evaluation.prompts import Prompts
+from duet_vlm.evaluation.ranks import WorkerRank, recorded
 from duet_vlm.evaluation.run import model_facts
 from duet_vlm.evaluation.run_sample import inputs_of
 from duet_vlm.evaluation.tasks import TaskQuestion
