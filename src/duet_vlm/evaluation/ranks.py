@@ -164,30 +164,33 @@ def start(
     RuntimeError
         A process died, or its work raised an error; names it and how.
     """
-    context, team, names, done = multiprocessing.get_context("spawn"), {}, {}, [0] * len(places)
+    context, done = multiprocessing.get_context("spawn"), [0] * len(places)
+    team: dict[Any, Any] = {}  # by the pipe of each process
+    names: dict[Any, str] = {}
     try:
         with _without_interrupts():
             for number, place in enumerate(places):
                 ours, theirs = context.Pipe(duplex=False)
-                rank = WorkerRank(number, len(places), number)
-                team[ours] = context.Process(target=_serve, args=(theirs, work, rank, place), daemon=True)
+                given = (theirs, work, WorkerRank(number, len(places), number), place)
+                team[ours] = context.Process(target=_serve, args=given, daemon=True)
                 team[ours].start()
                 theirs.close()  # the process has the only one now, so that the pipe ends with it
                 names[ours] = f"worker {number + 1} of {len(places)}" + (f" on {place}" if place else "")
         working = dict(team)
         while working:
+            pipe: Any
             for pipe in wait(working):
-                process = working[pipe]  # type: ignore[index]
+                process = working[pipe]
                 try:
-                    said = pipe.recv()  # type: ignore[union-attr]
+                    said = pipe.recv()
                 except (EOFError, OSError):  # also in the middle of a message
                     process.join(PATIENCE)
                     if process.exitcode != 0:
-                        raise RuntimeError(f"{names[pipe]} (process {process.pid}) {_end(process)}; {kept}") from None  # type: ignore[index]
-                    del working[pipe]  # type: ignore[arg-type]
+                        raise RuntimeError(f"{names[pipe]} (process {process.pid}) {_end(process)}; {kept}") from None
+                    del working[pipe]
                     continue
                 if isinstance(said, _Failure):
-                    raise RuntimeError(f"{names[pipe]}: {said.message}") from RuntimeError(said.where)  # type: ignore[index]
+                    raise RuntimeError(f"{names[pipe]}: {said.message}") from RuntimeError(said.where)
                 rank, count = said
                 done[rank] = count
                 advance(sum(done))
