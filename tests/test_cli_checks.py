@@ -375,8 +375,8 @@ def test_ctrl_c_says_what_the_same_command_does(verb: list[str], said: str, monk
 
 
 def test_ctrl_c_ends_the_page_in_the_same_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("duet_vlm.app.space")
-    from duet_vlm.app import space
+    pytest.importorskip("duet_vlm.app.serve")
+    from duet_vlm.app import serve
 
     closed: list[bool] = []
 
@@ -401,9 +401,9 @@ def test_ctrl_c_ends_the_page_in_the_same_words(monkeypatch: pytest.MonkeyPatch)
     fake = type(sys)("duet_vlm.app.page")
     fake.CSS, fake.WAITING, fake.AppPage, fake.theme = "", 1, Page, dict  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "duet_vlm.app.page", fake)
-    monkeypatch.setattr(space, "threading", SimpleNamespace(Event=Gone))
-    monkeypatch.setattr(space, "warmed", lambda *_: None)
-    monkeypatch.setattr(space.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(serve, "threading", SimpleNamespace(Event=Gone))
+    monkeypatch.setattr(serve, "warmed", lambda *_: None)
+    monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
     monkeypatch.setattr("duet_vlm.cli.app.find_spec", lambda _: True)
     result = call("app", "--port", "17863", code=130)
     assert result.stderr.strip() == "interrupted: the same command opens the page again" and closed == [False]
