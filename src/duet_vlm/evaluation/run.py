@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 import duet_vlm
 from duet_vlm import BudgetError
@@ -22,7 +21,7 @@ from duet_vlm.api.loading import LoadedModel, load
 from duet_vlm.evaluation.experiment import ORACLE, Experiment, ExperimentCell
 from duet_vlm.evaluation.journal import CONTENTS, Journal, Page
 from duet_vlm.evaluation.ranks import ALONE, WorkerRank, gpus, lacking, recorded, start
-from duet_vlm.evaluation.results import FORMAT, environment, pack
+from duet_vlm.evaluation.results import FORMAT, environment, pack, versions
 from duet_vlm.evaluation.run_sample import Outcome, answer, attached
 from duet_vlm.evaluation.source import Source, source
 from duet_vlm.evaluation.summary import summarize
@@ -210,14 +209,13 @@ def gather(
         )
     infeasible = preflight(loaded, runs, first)
     possible = {run.id: run for run in runs if run.id not in infeasible}
-    versions = {
-        "duet_vlm": duet_vlm.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "format": FORMAT,
-    }
     questions = {key: value for key, value in experiment.to_json().items() if key not in ("cells", "against")}
-    subject = {"questions": questions, "model": model_facts(loaded), "versions": versions, "source code": code.files}
+    subject = {
+        "questions": questions,
+        "model": model_facts(loaded),
+        "versions": versions() | {"format": FORMAT},
+        "source code": code.files,
+    }
     if (contents := asked.digest(asked.count(experiment.limit))) is not None:
         subject[CONTENTS] = contents
     journal = Journal(journals / f"{worker.rank}.jsonl", subject)
