@@ -17,11 +17,12 @@ from shapes import LLAVA, QWEN, Shape, build
 
 import duet_vlm
 from duet_vlm.models.lookup import adapter_for
-from duet_vlm.profiling.devices import SHEETS, Device, this_machine
 from duet_vlm.profiling.model_dims import DecoderDims, VisionDims
 from duet_vlm.profiling.report import SampleCounts
-from duet_vlm.profiling.roofline import Assumptions, ModelCost, Prediction, Workload, predict
-from duet_vlm.profiling.selection_cost import selection_bytes, selection_flops
+from duet_vlm.profiling.selection_cost import selection_flops
+from duet_vlm_lab.roofline.devices import SHEETS, Device, this_machine
+from duet_vlm_lab.roofline.predict import Assumptions, ModelCost, Prediction, Workload, predict
+from duet_vlm_lab.roofline.workload import selection_bytes
 
 RESULTS = HERE / "results"
 BUDGETS = (0.33, 0.22, 0.11)

@@ -22,9 +22,9 @@ from processors import STOCK, picture, processor
 from typer.testing import CliRunner
 
 import duet_vlm
+import duet_vlm.app
 from duet_vlm import Span, SpanTrace, StageTrace, attach
 from duet_vlm.api.loading import LoadedModel, load
-from duet_vlm.app import space
 from duet_vlm.app.controls import ChosenMethod, Controls, starting, tower_methods
 from duet_vlm.app.depth import STEP, DepthStrip, DepthView, depth_view
 from duet_vlm.app.errors import sentence
@@ -669,7 +669,7 @@ def test_what_the_command_line_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_gradio_is_loaded_for_the_page_alone() -> None:
     files = sorted(
-        path.stem for path in Path(space.__file__).parent.glob("*.py") if path.stem not in ("page", "__init__")
+        path.stem for path in Path(duet_vlm.app.__file__).parent.glob("*.py") if path.stem not in ("page", "__init__")
     )
     code = f"import sys, importlib as i, duet_vlm.cli.main; [i.import_module('duet_vlm.app.' + name) for name in {files}]; "
     code += "print('gradio' in sys.modules)"

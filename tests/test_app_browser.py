@@ -515,10 +515,10 @@ def test_a_narrow_window_shows_all_of_it(browser: Any, address: str) -> None:
     page.close()
 
 
-def test_the_same_file_runs_as_a_space(browser: Any, tmp_path: Path) -> None:
+def test_the_example_runs_as_a_space(browser: Any, tmp_path: Path) -> None:
     """Copied to a folder of its own, and started as a Space starts it: without options, told by the environment where
     to listen."""
-    shutil.copy(ROOT / "src/duet_vlm/app/space.py", tmp_path / "app.py")
+    shutil.copy(ROOT / "examples/space/app.py", tmp_path / "app.py")
     with served(
         sys.executable, str(tmp_path / "app.py"), GRADIO_SERVER_NAME="127.0.0.1", DUET_VLM_MODEL="tiny"
     ) as found:

@@ -27,7 +27,7 @@ ORDER = (
     "ops",  # scores, selectors, mergers: functions of tensors
     "inputs",  # pictures, videos, words of the question
     "reducers",  # the contracts of methods, and what they receive
-    "profiling",  # FLOPs, bytes, seconds: predicted and counted
+    "profiling",  # FLOPs and bytes, predicted and counted; timing in pairs
     "models",  # one adapter for each family
     "runtime",  # what an attached model does: encode, prefill, decode
     "methods",  # one file for each method

@@ -445,8 +445,6 @@ def test_budgets_one_after_the_other() -> None:
     assert as_json("budget", "-b", "64", "-b", "0.1") == as_json("budget", "-b", "64,0.1") == plans
     shown = call("budget", "-b", "64,0.1").stdout
     assert shown.index("budget 64") < shown.index("budget 0.1")
-    rows = as_json("budget", "--device", "h200", "-b", "64,0.1")["rows"]
-    assert [row["budget"] for row in rows] == [None, 64, 0.1]
 
 
 def test_several_pictures() -> None:
@@ -529,7 +527,7 @@ def test_a_model_with_damaged_weights_is_one_line(tmp_path: Path) -> None:
 
 
 def test_what_nobody_foresaw_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("duet_vlm.cli.methods.chosen", lambda *_: {}["gone"])
+    monkeypatch.setattr("duet_vlm.cli.methods.chosen", lambda *_, **__: {}["gone"])
     assert call("methods", code=2).stderr == "error: unexpected KeyError: 'gone' (--debug shows where)\n"
     assert isinstance(CliRunner().invoke(app, ["methods", "--debug"]).exception, KeyError)
 
@@ -545,9 +543,7 @@ def shell(code: str, **more: str) -> str:
 
 VERBS = ("run", "eval", "drop-curve", "report", "train", "budget", "bench", "viz", "demo")
 QUICK = [[], ["--help"], ["--version"], *([verb, "--help"] for verb in VERBS)]
-QUICK += [
-    [verb, *more] for verb in ("methods", "presets", "models") for more in ([], ["--json"], ["--help"], ["nosuch"])
-]
+QUICK += [[verb, *more] for verb in ("methods", "presets", "models") for more in ([], ["--help"], ["nosuch"])]
 QUICK += [
     ["run", "-i", str(PICTURE), "-p", "x", *more]
     for more in (["--method", "deut"], ["--preset", "deut"], ["-b", "many"], ["-b", "2.0"])
@@ -603,7 +599,7 @@ def test_methods_of_other_packages_are_listed(tmp_path: Path) -> None:
     code = "from duet_vlm.api import catalogue as lists; print({row['name']: row['summary'] for row in lists.chosen('methods', 'name', ['mine'])}.get('mine'))"
     path = os.pathsep.join([str(tmp_path), str(Path(duet_vlm.__file__).parents[1])])
     assert shell(code, PYTHONPATH=path) == "keeps what it likes"
-    added = "lists._files = lambda name: ['a_file_more']; lists.MADE['methods'] = lambda: [{'name': 'asked anew'}]; print(lists.rows('methods'))"
+    added = "lists._count_files = lambda name: 1000; lists.MADE['methods'] = lambda: [{'name': 'asked anew'}]; print(lists.rows('methods'))"
     assert shell(f"from duet_vlm.api import catalogue as lists; {added}") == "[{'name': 'asked anew'}]"
 
 

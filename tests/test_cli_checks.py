@@ -17,7 +17,6 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from duet_vlm.api import catalogue as lists
 from duet_vlm.cli import options, viz
 from duet_vlm.cli.main import LINES, app
 from duet_vlm.reducers import method_files, registry
@@ -99,28 +98,12 @@ WRONG: list[tuple[list[str], str]] = [
         "--budget 1.5: a fraction of the visual tokens is above 0 and up to 1.0, which is all of them; for a token count",
     ),
     (["run", *ASK, "-b", "-3"], "--budget -3: keep at least 1 token, or a share of them (0.22, 22%)"),
-    (
-        ["viz", *ASK],
-        "--budget: duet needs a budget (64 tokens, 0.22 or 22% of them), or settings of its own with --set; 'duet-vlm methods duet'",
-    ),
-    (["budget", "--method", "visionzip"], "--budget: visionzip needs a budget"),
-    (["generate", "--data", "photos", "-o", "o.jsonl", "-p", "x"], "--budget: duet needs a budget"),
     (["run", *ASK, "-b", "64", "-m", "wrongmodel"], "--model wrongmodel: no such folder"),
     (["run", *ASK, "-b", "64", "-m", "bert"], "--model bert (model_type='bert') is not supported"),
     (["run", *ASK, "-b", "64", "-m", "empty"], "--model empty: this folder has no config.json"),
-    (
-        ["run", *ASK, "--set", "dominant=lots"],
-        "dominant must be an int (tokens) or a float in [0, 1] (fraction), got 'lots'",
-    ),
-    (["run", *ASK, "-b", "64", "--set", "colour=3"], "duet has no setting 'colour'; its settings: options, "),
-    (
-        ["run", *ASK, "-b", "64", "--set", "options.small_image_tokens=1.5"],
-        "small_image_tokens=1.5: give a whole number (int)",
-    ),
     (["bench", "-m", "wrongmodel"], "--model wrongmodel: no such folder"),
     (["bench", "--dtype", "fp8"], "--dtype fp8: choose one of fp32, bf16, fp16"),
     (["eval", "-m", "wrongmodel"], "--model wrongmodel: no such folder"),
-    (["eval", "--methods", "duet[colour=3]"], "duet has no setting 'colour'"),
     (["eval", "--tasks", "empty.jsonl"], "empty.jsonl: no questions in it"),
     (["tune", "photos", "-p", "x", "--keep", "2"], "--keep 2: give a share from 0.5 to below 1"),
     (["tune", "photos", "-p", "x", "-m", "wrongmodel"], "--model wrongmodel: no such folder"),
@@ -134,8 +117,6 @@ WRONG: list[tuple[list[str], str]] = [
     (["drop-curve", "--layers", "99"], "--layers 99: the decoder has 12 layers: give numbers from 1 to 11"),
     (["drop-curve", "-m", "wrongmodel"], "--model wrongmodel: no such folder"),
     (["drop-curve", "--task", "empty.jsonl"], "empty.jsonl: no questions in it"),
-    (["calibrate", "duet", "-o", "x"], "duet is not calibrated to a model; methods that are: d2pruner, fitprune"),
-    (["calibrate", "fitprune", "-o", "x", *ASK[:2], "-m", "wrongmodel"], "--model wrongmodel: no such folder"),
     (["train"], "--data: nothing to train on: name JSON files of conversations, or 'tiny'"),
     (["train", "--data", "tiny", "--limit", "4", "-m", "wrongmodel"], "--model wrongmodel: no such folder"),
     (
@@ -168,6 +149,28 @@ WRONG: list[tuple[list[str], str]] = [
     ),
     (["run", *ASK, "-b", "64", "--method", "zzz"], "unknown method 'zzz'; 'duet-vlm methods' lists those there are"),
     (["run", *ASK, "--preset", "duet-65"], "unknown preset 'duet-65' (did you mean 'duet-64'"),
+]
+# what only the method itself knows: it is asked before a model is loaded
+OF_THE_METHOD: list[tuple[list[str], str]] = [
+    (
+        ["viz", *ASK],
+        "--budget: duet needs a budget (64 tokens, 0.22 or 22% of them), or settings of its own with --set; 'duet-vlm methods duet'",
+    ),
+    (["budget", "--method", "visionzip"], "--budget: visionzip needs a budget"),
+    (["generate", "--data", "photos", "-o", "o.jsonl", "-p", "x"], "--budget: duet needs a budget"),
+    (
+        ["run", *ASK, "--set", "dominant=lots"],
+        "dominant must be an int (tokens) or a float in [0, 1] (fraction), got 'lots'",
+    ),
+    (["run", *ASK, "-b", "64", "--set", "colour=3"], "duet has no setting 'colour'; its settings: options, "),
+    (
+        ["run", *ASK, "-b", "64", "--set", "options.small_image_tokens=1.5"],
+        "small_image_tokens=1.5: give a whole number (int)",
+    ),
+    (["eval", "--methods", "duet[colour=3]"], "duet has no setting 'colour'"),
+    (["calibrate", "duet", "-o", "x"], "duet is not calibrated to a model; methods that are: d2pruner, fitprune"),
+    (["run", *ASK, "--method", "frames+duet", "-b", "64", "--set", "duet_colour=3"], "frames+duet has no setting"),
+    (["calibrate", "fitprune", "-o", "x", *ASK[:2], "-m", "wrongmodel"], "--model wrongmodel: no such folder"),
 ]
 
 
@@ -210,27 +213,15 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(endpoint: str, tmp_path: P
     assert said.count("\n") == 1
 
 
-@pytest.mark.slow
-def test_cheap_checks_agree_with_the_methods() -> None:
-    """Settings that the matrix of tests runs are let through, and those that stand for a budget are those without which
-    a method refuses to plan."""
-    from method_matrix import REDUCING
-
-    import duet_vlm
-
-    for method, settings in REDUCING.items():
-        lists.check_settings(method, settings)
-    for row in lists.rows("methods"):
-        for name, value in {field: getattr(duet_vlm.make_method(row["name"]), field) for field in row["types"]}.items():
-            lists.check_settings(row["name"], {name: value})
-        try:
-            duet_vlm.make_method(row["name"]).plan(1000, 24, None)
-        except duet_vlm.BudgetError:
-            assert lists.needs_budget(row["name"], {}), row["name"]
-        else:
-            assert not lists.needs_budget(row["name"], {}), row["name"]
-    assert not lists.needs_budget("contrast+fastv", {}) and not lists.needs_budget("frames+duet", {"duet_dominant": 5})
-    assert lists.needs_budget("frames+duet", {})
+@pytest.mark.parametrize(("words", "expected"), OF_THE_METHOD)
+def test_methods_are_asked_before_a_model_is_loaded(
+    words: list[str], expected: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    for place in ("duet_vlm.api.loading.load", "duet_vlm.cli.run.load", "duet_vlm.cli.viz.load"):
+        monkeypatch.setattr(place, lambda *_: pytest.fail("a model is loaded"), raising=False)
+    said = call(*words, code=2).stderr
+    assert said.startswith(f"error: {expected}") and said.count("\n") == 1
 
 
 # ---- the first answer
@@ -384,8 +375,8 @@ def test_ctrl_c_says_what_the_same_command_does(verb: list[str], said: str, monk
 
 
 def test_ctrl_c_ends_the_page_in_the_same_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("duet_vlm.app.space")
-    from duet_vlm.app import space
+    pytest.importorskip("duet_vlm.app.serve")
+    from duet_vlm.app import serve
 
     closed: list[bool] = []
 
@@ -410,9 +401,9 @@ def test_ctrl_c_ends_the_page_in_the_same_words(monkeypatch: pytest.MonkeyPatch)
     fake = type(sys)("duet_vlm.app.page")
     fake.CSS, fake.WAITING, fake.AppPage, fake.theme = "", 1, Page, dict  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "duet_vlm.app.page", fake)
-    monkeypatch.setattr(space, "threading", SimpleNamespace(Event=Gone))
-    monkeypatch.setattr(space, "warmed", lambda *_: None)
-    monkeypatch.setattr(space.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(serve, "threading", SimpleNamespace(Event=Gone))
+    monkeypatch.setattr(serve, "warmed", lambda *_: None)
+    monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
     monkeypatch.setattr("duet_vlm.cli.app.find_spec", lambda _: True)
     result = call("app", "--port", "17863", code=130)
     assert result.stderr.strip() == "interrupted: the same command opens the page again" and closed == [False]

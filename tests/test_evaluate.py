@@ -323,8 +323,8 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 @pytest.mark.slow
 def test_processes_change_nothing(result: dict[str, Any], tmp_path: Path) -> None:
-    shared_out = run_experiment(SMALL, "small", tmp_path / "j", device="cpu", workers=2, timing_rounds=0)
-    assert same(shared_out, result)
+    shared = run_experiment(SMALL, "small", tmp_path / "j", device="cpu", workers=2, timing_rounds=0)
+    assert same(shared, result)
 
 
 def test_an_interrupted_run_goes_on(result: dict[str, Any], tmp_path: Path) -> None:

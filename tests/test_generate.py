@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from duet_vlm.cli.eval_jobs import JobOptions
 from duet_vlm.cli.main import app
 from duet_vlm.evaluation import tiny
-from duet_vlm.evaluation.distributed import WorkerRank
+from duet_vlm.evaluation.ranks import WorkerRank
 from duet_vlm.evaluation.run import devices_of
 
 COUNT, BATCH, MANY = 11, 2, 220

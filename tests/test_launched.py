@@ -315,19 +315,18 @@ def test_workers_have_the_gpus_of_the_machine_to_themselves(
     """Three GPUs that are not there: each worker is told one, and this process's model is on none of them meanwhile."""
     loaded, seen = LoadedModel("tiny", *tiny.load()), []
 
-    def shared_out(jobs: Any, places: Any, make: Any, kept: str) -> Any:
+    def start(work: Any, places: Any, kept: str, advance: Any) -> None:
         seen.append(places)
-        for job in jobs:
-            yield job, run._page(loaded, job, run.task("tiny"))
 
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
     monkeypatch.setattr(run, "load", lambda name, device: loaded)
-    monkeypatch.setattr(run, "shared_out", shared_out)
+    monkeypatch.setattr(run, "start", start)
     job = Experiment("tiny", ({"method": "uniform", "budgets": [0.11]},), limit=10, batch=2, against="uniform")
     for device, workers, places in (
         ("cuda", 3, ["cuda:0", "cuda:1", "cuda:2"]),
         (None, 4, ["cuda:0", "cuda:1", "cuda:2", "cuda:0"]),
     ):
+        # what none of them has recorded is left to this process
         found = run_experiment(job, "eval", tmp_path / str(workers), device=device, workers=workers, timing_rounds=0)
         assert seen.pop() == places and found["questions"]["count"] == 10
     moved: list[str] = []

@@ -421,7 +421,7 @@ def test_every_verb_takes_the_file(tuned: tuple[Path, dict[str, Any]], tmp_path:
         "--json",
     )
     assert [row["budget"] for row in json.loads(said.stdout)["results"][0]["runs"]] == [None, known["budget"]]
-    said = call("bench", "--method", setting, "--rounds", "1", "--new", "2", "--no-predict", "--json")
+    said = call("bench", "--method", setting, "--rounds", "1", "--new", "2", "--json")
     assert [row["budget"] for row in json.loads(said.stdout)["rows"]] == [None, known["budget"]]
     said = call("vllm-args", "-m", "tiny", "--method", setting)
     assert said.exit_code == 2 and "on vLLM a budget counts what enters" in said.stderr
@@ -435,7 +435,7 @@ def test_every_verb_takes_the_file(tuned: tuple[Path, dict[str, Any]], tmp_path:
 def test_a_file_with_settings_is_timed_with_them(tmp_path: Path) -> None:
     file = tmp_path / "duet.json"
     file.write_text('{"method": "duet_plus", "budget": 0.22, "settings": {"schedule": [[6, 0.5], [9, 0.0]]}}')
-    words = ("bench", "--method", file, "--rounds", "1", "--new", "2", "--no-predict", "--json")
+    words = ("bench", "--method", file, "--rounds", "1", "--new", "2", "--json")
     _, row = json.loads(call(*words).stdout)["rows"]
     assert row["side"] == "duet_plus[schedule=((6, 0.5), (9, 0.0))] at 22%" and row["settings"] == {
         "schedule": [[6, 0.5], [9, 0.0]]

@@ -1,19 +1,17 @@
-"""Processes that work for one: their results, and how they and the work end when one of them does."""
+"""Processes that share work on one machine: what they tell, and how they and the work end when one of them does."""
 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from worker_processes import clerk
 
-from duet_vlm.evaluation.workers import shared_out
+from duet_vlm.evaluation.ranks import start
 
 KEPT = "start again"
 
@@ -22,75 +20,45 @@ def none_left() -> bool:
     return not multiprocessing.active_children()
 
 
-def test_every_task_is_done_once_by_whoever_is_free() -> None:
-    done = list(shared_out(range(20), ["a", "b", "c"], clerk, KEPT))
-    assert sorted(task for task, _ in done) == list(range(20)) and all(reply[0] == task * task for task, reply in done)
-    assert (
-        1 <= len({reply[1] for _, reply in done}) <= 3
-        and os.getpid() not in {reply[1] for _, reply in done}
-        and none_left()
-    )
-    assert list(shared_out([], [None], clerk, KEPT)) == []
+def test_all_are_waited_for_and_their_parts_are_summed() -> None:
+    told: list[int] = []
+    start(clerk, ["a", "b", None], KEPT, told.append)
+    assert told[-1] == 1 + 2 + 3 and told == sorted(told) and len(told) == 3 and none_left()
 
 
 @pytest.mark.parametrize(
-    ("task", "place", "says"),
+    ("places", "says"),
     [
-        (
-            ("kill",),
-            "cuda:1",
-            r"worker 1 of 1 on cuda:1 \(process \d+\) was killed by SIGKILL, as .* where memory runs out; start again",
-        ),
-        (1, "is killed at once", r"worker 1 of 1 on is killed at once \(process \d+\) was killed by SIGKILL"),
-        (("exit",), None, r"worker 1 of 1 \(process \d+\) ended by itself with exit code 3; start again"),
+        (["kill"], r"worker 1 of 1 on kill \(process \d+\) was killed by SIGKILL, as .* memory runs out; start again"),
+        (["exit"], r"worker 1 of 1 on exit \(process \d+\) ended by itself with exit code 3; start again"),
+        # the other has work without end; the rest of a message is not waited for
+        (["for ever", "kill"], "worker 2 of 2 .*SIGKILL"),
+        (["for ever", "half"], "worker 2 of 2 .*SIGKILL"),
+        (["for ever", "fails"], "worker 2 of 2 on fails: no such model$"),
+        (["stubborn"], "worker 1 of 1 on stubborn: cannot travel$"),
     ],
 )
-def test_a_process_that_dies_is_named(task: Any, place: str | None, says: str) -> None:
-    with pytest.raises(RuntimeError, match=says):
-        list(shared_out([task], [place], clerk, KEPT))
+def test_one_that_dies_or_fails_is_named_and_ends_the_others(places: list[str], says: str) -> None:
+    with pytest.raises(RuntimeError, match=says) as caught:
+        start(clerk, places, KEPT, lambda done: None)
     assert none_left()
-
-
-def test_one_dies_and_the_others_are_not_waited_for() -> None:
-    """One is killed, the other has a task without end."""
-    with pytest.raises(RuntimeError, match="of 2 .*SIGKILL"):
-        list(shared_out([("for ever",), ("kill",)], [None, None], clerk, KEPT))
-    assert none_left()
-
-
-def test_killed_in_the_middle_of_its_reply() -> None:
-    """The rest of the message is not waited for, also where the other process still could send something."""
-    with pytest.raises(RuntimeError, match="SIGKILL"):
-        list(shared_out([("for ever",), ("half",)], [None, None], clerk, KEPT))
-    assert none_left()
-
-
-@pytest.mark.parametrize(
-    ("task", "place", "kind", "says"),
-    [
-        (1, "fails at once", ValueError, "^no such model$"),
-        (("end",), None, EOFError, "^the file ends too early$"),
-        (("stubborn",), None, RuntimeError, "^StubbornError: cannot travel$"),
-    ],
-)
-def test_errors_travel(task: Any, place: str | None, kind: type[Exception], says: str) -> None:
-    with pytest.raises(kind, match=says) as caught:
-        list(shared_out([task], [place], clerk, KEPT))
-    assert "worker_processes.py" in str(caught.value.__cause__) and none_left()
+    assert "SIGKILL" in says or "exit code" in says or "worker_processes.py" in str(caught.value.__cause__)
 
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="no such thing on Windows")
 def test_processes_do_not_hear_ctrl_c() -> None:
     """Nor the first ones of a program, with which Python starts its tracker of resources; and the program itself does."""
-    program = "import signal, worker_processes; from duet_vlm.evaluation.workers import shared_out\n"
-    program += "found = [reply for _, reply in shared_out([('blocked',), ('blocked',)], [None, None], worker_processes.clerk, '')]\n"
-    program += "print(found, signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    program = "import signal, worker_processes; from duet_vlm.evaluation.ranks import start\nfound = []\n"
+    program += "start(worker_processes.clerk, ['blocked', 'blocked'], '', found.append)\n"
+    program += "print(max(found), signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
     done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("[True, True] False\n", "")
+    assert (done.stdout, done.stderr) == ("20 False\n", "")
 
 
-def test_processes_end_with_the_generator() -> None:
-    made = shared_out([1, ("for ever",), ("for ever",)], [None, None], clerk, KEPT)
-    assert next(made)[1][0] == 1 and not none_left()
-    made.close()
+def test_processes_end_with_an_interrupt() -> None:
+    def interrupt(done: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        start(clerk, ["for ever", "for ever"], KEPT, interrupt)
     assert none_left()

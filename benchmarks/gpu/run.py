@@ -25,7 +25,7 @@ from models import CONFIGS, five_crops
 from transformers.utils import is_flash_attn_2_available
 
 import duet_vlm
-from duet_vlm.evaluation.speed.paired import BenchPlan, BenchSide, result, sheet_of, sides_of
+from duet_vlm.evaluation.speed.paired import BenchPlan, BenchSide, result, sides_of
 from duet_vlm.evaluation.speed.prompts import prompt_for
 from duet_vlm.evaluation.speed.random_model import random_model
 from duet_vlm.models.lookup import adapter_for
@@ -137,7 +137,6 @@ def _case(model: nn.Module, case: Case, tiny: bool, device: str) -> dict[str, An
         str(case),
         model,
         plan,
-        None if tiny else sheet_of(device),
         lambda line: print(f"{case}: {line}", file=sys.stderr),
         picture,
     )

@@ -14,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import duet_vlm
-from duet_vlm.api.catalogue import rows
+from duet_vlm.api.catalogue import MADE
 from duet_vlm.cli.main import app
 
 FOLDER = "catalogue"
@@ -159,7 +159,7 @@ def pictures(folder: Path) -> dict[str, Path]:
     there are left out."""
     folder.mkdir(parents=True, exist_ok=True)
     found, runner = {}, CliRunner()
-    for row in rows("methods"):
+    for row in MADE["methods"]():
         for budget in BUDGETS:
             asked = [
                 "viz",
@@ -202,7 +202,7 @@ def group(name: str) -> str:
 
 def grouped() -> dict[str, list[dict[str, Any]]]:
     """Heading -> the rows of its methods, by name."""
-    return {head: [row for row in rows("methods") if group(row["name"]) == head] for head in GROUPS}
+    return {head: [row for row in MADE["methods"]() if group(row["name"]) == head] for head in GROUPS}
 
 
 def navigation() -> list[Any]:
@@ -252,6 +252,6 @@ def pages(drawn: set[str]) -> dict[str, str]:
     measured = cells()
     found = {
         f"{FOLDER}/{row['name']}.md": page(row, measured, f"{row['name']}.webp" if row["name"] in drawn else None)
-        for row in rows("methods")
+        for row in MADE["methods"]()
     }
     return found | {f"{FOLDER}/index.md": index(measured)}

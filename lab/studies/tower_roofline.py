@@ -13,9 +13,9 @@ from common import environment
 from scale import HEAD, MODELS, Input, request
 
 import duet_vlm
-from duet_vlm.profiling.devices import SHEETS
-from duet_vlm.profiling.roofline import Workload, predict
 from duet_vlm.profiling.selection_cost import tower_choice_flops
+from duet_vlm_lab.roofline.devices import SHEETS
+from duet_vlm_lab.roofline.predict import Workload, predict
 
 BUDGET, SHARES, BATCH = 0.11, (0.56, 0.5, 0.44), 8
 INPUTS = {

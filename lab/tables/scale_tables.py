@@ -1,4 +1,4 @@
-"""Tables of docs/measure.md and lab/NOTEBOOK.md, from results/roofline.json and results/scale.json."""
+"""Tables of lab/NOTEBOOK.md, from results/roofline.json and results/scale.json."""
 
 from __future__ import annotations
 

@@ -251,7 +251,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     **scale_tables.BLOCKS,
 }
 PAGES = (
-    "README.md", "docs/choose.md", "docs/comparison.md", "docs/drop-curve.md", "docs/families.md", "docs/measure.md", "docs/methods.md",
+    "README.md", "docs/choose.md", "docs/comparison.md", "docs/drop-curve.md", "docs/families.md", "docs/methods.md",
     "docs/reduce-in-the-tower.md", "docs/serve.md", "docs/train-with-reduction.md", "docs/trained-compressors.md", "docs/video.md",
     "benchmarks/README.md", "lab/NOTEBOOK.md",
 )  # fmt: skip

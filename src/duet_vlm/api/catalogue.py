@@ -1,8 +1,9 @@
-"""Lists that ``methods``, ``presets`` and ``models`` print, kept as data beside this file, since making them takes
-torch, which takes seconds to load.
+"""Lists that ``methods``, ``presets`` and ``models`` print. The columns of their tables are kept beside this file, since
+making them takes torch, which takes seconds to load.
 
-``make tables`` writes the file, a test holds it equal to what the package says of itself. Where more is installed than
-the package ships (methods of other packages, a file that somebody adds to the source), the package is asked.
+``make tables`` writes the file, a test holds it equal to what the package says of itself. Where more is asked for, or
+more is installed than the package ships (methods of other packages, a file that somebody adds to the source), the
+package is asked.
 """
 
 from __future__ import annotations
@@ -19,30 +20,32 @@ from pathlib import Path
 from typing import Any
 
 import duet_vlm
-from duet_vlm.planning.budget import NoBudget, check_keep
+from duet_vlm.planning.budget import NoBudget
 from duet_vlm.reducers import method_files
 from duet_vlm.reducers.inputs import FEATURE_INPUTS, TOWER_INPUTS, Input
-from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.utils import lab
-from duet_vlm.utils.field_types import DECLARED, check_names, check_type
 from duet_vlm.utils.suggest import did_you_mean
 from duet_vlm.utils.suggest import unknown as not_known
 
 FILE = Path(__file__).with_name("catalogue.json")
 ENTRY_POINTS = "duet_vlm.methods"  # where other packages name their methods, see duet_vlm.reducers.registry
-CHECKED = {*DECLARED, "Keep"}  # types of settings whose values are told apart without the method
 USUAL = (576, 32)  # visual tokens and decoder layers (LLaVA-1.5-7B) that a method is asked to plan for
 FOLDERS = {"methods": "duet_vlm.methods", "models": "duet_vlm.models"}  # a file in these makes a row of that list
+KEPT = {  # the columns of a list that are kept; all where none are named
+    "methods": ("name", "summary", "stage", "needs_text", "paper"),
+    "presets": ("name", "method", "model", "tokens", "mean", "source"),
+    "models": (),
+}
 
 Rows = list[dict[str, Any]]
 UNLISTED = FEATURE_INPUTS | TOWER_INPUTS | {Input.SCORES, Input.TOKENS}  # every model has them
 
 
 def rows(name: str, others: bool = False) -> Rows:
-    """A list by its name: "methods", "presets" or "models"; ``others``: with the methods of other packages, which are
-    imported for it."""
+    """The kept columns of a list by its name: "methods", "presets" or "models"; ``others``: with the methods of other
+    packages, which are imported for it."""
     kept = json.loads(FILE.read_text())
-    more = others and name == "methods" and offered() or name in FOLDERS and kept["files"][name] != _files(name)
+    more = others and name == "methods" and offered() or name in FOLDERS and kept["files"][name] != _count_files(name)
     if more or "torch" in sys.modules:  # asking costs nothing any more, and knows what this process has registered
         return MADE[name]()
     return kept[name]
@@ -53,8 +56,8 @@ def offered() -> set[str]:
     return {entry.name for entry in entry_points(group=ENTRY_POINTS)}
 
 
-def chosen(name: str, key: str, wanted: list[str] | None) -> Rows:
-    """The rows whose ``key`` is ``wanted``; all of them where nothing is.
+def chosen(name: str, key: str, wanted: list[str] | None, whole: bool = False) -> Rows:
+    """The rows whose ``key`` is ``wanted``; all of them where nothing is. ``whole``: with all columns.
 
     Raises
     ------
@@ -67,6 +70,8 @@ def chosen(name: str, key: str, wanted: list[str] | None) -> Rows:
     for each in wanted or ():
         if each not in found:
             raise unknown(name, each, found)
+    if whole:
+        found = {row[key]: row for row in MADE[name]()}
     return [found[each] for each in wanted or found]
 
 
@@ -90,39 +95,16 @@ def check_method(text: str, *others: str) -> None:
 
 
 def check_settings(text: str, settings: Mapping[str, Any]) -> None:
-    """Refuse settings that a method of this package does not have, and values that are not of a setting's type; of
-    others and of compositions it is not known before they are loaded.
+    """Refuse settings that a method or a composition does not have, and values that it does not take. Settings load
+    torch; none do not.
 
     Raises
     ------
     ValueError, TypeError
         As the method itself, made with them.
     """
-    row = (
-        None
-        if "+" in text or text in method_files.names()
-        else next((row for row in rows("methods") if row["name"] == text), None)
-    )
-    if row is None:
-        return
-    check_names(text, settings, row["settings"])
-    for name in TokenOptions.of(settings.get("options")).given():
-        if name not in row["options"]:
-            raise ValueError(f"{text} has no option {name!r}; its options: {', '.join(row['options'])}")
-    for name, value in settings.items():
-        kind = row["types"].get(name, "")
-        value = check_type(name, kind, value)
-        if value is not None and kind.removesuffix(" | None") == "Keep":
-            check_keep(name, value)
-
-
-def needs_budget(text: str, settings: Iterable[str]) -> bool:
-    """True if a method has nothing in place of a budget among these settings; False where only the method itself can
-    tell."""
-    parts = text.split("+")
-    given = {name for setting in settings for name in (setting, *(setting.removeprefix(f"{part}_") for part in parts))}
-    found = {row["name"]: row["instead"] for row in rows("methods")}
-    return all((instead := found.get(part)) and not given & set(instead) for part in parts)
+    if settings:
+        duet_vlm.make_method(text, **settings)
 
 
 def refuses_without_budget(text: str, settings: Mapping[str, Any]) -> bool:
@@ -148,22 +130,22 @@ def unknown(name: str, given: str, known: Iterable[str]) -> ValueError:
 
 
 def content() -> str:
-    """Text of the file, made from the package itself."""
+    """Text of the file, made from the package itself: a row a line."""
+    found = {name: MADE[name]() for name in KEPT}
     # other packages differ by machine
-    own = [row for row in _methods() if duet_vlm.get_method(row["name"]).__module__.startswith("duet_vlm.")]
-    found = {
-        "files": {name: _files(name) for name in FOLDERS},
-        "methods": own,
-        "presets": _presets(),
-        "models": _models(),
-    }
-    return json.dumps(found, indent=1) + "\n"
+    own = [row for row in found["methods"] if duet_vlm.get_method(row["name"]).__module__.startswith("duet_vlm.")]
+    lists = []
+    for name, every in (found | {"methods": own}).items():
+        lines = (json.dumps({key: row[key] for key in KEPT[name] or row}) for row in every)
+        lists.append(f'"{name}": [\n' + ",\n".join(lines) + "\n]")
+    files = json.dumps({name: _count_files(name) for name in FOLDERS})
+    return f'{{\n"files": {files},\n' + ",\n".join(lists) + "\n}\n"
 
 
-def _files(name: str) -> list[str]:
+def _count_files(name: str) -> int:
     spec = find_spec(FOLDERS[name])
     assert spec is not None and spec.submodule_search_locations is not None  # a folder of this package
-    return sorted(path.stem for place in spec.submodule_search_locations for path in Path(place).rglob("*.py"))
+    return sum(len(list(Path(place).rglob("*.py"))) for place in spec.submodule_search_locations)
 
 
 def _methods() -> Rows:
@@ -184,13 +166,6 @@ def describe(name: str, cls: type[duet_vlm.Reducer]) -> dict[str, Any]:
         "paper": cls.paper,
         "settings": [field.name for field in dataclasses.fields(cls)],
         "options": list(usual.known_options()),
-        "types": {
-            field.name: kind
-            for field in dataclasses.fields(cls)
-            if (kind := _kind(field)).removesuffix(" | None") in CHECKED
-        },
-        "instead": _instead(usual),
-        "calibrated": hasattr(cls, "observer"),
         "idea": _paragraphs(
             cls, lambda text: not text.startswith(("Cost", "Parameters", "Differences", "From the paper"))
         ),
@@ -198,21 +173,6 @@ def describe(name: str, cls: type[duet_vlm.Reducer]) -> dict[str, Any]:
         "needs": reads,
         "families_without": _refusing(cls),
     }
-
-
-def _kind(field: dataclasses.Field[Any]) -> str:
-    return field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
-
-
-def _instead(usual: duet_vlm.Reducer) -> list[str]:
-    """The settings that a method takes in place of a budget; none where it runs without either."""
-    try:
-        usual.plan(*USUAL, None)
-    except NoBudget as error:
-        return list(error.instead)
-    except ValueError:  # it wants something else first
-        return []
-    return []
 
 
 def _paragraphs(cls: type[duet_vlm.Reducer], wanted: Callable[[str], bool]) -> str:

@@ -253,12 +253,12 @@ class Handle:
             cache_bytes=prompt_state.cache_bytes,
             decoded=prompt_state.num_decoded,
             projects_all=projects_all,
-            selection=selection_cost(self.adapter, reducer, samples, projects_all)[0],
+            selection=selection_cost(self.adapter, reducer, samples, projects_all),
             **decoder_terms(self.adapter, reducer, samples),
         )
 
-    def selection_cost(self, samples: list[SampleCounts]) -> tuple[int, int]:
-        """FLOPs and bytes of signals, choice and merge before the decoder."""
+    def selection_flops(self, samples: list[SampleCounts]) -> int:
+        """FLOPs of signals, choice and merge before the decoder."""
         return selection_cost(self.adapter, self.reducer, samples, self.projects_all)
 
     def reads_layers(self, layers: Iterable[nn.Module]) -> bool:

@@ -18,7 +18,6 @@ from duet_vlm.profiling.report import SampleCounts
 from duet_vlm.profiling.selection_cost import (
     deciding_flops,
     question_flops,
-    selection_bytes,
     selection_flops,
     tower_choice_flops,
 )
@@ -111,7 +110,7 @@ def _mean_kept(span: SpanTrace, depth: int) -> float:
 
 
 def decoder_terms(adapter: Adapter, reducer: Reducer, samples: Sequence[SampleCounts]) -> dict[str, Any]:
-    """Arguments of ``make_report`` and ``Workload`` about the decoder stages: ``deciding``, ``products``, ``cut``,
+    """Arguments of ``make_report`` about the decoder stages: ``deciding``, ``products``, ``cut``,
     ``scores_after_drop``."""
     shape = adapter.decoder_dims()
 
@@ -128,25 +127,23 @@ def decoder_terms(adapter: Adapter, reducer: Reducer, samples: Sequence[SampleCo
     return {"deciding": sum(map(of, samples)), "products": products, "cut": cut, "scores_after_drop": scores_after_drop}
 
 
-def selection_cost(
-    adapter: Adapter, reducer: Reducer, samples: Sequence[SampleCounts], projects_all: bool
-) -> tuple[int, int]:
-    """FLOPs and bytes of signals, choice and merge before the decoder."""
+def selection_cost(adapter: Adapter, reducer: Reducer, samples: Sequence[SampleCounts], projects_all: bool) -> int:
+    """FLOPs of signals, choice and merge before the decoder."""
     if not isinstance(reducer, EncoderReducer):
-        return 0, 0
+        return 0
     vision, shape = adapter.vision_dims(), adapter.decoder_dims()
     head = adapter.vision_attention(layer_number(adapter, reducer.signal_layers[0])).head_dim
     width = shape.hidden if projects_all else vision.projector[0][0]
     linear = [layer for layer in adapter.projector().modules() if isinstance(layer, nn.Linear)]
     # not those of further mergers
     projector_shapes = [(layer.in_features, layer.out_features) for layer in linear] or vision.projector
-    flops = read = 0
+    flops = 0
     for still in (True, False):  # images and clips are encoded, and chosen from, by themselves
         flops += tower_choice_flops(reducer, [part for s in samples for part in s.in_tower(still=still)], vision, head)
         by_sample = [(s.queries, rows) for s in samples if (rows := _encoded(s, still))]
         if not by_sample:
             continue
-        plans, sizes, passes, steps, ranked, spare, projected = zip(
+        plans, sizes, steps, ranked, spare, projected = zip(
             *(row for _, rows in by_sample for row in rows), strict=True
         )
         projecting = 2 * sum(projected) * sum(math.prod(sides) for sides in projector_shapes)
@@ -154,20 +151,17 @@ def selection_cost(
         flops += question_flops(
             reducer, [words for words, rows in by_sample if any(plan.merges for plan, *_ in rows)], shape
         )
-        read += selection_bytes(reducer, plans, passes, vision, head)
-    return flops, read
+    return flops
 
 
 def _encoded(sample: SampleCounts, still: bool) -> list[tuple[Any, ...]]:
-    """Of the pictures of a sample, or of its clips: plan, parts as V2V sees them and as the tower does, steps of time,
-    parts that signals are made of and their spare patches, rows that the projector works on."""
+    """Of the pictures of a sample, or of its clips: plan, parts as V2V sees them, steps of time, parts that signals are made of and their spare patches, rows that the projector works on."""
     of, sizes = sample.still or (False,) * len(sample.plans), sample.sizes or sample.tokens_per_crop
     spare = sample.encoded_parts(sample.spare_patches())
     every = zip(
         of,
         sample.plans,
         sizes,
-        sample.tokens_per_crop,
         sample.steps,
         sample.encoded,
         spare,

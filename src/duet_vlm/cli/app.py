@@ -48,11 +48,11 @@ def app(
         reduction.check(model)
         if find_spec("gradio") is None:
             raise ValueError('the page needs Gradio: pip install ".[app]" in your clone of duet-vlm')
-        from duet_vlm.app import space
         from duet_vlm.app.controls import starting
+        from duet_vlm.app.serve import serve
 
         loaded = load(model, device)
         first = starting(reduction.method, reduction.budget, reduction.fields, loaded.model)
         if host not in ("127.0.0.1", "localhost", "::1"):
             typer.echo(f"warning: anyone who reaches {host}:{port} can use this page", err=True)
-        space.serve(loaded, first, host, port)
+        serve(loaded, first, host, port)

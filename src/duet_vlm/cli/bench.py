@@ -33,7 +33,7 @@ from duet_vlm.cli.options import (
 
 METHODS = ("duet", "visionzip", "fastv", "uniform", "random")
 BUDGETS = ("0.33", "0.11")
-DTYPES = ("fp32", "bf16", "fp16")
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # names in torch
 
 
 def bench(
@@ -74,12 +74,11 @@ def bench(
     plots: Annotated[
         Path | None, typer.Option("--plots", help="Write pictures to this folder (needs matplotlib).")
     ] = None,
-    predict: Annotated[bool, typer.Option("--predict/--no-predict", help="Predict beside what is measured.")] = True,
     json_: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Time a model stage by stage, reduced and not, in turns on the same prompts; FLOPs, cache, peak memory and
-    predictions beside it."""
+    """Time a model stage by stage, reduced and not, in turns on the same prompts; FLOPs, cache and peak memory beside
+    it."""
     # torch's profiler, which counts memory, tells of its own doings otherwise
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -94,7 +93,7 @@ def bench(
         if config_only is None:
             check_model(model)
         _writable(out, plots)
-        from duet_vlm.evaluation.speed.paired import BenchPlan, BenchSide, result, sheet_of
+        from duet_vlm.evaluation.speed.paired import BenchPlan, BenchSide, result
         from duet_vlm.evaluation.speed.plots import draw
 
         usual = budgets or budgets_of(BUDGETS)
@@ -107,7 +106,7 @@ def bench(
         loaded, where, name = _model(model, config_only, device, dtype)
         plan = BenchPlan(sides, batches, texts, tokens, frames, new, rounds, **pieces)
         say = functools.partial(typer.echo, err=True)
-        found = result(name, loaded, plan, sheet_of(where, say) if predict else None, say)
+        found = result(name, loaded, plan, say)
         if out is not None:
             out.write_text(json.dumps(found, indent=1) + "\n")
         files = draw(found, plots) if plots is not None else []
@@ -146,13 +145,12 @@ def _model(name: str, config_only: Path | None, device: str | None, dtype: str |
 
     from duet_vlm.api.loading import device_for, load
     from duet_vlm.evaluation.speed.random_model import random_model
-    from duet_vlm.profiling.devices import TORCH
 
-    where = device_for(device)
+    where, asked = device_for(device), None if dtype is None else getattr(torch, DTYPES[dtype])
     if config_only is None:
-        return load(name, device, None if dtype is None else TORCH[dtype]).model, where, name
+        return load(name, device, asked).model, where, name
     usual = torch.bfloat16 if where.startswith("cuda") else torch.float32
-    return random_model(config_only, where, usual if dtype is None else TORCH[dtype]), where, str(config_only)
+    return random_model(config_only, where, asked or usual), where, str(config_only)
 
 
 def _show(found: dict[str, Any]) -> None:
@@ -166,7 +164,7 @@ def _show(found: dict[str, Any]) -> None:
         rows = [row for row in found["rows"] if "ms" in row and (row["batch"], row["text"]) == key]
         prompt = f"batch {key[0]}, {rows[0]['tokens']} visual and {key[1]} other tokens"
         console.print(
-            f"\n{prompt}; ms, medians of {rows[0]['pairs']} rounds; (predicted); speed-up of the first token by these medians"
+            f"\n{prompt}; ms, medians of {rows[0]['pairs']} rounds; speed-up of the first token by these medians"
         )
         head = (
             "",
@@ -193,17 +191,14 @@ def _show(found: dict[str, Any]) -> None:
 
 
 def _cells(row: dict[str, Any], full: dict[str, Any]) -> list[str]:
-    predicted = row.get("predicted_ms", {})
-
     def time(stage: str) -> str:
-        guess = f" ({predicted[stage]:.3g})" if stage in predicted else ""
-        return f"{row['ms'][stage]['median']:.3g}{guess}"
+        return f"{row['ms'][stage]['median']:.3g}"
 
     peak = row["peak_bytes"]
     by_flops = full["flops_share"] / row["flops_share"]
     first, whole = row["ms"]["to first token"]["median"], full["ms"]["to first token"]["median"]
     return [
-        row["side"], f"{row['mean_tokens']:.1f}", time("vision"), f"{row['ms']['v2v']['median']:.3g}", time("prefill"),
+        row["side"], f"{row['mean_tokens']:.1f}", time("vision"), time("v2v"), time("prefill"),
         f"{sum(stage['ms'] for stage in row['t2v']):.3g}", time("decode step"), time("to first token"),
         f"{whole / first:.2f}", f"{by_flops:.2f}", "-" if peak is None else f"{peak / 2**20:.1f}",
     ]  # fmt: skip

@@ -1,8 +1,5 @@
 """``duet-vlm budget``: the plan of a budget for a model, before anything runs. Reads the config only, never the
-weights.
-
-With ``--device`` also predictions for that device: seconds, tokens per second, memory, devices for a load, by budget.
-"""
+weights."""
 
 from __future__ import annotations
 
@@ -19,6 +16,8 @@ from duet_vlm.cli.options import Model, Reduction, reducing, warn_of_more
 
 if TYPE_CHECKING:
     from duet_vlm import Report, SpanPlan
+
+PREDICTS = "python -m duet_vlm_lab.fleet, with the same options (pip install -e lab in your clone of duet-vlm)"
 
 
 @reducing
@@ -41,51 +40,21 @@ def budget(
     prompt_tokens: Annotated[
         int, typer.Option("--prompt-tokens", min=1, help="Text tokens of the prompt, for FLOPs and bytes.")
     ] = 32,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            "--device",
-            help="Predict time on a100, h100, h200, mi300x, l4 (data sheets) or cpu (this machine, measured).",
-        ),
-    ] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="With --device: requests at a time.")] = 1,
-    new: Annotated[int, typer.Option("--new", min=1, help="With --device: tokens to write.")] = 128,
-    requests: Annotated[
-        float, typer.Option("--requests", min=0.001, help="With --device: requests per second to serve.")
-    ] = 10.0,
-    dtype: Annotated[
-        str | None,
-        typer.Option("--dtype", help="With --device: bf16, fp16, fp32 or fp8. Default: bf16, on the CPU fp32."),
-    ] = None,
-    compute: Annotated[
-        float | None,
-        typer.Option("--compute-efficiency", min=0.01, max=1, help="Share of the sheet's FLOP/s that is reached."),
-    ] = None,
-    bandwidth: Annotated[
-        float | None,
-        typer.Option("--bandwidth-efficiency", min=0.01, max=1, help="Share of the sheet's bytes/s that is reached."),
-    ] = None,
-    launch: Annotated[
-        float, typer.Option("--launch-us", min=0, help="Microseconds of host work per layer and pass.")
-    ] = 0.0,
+    device: Annotated[str | None, typer.Option("--device", hidden=True)] = None,
 ) -> None:
     """Solve a budget: settings, tokens per layer, FLOPs, KV bytes and the FLOPs-bound speed-up. Needs no weights.
 
-    With --device: predicted seconds, tokens/s, memory, and devices for --requests per second. Several budgets are shown
-    one after the other.
+    Several budgets are shown one after the other.
     """
-    if device is None and config_only is None:
+    if device is not None:
+        raise ValueError(f"--device {device}: seconds on a device that is not here are predicted by {PREDICTS}")
+    if config_only is None:
         for reduction in reductions:
             reduction.check_budget(model)
-    from duet_vlm.cli.fleet import Fleet
     from duet_vlm.evaluation.speed.random_model import skeleton
 
     name = model if config_only is None else (f"{model} ({config_only})" if model != "tiny" else str(config_only))
     skeletal, element_bytes = skeleton(model, config_only)
-    if device is not None:
-        fleet = Fleet.of(device, dtype, batch, prompt_tokens, new, requests, compute, bandwidth, launch)
-        fleet.show(name, skeletal, reductions, tokens, parts, json_)
-        return
     plans = [
         (name, *_planned(reduction, skeletal, element_bytes, tokens, parts, prompt_tokens), prompt_tokens)
         for reduction in reductions
@@ -104,7 +73,7 @@ def budget(
 def _planned(
     reduction: Reduction, model: Any, element_bytes: int, tokens: int | None, parts: int, text: int
 ) -> tuple[SpanPlan, Report]:
-    from duet_vlm.evaluation.speed.predicted import equal_parts, plan_prompt, planned_report, whole_of
+    from duet_vlm.evaluation.planned_prompt import equal_parts, plan_prompt, planned_report, whole_of
 
     with reduction.attach(model) as handle:
         fixed = handle.adapter.fixed_tokens

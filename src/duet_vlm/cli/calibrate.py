@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from duet_vlm.api.catalogue import rows
+import duet_vlm
 from duet_vlm.api.loading import check_model
 from duet_vlm.cli.errors import folder_for, friendly
 from duet_vlm.cli.options import AsJson, Debug, Device, Images, Model, VisualInputs, method_of
@@ -38,7 +38,7 @@ def calibrate(
     """
     with friendly(debug, json_):
         method, *_ = method_of(method)
-        able = [row["name"] for row in rows("methods") if row["calibrated"]]
+        able = [name for name, cls in duet_vlm.list_methods().items() if hasattr(cls, "observer")]
         if not method_files.names() and method not in able:
             raise ValueError(f"{method} is not calibrated to a model; methods that are: {', '.join(able)}")
         pictures = VisualInputs.of(image, None, None, None, prompt).images

@@ -73,7 +73,6 @@ def drop_curve(
         budgets_wanted = budgets_of(budgets) if budgets else []
 
         from duet_vlm.cli.eval_jobs import JobOptions, check_tasks, run_job, tell_progress
-        from duet_vlm.evaluation.distributed import WorkerRank
         from duet_vlm.evaluation.drop_curve import (
             DEEP,
             FULL,
@@ -86,6 +85,7 @@ def drop_curve(
             winners,
         )
         from duet_vlm.evaluation.experiment import Experiment
+        from duet_vlm.evaluation.ranks import WorkerRank
         from duet_vlm.evaluation.tasks import task as task_of
         from duet_vlm.evaluation.tasks import usual_model
 

@@ -15,8 +15,8 @@ import typer
 from duet_vlm.cli.errors import folder_for
 
 if TYPE_CHECKING:
-    from duet_vlm.evaluation.distributed import WorkerRank
     from duet_vlm.evaluation.experiment import Experiment
+    from duet_vlm.evaluation.ranks import WorkerRank
     from duet_vlm.evaluation.run import RunAnswers
 
 
@@ -56,7 +56,7 @@ class JobOptions:
     ) -> JobOptions:
         """Options with an existing device, a writable folder, and the default number of processes."""
         from duet_vlm.api.loading import device_for
-        from duet_vlm.evaluation.distributed import WorkerRank, gpus
+        from duet_vlm.evaluation.ranks import WorkerRank, gpus
 
         worker = WorkerRank.here()
         where = device_for(worker.device(device, gpus()))

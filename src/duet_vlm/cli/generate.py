@@ -46,8 +46,8 @@ def generate(
     device: Device = None,
 ) -> None:
     """Answer many prompts into a file. A picture that cannot be read costs its own line only."""
-    from duet_vlm.evaluation.distributed import WorkerRank, gpus
     from duet_vlm.evaluation.prompts import prompts
+    from duet_vlm.evaluation.ranks import WorkerRank, gpus
 
     if prompt is not None and not prompt.strip():
         raise ValueError("--prompt is empty: write a question")

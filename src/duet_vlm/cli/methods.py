@@ -26,7 +26,7 @@ def methods(
     """List the methods: paper, what they do, where they reduce, whether they look at the text. Of methods by name also
     idea, cost, needs, settings, and the families that cannot run them."""
     with friendly(debug, json_):
-        rows = chosen("methods", "name", names)
+        rows = chosen("methods", "name", names, whole=bool(names) or json_)
         if json_:
             print(json.dumps(rows))
             return

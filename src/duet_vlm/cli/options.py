@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from PIL import Image
 
-from duet_vlm.api.catalogue import check_method, check_settings, chosen, needs_budget, refuses_without_budget
+from duet_vlm.api.catalogue import check_method, check_settings, chosen, refuses_without_budget
 from duet_vlm.api.loading import LoadedModel, check_model, source
 from duet_vlm.cli.errors import GOES_ON, friendly
 from duet_vlm.inputs.images import open_image
@@ -301,7 +301,7 @@ class Reduction:
             As the method itself.
         """
         if isinstance(known := self.known(model), dict):
-            check_settings(known["method"], self.fields)
+            check_settings(known["method"], known["settings"])
 
     def known(self, model: str | nn.Module) -> dict[str, Any] | None:
         """Method, budget and settings on a model (or one by its name), as far as that is known: not of presets, nor of
@@ -321,11 +321,11 @@ class Reduction:
         return kept | {"budget": budget, "settings": merged(kept["settings"], self.fields)}
 
     def lacks_budget(self, model: str | nn.Module) -> bool:
-        """True where nothing says how many tokens the method is to keep: by the lists where the model is only named,
-        else as the method says."""
+        """True where nothing says how many tokens the method is to keep, as the method itself says."""
         known = self.known(model)
-        lacks = needs_budget if isinstance(model, str) else refuses_without_budget
-        return known is not None and known["budget"] is None and lacks(known["method"], known["settings"])
+        return (
+            known is not None and known["budget"] is None and refuses_without_budget(known["method"], known["settings"])
+        )
 
     def check_budget(self, model: str) -> None:
         """Raise a ValueError where nothing says so."""

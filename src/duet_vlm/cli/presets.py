@@ -25,15 +25,18 @@ def presets(
 ) -> None:
     """List the presets for --preset: method, the model that the settings are for, tokens, and who published them."""
     with friendly(debug, json_):
-        rows = chosen("presets", "name", names)
+        rows = chosen("presets", "name", names, whole=bool(names) or json_)
         if json_:
             print(json.dumps(rows))
             return
         table = Table("name", "method", "for", "tokens", "where the settings are from", box=SIMPLE, pad_edge=False)
         table.columns[0].no_wrap = True
         for row in rows:
-            changed = ", ".join(f"{key}={value}" for key, value in flattened(row["settings"]).items())
-            told = row["source"] + (f"\nsettings: {changed}" if names else "")
+            told = row["source"]
+            if names:
+                told += (
+                    f"\nsettings: {', '.join(f'{key}={value}' for key, value in flattened(row['settings']).items())}"
+                )
             table.add_row(row["name"], row["method"], row["model"], f"{row['mean']:g} of {row['tokens']}", told)
         Console(highlight=False).print(table)
         print(

@@ -108,8 +108,8 @@ def tune(
         plain_name("--name", name)
         _check_extras()
         from duet_vlm.api.loading import check_model, load, quiet
-        from duet_vlm.evaluation.distributed import WorkerRank
         from duet_vlm.evaluation.experiment import cells_of
+        from duet_vlm.evaluation.ranks import WorkerRank
         from duet_vlm.evaluation.tasks import usual_model
         from duet_vlm.evaluation.tune.binomial import split
         from duet_vlm.evaluation.tune.goal import Goal
@@ -185,13 +185,11 @@ def _searched(
     dry_run: bool,
 ) -> dict[str, Any] | None:
     """The search, with its journal and a bar on stderr."""
-    import torch
-    import transformers
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    import duet_vlm
     from duet_vlm.evaluation.journal import CONTENTS, Journal, alone
+    from duet_vlm.evaluation.results import versions
     from duet_vlm.evaluation.run import model_facts
     from duet_vlm.evaluation.source import source
     from duet_vlm.evaluation.tune.answers import AnswerSource
@@ -209,17 +207,12 @@ def _searched(
     with alone(journal), Progress(*columns, console=console) as progress:
         if restart:
             journal.unlink(missing_ok=True)
-        versions = {
-            "duet_vlm": duet_vlm.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        }
         first = asked.ask(seed, 0)
         questions = {"task": asked.name, "seed": seed, "count": count, "batch": batch, "first": [first.id, first.text]}
         subject: dict[str, Any] = {
             "questions": questions,
             "model": model_facts(loaded),
-            "versions": versions,
+            "versions": versions(),
             "source code": source().files,
         }
         if (contents := asked.digest(count)) is not None:

@@ -1,7 +1,7 @@
 """Answers to many prompts, written to a file: resumable, and shared among processes without communication.
 
 Prompts are put into batches in their order, the same however many processes there are
-(:mod:`duet_vlm.evaluation.distributed`). The process that finds all of them recorded writes the file.
+(:mod:`duet_vlm.evaluation.ranks`). The process that finds all of them recorded writes the file.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-import duet_vlm
 from duet_vlm import BudgetError, Handle
 from duet_vlm.api.loading import LoadedModel
-from duet_vlm.evaluation.distributed import WorkerRank, recorded
 from duet_vlm.evaluation.journal import CONTENTS, Journal, Page, alone
 from duet_vlm.evaluation.prompts import Prompts
+from duet_vlm.evaluation.ranks import WorkerRank, recorded
+from duet_vlm.evaluation.results import versions
 from duet_vlm.evaluation.run import model_facts
 from duet_vlm.evaluation.run_sample import inputs_of
 from duet_vlm.evaluation.tasks import TaskQuestion
@@ -76,11 +75,6 @@ def generate(
             "budget": handle.budget,
             "settings": json.loads(json.dumps(handle.reducer.settings())),
         }
-        versions = {
-            "duet_vlm": duet_vlm.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        }
         pieces = {"chunk_frames": handle.chunks.chunk_frames, "still_frames": handle.chunks.still_frames}
         given = {"batch": batch, "max_new_tokens": max_new_tokens} | {
             name: value for name, value in pieces.items() if value is not None
@@ -92,7 +86,7 @@ def generate(
                 "model": model_facts(loaded),
                 "reduction": method,
                 "options": given,
-                "versions": versions,
+                "versions": versions(),
             },
         )
 

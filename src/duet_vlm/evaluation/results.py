@@ -85,17 +85,12 @@ def environment(device: str, dtype: str, workers: int, code: Source | None = Non
     """Machine and versions that a result was made with; ``code`` is the package as it is on the disk now, unless
     given."""
     import torch
-    import transformers
-
-    import duet_vlm
 
     code = code or source()
     return {
-        "duet_vlm": duet_vlm.__version__,
+        **versions(),
         "commit": code.commit,
         "source": code.files,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": cpu_name(),
@@ -104,6 +99,20 @@ def environment(device: str, dtype: str, workers: int, code: Source | None = Non
         "workers": workers,
         "threads": torch.get_num_threads(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what answers."""
+    import torch
+    import transformers
+
+    import duet_vlm
+
+    return {
+        "duet_vlm": duet_vlm.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
 
 

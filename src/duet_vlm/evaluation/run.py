@@ -14,21 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 import duet_vlm
 from duet_vlm import BudgetError
 from duet_vlm.api.loading import LoadedModel, load
-from duet_vlm.evaluation.distributed import ALONE, WorkerRank, gpus, recorded
 from duet_vlm.evaluation.experiment import ORACLE, Experiment, ExperimentCell
 from duet_vlm.evaluation.journal import CONTENTS, Journal, Page
-from duet_vlm.evaluation.results import FORMAT, environment, pack
+from duet_vlm.evaluation.ranks import ALONE, WorkerRank, gpus, lacking, recorded, start
+from duet_vlm.evaluation.results import FORMAT, environment, pack, versions
 from duet_vlm.evaluation.run_sample import Outcome, answer, attached
 from duet_vlm.evaluation.source import Source, source
 from duet_vlm.evaluation.summary import summarize
 from duet_vlm.evaluation.tasks import Task, TaskQuestion, task
 from duet_vlm.evaluation.timing import prefill_times
-from duet_vlm.evaluation.workers import shared_out
 from duet_vlm.models.lookup import adapter_for
 
 TIMED_QUESTIONS = 8
@@ -48,14 +46,6 @@ class QuestionBatch:
 
     def questions(self, asked: Task) -> list[TaskQuestion]:
         return [asked.ask(self.seed, index) for index in range(self.first, self.last)]
-
-
-@dataclass(frozen=True)
-class BatchJob:
-    """A batch and the runs that it still lacks."""
-
-    batch: QuestionBatch
-    runs: list[ExperimentCell]
 
 
 def batches(experiment: Experiment, asked: Task) -> list[QuestionBatch]:
@@ -188,8 +178,8 @@ def gather(
     device : str, optional
         cuda where there is one, unless given.
     workers : int
-        Processes that answer questions, each with one thread and its own copy of the model, on the GPUs of the machine
-        in turn; 1 works in this process.
+        Processes that answer questions, each with one thread, its own copy of the model and a journal of its own, on the
+        GPUs of the machine in turn; 1 works in this process.
     worker : WorkerRank
         The rank of this process among those that share the questions.
     advance : callable
@@ -202,7 +192,7 @@ def gather(
     ValueError
         Unknown task, method or setting, or a journal that belongs to another measurement or was begun by other code.
     RuntimeError
-        A worker process died.
+        A worker process died, or could not answer.
     """
     if importlib.util.find_spec("scipy") is None:  # said now, not after hours
         raise ImportError('the statistics of an evaluation need scipy: pip install ".[eval]" in your clone of duet-vlm')
@@ -219,22 +209,27 @@ def gather(
         )
     infeasible = preflight(loaded, runs, first)
     possible = {run.id: run for run in runs if run.id not in infeasible}
-    versions = {
-        "duet_vlm": duet_vlm.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "format": FORMAT,
-    }
     questions = {key: value for key, value in experiment.to_json().items() if key not in ("cells", "against")}
-    subject = {"questions": questions, "model": model_facts(loaded), "versions": versions, "source code": code.files}
+    subject = {
+        "questions": questions,
+        "model": model_facts(loaded),
+        "versions": versions() | {"format": FORMAT},
+        "source code": code.files,
+    }
     if (contents := asked.digest(asked.count(experiment.limit))) is not None:
         subject[CONTENTS] = contents
     journal = Journal(journals / f"{worker.rank}.jsonl", subject)
 
-    def work(lacking: dict[str, list[str]]) -> Generator[tuple[str, Page], None, None]:
-        jobs = [BatchJob(todo[name], [possible[run] for run in missing]) for name, missing in lacking.items()]
-        return _answered(experiment, jobs, asked, loaded, device, workers, journals)
+    def work(parts: dict[str, list[str]]) -> Generator[tuple[str, Page], None, None]:
+        for name, missing in parts.items():
+            yield name, _page(loaded, todo[name], [possible[run] for run in missing], asked)
 
+    left = lacking(list(todo), list(possible), journal.together()) if workers > 1 else {}
+    if len(left) > 1:
+        kept = f"finished answers are kept in {journals}: give the same command again to go on, with fewer --workers if memory was short"
+        places = devices_of(device, min(workers, len(left)), gpus())
+        with _aside(loaded):
+            start(partial(_share, experiment, journals), places, kept, lambda done: advance(done, len(todo)))
     found = recorded(journal, worker, list(todo), list(possible), work, advance=advance, over=over)
     if found is None:
         return None
@@ -292,27 +287,6 @@ def _solver(loaded: LoadedModel) -> Callable[[ExperimentCell, int], duet_vlm.Spa
 # ---- one process or several
 
 
-def _answered(
-    experiment: Experiment,
-    jobs: list[BatchJob],
-    asked: Task,
-    loaded: LoadedModel,
-    device: str | None,
-    workers: int,
-    journals: Path,
-) -> Generator[tuple[str, Page], None, None]:
-    if workers < 2 or len(jobs) < 2:
-        for job in jobs:
-            yield job.batch.name, _page(loaded, job, asked)
-        return
-    places = devices_of(device, min(workers, len(jobs)), gpus())
-    kept = f"finished answers are kept in {journals}: give the same command again to go on, with fewer --workers if memory was short"
-    make = partial(_worker, experiment.task, experiment.model)
-    with _aside(loaded), contextlib.closing(shared_out(jobs, places, make, kept)) as made:
-        for job, page in made:
-            yield job.batch.name, page
-
-
 def devices_of(device: str | None, workers: int, gpus: int) -> list[str | None]:
     """Device of each worker: the ``gpus`` of the machine in turn, if GPUs are meant without a number."""
     return [f"cuda:{number % gpus}" if device in (None, "cuda") and gpus else device for number in range(workers)]
@@ -329,14 +303,16 @@ def _aside(loaded: LoadedModel) -> Iterator[None]:
     loaded.model.to(where)
 
 
-def _worker(name: str, model: str, device: str | None) -> Callable[[BatchJob], Page]:
+def _share(
+    experiment: Experiment, journals: Path, rank: WorkerRank, device: str | None, tell: Callable[[int], None]
+) -> None:
+    """One of several processes of a machine."""
     torch.set_num_threads(1)
-    asked, loaded = task(name), load(model, device)
-    return lambda job: _page(loaded, job, asked)
+    gather(experiment, journals, device=device, worker=rank, advance=lambda done, total: tell(done))
 
 
-def _page(loaded: LoadedModel, job: BatchJob, asked: Task) -> Page:
-    questions = job.batch.questions(asked)
-    outcomes = answer(loaded, job.runs, questions, asked.max_new_tokens)
+def _page(loaded: LoadedModel, batch: QuestionBatch, runs: list[ExperimentCell], asked: Task) -> Page:
+    questions = batch.questions(asked)
+    outcomes = answer(loaded, runs, questions, asked.max_new_tokens)
     plain = [{"id": q.id, "text": q.text, "answers": list(q.answers), "kind": q.kind} for q in questions]
     return {"questions": plain, "runs": {key: dataclasses.asdict(value) for key, value in outcomes.items()}}

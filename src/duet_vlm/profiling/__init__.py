@@ -1,1 +1,1 @@
-"""Tokens, FLOPs, bytes and time: predicted and measured by the same functions everywhere."""
+"""Tokens, FLOPs and bytes, predicted and counted by the same functions everywhere; timing in pairs."""

@@ -1,31 +1,14 @@
-"""Bytes of the weights, and at the peak of a prompt's pass. Estimates from shapes; ``profiling.flop_counter`` measures
-the real ones."""
+"""Bytes at the peak of a prompt's pass, and of a whole request. Estimates from shapes; ``profiling.flop_counter``
+measures the real ones."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from duet_vlm.profiling.kv import kv_bytes_per_layer, state_bytes
-from duet_vlm.profiling.model_dims import LINEAR, DecoderDims, VisionDims
-
-
-def layer_weights(shape: DecoderDims, layer: int, rows: int | None = None) -> float:
-    """Number of weights of one decoder layer; with ``rows``, of the experts only those that this many rows are expected
-    to visit.
-
-    Rows are taken to choose experts evenly and independently: an expert is not visited with probability (1 - active /
-    count) ** rows.
-    """
-    linear, experts = shape.linear, shape.experts
-    if shape.kind(layer) == LINEAR and linear is not None:
-        values = linear.value_heads * linear.value_dim
-        mixing = shape.hidden * (linear.mixed + 2 * values + 2 * linear.value_heads) + linear.mixed * linear.kernel
-    else:
-        mixing = shape.hidden * (shape.query_width + shape.wide + 2 * shape.narrow)
-    if experts is None or not shape.has_experts(layer):
-        return mixing + 3 * shape.hidden * shape.mlp
-    visited = experts.count * (1.0 if rows is None else 1 - (1 - experts.active / experts.count) ** rows)
-    return mixing + shape.hidden * (experts.count + 3 * (visited * experts.mlp + experts.shared))
+from duet_vlm.profiling.flops import tower_rows
+from duet_vlm.profiling.kv import kv_bytes, kv_bytes_per_layer, rows_held, state_bytes
+from duet_vlm.profiling.model_dims import DecoderDims, VisionDims
+from duet_vlm.profiling.report import SampleCounts
 
 
 def mlp_width(shape: DecoderDims, layer: int) -> int:
@@ -33,21 +16,6 @@ def mlp_width(shape: DecoderDims, layer: int) -> int:
     experts = shape.experts
     return (
         experts.active * experts.mlp + experts.shared if experts is not None and shape.has_experts(layer) else shape.mlp
-    )
-
-
-def decoder_weights(shape: DecoderDims) -> int:
-    """Number of weights of the decoder's maps, its embeddings and its head."""
-    return round(sum(layer_weights(shape, layer) for layer in range(shape.layers))) + shape.hidden * shape.vocab * (
-        2 - shape.tied
-    )
-
-
-def vision_weights(shape: VisionDims, towers: int = 1) -> int:
-    """Number of weights of the projector and of ``towers`` towers: one by default, as an image passes through one."""
-    per_layer = 4 * shape.width**2 + shape.mlp_matrices * shape.width * shape.mlp
-    return towers * (shape.layers * per_layer + shape.patch_inputs * shape.width) + sum(
-        a * b for a, b in shape.projector
     )
 
 
@@ -77,3 +45,29 @@ def prefill_peak_bytes(
         activations = max(3 * (mlp_width(shape, layer) + copies), shape.query_width + 4 * shape.wide + 2 * shape.narrow)
         peak = max(peak, cache + (embeddings + rows * (activations + 3 * shape.hidden)) * element_bytes)
     return peak
+
+
+def request_bytes(
+    decoder: DecoderDims,
+    vision: VisionDims,
+    weights: int,
+    sample: SampleCounts,
+    new: int,
+    element_bytes: int,
+    *,
+    cut: bool = False,
+    batch: int = 1,
+) -> float:
+    """Bytes of ``weights`` numbers, and of ``batch`` equal requests where they need the most: in the tower, in the
+    prompt's pass, or with the full cache of prompt and ``new`` tokens (the prompt gives the first of them); ``cut`` as
+    in ``make_report``."""
+    rows = [sample.text + sample.visual(layer) for layer in range(decoder.layers)]
+    steps = max(0, new - 1)
+    end = kv_bytes(decoder, [n + steps for n in rows_held(decoder, rows, cut)], element_bytes)
+    patches = sum(tower_rows(vision, dict(stages).get(0, n)) for n, _, stages, _ in sample.in_tower())
+    peak = max(
+        prefill_peak_bytes(decoder, sample.text + sample.visual(-1), rows, sum(sample.spans), element_bytes),
+        vision_peak_bytes(vision, patches, element_bytes),
+        end + state_bytes(decoder, element_bytes),
+    )
+    return weights * element_bytes + batch * peak

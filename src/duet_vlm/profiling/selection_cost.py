@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from duet_vlm.ops.merge import by_table
 from duet_vlm.planning.budget import SpanPlan, TowerStages
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.profiling.flops import Grid, Spare, decoder_layer_flops, probe_flops, query_rows, signal_flops, tower_rows
+from duet_vlm.profiling.flops import Grid, Spare, decoder_layer_flops, probe_flops, signal_flops
 from duet_vlm.profiling.model_dims import DecoderDims, VisionDims, probed_layer
 from duet_vlm.reducers.base import Reducer
 from duet_vlm.reducers.compressor import Compressor, ModuleSizes, compressor_of
@@ -67,7 +67,7 @@ def selection_flops(
         heads = 1 if reducer.scoring_rules().signal_heads == "one" else vision.width // key_width
         signals = sum(
             signal_flops(vision, n, reducer.options.signal_queries, heads, more) for n, more in looks
-        ) * _attentions(reducer)
+        ) * attentions(reducer)
     keys = vision.width if reducer.scoring_rules().signal_heads == "one" else key_width
     timed = _steps(plans, passes if steps is None else steps) if reducer.compares_frames else None
     return signals + choice_flops(
@@ -108,24 +108,7 @@ def tower_choice_flops(
     return total
 
 
-def selection_bytes(
-    reducer: Reducer, plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]], vision: VisionDims, key_width: int
-) -> int:
-    """Bytes that the softmax of the signals moves, in float32: every head's scores some four times."""
-    if (
-        not isinstance(reducer, EncoderReducer)
-        or not reducer.requires & VISION_LAYER_INPUTS
-        or not any(plan.merges for plan in plans)
-    ):
-        return 0
-    rows = [tower_rows(vision, n) for span in passes for n in span]
-    heads = 1 if reducer.scoring_rules().signal_heads == "one" else vision.width // key_width
-    return sum(16 * heads * query_rows(vision, n, reducer.options.signal_queries) * n for n in rows) * _attentions(
-        reducer
-    )
-
-
-def _attentions(reducer: EncoderReducer) -> int:
+def attentions(reducer: EncoderReducer) -> int:
     """Number of times that attention is computed for a method: once per named layer, and once more where it needs the
     heads apart."""
     kinds = bool(reducer.requires & {Input.IMPORTANCE, Input.KEYS}) + (Input.HEAD_IMPORTANCE in reducer.requires)

@@ -43,22 +43,20 @@ OPTIONS = frozenset(  # settings of every method once, fields of TokenOptions to
 
 
 def renamed(method: str, name: str, value: object) -> str | None:
-    """The advice for an old way to write a setting of ``method``, None if it is none: an old name, an old value, an
-    option of ``TokenOptions`` among the settings, or a setting of a composition that carries the name of its part."""
-    part = next((part for part in method.split("+") if "+" in method and name.startswith(f"{part}_")), "")
-    bare = name.removeprefix(f"{part}_")
+    """The advice for an old way to write a setting of ``method``, None if it is none: an old name, an old value, or an
+    option of ``TokenOptions`` among the settings; in a composition the name may carry the name of one of its methods."""
+    prefix = next((f"{part}_" for part in method.split("+") if "+" in method and name.startswith(f"{part}_")), "")
+    bare = name.removeprefix(prefix)
     new = NAMES.get(bare, bare)
     changed = VALUES.get(new, {})
     today = changed[value] if isinstance(value, str) and value in changed else value
     moved = new in OPTIONS and method != "TokenOptions"
-    if new == bare and today is value and not part and not moved:
+    if new == bare and today is value and not moved:
         return None
     if moved:
         advice = f"options=TokenOptions({new}={today!r}), as text options.{new}={today}"
-    elif part:
-        advice = f"{part}={{{new!r}: {today!r}}}, as text {part}.{new}={today}"
     else:
-        advice = f"{new}={today!r}"
+        advice = f"{prefix}{new}={today!r}"
     return f"{name}={value!r} is an old way to write a setting: give {advice}"
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from typing import Any
 
-from duet_vlm.api.catalogue import rows
+import duet_vlm
 from duet_vlm.utils.renamed_settings import check_renamed
 
 AGAIN = "run the experiment again to make it anew"
@@ -143,7 +144,8 @@ def check(result: dict[str, Any], source: str) -> None:
         raise ValueError(f"{source}: {problem}; {AGAIN}")
     for number, run in enumerate(result["runs"]):
         parts = run["method"].split("+")
-        own = [name for row in rows("methods") if row["name"] in parts for name in row["settings"]]
+        known = duet_vlm.list_methods()
+        own = [field.name for part in parts if part in known for field in fields(known[part])]
         try:
             check_renamed(run["method"], run["settings"], [*own, *(f"{part}_{name}" for part in parts for name in own)])
         except ValueError as error:

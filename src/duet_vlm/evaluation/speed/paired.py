@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,17 +15,12 @@ from torch import nn
 import duet_vlm
 from duet_vlm.api.handle import Handle
 from duet_vlm.evaluation.results import environment
-from duet_vlm.evaluation.speed.predicted import workload
 from duet_vlm.evaluation.speed.prompts import BenchPrompt, encode, prompt_for
 from duet_vlm.evaluation.speed.timers import StageTimers
 from duet_vlm.models.adapter import Adapter
 from duet_vlm.models.lookup import adapter_for
-from duet_vlm.profiling.devices import SHEETS, TORCH, Device, this_machine
 from duet_vlm.profiling.flop_counter import cache_bytes, memory_of
-from duet_vlm.profiling.roofline import ModelCost, Workload, predict
 from duet_vlm.profiling.timing import PairedTiming, ratio, time_paired
-
-CARDS = {"pcie", "nvl"}  # slower forms of modules that have the same name; the sheets are those of the modules
 
 
 @dataclass(frozen=True)
@@ -101,46 +95,42 @@ def result(
     name: str,
     model: nn.Module,
     plan: BenchPlan,
-    sheet: Device | None,
     say: Callable[[str], object],
     picture: Any = None,
 ) -> dict[str, Any]:
     """A result file: the measurements, the model, the machine and the versions."""
-    weight, sheet = next(model.parameters()), _known(sheet, model, say)
+    weight = next(model.parameters())
     dtype = str(weight.dtype).removeprefix("torch.")
     return {
         "benchmark": "bench", "model": name, "weights": sum(p.numel() for p in model.parameters()),
         "environment": environment(str(weight.device), dtype, 1) | {"attention": model.config._attn_implementation},
-        "sheet": None if sheet is None else dataclasses.asdict(sheet),
         "plan": dataclasses.asdict(plan) | {"sides": [str(side) for side in plan.sides]},
-        "rows": run(model, plan, sheet, picture, say),
+        "rows": run(model, plan, picture, say),
     }  # fmt: skip
 
 
 def run(
     model: nn.Module,
     plan: BenchPlan,
-    sheet: Device | None = None,
     picture: Any = None,
     say: Callable[[str], object] = print,
 ) -> list[dict[str, Any]]:
-    """Measure; one row per side, batch and text length. ``sheet``: also predict, from that device, if it knows the
-    dtype."""
-    adapter, sheet = adapter_for(model), _known(sheet, model, say)
+    """Measure; one row per side, batch and text length."""
+    adapter = adapter_for(model)
     rows: list[dict[str, Any]] = []
     prompts = [(batch, text) for batch in plan.batches for text in plan.texts]
     for number, (batch, text) in enumerate(prompts, 1):
         prompt = prompt_for(adapter, batch, text, plan.tokens, plan.frames, picture)
         say(f"measuring prompt {number} of {len(prompts)}: {len(plan.sides)} sides in turns, {plan.rounds} rounds")
-        rows += _compare(adapter, plan, prompt, sheet)
+        rows += _compare(adapter, plan, prompt)
     return rows
 
 
-def _compare(adapter: Adapter, plan: BenchPlan, prompt: BenchPrompt, sheet: Device | None) -> list[dict[str, Any]]:
+def _compare(adapter: Adapter, plan: BenchPlan, prompt: BenchPrompt) -> list[dict[str, Any]]:
     sides, infeasible = _feasible(adapter, plan.sides, prompt)
     passes = {side: BenchPass(adapter, side, prompt, plan) for side in sides}
     with torch.inference_mode():
-        facts = {side: each.facts(sheet) for side, each in passes.items()}
+        facts = {side: each.facts() for side, each in passes.items()}
         time_paired(
             {str(side): each for side, each in passes.items()},
             plan.rounds,
@@ -266,41 +256,21 @@ class BenchPass:
         """From pixels to the first logits in one call."""
         return self.adapter.model(**self.prompt.text, **self.prompt.picture, logits_to_keep=1, use_cache=True)
 
-    def facts(self, sheet: Device | None) -> dict[str, Any]:
-        """Facts of the report; the peak of memory up to the first logits (of the full model without a handle); the
-        sheet's predictions."""
+    def facts(self) -> dict[str, Any]:
+        """Facts of the report; the peak of memory up to the first logits (of the full model without a handle)."""
         device, prompt = str(next(self.adapter.model.parameters()).device), self.prompt
         text = prompt.rows - prompt.tokens
         with self.attached() as handle:
             held = sum(cache_bytes(self.whole().past_key_values))
             report = handle.report()
-            work = workload(handle, prompt.passes, text, self.plan.new, prompt.spans, prompt.projected)
             peak = memory_of(self.whole, device)[0] if self.plan.memory and self.side.method is not None else None
         if self.plan.memory and self.side.method is None:
             peak = memory_of(self.whole, device)[0]
-        found = {
+        return {
             "mean_tokens": report.measured_mean, "rows": [round(n) + text for n in report.measured],
             "flops": dataclasses.asdict(report.observed), "flops_share": report.observed.flops / report.full.flops,
             "flops_bound": report.flops_bound, "kv_bytes": held, "peak_bytes": peak,
         }  # fmt: skip
-        return found if sheet is None else found | {"predicted_ms": self._predicted(work, sheet)}
-
-    def _predicted(self, work: Workload, sheet: Device) -> dict[str, float]:
-        model = self.adapter.model
-        known = ModelCost(
-            self.adapter.decoder_dims(), self.adapter.vision_dims(), sum(p.numel() for p in model.parameters())
-        )
-        found = predict(known, work, sheet, _dtype(model), self.prompt.batch)
-        stages = {
-            "vision": found.vision.seconds,
-            "v2v": found.selection.seconds,
-            "prefill": found.prefill.seconds,
-            "decode step": found.step,
-        }
-        return {
-            name: 1000 * seconds
-            for name, seconds in (stages | {"to first token": found.first_token, "end to end": found.total}).items()
-        }
 
 
 def _spread(timing: PairedTiming) -> dict[str, float]:
@@ -323,34 +293,3 @@ def _by_layer(times: dict[str, PairedTiming], rows: Sequence[int]) -> dict[str, 
         if i in starts[1:]
     ]
     return {"groups": groups, "t2v": stages, "before_layers_ms": before}
-
-
-def sheet_of(device: str, say: Callable[[str], object] = print) -> Device | None:
-    """The sheet of the running device, where there is one: measured on a CPU; on CUDA by its name and memory, which
-    have to be those of the sheet's own module (an H100 as a PCIe card is another device)."""
-    if not device.startswith("cuda"):
-        return this_machine()
-    name, memory = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
-    words = set(re.split("[^a-z0-9]+", name.lower()))
-    for key, sheet in SHEETS.items():
-        if key in words and not words & CARDS and abs(memory / sheet.memory - 1) <= 0.1:
-            return sheet
-    say(
-        f"nothing is predicted: there is no data sheet of {name} with {memory / 1e9:.0f} GB, only of {', '.join(SHEETS)}"
-    )
-    return None
-
-
-def _known(sheet: Device | None, model: nn.Module, say: Callable[[str], object]) -> Device | None:
-    """The sheet, if it speaks of the model's dtype."""
-    dtype = _dtype(model)
-    if sheet is None or dtype in sheet.flops:
-        return sheet
-    say(f"nothing is predicted: the sheet of {sheet.name} has {', '.join(sheet.flops)}, the model runs in {dtype}")
-    return None
-
-
-def _dtype(model: nn.Module) -> str:
-    """The dtype of the weights, as sheets call it."""
-    dtype = next(model.parameters()).dtype
-    return next((name for name, known in TORCH.items() if known == dtype), str(dtype))

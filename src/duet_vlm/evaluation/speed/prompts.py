@@ -31,18 +31,12 @@ class BenchPrompt:
         Arguments of the encoder.
     spans : tuple of int
         Visual tokens of each span of a row.
-    passes : tuple of tuple of int
-        Per span: tokens of each part that the tower encodes independently.
-    projected : tuple of int
-        Per span: rows at the projector's input.
     """
 
     stream: str
     text: dict[str, Tensor]
     picture: dict[str, Any]
     spans: tuple[int, ...]
-    passes: tuple[tuple[int, ...], ...]
-    projected: tuple[int, ...]
 
     @property
     def tokens(self) -> int:
@@ -100,14 +94,14 @@ def prompt_for(
         )
     many = {key: torch.cat([value] * batch) if isinstance(value, Tensor) else value for key, value in one.items()}
     counts = list(spans)
-    passes = tuple(adapter.tokens_per_crop(call, counts))
+    passes = adapter.tokens_per_crop(call, counts)
     written = [
         token
         for span, parts in zip(spans, passes, strict=True)
         for token in adapter.placeholder_ids(stream, span, parts)
     ]
     words = _words(adapter, stream, written, text, batch)
-    return BenchPrompt(name, words, many, spans, passes, tuple(adapter.projected_rows(call, counts)))
+    return BenchPrompt(name, words, many, spans)
 
 
 def encode(model: nn.Module, pictures: dict[str, Any]) -> dict[str, Any]:

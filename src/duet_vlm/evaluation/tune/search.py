@@ -12,11 +12,11 @@ import torch
 
 from duet_vlm.api.loading import LoadedModel
 from duet_vlm.evaluation.experiment import BASELINE, ExperimentCell
+from duet_vlm.evaluation.planned_prompt import equal_parts, plan_prompt
 from duet_vlm.evaluation.results import environment
 from duet_vlm.evaluation.run import model_facts
 from duet_vlm.evaluation.run_sample import attached, inputs_of
 from duet_vlm.evaluation.source import source
-from duet_vlm.evaluation.speed.predicted import equal_parts, workload
 from duet_vlm.evaluation.tasks import TaskQuestion, accepted
 from duet_vlm.evaluation.timing import prefill_times
 from duet_vlm.evaluation.tune.answers import FULL, AnswerSource
@@ -24,7 +24,7 @@ from duet_vlm.evaluation.tune.binomial import QuestionSplit, split
 from duet_vlm.evaluation.tune.goal import Goal
 from duet_vlm.evaluation.tune.halving import RUNGS, Candidate, choose, confirm
 from duet_vlm.models.lookup import adapter_for
-from duet_vlm.profiling.roofline import ModelCost, memory_bytes
+from duet_vlm.profiling.memory import request_bytes
 from duet_vlm.reducers.options import marks_salient
 
 FORMAT = 1
@@ -198,9 +198,11 @@ def _memory(loaded: LoadedModel, run: ExperimentCell, question: TaskQuestion, ne
         loaded.model(**inputs, logits_to_keep=1)
         tokens, adapter = handle.report().tokens, handle.adapter
         passes = equal_parts(adapter, tokens, len(question.images) + len(question.videos))
-        work = workload(handle, passes, inputs["input_ids"].shape[1] - tokens, new)
-        model = ModelCost(adapter.decoder_dims(), adapter.vision_dims(), sum(p.numel() for p in parameters))
-    return memory_bytes(model, work, parameters[0].element_size(), 1)
+        sample = plan_prompt(handle, passes, inputs["input_ids"].shape[1] - tokens).sample
+        return request_bytes(
+            adapter.decoder_dims(), adapter.vision_dims(), sum(p.numel() for p in parameters), sample, new,
+            parameters[0].element_size(), cut=handle.reducer.options.trim_kv_cache,
+        )  # fmt: skip
 
 
 def setting(run: ExperimentCell) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Serving the page: ``duet-vlm app`` on this machine, and this very file as the ``app.py`` of a Hugging Face Space."""
+"""Serving the page, by ``duet-vlm app`` on this machine or in a Hugging Face Space (``examples/space``)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from duet_vlm.api.loading import LoadedModel, load
-from duet_vlm.app.controls import Controls, starting
+from duet_vlm.api.loading import LoadedModel
+from duet_vlm.app.controls import Controls
 from duet_vlm.app.examples import examples, own_sample
 from duet_vlm.app.files import MOST_MB, Uploads
 from duet_vlm.app.generate import AppSide, answers
@@ -71,13 +71,3 @@ def _open(loaded: LoadedModel, first: Controls, folder: Path, host: str | None, 
         threading.Event().wait()
     finally:
         page.close(verbose=False)
-
-
-def main() -> None:
-    """A Space: the model in DUET_VLM_MODEL, the embedded one without it."""
-    loaded = load(os.environ.get("DUET_VLM_MODEL", "tiny"))
-    serve(loaded, starting(None, None, {}, loaded.model))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,5 @@
-"""Predictions for a device: the second half of ``duet-vlm budget``. Computed from shapes; every assumption is
-printed."""
+"""A budget on devices that are not here: ``python -m duet_vlm_lab.fleet --help``. Predicted from shapes; every
+assumption is printed."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
-from duet_vlm.cli.options import Reduction
-from duet_vlm.evaluation.speed.predicted import equal_parts, workload
+from duet_vlm.cli.options import Model, Reduction, reducing
+from duet_vlm.evaluation.planned_prompt import equal_parts
+from duet_vlm.evaluation.speed.random_model import skeleton
 from duet_vlm.planning.budget import BudgetError
-from duet_vlm.profiling.devices import ELEMENT_BYTES, THIS, Device, device
-from duet_vlm.profiling.roofline import Assumptions, ModelCost, Prediction, Workload, predict
+from duet_vlm_lab.roofline.devices import ELEMENT_BYTES, THIS, Device, device
+from duet_vlm_lab.roofline.predict import Assumptions, ModelCost, Prediction, Workload, predict
+from duet_vlm_lab.roofline.workload import workload
 
 BUDGETS = (0.5, 0.33, 0.22, 0.11)
 TOKENS = 1296  # of an image of 1,008 x 1,008 pixels in Qwen2.5-VL, where the family fixes no number and none is given
@@ -181,3 +185,55 @@ def _gigabytes(found: Prediction) -> str:
 
 def _ms(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 10 else f"{1000 * seconds:.4g} ms"
+
+
+def fleet(
+    reductions: list[Reduction],
+    json_: bool,
+    sheet: Annotated[
+        str,
+        typer.Option("--device", help="a100, h100, h200, mi300x, l4 (data sheets) or cpu (this machine, measured)."),
+    ],
+    model: Model = "tiny",
+    config_only: Annotated[
+        Path | None,
+        typer.Option("--config-only", help="A config.json, or a folder with one: nothing else of the model is read."),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=1, help="Visual tokens of the image, where its size decides.")
+    ] = None,
+    parts: Annotated[
+        int, typer.Option("--parts", min=1, help="Crops or frames that the vision tower looks at one by one.")
+    ] = 1,
+    text: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Text tokens of the prompt.")] = 32,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Requests at a time.")] = 1,
+    new: Annotated[int, typer.Option("--new", min=1, help="Tokens to write.")] = 128,
+    requests: Annotated[float, typer.Option("--requests", min=0.001, help="Requests per second to serve.")] = 10.0,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="bf16, fp16, fp32 or fp8. Default: bf16, on the CPU fp32.")
+    ] = None,
+    compute: Annotated[
+        float | None,
+        typer.Option("--compute-efficiency", min=0.01, max=1, help="Share of the sheet's FLOP/s that is reached."),
+    ] = None,
+    bandwidth: Annotated[
+        float | None,
+        typer.Option("--bandwidth-efficiency", min=0.01, max=1, help="Share of the sheet's bytes/s that is reached."),
+    ] = None,
+    launch: Annotated[
+        float, typer.Option("--launch-us", min=0, help="Microseconds of host work per layer and pass.")
+    ] = 0.0,
+) -> None:
+    """Predict seconds, tokens/s, memory, and devices for --requests per second, by budget. Needs no weights."""
+    name = model if config_only is None else (f"{model} ({config_only})" if model != "tiny" else str(config_only))
+    skeletal, _ = skeleton(model, config_only)
+    Fleet.of(sheet, dtype, batch, text, new, requests, compute, bandwidth, launch).show(
+        name, skeletal, reductions, tokens, parts, json_
+    )
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.command()(reducing(fleet))
+
+if __name__ == "__main__":
+    app(prog_name="python -m duet_vlm_lab.fleet")

@@ -2,7 +2,7 @@
 memory's, the larger.
 
 A prediction, to plan with: it knows nothing of a kernel. What it assumes is in ``Assumptions``, all of it printed by
-``duet-vlm budget``.
+``python -m duet_vlm_lab.fleet``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from duet_vlm.planning.budget import SpanPlan, largest_int
-from duet_vlm.profiling.devices import ELEMENT_BYTES, Device
 from duet_vlm.profiling.flops import (
     decoder_layer_flops,
     head_flops,
@@ -20,19 +19,13 @@ from duet_vlm.profiling.flops import (
     projector_flops,
     scoring_flops,
     tower_flops,
-    tower_rows,
 )
-from duet_vlm.profiling.kv import kv_bytes, kv_bytes_per_layer, rows_held, state_bytes
-from duet_vlm.profiling.memory import (
-    decoder_weights,
-    layer_weights,
-    mlp_width,
-    prefill_peak_bytes,
-    vision_peak_bytes,
-    vision_weights,
-)
+from duet_vlm.profiling.kv import kv_bytes_per_layer, rows_held, state_bytes
+from duet_vlm.profiling.memory import mlp_width, request_bytes
 from duet_vlm.profiling.model_dims import LINEAR, DecoderDims, VisionDims
 from duet_vlm.profiling.report import SampleCounts
+from duet_vlm_lab.roofline.devices import ELEMENT_BYTES, Device
+from duet_vlm_lab.roofline.weights import decoder_weights, layer_weights, vision_weights
 
 
 @dataclass(frozen=True)
@@ -241,18 +234,10 @@ def predict(
 
 
 def memory_bytes(model: ModelCost, work: Workload, element_bytes: int, batch: int) -> float:
-    """Weights, and the larger of the prompt's peak and the full cache at the end."""
-    depth = model.decoder.layers
-    rows = work.rows(depth)
-    cache_rows = [n + work.steps for n in rows_held(model.decoder, rows, work.cut)]
-    end = kv_bytes(model.decoder, cache_rows, element_bytes) + state_bytes(model.decoder, element_bytes)
-    patches = sum(tower_rows(model.vision, dict(stages).get(0, n)) for n, _, stages, _ in work.sample.in_tower())
-    peak = max(
-        prefill_peak_bytes(model.decoder, work.entry, rows, work.tokens, element_bytes),
-        vision_peak_bytes(model.vision, patches, element_bytes),
-        end,
+    """Bytes of a batch of equal requests (``profiling.memory.request_bytes``)."""
+    return request_bytes(
+        model.decoder, model.vision, model.numbers, work.sample, work.new, element_bytes, cut=work.cut, batch=batch
     )
-    return model.numbers * element_bytes + batch * peak
 
 
 class _DeviceSpeed:

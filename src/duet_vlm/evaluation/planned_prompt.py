@@ -1,4 +1,4 @@
-"""The plan of a prompt under a handle, as reports and the roofline describe it, without running it."""
+"""The plan of a prompt under a handle, as reports describe it, without running it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from duet_vlm.models.adapter import Adapter, ConcatenatedBlocks, TowerBlocks, Va
 from duet_vlm.planning.budget import SpanPlan, TowerStages
 from duet_vlm.planning.spans import tower_counts
 from duet_vlm.profiling.report import Report, SampleCounts, make_report
-from duet_vlm.profiling.roofline import Workload
 from duet_vlm.reducers.decoder import DecoderReducer
 from duet_vlm.reducers.encoder import EncoderReducer
 from duet_vlm.reducers.vision_tower import tower_of
@@ -36,17 +35,8 @@ def equal_parts(adapter: Adapter, tokens: int, parts: int) -> tuple[tuple[int, .
     return (sizes,) if joins else tuple((size,) for size in sizes)
 
 
-def plan_prompt(
-    handle: Handle,
-    passes: Sequence[tuple[int, ...]],
-    text: int,
-    spans: Sequence[int] | None = None,
-    projected: Sequence[int] = (),
-) -> PlannedPrompt:
+def plan_prompt(handle: Handle, passes: Sequence[tuple[int, ...]], text: int) -> PlannedPrompt:
     """Plan a prompt of ``text`` tokens and spans whose parts have ``passes`` tokens.
-
-    ``spans``: tokens of each where packing adds or cuts tokens; ``projected``: tokens of each at the projector's input
-    where it does not get them all.
 
     Raises
     ------
@@ -54,7 +44,7 @@ def plan_prompt(
         If a drop comes before any layer that could rank for it.
     """
     reducer = handle.reducer
-    spans = tuple(map(sum, passes)) if spans is None else tuple(spans)
+    spans = tuple(map(sum, passes))
     plans = tuple(handle.plan(tokens) for tokens in spans)
     before = sum(plan.entry for plan in plans)
     counts = tuple(map(sum, zip(*(plan.counts for plan in plans), strict=True)))
@@ -70,7 +60,7 @@ def plan_prompt(
     if _pads(handle):
         left = padded(left, passes)
     sample = SampleCounts(
-        text, spans, tuple(passes), plans, queries, measured, projected=tuple(projected), skipped=_skips(handle), planned_left=left, in_tower_counts=left,
+        text, spans, tuple(passes), plans, queries, measured, skipped=_skips(handle), planned_left=left, in_tower_counts=left,
         projects_survivors_only=_merges_left(handle),
     )  # fmt: skip
     if not isinstance(reducer, DecoderReducer) or not reducer.uses_attention():
@@ -122,21 +112,6 @@ def _skips(handle: Handle) -> bool:
     return bool(unread := adapter.unused_tower_layers()) and not handle.reads_layers(unread)
 
 
-def workload(
-    handle: Handle,
-    passes: Sequence[tuple[int, ...]],
-    text: int,
-    new: int,
-    spans: Sequence[int] | None = None,
-    projected: Sequence[int] = (),
-) -> Workload:
-    """The plan of a prompt as a request to predict."""
-    found = plan_prompt(handle, passes, text, spans, projected)
-    cost = handle.selection_cost([found.sample])
-    terms = decoder_terms(handle.adapter, handle.reducer, [found.sample])
-    return Workload(found.sample, new, found.scored, handle.projects_all, *cost, reused_layers=found.reused, **terms)
-
-
 def planned_report(handle: Handle, found: PlannedPrompt, element_bytes: int) -> Report:
     """The report that the prompt would give."""
     reducer = handle.reducer
@@ -153,7 +128,7 @@ def planned_report(handle: Handle, found: PlannedPrompt, element_bytes: int) -> 
         cache_bytes=None,
         decoded=0,
         projects_all=handle.projects_all,
-        selection=handle.selection_cost([found.sample])[0],
+        selection=handle.selection_flops([found.sample]),
         **decoder_terms(handle.adapter, reducer, [found.sample]),
     )
 
