@@ -219,11 +219,6 @@ def test_engines_that_would_answer_wrongly_are_refused_at_the_start(
         stage_engine.start(checkpoints["llava"], "llava", SETTINGS["llava"]["pyramiddrop"], **more)
 
 
-def test_families_without_it_say_so(checkpoints: dict[str, Path]) -> None:
-    with pytest.raises(ValueError, match=r"Qwen2VLForConditionalGeneration: stages='all' can be served for"):
-        stage_engine.start(checkpoints["qwen2_vl"], "qwen2_vl", {"method": "duet", "budget": 0.2})
-
-
 @pytest.mark.parametrize(
     ("depth", "starts"),
     [(32, drops) for drops in ((16, 24), (8, 16, 24), (2,), (12,), (14,), (11, 22))]
