@@ -26,3 +26,11 @@ class StagedModel:
     def begin_stages(self, vllm_config: VllmConfig) -> None:
         """Let the decoder drop rows as the settings say; at the end of the model's own ``__init__``."""
         self.running = stage_decoder(self.language_model.model, self.duet, vllm_config)
+
+    def get_model_state_cls(self) -> type:
+        """Asked by vLLM's second model runner."""
+        from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+        from duet_vlm_vllm.stages.model_state import StagedModelState
+
+        return DefaultModelState if self.running is None else StagedModelState
