@@ -144,10 +144,6 @@ def test_flags_name_worker_scheduler_and_checks() -> None:
     assert not set(STAGE_FLAGS) & set(flags(LLAVA, {"method": "duet", "budget": 64}))
     with pytest.raises(ValueError, match="before layer 30, but this decoder has layers 0..23"):
         flags(LLAVA, {"method": "pyramiddrop", "schedule": [[30, 0.5]], "stages": "all"})
-    with pytest.raises(ValueError, match="InternVLForConditionalGeneration: stages='all' can be served for Llava"):
-        flags(
-            {"architectures": ["InternVLForConditionalGeneration"]}, {"method": "duet", "budget": 64, "stages": "all"}
-        )
 
 
 # ---- stages

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -77,7 +77,18 @@ def film(seed: int, frames: int, width: int, height: int) -> Clip:
     return shown, told
 
 
-def prompts(family: str) -> dict[str, Prompt]:
+class Scene(NamedTuple):
+    """How a family is asked, and what it is shown: what stands for an image and for a clip, and around a question."""
+
+    image: str
+    video: str
+    start: str
+    end: str
+    pictures: list[Image.Image]
+    clips: list[Clip]
+
+
+def scene(family: str) -> Scene:
     if family.startswith("qwen"):
         sizes, image = [(224, 224), (336, 224), (112, 336), (112, 112)], "<|vision_start|><|image_pad|><|vision_end|>"
         start, end = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
@@ -93,11 +104,17 @@ def prompts(family: str) -> dict[str, Prompt]:
         video, films = "<video>\n", [(8, 56, 56), (8, 56, 56)]  # transformers wants as many frames in each
     pictures = [blobs(seed, *size) for seed, size in enumerate(sizes)]
     clips = [film(10 * seed, *size) for seed, size in enumerate(films)]
+    return Scene(image, video, start, end, pictures, clips)
+
+
+def prompts(family: str) -> dict[str, Prompt]:
+    at = scene(family)
 
     def ask(text: str, *shown: int, before: Sequence[int] = (), behind: Sequence[int] = ()) -> Prompt:
         """Pictures ``shown``, and clips in front of them and behind."""
-        media = video * len(before) + image * len(shown) + video * len(behind)
-        return start + media + text + end, [pictures[i] for i in shown], [clips[i] for i in (*before, *behind)]
+        media = at.video * len(before) + at.image * len(shown) + at.video * len(behind)
+        films = [at.clips[i] for i in (*before, *behind)]
+        return at.start + media + text + at.end, [at.pictures[i] for i in shown], films
 
     of_clips = {
         "clip": ask("hi", before=[0]),

@@ -24,8 +24,7 @@ HERE = Path(__file__).parent / "references"
 NEW = 6
 
 
-def answer(model: Any, processor: Any, prompt: Prompt, settings: dict[str, Any], positions: str) -> list[Any]:
-    """Rows of the prompt that entered, greedy tokens, and their log probabilities."""
+def inputs_of(processor: Any, prompt: Prompt) -> Any:
     text, images, clips = prompt
     given = {
         "videos": [frames for frames, _ in clips],
@@ -33,7 +32,13 @@ def answer(model: Any, processor: Any, prompt: Prompt, settings: dict[str, Any],
         "do_sample_frames": False,
     }
     videos: Any = given if clips else {}
-    inputs = processor(text=text, images=images or None, return_tensors="pt", **videos)
+    return processor(text=text, images=images or None, return_tensors="pt", **videos)
+
+
+def answer(model: Any, processor: Any, prompt: Prompt, settings: dict[str, Any], positions: str) -> list[Any]:
+    """Rows of the prompt that entered, greedy tokens, and their log probabilities."""
+    _, images, clips = prompt
+    inputs = inputs_of(processor, prompt)
     count = inputs["input_ids"].shape[1]
     cls = duet_vlm.get_method(settings["method"])
     given = {name: value for name, value in settings.items() if name != "method"} | {

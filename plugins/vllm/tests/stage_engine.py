@@ -67,6 +67,19 @@ def arrive(
     return done, steps
 
 
+def preempted(llm: LLM, request: Any, after: int, new: int = NEW) -> list[Any]:
+    """The answer to a request that is preempted once, with ``after`` tokens written: it is read again from its first
+    token on."""
+    running, written = llm.llm_engine, 0
+    running.add_request("preempted", request, greedy(new))
+    while running.has_unfinished_requests():
+        (output,) = running.step()
+        written += 1
+        if written == after:
+            assert running.reset_prefix_cache(reset_running_requests=True)
+    return engine.found(output)[1:]
+
+
 def same(ours: list[Any], theirs: list[Any], within: float = 2e-4) -> bool:
     count = len(ours[0])
     return ours[0] == theirs[0][:count] and all(abs(a - b) < within for a, b in zip(ours[1], theirs[1], strict=False))

@@ -1,7 +1,7 @@
 """Writes references/stages/FAMILY.json: the answers of transformers with ``duet_vlm.attach``, drops inside the decoder
-included. Needs no vLLM.
+included. Needs no vLLM; families that take clips need torchvision.
 
-python plugins/vllm/tests/stage_reference.py llava qwen2_5_vl
+python plugins/vllm/tests/stage_reference.py llava llava_next llava_onevision internvl qwen2_5_vl qwen2_vl qwen3_vl
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 from cases import POSITIONS
+from reference import inputs_of
 from stage_cases import LONGER, SETTINGS, prompts
 from tiny import checksum, make
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -59,10 +60,7 @@ def main() -> None:
             place = make(family, Path(folder))
             model = AutoModelForImageTextToText.from_pretrained(place, dtype=torch.float32).eval()
             processor = AutoProcessor.from_pretrained(place)
-            asked = {
-                case: processor(text=text, images=images or None, return_tensors="pt")
-                for case, (text, images, _) in prompts(family).items()
-            }
+            asked = {case: inputs_of(processor, prompt) for case, prompt in prompts(family).items()}
             found: dict[str, Any] = {"stock": {case: answer(model, one) for case, one in asked.items()}}
             for name, settings in SETTINGS[family].items():
                 with duet_vlm.attach(model, reducer_of(settings, POSITIONS[family]), budget=settings.get("budget")):

@@ -39,8 +39,6 @@ ARCHITECTURES = {
     "Qwen2_5_VLForConditionalGeneration": "keep",
     "Qwen3VLForConditionalGeneration": "keep",
 }
-# of these, whose decoder can drop rows there
-STAGED = ("LlavaForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
 PREFIX = "Duet"
 WORKER = "duet_vlm_vllm.stages.worker.StagedWorker"
 SCHEDULER = "duet_vlm_vllm.stages.scheduler.StagedScheduler"
@@ -320,20 +318,6 @@ def _check_signals(reducer: EncoderReducer) -> None:
         )
 
 
-def check_staged(architecture: str) -> None:
-    """Refuse a model whose decoder drops no rows in vLLM.
-
-    Raises
-    ------
-    ValueError
-        Names the models that can.
-    """
-    if architecture not in STAGED:
-        raise ValueError(
-            f"{architecture}: stages='all' can be served for {', '.join(STAGED)}; serve the first stage (stages='first')"
-        )
-
-
 def _check_tower(name: str, cls: type[Reducer]) -> None:
     """Refuse a method that works inside the tower."""
     if issubclass(cls, TowerReducer):
@@ -370,8 +354,6 @@ def of_model(config: Mapping[str, Any], given: Mapping[str, Any]) -> ServedMetho
         raise ValueError(
             f"{architecture}: vLLM cannot run a first stage for this model, only for {known}; --backend transformers runs others"
         )
-    if given.get("stages") == "all":
-        check_staged(architecture)
     return ServedMethod.of(
         given, ARCHITECTURES[architecture], config.get("text_config", config).get("num_hidden_layers", DEPTH)
     )

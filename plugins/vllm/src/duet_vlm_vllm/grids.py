@@ -20,10 +20,10 @@ from vllm.platforms import current_platform
 from duet_vlm.models.tower_signals import packed_signals
 from duet_vlm.reducers.inputs import VISION_LAYER_INPUTS
 from duet_vlm.serve.first_stage import reduce_rows
-from duet_vlm_vllm.placeholders import BUDGETS, FewerPlaceholders
+from duet_vlm_vllm.placeholders import FewerPlaceholders
 from duet_vlm_vllm.settings import served
-from duet_vlm_vllm.stages.running_step import COUNTS
-from duet_vlm_vllm.tower import Recorder, batches, budgets, check_engine, layer_of
+from duet_vlm_vllm.stages.model import StagedModel
+from duet_vlm_vllm.tower import Recorder, batches, budgets, check_engine, layer_of, take_budgets
 
 BASE = 256  # bfloat16 holds whole numbers exactly up to here, so a position takes two columns
 COLUMNS = 8  # of three positions, and of the row's own number
@@ -54,7 +54,7 @@ def steps_of(grid: Sequence[int], tokens: int) -> Tensor:
     return torch.arange(grid[0]).repeat_interleave(tokens // grid[0])
 
 
-class KeptPositions:
+class KeptPositions(StagedModel):
     """In front of a Qwen-VL model."""
 
     supports_multimodal_pruning = True
@@ -90,9 +90,7 @@ class KeptPositions:
         return torch.arange(_patches(grids) // self.visual.spatial_merge_size**2)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        self.asked = {kind: kwargs.pop(name, None) for kind, name in BUDGETS.items()}
-        for name in COUNTS.values():
-            kwargs.pop(name, None)
+        self.asked = take_budgets(kwargs)
         return super().embed_multimodal(**kwargs)
 
     def _process_image_input(self, image_input: Any) -> tuple[Tensor, ...]:

@@ -19,13 +19,13 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from duet_vlm.models.tower_signals import cells, cls_signals
 from duet_vlm.reducers.inputs import VISION_LAYER_INPUTS
 from duet_vlm.serve.first_stage import reduce_rows
-from duet_vlm.serve.served_method import REQUEST
-from duet_vlm_vllm.placeholders import FewerPlaceholders, ImagesOnly
+from duet_vlm_vllm.placeholders import FewerPlaceholders, ImagesOnly, TextBehind
 from duet_vlm_vllm.settings import served
-from duet_vlm_vllm.tower import Recorder, batches, budgets, check_engine, layer_of
+from duet_vlm_vllm.stages.model import StagedModel
+from duet_vlm_vllm.tower import Recorder, batches, budgets, check_engine, layer_of, take_budgets
 
 
-class Info(ImagesOnly, InternS1ProcessingInfo):
+class InternVLInfo(ImagesOnly, InternS1ProcessingInfo):
     why = "its prompts show the frames of a clip between texts"
 
 
@@ -37,11 +37,16 @@ class Processor(FewerPlaceholders, InternS1MultiModalProcessor):
         return [torch.zeros(of_a_tile, dtype=torch.long)] * (tokens // of_a_tile)
 
 
-@MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=InternS1DummyInputsBuilder)
-class DuetInternVL(InternS1ForConditionalGeneration):
+class InternVLDummyInputs(TextBehind, InternS1DummyInputsBuilder):
+    pass
+
+
+@MULTIMODAL_REGISTRY.register_processor(Processor, info=InternVLInfo, dummy_inputs=InternVLDummyInputs)
+class DuetInternVL(StagedModel, InternS1ForConditionalGeneration):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.begin(vllm_config)
+        self.begin_stages(vllm_config)
 
     def begin(self, vllm_config: VllmConfig) -> None:
         check_engine(vllm_config)
@@ -52,7 +57,7 @@ class DuetInternVL(InternS1ForConditionalGeneration):
         self.most = vllm_config.scheduler_config.max_num_encoder_input_tokens
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        asked = kwargs.pop(REQUEST, None)
+        asked = take_budgets(kwargs)["image"]
         images = self._parse_and_validate_image_input(**kwargs)
         if images is None:
             return []

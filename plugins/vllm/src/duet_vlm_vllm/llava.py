@@ -19,12 +19,10 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from duet_vlm.models.tower_signals import cls_signals
 from duet_vlm.reducers.inputs import VISION_LAYER_INPUTS, Input
 from duet_vlm.serve.first_stage import reduce_rows
-from duet_vlm.serve.served_method import REQUEST
 from duet_vlm_vllm.placeholders import FewerPlaceholders, TextBehind
 from duet_vlm_vllm.settings import served
-from duet_vlm_vllm.stages.decoder import stage_decoder
-from duet_vlm_vllm.stages.running_step import COUNTS
-from duet_vlm_vllm.tower import Recorder, batches, budgets, check_engine, layer_of
+from duet_vlm_vllm.stages.model import StagedModel
+from duet_vlm_vllm.tower import Recorder, batches, budgets, check_engine, layer_of, take_budgets
 
 
 class Processor(FewerPlaceholders, LlavaMultiModalProcessor):
@@ -35,7 +33,7 @@ class LlavaDummyInputs(TextBehind, LlavaDummyInputsBuilder):
     pass
 
 
-class Tower:
+class Tower(StagedModel):
     """Base of the models around a CLIP tower, or one of its relatives.
 
     Attributes
@@ -84,11 +82,10 @@ class DuetLlava(Tower, LlavaForConditionalGeneration):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.begin(vllm_config)
-        self.running = stage_decoder(self.language_model.model, self.duet, vllm_config)
+        self.begin_stages(vllm_config)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        asked = kwargs.pop(REQUEST, None)
-        kwargs.pop(COUNTS["image"], None)
+        asked = take_budgets(kwargs)["image"]
         images = self._parse_and_validate_image_input(**kwargs)
         if images is None:
             return []

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
-from vllm.model_executor.models.llava import LlavaDummyInputsBuilder
 from vllm.model_executor.models.llava_next import (
     LlavaNextForConditionalGeneration,
     LlavaNextMultiModalProcessor,
@@ -18,10 +17,9 @@ from vllm.model_executor.models.llava_next import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from duet_vlm.serve.first_stage import reduce_rows
-from duet_vlm.serve.served_method import REQUEST
-from duet_vlm_vllm.llava import Tower
+from duet_vlm_vllm.llava import LlavaDummyInputs, Tower
 from duet_vlm_vllm.placeholders import FewerPlaceholders
-from duet_vlm_vllm.tower import batches, budgets
+from duet_vlm_vllm.tower import batches, budgets, take_budgets
 
 
 class NextPacking:
@@ -58,7 +56,7 @@ class AnyRes(Tower):
     """In front of a model that cuts images into crops."""
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        asked = kwargs.pop(REQUEST, None)
+        asked = take_budgets(kwargs)["image"]
         images = self._parse_and_validate_image_input(**kwargs)
         if images is None:
             return []
@@ -94,8 +92,9 @@ class Processor(NextPacking, AnyResProcessor, LlavaNextMultiModalProcessor):
     pass
 
 
-@MULTIMODAL_REGISTRY.register_processor(Processor, info=LlavaNextProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder)
+@MULTIMODAL_REGISTRY.register_processor(Processor, info=LlavaNextProcessingInfo, dummy_inputs=LlavaDummyInputs)
 class DuetLlavaNext(NextPacking, AnyRes, LlavaNextForConditionalGeneration):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.begin(vllm_config)
+        self.begin_stages(vllm_config)

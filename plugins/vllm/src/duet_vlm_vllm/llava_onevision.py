@@ -21,8 +21,8 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from duet_vlm.models.tower_signals import column_signals
 from duet_vlm.serve.first_stage import reduce_rows
 from duet_vlm_vllm.llava_next import AnyRes, AnyResProcessor, NextPacking
-from duet_vlm_vllm.placeholders import BUDGETS
-from duet_vlm_vllm.tower import batches, budgets
+from duet_vlm_vllm.placeholders import TextBehind
+from duet_vlm_vllm.tower import batches, budgets, take_budgets
 
 
 class ClipPacking(NextPacking):
@@ -42,26 +42,29 @@ class Processor(ClipPacking, AnyResProcessor, LlavaOnevisionMultiModalProcessor)
         return [frames_of(mm_items["video"].get_num_frames(number), tokens)]
 
 
+class OnevisionDummyInputs(TextBehind, LlavaOnevisionDummyInputsBuilder):
+    pass
+
+
 def frames_of(frames: int, tokens: int) -> Tensor:
     """The frame that each of a clip's rows shows, -1 for the newline at its end [n]."""
     return nn.functional.pad(torch.arange(frames).repeat_interleave((tokens - 1) // frames), (0, 1), value=-1)
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    Processor, info=LlavaOnevisionProcessingInfo, dummy_inputs=LlavaOnevisionDummyInputsBuilder
-)
+@MULTIMODAL_REGISTRY.register_processor(Processor, info=LlavaOnevisionProcessingInfo, dummy_inputs=OnevisionDummyInputs)
 class DuetLlavaOnevision(ClipPacking, AnyRes, LlavaOnevisionForConditionalGeneration):
     kind, strategy, score = "Siglip", "full", staticmethod(column_signals)
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.begin(vllm_config)
+        self.begin_stages(vllm_config)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        asked = kwargs.pop(BUDGETS["video"], None)
         clips = self._parse_and_validate_video_input(**kwargs)  # vLLM brings images and clips in calls of their own
         if clips is None:
             return super().embed_multimodal(**kwargs)
+        asked = take_budgets(kwargs)["video"]
         given = [*clips["pixel_values_videos"]]
         return [self._clip(frames, budget) for frames, budget in zip(given, budgets(asked, len(given)), strict=True)]
 

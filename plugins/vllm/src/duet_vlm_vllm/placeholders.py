@@ -33,18 +33,27 @@ class ShortenedPrompt(PromptUpdateDetails):
 
 
 class ImagesOnly:
-    """In front of a family's processing info: no clips, which stay with stock vLLM. ``why`` they do."""
+    """In front of a family's processing info: no clips.
+
+    Attributes
+    ----------
+    why, instead : str
+        Why not, and what serves them.
+    """
 
     why: str
+    instead = "serve it without duet"
+
+    @property
+    def takes_clips(self) -> bool:
+        return False
 
     def get_supported_mm_limits(self) -> dict[str, int | None]:
-        return {**super().get_supported_mm_limits(), "video": 0}
+        return super().get_supported_mm_limits() | ({} if self.takes_clips else {"video": 0})
 
     def validate_num_items(self, modality: str, num_items: int) -> None:
-        if modality == "video" and num_items:
-            raise ValueError(
-                f"clips cannot be reduced for this model: {self.why}. Send images, or serve it without duet"
-            )
+        if modality == "video" and num_items and not self.takes_clips:
+            raise ValueError(f"clips cannot be reduced for this model: {self.why}. Send images, or {self.instead}")
         super().validate_num_items(modality, num_items)
 
 

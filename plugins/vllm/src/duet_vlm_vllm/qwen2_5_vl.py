@@ -17,7 +17,6 @@ from vllm.model_executor.models.qwen2_5_vl import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from duet_vlm_vllm.grids import GridProcessor, KeptPositions
-from duet_vlm_vllm.stages.decoder import stage_decoder
 
 
 class Processor(GridProcessor, Qwen2_5_VLMultiModalProcessor):
@@ -32,7 +31,7 @@ class DuetQwen25VL(KeptPositions, Qwen2_5_VLForConditionalGeneration):
         self.prepare(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.begin(vllm_config)
-        self.running = stage_decoder(self.language_model.model, self.duet, vllm_config)
+        self.begin_stages(vllm_config)
 
     def usual_block(self) -> int:
         return max(self.visual.fullatt_block_indexes)

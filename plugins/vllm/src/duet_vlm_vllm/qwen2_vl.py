@@ -24,3 +24,4 @@ class DuetQwen2VL(KeptPositions, Qwen2VLForConditionalGeneration):
         self.prepare(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.begin(vllm_config)
+        self.begin_stages(vllm_config)

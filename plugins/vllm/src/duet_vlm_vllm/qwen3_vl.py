@@ -24,7 +24,20 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import PromptUpdateDetails
 
 from duet_vlm_vllm.grids import VISUAL, GridProcessor, KeptPositions, with_columns
-from duet_vlm_vllm.placeholders import ShortenedPrompt
+from duet_vlm_vllm.placeholders import ImagesOnly, ShortenedPrompt
+from duet_vlm_vllm.settings import served
+
+
+class Qwen3VLInfo(ImagesOnly, Qwen3VLProcessingInfo):
+    """With drops inside the decoder images only: where text stands between the rows of a clip follows from its pixels,
+    and rows that rank are counted before."""
+
+    why = "where its timestamps stand depends on its pixels, and drops inside the decoder are planned without them"
+    instead = "serve the first stage (stages='first')"
+
+    @property
+    def takes_clips(self) -> bool:
+        return served(self.get_hf_config(), "keep").decoder_reducer is None
 
 
 class Processor(GridProcessor, Qwen3VLMultiModalProcessor):
@@ -41,7 +54,7 @@ class Processor(GridProcessor, Qwen3VLMultiModalProcessor):
         )
 
 
-@MULTIMODAL_REGISTRY.register_processor(Processor, info=Qwen3VLProcessingInfo, dummy_inputs=Qwen3VLDummyInputsBuilder)
+@MULTIMODAL_REGISTRY.register_processor(Processor, info=Qwen3VLInfo, dummy_inputs=Qwen3VLDummyInputsBuilder)
 class DuetQwen3VL(KeptPositions, Qwen3VLForConditionalGeneration):
     clock = "timestamps"
 
@@ -49,6 +62,7 @@ class DuetQwen3VL(KeptPositions, Qwen3VLForConditionalGeneration):
         self.prepare(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.begin(vllm_config)
+        self.begin_stages(vllm_config)
 
     @property
     def width(self) -> int:

@@ -6,7 +6,7 @@ import json
 from functools import lru_cache
 from typing import Any
 
-from duet_vlm.serve.served_method import KEY, PREFIX, ServedMethod, check_staged
+from duet_vlm.serve.served_method import KEY, ServedMethod
 
 
 def served(config: Any, positions: str) -> ServedMethod:
@@ -24,7 +24,6 @@ def served(config: Any, positions: str) -> ServedMethod:
         )
     depth = None
     if isinstance(given, dict) and given.get("stages") == "all":
-        check_staged(config.architectures[0].removeprefix(PREFIX))
         depth = config.get_text_config().num_hidden_layers
     return _served(json.dumps(given, sort_keys=True), positions, depth)
 

@@ -15,6 +15,8 @@ from duet_vlm.reducers.encoder import EncoderReducer
 from duet_vlm.reducers.inputs import VISION_LAYER_INPUTS
 from duet_vlm.runtime.encode.selection import record_qk
 from duet_vlm.serve.served_method import NOTHING_ASKED
+from duet_vlm_vllm.placeholders import BUDGETS
+from duet_vlm_vllm.stages.running_step import COUNTS
 
 
 def check_engine(vllm_config: VllmConfig) -> None:
@@ -84,6 +86,14 @@ def layer_of(reducer: EncoderReducer, usual: int, depth: int, built: int) -> int
             f"signal_layer={layer}: vLLM runs layers 0 to {built - 1} of this vision tower, name one of them"
         )
     return layer % depth
+
+
+def take_budgets(fields: dict[str, Any]) -> dict[str, Any]:
+    """Take the plug-in's own out of a model's arguments, which vLLM does not know: the budgets that requests asked for,
+    by kind."""
+    for name in COUNTS.values():
+        fields.pop(name, None)
+    return {kind: fields.pop(name, None) for kind, name in BUDGETS.items()}
 
 
 def budgets(asked: Any, images: int) -> list[float]:

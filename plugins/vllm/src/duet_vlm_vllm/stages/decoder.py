@@ -83,7 +83,7 @@ class StagedDecoder:
         ):
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
         hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-        return StagedPass(self, step, compact)(hidden, positions)
+        return StagedPass(self, step, compact)(hidden, positions, kwargs.get("deepstack_input_embeds"))
 
 
 class StagedPass:
@@ -99,8 +99,9 @@ class StagedPass:
         self.looked_at = {start - 1 for start in self.drops if looks}
         self.tables: dict[int, DropTables | None] = {}
 
-    def __call__(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """[T, D] of the batch as it came -> [T, D] behind the last norm; zeros for rows that left, which nobody reads."""
+    def __call__(self, hidden: Tensor, positions: Tensor, deepstack: Any = None) -> Tensor:
+        """[T, D] of the batch as it came -> [T, D] behind the last norm; zeros for rows that left, which nobody reads.
+        ``deepstack`` (Qwen3-VL): by number of the layer, what is added behind it to the batch as it came [T, D]."""
         residual, rows = None, torch.arange(len(hidden), device=hidden.device)
         for number, layer in enumerate(self.decoder.layers):
             stage = self.stages.of_layer(number)
@@ -113,6 +114,8 @@ class StagedPass:
             if number in self.looked_at:
                 self._look(stage + 1, number, hidden if residual is None else hidden + residual, positions, rows)
             hidden, residual = layer(positions, hidden, residual)
+            if deepstack is not None and (added := f"deepstack_input_embeds_{number}") in deepstack.tensors:
+                hidden = hidden + deepstack[added][rows]
         hidden, _ = self.decoder.norm(hidden, residual)
         return hidden.new_zeros(int(self.step.num_rows[0].sum()), hidden.shape[1]).index_copy(0, rows, hidden)
 

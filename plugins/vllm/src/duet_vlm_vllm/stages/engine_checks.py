@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from duet_vlm.reducers.decoder import DecoderReducer
 from duet_vlm.reducers.inputs import Input
 from duet_vlm.serve.served_method import REQUEST_CHECKS, SCHEDULER, WORKER
 from duet_vlm_vllm.stages.attention import keys_can_be_read
+
+TRY_SECOND = "DUET_VLM_SECOND_RUNNER"
 
 
 def check_engine(vllm_config: VllmConfig, attentions: Sequence[Any]) -> None:
@@ -29,6 +32,7 @@ def check_engine(vllm_config: VllmConfig, attentions: Sequence[Any]) -> None:
             parallel.decode_context_parallel_size > 1 or getattr(parallel, "prefill_context_parallel_size", 1) > 1
         ),
         "micro-batches: leave --enable-dbo out": parallel.use_ubatching,
+        "expert parallel: leave --enable-expert-parallel out": parallel.enable_expert_parallel,
         "speculative decoding: leave --speculative-config out": vllm_config.speculative_config is not None,
         "LoRA: leave --enable-lora out": vllm_config.lora_config is not None,
         "KV connectors: leave --kv-transfer-config out": vllm_config.kv_transfer_config is not None,
@@ -42,8 +46,8 @@ def check_engine(vllm_config: VllmConfig, attentions: Sequence[Any]) -> None:
         "sliding windows or shared layers of the KV cache: use stages='first'": any(
             layer.sliding_window is not None or layer.kv_sharing_target_layer_name is not None for layer in attentions
         ),
-        "vLLM's second model runner: set VLLM_USE_V2_MODEL_RUNNER=0": getattr(
-            vllm_config, "use_v2_model_runner", False
+        f"vLLM's second model runner, which was never run on a GPU: set VLLM_USE_V2_MODEL_RUNNER=0, or {TRY_SECOND}=1 to try it": (
+            getattr(vllm_config, "use_v2_model_runner", False) and os.environ.get(TRY_SECOND) != "1"
         ),
         f"another worker: start with --worker-cls {WORKER}": named(parallel.worker_cls) != WORKER,
         f"another scheduler: start with --scheduler-cls {SCHEDULER}": named(scheduler.scheduler_cls) != SCHEDULER,

@@ -59,6 +59,11 @@ def query_key(attention: Any, normed: Tensor, positions: Tensor) -> tuple[Tensor
     """Rotated queries [T, H d] and keys [T, Hkv d] of normed rows [T, D]."""
     qkv, _ = attention.qkv_proj(normed)
     query, key, _ = qkv.split([attention.q_size, attention.kv_size, attention.kv_size], dim=-1)
+    if hasattr(attention, "q_norm"):  # Qwen3: of each head
+        query, key = (
+            norm(rows.unflatten(1, (-1, attention.head_dim))).flatten(1)
+            for norm, rows in ((attention.q_norm, query), (attention.k_norm, key))
+        )
     return attention.rotary_emb(positions, query.contiguous(), key.contiguous())  # type: ignore[no-any-return]
 
 

@@ -6,16 +6,23 @@ from __future__ import annotations
 from typing import Any
 
 from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SecondLogitsProcessor
 
 
-class RequestChecks(LogitsProcessor):
-    """Given as ``--logits-processors``: vLLM shows it the parameters of each request at admission. It changes no
-    logits."""
+class RequestChecks(LogitsProcessor, SecondLogitsProcessor):
+    """Given as ``--logits-processors``: vLLM shows it the parameters of each request at admission. It changes no logits,
+    in either of the two model runners."""
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
         if sampling_params.prompt_logprobs is not None:
             raise ValueError("prompt_logprobs: visual tokens that leave inside the decoder have none, leave it out")
+        # vLLM asks for a step of its beams like this, and nobody who comes over HTTP can
+        if sampling_params.max_tokens == 1 and sampling_params.logprobs and not sampling_params.detokenize:
+            raise ValueError(
+                "beam search: each step would be a prompt that ends in what a beam wrote, and that would rank visual tokens, "
+                "too: leave use_beam_search out"
+            )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -26,5 +33,8 @@ class RequestChecks(LogitsProcessor):
     def update_state(self, batch_update: Any) -> None:
         pass
 
-    def apply(self, logits: Any) -> Any:
+    def add_request(self, req_idx: int, sampling_params: Any) -> bool:
+        return False
+
+    def apply(self, logits: Any, *args: Any) -> Any:
         return logits

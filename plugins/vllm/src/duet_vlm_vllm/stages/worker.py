@@ -47,4 +47,5 @@ class StagedRunner:
 class StagedWorker(StockWorker):
     def init_device(self) -> None:
         super().init_device()
-        put_in_front(StagedRunner, self.model_runner)
+        if not self.use_v2_model_runner:  # which asks the model (model_state)
+            put_in_front(StagedRunner, self.model_runner)
