@@ -55,7 +55,7 @@ MUTANTS = (
     ),
     Mutant(
         "pio counts guessed rows among those that it predicts from",
-        "runtime/prefill/layers.py", "tokens.valid & (tokens.prompt_index < self.prompt_state.prompt_len - self.prompt_state.drafts)",
+        "runtime/prefill/layers.py", "tokens.valid & (tokens.prompt_index < num_certain)",
         "tokens.valid", "tests/methods/test_pio.py", "drafts",
     ),
     Mutant(

@@ -106,7 +106,7 @@ def choices_of(handle: Handle) -> list[Choice]:
         facts = (
             run.sources[0][0].cls_token,
             merged,
-            frozenset(run.trimmed_layers),
+            frozenset(run.record.trimmed_layers),
             Input.PROJECTED_FEATURES in run.config.reducer.requires,
         )
         choices.append(Choice(int(valid.sum()), run.positions, merge, rows, places, images, alive, *facts))

@@ -222,7 +222,7 @@ def test_what_is_planned_is_what_runs(
         real.observed.decoder_flops,
     )
     assert found.sample.spans == (each,) * parts and found.sample.measured[0] == real.measured
-    assert (found.scored, found.reused) == (run.scored_layers, run.reused_layers)
+    assert (found.scored, found.reused) == (run.record.scored_layers, run.record.reused_layers)
     assert scored is None or found.scored == scored
 
 

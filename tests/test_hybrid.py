@@ -63,7 +63,7 @@ def test_the_named_layer_is_accepted_and_methods_without_ranking_drop_anywhere()
     ):
         with duet_vlm.attach(model, method, **settings) as handle:
             forward(model, inputs)
-            assert handle._prompt_state is not None and handle._prompt_state.scored_layers == scored
+            assert handle._prompt_state is not None and handle._prompt_state.record.scored_layers == scored
             assert handle.report().measured[7] < 20
 
 
@@ -168,7 +168,7 @@ def test_every_layer_ranks_its_own_rows_and_a_budget_is_met() -> None:
         forward(model, inputs)
         counts = handle._prompt_state.plans[0][0].counts  # type: ignore[union-attr]
         dropping = tuple(layer for layer in range(1, 8) if 0 < counts[layer] < counts[layer - 1])
-        assert handle._prompt_state.scored_layers == dropping and len(dropping) >= 6  # type: ignore[union-attr]
+        assert handle._prompt_state.record.scored_layers == dropping and len(dropping) >= 6  # type: ignore[union-attr]
         report = handle.report()
         assert 9.5 < report.measured_mean <= 10 and report.measured == counts
         steps = [a - b for a, b in zip(counts, counts[1:], strict=False)]
@@ -212,7 +212,7 @@ def test_caches_of_linear_layers_hold_no_tokens() -> None:
     model, inputs = shared("qwen3_5"), FAMILIES["qwen3_5"].inputs([ONE])
     with duet_vlm.attach(model, "duet", budget=0.4) as handle:
         cache = forward(model, inputs, use_cache=True).past_key_values
-        held = handle._prompt_state.cache_bytes  # type: ignore[union-attr]
+        held = handle._prompt_state.record.cache_bytes  # type: ignore[union-attr]
         report = handle.report()
     assert [bytes_ > 0 for bytes_ in held] == [
         kind == "full_attention" for kind in model.config.text_config.layer_types

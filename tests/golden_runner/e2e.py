@@ -103,7 +103,7 @@ def compare_stages(
     if not layers:
         return
     state = handle._prompt_state
-    scored = dict(zip(state.scored_layers, [v for v in views if isinstance(v, DecoderView)], strict=True))
+    scored = dict(zip(state.record.scored_layers, [v for v in views if isinstance(v, DecoderView)], strict=True))
     entry = state.layer_groups[0].tokens
     entered = {slot: i for i, slot in enumerate(entry.prompt_index[0][entry.visual[0]].tolist())}
     for s, layer in enumerate(layers):

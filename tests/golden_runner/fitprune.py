@@ -56,7 +56,7 @@ class Fitted(inside.Inside):
     @property
     def asking(self) -> int:
         """Recorded sums over the text rows are means here."""
-        return self.state.num_queries[0]
+        return self.state.record.num_queries[0]
 
     def left(self, depth: int, kept: list[int]) -> list[int]:
         """The rows of the last layer that are left after it, which nothing reads here: the recording lets go of them,

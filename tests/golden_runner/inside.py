@@ -104,4 +104,4 @@ def runs(case: Case, kind: type[Inside], reducer: Any) -> None:
 
 
 def _finite(handle: Handle) -> None:
-    assert handle._prompt_state is None or all(bool(flag) for flag, _ in handle._prompt_state.finite)
+    assert handle._prompt_state is None or all(bool(flag) for flag, _ in handle._prompt_state.pending.finite)

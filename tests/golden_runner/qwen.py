@@ -243,8 +243,8 @@ class Qwen:
     def compare_first_stage(self, handle: Handle, watch: Watch, views: list[DecoderView]) -> None:
         case, run, state, layer = self.case, self.run, handle._prompt_state, self.layers[0]
         before, after = state.layer_group(layer - 1).tokens, state.layer_group(layer).tokens
-        if layer in state.scored_layers:
-            scores = views[state.scored_layers.index(layer)].scores[0]
+        if layer in state.record.scored_layers:
+            scores = views[state.record.scored_layers.index(layer)].scores[0]
         else:
             scores = scores_at(handle, layer, watch)[0][before.visual[0]]
         old, new = (t.prompt_index[0][t.visual[0]].tolist() for t in (before, after))
@@ -257,7 +257,7 @@ class Qwen:
     def compare_twin(self, handle: Handle, watch: Watch, views: list[Any]) -> None:
         """Our later stages: every visual token alive is ranked by the text after the image, keeps count from the entry."""
         state = handle._prompt_state
-        scored = dict(zip(state.scored_layers, [v for v in views if isinstance(v, DecoderView)], strict=True))
+        scored = dict(zip(state.record.scored_layers, [v for v in views if isinstance(v, DecoderView)], strict=True))
         entered = int(state.layer_groups[0].tokens.visual.sum())
         for layer, ratio in list(zip(self.layers, self.ratios, strict=True))[1:]:
             before, after = state.layer_group(layer - 1).tokens, state.layer_group(layer).tokens

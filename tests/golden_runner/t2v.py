@@ -154,7 +154,7 @@ def compare_stages(
     salient: Tensor | None,
 ) -> None:
     state = handle._prompt_state
-    scored = dict(zip(state.scored_layers, views, strict=True))
+    scored = dict(zip(state.record.scored_layers, views, strict=True))
     told = [{stage.layer: list(stage.kept) for stage in spans[0].stages} if spans else {} for spans in handle.trace]
     for s, layer in enumerate(layers):
         before, after = state.layer_group(layer - 1), state.layer_group(layer)
@@ -186,7 +186,7 @@ def compare_stages(
                 scores = scores_at(handle, layer, watch, labels, salient)[b][before.tokens.visual[b]]
             padding = before.width - before.lengths[b]
             if padding and labels is None and handle.reducer.options.text_query == "all":
-                compare_shifted(case, run, f"{sample}/scores", scores, state.num_queries[b], padding)
+                compare_shifted(case, run, f"{sample}/scores", scores, state.record.num_queries[b], padding)
             else:
                 case.scores(run, f"{sample}/scores", scores)
 

@@ -245,13 +245,13 @@ class Handle:
             settings=reducer.settings(),
             budget=prompt_state.config.budget,
             samples=samples,
-            scored_layers=prompt_state.scored_layers,
-            reused_layers=prompt_state.reused_layers,
+            scored_layers=prompt_state.record.scored_layers,
+            reused_layers=prompt_state.record.reused_layers,
             decoder=self.adapter.decoder_dims(),
             vision=self.adapter.vision_dims(),
-            element_bytes=prompt_state.element_bytes,
-            cache_bytes=prompt_state.cache_bytes,
-            decoded=prompt_state.num_decoded,
+            element_bytes=prompt_state.record.element_bytes,
+            cache_bytes=prompt_state.record.cache_bytes,
+            decoded=prompt_state.continuation.num_decoded,
             projects_all=projects_all,
             selection=selection_cost(self.adapter, reducer, samples, projects_all),
             **decoder_terms(self.adapter, reducer, samples),
@@ -300,8 +300,8 @@ class Handle:
         prompt_state = self._prompt_state
         if prompt_state is None:
             raise RuntimeError("nothing to report yet: run the attached model on a prompt with an image first")
-        for flag, what in prompt_state.finite:
+        for flag, what in prompt_state.pending.finite:
             check_finite(flag.cpu(), what)
-        for code in prompt_state.invalid_code:
+        for code in prompt_state.pending.invalid_code:
             raise_if_invalid(int(code), prompt_state.config.reducer)
         return prompt_state

@@ -81,7 +81,7 @@ def sample_counts(prompt_state: PromptState, per_token: int) -> list[SampleCount
             prompt_state.spans,
             sources,
             prompt_state.plans,
-            prompt_state.num_queries,
+            prompt_state.record.num_queries,
             rows_per_layer(prompt_state),
             nominal_rows,
             trace_of(prompt_state),

@@ -21,7 +21,7 @@ def begin_decoder(adapter: Adapter, context: ForwardContext, kwargs: dict[str, A
     if isinstance(cache, PrunedCacheMixin):
         if context.received:
             raise ValueError("new image on a reduced cache: start a new conversation (no past_key_values) or detach")
-        cache.duet_prompt_state.num_decoded += kwargs["inputs_embeds"].shape[1]
+        cache.duet_prompt_state.continuation.num_decoded += kwargs["inputs_embeds"].shape[1]
         return DecodePass(adapter, cache, context.call.attention_mask, kwargs)
     config = next(
         (received.decisions.config for received in context.received.values() if received.decisions is not None),

@@ -270,10 +270,12 @@ class ModelHooks:
             record_evicted(cache, running_pass.prompt_state, running_pass.kinds)
             if running_pass.reducer.options.trim_kv_cache:
                 trim_cache(cache, running_pass.prompt_state, running_pass.kinds)
-        if running_pass is not None and running_pass.prompt_state.cache_bytes is None:
+        if running_pass is not None and running_pass.prompt_state.record.cache_bytes is None:
             # without a given cache the decoder made its own
             cache_after = getattr(output, "past_key_values", None) if cache is None else cache
-            running_pass.prompt_state.cache_bytes = None if cache_after is None else compat.cache_bytes(cache_after)
+            running_pass.prompt_state.record.cache_bytes = (
+                None if cache_after is None else compat.cache_bytes(cache_after)
+            )
 
     def before_layer(
         self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -77,6 +77,78 @@ class RankingGroup:
 
 
 @dataclass
+class PrefillRecord:
+    """Facts of the prefill that the report and the cache read.
+
+    Attributes
+    ----------
+    num_text_after_image : int
+        The smallest number of tokens of a sample after its last visual token.
+    drafts : int
+        Tokens at the prompt's end that assisted decoding guessed.
+    num_queries : tuple of int
+        Per sample, text queries.
+    scored_layers : tuple of int
+        Layers whose attention scored tokens.
+    reused_layers : tuple of int
+        Those of them that reused the keys of the scoring.
+    element_bytes : int
+        Bytes of one number of the hidden states.
+    trimmed_layers : tuple of int
+        Layers whose cache was cut to the tokens of the last group.
+    rows_evicted_elsewhere : tuple of int
+        Per layer, cache rows that other code (cache compression) removed during the prefill; empty if none.
+    cache_bytes : tuple of int or None
+        Per layer, measured after the prefill.
+    """
+
+    num_text_after_image: int = 0
+    drafts: int = 0
+    num_queries: tuple[int, ...] = ()
+    scored_layers: tuple[int, ...] = ()
+    reused_layers: tuple[int, ...] = ()
+    element_bytes: int = 4
+    trimmed_layers: tuple[int, ...] = ()
+    rows_evicted_elsewhere: tuple[int, ...] = ()
+    cache_bytes: tuple[int, ...] | None = None
+
+
+@dataclass
+class PendingChecks:
+    """Checks of the decoder stages that stay on the device until somebody asks for the run.
+
+    Attributes
+    ----------
+    finite : list of (Tensor, str)
+        Flags that scores are finite, and their description for the error.
+    invalid_code : list of Tensor
+        Codes of what the method returned at the decoder stages.
+    """
+
+    finite: list[tuple[Tensor, str]] = field(default_factory=list)
+    invalid_code: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Continuation:
+    """Point at which the steps after a prompt go on.
+
+    Attributes
+    ----------
+    num_real_tokens : Tensor or None
+        [B] tokens of each sample without padding.
+    next_position : Tensor or None
+        [B] or [3, B] position of the first generated token.
+    num_decoded : int
+        Tokens processed after the prompt.
+    """
+
+    num_real_tokens: Tensor | None = None
+    next_position: Tensor | None = None
+    num_decoded: int = 0
+
+
+@dataclass
 class PromptState:
     """One prompt: its spans, the tokens of each layer, and the position of the next token. Plain data; no modules, no
     cache.
@@ -95,38 +167,16 @@ class PromptState:
         The tokens of the prompt as sent.
     sources : tuple of (EncodedFeatures, int)
         Per span, in order: its encoder call and its number in it.
-    num_text_after_image : int
-        The smallest number of tokens of a sample after its last visual token.
-    drafts : int
-        Tokens at the prompt's end that assisted decoding guessed.
     layer_groups : list of LayerGroup
         The first one is the sequence that entered the decoder.
-    num_queries : tuple of int
-        Per sample, text queries.
-    scored_layers : tuple of int
-        Layers whose attention scored tokens.
-    reused_layers : tuple of int
-        Those of them that reused the keys of the scoring.
-    element_bytes : int
-        Bytes of one number of the hidden states.
-    num_real_tokens : Tensor or None
-        [B] tokens of each sample without padding.
-    next_position : Tensor or None
-        [B] or [3, B] position of the first generated token.
     reduces : bool
         Any token is dropped.
-    trimmed_layers : tuple of int
-        Layers whose cache was cut to the tokens of the last group.
-    rows_evicted_elsewhere : tuple of int
-        Per layer, cache rows that other code (cache compression) removed during the prefill; empty if none.
-    cache_bytes : tuple of int or None
-        Per layer, measured after the prefill.
-    finite : list of (Tensor, str)
-        Flags that scores are finite, and their description for the error.
-    invalid_code : list of Tensor
-        Codes of what the method returned at the decoder stages.
-    num_decoded : int
-        Tokens processed after the prompt.
+    record : PrefillRecord
+        Facts that the report and the cache read.
+    pending : PendingChecks
+        Checks that wait on the device.
+    continuation : Continuation
+        Where the next step goes on.
     """
 
     config: ActiveConfig
@@ -135,22 +185,11 @@ class PromptState:
     ranking_groups: tuple[tuple[RankingGroup, ...], ...]
     prompt: TokenMap
     sources: tuple[tuple[Any, int], ...] = ()
-    num_text_after_image: int = 0
-    drafts: int = 0
     layer_groups: list[LayerGroup] = field(default_factory=list)
-    num_queries: tuple[int, ...] = ()
-    scored_layers: tuple[int, ...] = ()
-    reused_layers: tuple[int, ...] = ()
-    element_bytes: int = 4
-    num_real_tokens: Tensor | None = None
-    next_position: Tensor | None = None
     reduces: bool = False
-    trimmed_layers: tuple[int, ...] = ()
-    rows_evicted_elsewhere: tuple[int, ...] = ()
-    cache_bytes: tuple[int, ...] | None = None
-    finite: list[tuple[Tensor, str]] = field(default_factory=list)
-    invalid_code: list[Tensor] = field(default_factory=list)
-    num_decoded: int = 0
+    record: PrefillRecord = field(default_factory=PrefillRecord)
+    pending: PendingChecks = field(default_factory=PendingChecks)
+    continuation: Continuation = field(default_factory=Continuation)
 
     @property
     def depth(self) -> int:
@@ -179,10 +218,10 @@ class PromptState:
 
     def cached_group(self, layer: int) -> LayerGroup:
         """The layer group whose tokens the cache of ``layer`` holds."""
-        return self.layer_groups[-1] if layer in self.trimmed_layers else self.layer_group(layer)
+        return self.layer_groups[-1] if layer in self.record.trimmed_layers else self.layer_group(layer)
 
     def cache_rows(self, layer: int) -> int:
         """Number of rows of the prompt in the cache of ``layer``."""
         return self.cached_group(layer).width - (
-            self.rows_evicted_elsewhere[layer] if self.rows_evicted_elsewhere else 0
+            self.record.rows_evicted_elsewhere[layer] if self.record.rows_evicted_elsewhere else 0
         )

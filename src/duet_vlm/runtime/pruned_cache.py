@@ -53,7 +53,7 @@ class PrunedCacheMixin:
         held = int(self.get_seq_length())  # type: ignore[attr-defined]
         removed = abs(int(tokens_to_remove))
         generated = held - self.duet_prompt_state.cache_rows(self._first_filled_layer())
-        removable = generated + self.duet_prompt_state.num_text_after_image
+        removable = generated + self.duet_prompt_state.record.num_text_after_image
         if removable < removed < held:
             raise ValueError(
                 f"crop({tokens_to_remove}) would cut into the visual tokens of a reduced prompt, of which each layer holds others: remove at "
@@ -139,7 +139,7 @@ def trim_cache(cache: Any, prompt_state: PromptState, kinds: list[str]) -> None:
         compat.keep_cached(
             cache, index, group.width, index_of_position.gather(1, last.tokens.prompt_index.to(zeros.device))
         )
-        prompt_state.trimmed_layers = (*prompt_state.trimmed_layers, index)
+        prompt_state.record.trimmed_layers = (*prompt_state.record.trimmed_layers, index)
 
 
 def record_evicted(cache: Any, prompt_state: PromptState, kinds: list[str]) -> None:
@@ -149,7 +149,7 @@ def record_evicted(cache: Any, prompt_state: PromptState, kinds: list[str]) -> N
         for index, kind in enumerate(kinds)
     )
     evicted = tuple(max(0, rows) for rows in num_missing)
-    prompt_state.rows_evicted_elsewhere = evicted if any(evicted) else ()
+    prompt_state.record.rows_evicted_elsewhere = evicted if any(evicted) else ()
 
 
 def static_copy(adapter: Adapter, cache: Any, num_new: int) -> Any:

@@ -101,7 +101,7 @@ class DecodePass:
 
     def _refuse_compressed(self) -> None:
         """Refuse padding and windows with a cache that other code compressed: the validity of its rows is unknown."""
-        if not self.prompt_state.rows_evicted_elsewhere:
+        if not self.prompt_state.record.rows_evicted_elsewhere:
             return
         windowed = SLIDING in self.adapter.layer_types
         padded = any(group.padded for group in self.prompt_state.layer_groups)
@@ -119,8 +119,8 @@ class DecodePass:
         """
         if mask is None:
             return torch.arange(self.num_new, device=self.device) + self.num_generated
-        assert self.prompt_state.num_real_tokens is not None
-        num_prompt_tokens = self._in_cache_order(self.prompt_state.num_real_tokens).to(self.device)
+        assert self.prompt_state.continuation.num_real_tokens is not None
+        num_prompt_tokens = self._in_cache_order(self.prompt_state.continuation.num_real_tokens).to(self.device)
         return (
             self._repeat_for_batch(mask).to(self.device).long().cumsum(1)[:, -self.num_new :]
             - 1
@@ -132,8 +132,8 @@ class DecodePass:
         if self.prompt_state.positions == "compact" and group is not self.prompt_state.layer_groups[0]:
             start = upload(group.lengths, self.device)
         else:
-            assert self.prompt_state.next_position is not None
-            start = self.prompt_state.next_position.to(self.device)
+            assert self.prompt_state.continuation.next_position is not None
+            start = self.prompt_state.continuation.next_position.to(self.device)
         return (self._in_cache_order(start, start.ndim - 1)[..., None] + self.steps).clamp(min=0)
 
     def _mask_2d(self, group: LayerGroup) -> Tensor | None:

@@ -187,7 +187,7 @@ def _checked_decision(
     else:
         selection = None
         kept, invalid_code = check_mask(reducer, result, view.valid, view.num_keep)
-    prompt_state.invalid_code.append(invalid_code)
+    prompt_state.pending.invalid_code.append(invalid_code)
     kept = kept if layout is None else layout.put(kept)
     all_tokens = torch.zeros(len(rows), prompt_state.layer_groups[-1].width, dtype=torch.bool, device=rows.device)
     return StageDecision(all_tokens.scatter(1, rows, kept), selection, None if selection is None else rows)

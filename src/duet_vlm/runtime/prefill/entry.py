@@ -34,7 +34,14 @@ from duet_vlm.runtime.prefill.prompt_layout import (
     span_ends,
     spans_of,
 )
-from duet_vlm.runtime.prompt import LayerGroup, PromptState, ProtectedCount, RankingGroup
+from duet_vlm.runtime.prompt import (
+    Continuation,
+    LayerGroup,
+    PrefillRecord,
+    PromptState,
+    ProtectedCount,
+    RankingGroup,
+)
 from duet_vlm.runtime.pruned_cache import bind_prompt
 
 
@@ -103,10 +110,12 @@ def begin_prompt(
         ranking_groups=ranking_groups,
         prompt=prompt,
         sources=sum(sources, ()),
-        num_text_after_image=min(layout.num_text_after_image),
-        drafts=context.call.num_draft_tokens,
-        element_bytes=embeds.element_size(),
-        num_real_tokens=valid.sum(1),
+        record=PrefillRecord(
+            num_text_after_image=min(layout.num_text_after_image),
+            drafts=context.call.num_draft_tokens,
+            element_bytes=embeds.element_size(),
+        ),
+        continuation=Continuation(num_real_tokens=valid.sum(1)),
     )
     prompt_state.reduces = any(
         plan.entry < plan.tokens or plan.counts[-1] < plan.tokens for row in plans for plan in row
@@ -241,7 +250,7 @@ def _remove_marked(
     """Remove marked tokens, and those that the mask hides (``any_masked``); an unreduced prompt stays bit-equal."""
     embeds = kwargs["inputs_embeds"]
     positions = prompt_positions(kwargs.get("position_ids"), embeds.shape[1], embeds.device)
-    prompt_state.next_position = next_positions(positions, prompt_state.prompt.valid)
+    prompt_state.continuation.next_position = next_positions(positions, prompt_state.prompt.valid)
     visual_tokens = [sum(plan.tokens for plan in plans) for plans in prompt_state.plans]
     entering = prompt_state.visual(-1)
     new_lengths = tuple(
@@ -257,7 +266,7 @@ def _remove_marked(
     kwargs["inputs_embeds"] = gather_rows(embeds, index).masked_fill(~valid[..., None], 0)
     kwargs["position_ids"] = positions = entry_positions(positions, tokens, prompt_state.positions)
     if prompt_state.positions == "compact":
-        prompt_state.next_position = next_positions(positions, valid)
+        prompt_state.continuation.next_position = next_positions(positions, valid)
     mask = kwargs.get("attention_mask")
     not_prepared = (
         isinstance(mask, dict)

@@ -103,8 +103,8 @@ class PrefillPass:
         self.scored_at = scoring_layers(
             adapter, self.reducer, [layer for layer in self.stages if _any_nonzero(prompt_state.ranked(layer))]
         )
-        prompt_state.num_queries = tuple(max(1, count) for count in num_queries)
-        prompt_state.scored_layers = tuple(sorted(set(self.scored_at.values())))
+        prompt_state.record.num_queries = tuple(max(1, count) for count in num_queries)
+        prompt_state.record.scored_layers = tuple(sorted(set(self.scored_at.values())))
         self.needs_gradient = Input.GRADIENT in self.reducer.requires
         ranking = {stage for stage in self.stages if stage not in replay and _any_nonzero(prompt_state.ranked(stage))}
         self.needs_previous_hidden = ranking if Input.PREVIOUS_HIDDEN_STATES in self.reducer.requires else set()
@@ -287,10 +287,10 @@ class PrefillPass:
         )
         self.projection_cache.recording = False
         if self.adapter.key_projection(layer) in self.projection_cache.by_module:
-            self.prompt_state.reused_layers = (*self.prompt_state.reused_layers, index)
+            self.prompt_state.record.reused_layers = (*self.prompt_state.record.reused_layers, index)
         for name, rows in signals.items():
-            self.prompt_state.finite.append((compat.finite(rows), f"{NAMES[name]} at decoder layer {index}"))
-            check_finite(*self.prompt_state.finite[-1])
+            self.prompt_state.pending.finite.append((compat.finite(rows), f"{NAMES[name]} at decoder layer {index}"))
+            check_finite(*self.prompt_state.pending.finite[-1])
         return {name: rows.to(hidden.device) for name, rows in signals.items()}
 
     # ---- dropping
@@ -371,7 +371,8 @@ class PrefillPass:
         )
         if tables is not None:
             layer_args["position_embeddings"] = tables
-        predicting = tokens.valid & (tokens.prompt_index < self.prompt_state.prompt_len - self.prompt_state.drafts)
+        num_certain = self.prompt_state.prompt_len - self.prompt_state.record.drafts
+        predicting = tokens.valid & (tokens.prompt_index < num_certain)
         return prediction_gradient(self.adapter, gradient_layer, hidden, predicting, layer_args, reducer.name, last)
 
     def _arguments_of(
