@@ -237,7 +237,7 @@ def test_the_verb(tmp_path: Path) -> None:
         (["--task", "tiny-clip"], "unknown task 'tiny-clip'"),
         (["--budget", "2.5"], "budget"),
         (["--budget", "0.1", "--method", "visionzip"], "--method visionzip: takes no schedule beside a budget"),
-        (["--budget", "0.1", "--method", "duet"], "--method duet: takes no schedule beside a budget"),
+        (["--budget", "0.1", "--method", "fastv"], "--method fastv: takes no schedule beside a budget"),
     ],
 )
 def test_the_verb_refuses(options: list[str], says: str, tmp_path: Path) -> None:

@@ -62,6 +62,14 @@ def check_budget_or_fields(method: Planner, budget: Budget | None, given: bool, 
         )
 
 
+def check_shares(schedule: Schedule | None) -> None:
+    """Refuse counts in a schedule beside a budget, which says how many tokens there are: a schedule is then a shape."""
+    if any(isinstance(kept, int) for _, kept in schedule or ()):
+        raise ValueError(
+            f"schedule={schedule}: with a budget give fractions (0.0 to 1.0) of the entering tokens, not counts"
+        )
+
+
 def plan_or_clamp(
     reducer: Planner, tokens: int, depth: int, budget: Budget | None, left: int | None = None
 ) -> SpanPlan:

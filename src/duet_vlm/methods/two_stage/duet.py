@@ -23,7 +23,7 @@ from duet_vlm.planning.budget import (
     layer_counts,
     target_mean,
 )
-from duet_vlm.planning.solve import check_budget_or_fields, plan_keep_all, plan_with_schedule
+from duet_vlm.planning.solve import check_budget_or_fields, check_shares, plan_keep_all, plan_with_schedule
 from duet_vlm.planning.tokens import MERGES, Selection
 from duet_vlm.reducers.base import ROUNDINGS
 from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
@@ -61,7 +61,8 @@ class Duet(EncoderReducer, DecoderReducer):
         nothing merged).
     schedule : ((layer, keep), ...), optional
         T2V drops: before ``layer`` keep that many (int) or that fraction (float) of the entering tokens. Default: half
-        of the tokens from half of the depth on, none from three quarters on. ``()`` turns T2V off.
+        of the tokens from half of the depth on, none from three quarters on. ``()`` turns T2V off. With a budget:
+        fractions, and the largest entry that the budget allows.
     merge : str
         "mean" (size-weighted mean of anchor and members) or "anchor_plus_mean" (released code).
     anchor_step : str
@@ -144,11 +145,12 @@ class Duet(EncoderReducer, DecoderReducer):
         return ScoringRules(signal_segments=self.signal_segments, score_mask=self.score_mask)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
-        given = self.dominant is not None or self.schedule is not None
+        given = self.dominant is not None or (budget is None and self.schedule is not None)
         check_budget_or_fields(self, budget, given, "dominant=, contextual=, schedule=")
-        return (
-            self._planned(tokens, depth) if budget is None else self._solved(tokens, depth, target_mean(budget, tokens))
-        )
+        if budget is None:
+            return self._planned(tokens, depth)
+        check_shares(self.schedule)
+        return self._solved(tokens, depth, target_mean(budget, tokens))
 
     def _planned(self, tokens: int, depth: int) -> SpanPlan:
         available = tokens + self.options.cls_token
@@ -171,12 +173,13 @@ class Duet(EncoderReducer, DecoderReducer):
         )
 
     def _solved(self, tokens: int, depth: int, target: float) -> SpanPlan:
-        """Plan the largest entry under the paper's schedule; if even all tokens do not use up the budget, later stages
-        keep more.
+        """Plan the largest entry under the schedule, the paper's where none is given; if even all tokens do not use up
+        the budget, later stages keep more.
         """
         if target >= tokens:
             return plan_keep_all(tokens, depth)
-        plan = plan_with_schedule(self, paper_schedule(depth), tokens, depth, target)
+        schedule = paper_schedule(depth) if self.schedule is None else self.schedule
+        plan = plan_with_schedule(self, schedule, tokens, depth, target)
         if not plan.merges:
             return plan
         entry = plan.dominant

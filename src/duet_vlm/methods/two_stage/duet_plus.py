@@ -30,7 +30,7 @@ from duet_vlm.planning.budget import (
     layer_counts,
     target_mean,
 )
-from duet_vlm.planning.solve import check_budget_or_fields, plan_keep_all, plan_with_schedule
+from duet_vlm.planning.solve import check_budget_or_fields, check_shares, plan_keep_all, plan_with_schedule
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
@@ -103,10 +103,7 @@ class DuetPlus(EncoderReducer, DecoderReducer):
             schedule = tapered_schedule(depth) if self.schedule is None else self.schedule
             entry = tokens if self.keep is None else count_of(self.keep, tokens)
             return SpanPlan(tokens, entry, 0, layer_counts(entry, depth, schedule))
-        if any(isinstance(kept, int) for _, kept in self.schedule or ()):
-            raise ValueError(
-                f"schedule={self.schedule}: with a budget give fractions (0.0 to 1.0) of the entering tokens, not counts"
-            )
+        check_shares(self.schedule)
         target = target_mean(budget, tokens)
         if target >= tokens:
             return plan_keep_all(tokens, depth)
