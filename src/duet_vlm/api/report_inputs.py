@@ -26,6 +26,7 @@ from duet_vlm.reducers.encoder import EncoderReducer
 from duet_vlm.reducers.inputs import Input
 from duet_vlm.runtime.context import EncodedFeatures
 from duet_vlm.runtime.encode.build_view import layer_number
+from duet_vlm.runtime.prefill.reentry import reenters
 from duet_vlm.runtime.prompt import PromptState
 from duet_vlm.runtime.trace import rows_per_layer, trace_of
 
@@ -111,7 +112,7 @@ def _mean_kept(span: SpanTrace, depth: int) -> float:
 
 def decoder_terms(adapter: Adapter, reducer: Reducer, samples: Sequence[SampleCounts]) -> dict[str, Any]:
     """Arguments of ``make_report`` about the decoder stages: ``deciding``, ``products``, ``cut``,
-    ``scores_after_drop``."""
+    ``scores_after_drop``, ``reenters``."""
     shape = adapter.decoder_dims()
 
     def of(sample: SampleCounts) -> int:
@@ -124,7 +125,13 @@ def decoder_terms(adapter: Adapter, reducer: Reducer, samples: Sequence[SampleCo
 
     products, cut = Input.SCORES in reducer.requires, reducer.options.trim_kv_cache
     scores_after_drop = reducer.score_layer_offset > 0
-    return {"deciding": sum(map(of, samples)), "products": products, "cut": cut, "scores_after_drop": scores_after_drop}
+    return {
+        "deciding": sum(map(of, samples)),
+        "products": products,
+        "cut": cut,
+        "scores_after_drop": scores_after_drop,
+        "reenters": reenters(reducer),
+    }
 
 
 def selection_cost(adapter: Adapter, reducer: Reducer, samples: Sequence[SampleCounts], projects_all: bool) -> int:

@@ -14,6 +14,7 @@ from duet_vlm.profiling.report import Report, SampleCounts, make_report
 from duet_vlm.reducers.decoder import DecoderReducer
 from duet_vlm.reducers.encoder import EncoderReducer
 from duet_vlm.reducers.vision_tower import tower_of
+from duet_vlm.runtime.prefill.reentry import reenters
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,12 @@ def plan_prompt(handle: Handle, passes: Sequence[tuple[int, ...]], text: int) ->
     plans = tuple(handle.plan(tokens) for tokens in spans)
     before = sum(plan.entry for plan in plans)
     counts = tuple(map(sum, zip(*(plan.counts for plan in plans), strict=True)))
-    drops = [i for i, (old, new) in enumerate(zip((before, *counts), counts, strict=False)) if new not in (old, 0)]
+    anew = reducer.extra_stages(len(counts)) if reenters(reducer) else ()
+    drops = [
+        i
+        for i, (old, new) in enumerate(zip((before, *counts), counts, strict=False))
+        if new and (new != old or (i in anew and new != before))
+    ]
     queries = 1 if reducer.options.text_query == "last" else text
     measured = counts, tuple(text + count for count in counts)
     tower = tower_of(reducer)

@@ -136,6 +136,10 @@ class PyramidDrop(DecoderReducer):
             return largest_of(lambda weight: between(early, late, weight))
         return largest_of(lambda share: pyramid(depth, EARLY, share))
 
+    def extra_stages(self, depth: int) -> frozenset[int]:
+        """With re-entry, the stages that choose anew as many tokens as the last one."""
+        return frozenset(layer for layer, _ in self.schedule or () if self.options.reentry == "stage")
+
     def with_paper_schedule(self, depth: int, share: float | None = None) -> PyramidDrop:
         return self if self.schedule is not None else replace(self, schedule=pyramid(depth))
 
