@@ -26,7 +26,6 @@ from duet_vlm.reducers.encoder import EncoderReducer
 from duet_vlm.reducers.inputs import Input
 from duet_vlm.runtime.context import EncodedFeatures
 from duet_vlm.runtime.encode.build_view import layer_number
-from duet_vlm.runtime.prefill.reentry import reenters
 from duet_vlm.runtime.prompt import PromptState
 from duet_vlm.runtime.trace import rows_per_layer, trace_of
 
@@ -130,7 +129,7 @@ def decoder_terms(adapter: Adapter, reducer: Reducer, samples: Sequence[SampleCo
         "products": products,
         "cut": cut,
         "scores_after_drop": scores_after_drop,
-        "reenters": reenters(reducer),
+        "reenters": reducer.options.reentry == "stage",
     }
 
 

@@ -14,7 +14,6 @@ from duet_vlm.profiling.report import Report, SampleCounts, make_report
 from duet_vlm.reducers.decoder import DecoderReducer
 from duet_vlm.reducers.encoder import EncoderReducer
 from duet_vlm.reducers.vision_tower import tower_of
-from duet_vlm.runtime.prefill.reentry import reenters
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def plan_prompt(handle: Handle, passes: Sequence[tuple[int, ...]], text: int) ->
     plans = tuple(handle.plan(tokens) for tokens in spans)
     before = sum(plan.entry for plan in plans)
     counts = tuple(map(sum, zip(*(plan.counts for plan in plans), strict=True)))
-    anew = reducer.extra_stages(len(counts)) if reenters(reducer) else ()
+    anew = reducer.extra_stages(len(counts)) if reducer.options.reentry == "stage" else ()
     drops = [
         i
         for i, (old, new) in enumerate(zip((before, *counts), counts, strict=False))

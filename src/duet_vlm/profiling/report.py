@@ -400,7 +400,13 @@ def make_report(
         # rows before layer i's drop
         entering = [(s.text + s.visual(-1), *r) for r, s in zip(rows, samples, strict=True)]
         scored = [
-            (before[0 if reenters else i + scores_after_drop], s.queries, before[i + 1] if i in reused_layers else 0, products, i)
+            (
+                before[0 if reenters else i + scores_after_drop],
+                s.queries,
+                before[i + 1] if i in reused_layers else 0,
+                products,
+                i,
+            )
             for before, s in zip(entering, samples, strict=True)
             for i in scored_layers
             if ranked

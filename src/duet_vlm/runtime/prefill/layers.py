@@ -23,7 +23,7 @@ from duet_vlm.runtime.prefill.drop_stage import StageDecision, StageGather, deci
 from duet_vlm.runtime.prefill.positions import group_rotary
 from duet_vlm.runtime.prefill.prediction_gradient import prediction_gradient
 from duet_vlm.runtime.prefill.projection_reuse import ProjectionCache
-from duet_vlm.runtime.prefill.reentry import SleepingRows, recomputed, reenters, refuse_recomputing
+from duet_vlm.runtime.prefill.reentry import SleepingRows, recomputed, refuse_recomputing
 from duet_vlm.runtime.prompt import LayerGroup, PromptState
 from duet_vlm.runtime.validation import check_finite
 
@@ -95,7 +95,7 @@ class PrefillPass:
         self.replay = replay
         self.kinds = adapter.layer_types
         self.prepared_masks = _prepared_mask(kwargs.get("attention_mask")) if FULL in self.kinds else None
-        self.reenters = reenters(self.reducer)
+        self.reenters = self.reducer.options.reentry == "stage"
         if self.reenters:
             refuse_recomputing(adapter, self.reducer)
         self.forced_stages = self.reducer.extra_stages(prompt_state.depth)

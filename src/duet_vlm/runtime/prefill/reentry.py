@@ -11,7 +11,6 @@ from duet_vlm.models.adapter import LINEAR, Adapter
 from duet_vlm.ops.ragged import gather_rows
 from duet_vlm.planning.tokens import TokenMap
 from duet_vlm.reducers.base import Reducer
-from duet_vlm.reducers.decoder import DecoderReducer
 from duet_vlm.reducers.inputs import Input
 
 
@@ -47,11 +46,6 @@ class SleepingRows:
         return torch.where(awake[..., None], gather_rows(hidden, row_of), asleep)
 
 
-def reenters(reducer: Reducer) -> bool:
-    """True if tokens that leave inside the decoder may come back."""
-    return isinstance(reducer, DecoderReducer) and reducer.options.reentry == "stage"
-
-
 def check_reentry(adapter: Adapter, reducer: Reducer) -> None:
     """Refuse what cannot be combined with re-entry.
 
@@ -60,14 +54,16 @@ def check_reentry(adapter: Adapter, reducer: Reducer) -> None:
     ValueError
         Naming the method and the reason.
     """
-    if not reenters(reducer):
+    if reducer.options.reentry == "none":
         return
 
     def refuse(why: str, instead: str = "use reentry='none'") -> None:
         raise ValueError(f"{reducer.name}: reentry='stage' {why}; {instead}")
 
     if reducer.options.positions != "keep":
-        refuse("brings tokens back to their original positions, which positions='compact' gives to others", "use 'keep'")
+        refuse(
+            "brings tokens back to their original positions, which positions='compact' gives to others", "use 'keep'"
+        )
     if reducer.options.trim_kv_cache:
         refuse(
             "leaves every layer the keys and values of its own tokens, and trim_kv_cache=True those of the last layer",
@@ -79,7 +75,9 @@ def check_reentry(adapter: Adapter, reducer: Reducer) -> None:
         if needed in reducer.requires:
             refuse(f"has no {needed.value} of a token that slept in the layer before")
     if LINEAR in adapter.layer_types:
-        refuse(f"skips layers for a token, and a layer of {adapter.family} with a state of its own would miss it for good")
+        refuse(
+            f"skips layers for a token, and a layer of {adapter.family} with a state of its own would miss it for good"
+        )
 
 
 def refuse_recomputing(adapter: Adapter, reducer: Reducer) -> None:
