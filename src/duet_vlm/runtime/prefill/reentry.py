@@ -96,6 +96,6 @@ def refuse_recomputing(adapter: Adapter, reducer: Reducer) -> None:
 
 def recomputed(reducer: Reducer) -> ValueError:
     return ValueError(
-        f"{reducer.name}: reentry='stage' hands the states of sleeping tokens past the layers, so a layer cannot run again "
+        f"{reducer.name}: reentry='stage' keeps the states of sleeping tokens outside the layers, so none can run again "
         "in the backward pass: switch gradient checkpointing off for the decoder, or use reentry='none'"
     )
