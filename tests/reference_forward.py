@@ -55,7 +55,6 @@ class Choice:
     merged: dict[int, list[tuple[int, tuple[int, ...], tuple[float, ...] | None, str]]] = field(default_factory=dict)
     cut: frozenset[int] = frozenset()
     projected: bool = False  # rows are merged behind the projector
-    sleeps: bool = False  # rows that are left out skip the layer, and are ranked by later ones
 
     def visible(self, layer: int) -> frozenset[int]:
         return self.alive[max(first for first in self.alive if first <= layer)]
@@ -109,7 +108,6 @@ def choices_of(handle: Handle) -> list[Choice]:
             merged,
             frozenset(run.record.trimmed_layers),
             Input.PROJECTED_FEATURES in run.config.reducer.requires,
-            run.config.reducer.options.reentry == "stage",
         )
         choices.append(Choice(int(valid.sum()), run.positions, merge, rows, places, images, alive, *facts))
     return choices
@@ -225,7 +223,7 @@ def walk(
         rotary = family.rotary(model, hidden, positions, index)
         if index in watch:  # who is ranked in front of this layer has not left yet
             there = torch.ones(total, dtype=torch.bool)
-            there[sorted(hidden_slots - choice.visible(0 if choice.sleeps else max(0, index - 1)))] = False
+            there[sorted(hidden_slots - choice.visible(max(0, index - 1)))] = False
             ranking = (family.ranks(model, ids, choice.slots, index) & there[None]) | torch.eye(total, dtype=torch.bool)
             shown = torch.zeros(1, 1, total, total).masked_fill(~ranking, torch.finfo(torch.float32).min)
             numbered = (there.long().cumsum(0) - 1).clamp(min=0)[None] if choice.positions == "compact" else positions
@@ -233,15 +231,12 @@ def walk(
             result.attention[index] = family.attended(
                 model, index, hidden, position_embeddings=turned, attention_mask=shown
             )
-        entering = hidden
         hidden = family.run(model, index, hidden, seen, attention_mask=mask, position_embeddings=rotary)
         for places, rows, levels in zip(choice.places, choice.rows, deeper, strict=True):
             if index < len(levels):  # rows that the encoder adds behind the first layers
                 hidden = hidden.clone()
                 for token, row in entry_rows(model, levels[index], rows, choice, later=True).items():
                     hidden[0, places[token]] += row
-        if choice.sleeps:
-            hidden = torch.where(seen[:, None], hidden, entering)
     result.logits = family.head(model, hidden)[0]
     return result
 

@@ -48,12 +48,7 @@ def plan_prompt(handle: Handle, passes: Sequence[tuple[int, ...]], text: int) ->
     plans = tuple(handle.plan(tokens) for tokens in spans)
     before = sum(plan.entry for plan in plans)
     counts = tuple(map(sum, zip(*(plan.counts for plan in plans), strict=True)))
-    anew = reducer.extra_stages(len(counts)) if reducer.options.reentry == "stage" else ()
-    drops = [
-        i
-        for i, (old, new) in enumerate(zip((before, *counts), counts, strict=False))
-        if new and (new != old or (i in anew and new != before))
-    ]
+    drops = [i for i, (old, new) in enumerate(zip((before, *counts), counts, strict=False)) if new not in (old, 0)]
     queries = 1 if reducer.options.text_query == "last" else text
     measured = counts, tuple(text + count for count in counts)
     tower = tower_of(reducer)

@@ -136,7 +136,7 @@ class TokenMap:
 @dataclass(frozen=True)
 class StageTrace:
     """The tokens of one span after the stage at ``layer``; ``layer`` 0 is the entry to the decoder. Token numbers count
-    within the span. With ``reentry="stage"`` a later stage may keep what this one dropped.
+    within the span.
 
     ``merged``: tokens merged into another one before ``layer``, by that one (merges of the encoder stage are in
     ``SpanTrace.merged``).

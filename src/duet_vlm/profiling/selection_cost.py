@@ -223,16 +223,14 @@ def deciding_flops(
     if not isinstance(reducer, DecoderReducer):
         return 0
     total = 2 * visual[0] * queries * shape.hidden if reducer.options.text_query == "raters" else 0
-    reenters = reducer.options.reentry == "stage"  # every decision is among all that entered
-    extra = reducer.extra_stages(shape.layers) if reenters else ()
     among: dict[int, int] = {}  # by scoring layer, which may serve several drops, the index of the rows that it ranks
     for layer, (before, stay) in enumerate(zip(visual, visual[1:], strict=False)):
-        if not stay or (stay == before and (layer not in extra or stay == visual[0])):
+        if not 0 < stay < before:
             continue
-        total += _decision_flops(reducer, visual[0] if reenters else before, stay, queries, shape)
+        total += _decision_flops(reducer, before, stay, queries, shape)
         if Input.VISUAL_SELF_ATTENTION in reducer.requires:
             scored = probed_layer(shape.attends, layer - reducer.score_layer_offset + 1, last=True)
-            among[scored] = 0 if reenters else scored + (scored < layer)
+            among[scored] = scored + (scored < layer)
         if Input.GRADIENT in reducer.requires:
             total += probe_flops(
                 shape,

@@ -36,7 +36,6 @@ NEUTRAL = TokenOptions(  # of a stage that a method does not have
     skip_unanswered=False,
     multi_image="joint",
     trim_kv_cache=False,
-    reentry="none",
     proportional_attention=True,
     pooled_context_tokens=0,
 )

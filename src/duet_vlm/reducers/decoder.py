@@ -27,9 +27,7 @@ class DecoderReducer(Reducer):
     available = DECODER_INPUTS
     score_heads: ClassVar[str] = "mean"
     score_states: ClassVar[bool] = False
-    option_names = frozenset(
-        {"text_query", "training_turns", "skip_unanswered", "multi_image", "trim_kv_cache", "reentry"}
-    )
+    option_names = frozenset({"text_query", "training_turns", "skip_unanswered", "multi_image", "trim_kv_cache"})
 
     def with_paper_schedule(self, depth: int, share: float | None = None) -> DecoderReducer:
         """This method as a composition runs it in a decoder of ``depth`` layers: where its settings leave the drops to

@@ -72,10 +72,6 @@ class TokenOptions:
     trim_kv_cache : bool
         False: every layer keeps the keys and values of all that it read. True: once the prompt is read, those of visual
         tokens that did not reach the last layer are removed from the caches of earlier ones, too.
-    reentry : str
-        "none": a token that leaves inside the decoder is gone. "stage": it sleeps. Layers skip it, their caches do not
-        hold it, and it keeps the hidden state that the last layer gave it; at each later stage the method chooses again
-        among all visual tokens that entered (arXiv 2606.12412).
     proportional_attention : bool
         Inside the vision tower: count each dropped unit with the one that is most like it (cosine of patch embeddings,
         or of keys): the kept unit weighs as many rows as it stands for, in the tower's attention and in rankings by it.
@@ -104,7 +100,6 @@ class TokenOptions:
     skip_unanswered: bool = OWN
     multi_image: str = OWN
     trim_kv_cache: bool = OWN
-    reentry: str = OWN
     proportional_attention: bool = OWN
     pooled_context_tokens: int = OWN
 
@@ -155,7 +150,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "text_query": ("all", "last", "salient", "raters"),
     "training_turns": ("first", "all"),
     "multi_image": ("joint", "per_image"),
-    "reentry": ("none", "stage"),
 }
 LEAST = {
     "small_image_tokens": (0, "a number of visual tokens, at least 0 (0 clamps nothing)"),

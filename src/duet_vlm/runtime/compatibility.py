@@ -16,7 +16,6 @@ from duet_vlm.reducers.encoder import EncoderReducer
 from duet_vlm.reducers.inputs import ENCODER_INPUTS, FEATURE_INPUTS, Input
 from duet_vlm.runtime.encode.build_view import layer_number
 from duet_vlm.runtime.prefill.layers import scoring_layers
-from duet_vlm.runtime.prefill.reentry import check_reentry
 from duet_vlm.runtime.vision_tower.block_hooks import check_boundaries
 
 WITHOUT = {
@@ -50,7 +49,6 @@ def check(
         raise TypeError(
             f"positions='compact' cannot work on {adapter.family}: its positions are grids (M-RoPE); use positions='keep'"
         )
-    check_reentry(adapter, reducer)
     if isinstance(reducer, EncoderReducer):
         if reducer.tower_reducer is not None:
             check_boundaries(adapter, reducer)

@@ -22,7 +22,6 @@ SERVED_OPTIONS: dict[str, tuple[object, ...]] = {
     "text_query": ("all", "last"),
     "multi_image": ("joint",),
     "trim_kv_cache": (False,),
-    "reentry": ("none",),
 }
 SERVED_RULES: dict[str, tuple[object, ...]] = {"score_mask": ("causal",), "score_positions": ("as_is",)}
 REASONS = {
@@ -31,7 +30,6 @@ REASONS = {
     "score_positions": "attention divided by what positions give is not made here",
     "multi_image": "a server ranks all images of a prompt together",
     "trim_kv_cache": "each layer's cache holds what it read",
-    "reentry": "what leaves between two layers is gone",
 }
 
 
@@ -134,13 +132,13 @@ def check_decoder_method(reducer: Reducer) -> None:
         raise ValueError(
             f"{name}: {found}, and a server ranks with the layer behind the drop or the one before it; take duet or fastv"
         )
+    if reducer.extra_stages(64):
+        raise ValueError(
+            f"{name}: it looks at rows in layers that drop none, and a server asks only at drops; take duet or fastv"
+        )
     for holder, served in ((reducer.options, SERVED_OPTIONS), (reducer.scoring_rules(), SERVED_RULES)):
         for setting, allowed in served.items():
             if (value := getattr(holder, setting)) not in allowed:
                 raise ValueError(
                     f"{name}: {setting}={value!r}: {REASONS[setting]}; set {' or '.join(map(repr, allowed))}"
                 )
-    if reducer.extra_stages(64):
-        raise ValueError(
-            f"{name}: it looks at rows in layers that drop none, and a server asks only at drops; take duet or fastv"
-        )

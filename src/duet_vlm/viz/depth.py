@@ -62,7 +62,6 @@ def token_fates(trace: SpanTrace, layer: int) -> TokenFates:
             break
         alive = frozenset(stage.kept)
         dropped |= dict.fromkeys(stage.dropped, stage.layer)
-        dropped = {token: at for token, at in dropped.items() if token not in alive}  # others came back
         for anchor, members in merged.items():
             for member in members:
                 if member not in alive:

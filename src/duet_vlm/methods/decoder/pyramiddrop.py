@@ -104,20 +104,6 @@ class PyramidDrop(DecoderReducer):
         )
         return cls.from_preset(options, fields, schedule=schedule, rounding="int")
 
-    @classmethod
-    def official_reroute(
-        cls,
-        schedule: Schedule = ((2, 0.4502), (7, 0.4502), (15, 0.2251), (23, 0.1126)),
-        **fields: Any,
-    ) -> PyramidDrop:
-        """Return the settings of Reroute (arXiv 2606.12412, elmma/mllm-reroute): tokens that a stage leaves out sleep,
-        and may be chosen again at the next one; truncated float products, kept positions.
-
-        The released code keeps one token where a product is below 1.
-        """
-        options = TokenOptions(reentry="stage", protect_predicting_tokens=False)
-        return cls.from_preset(options, fields, schedule=schedule, rounding="int")
-
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         check_budget_or_fields(self, budget, self.schedule is not None, "schedule=")
         if budget is None:
@@ -149,10 +135,6 @@ class PyramidDrop(DecoderReducer):
         if mean_within(counts(early), target):
             return largest_of(lambda weight: between(early, late, weight))
         return largest_of(lambda share: pyramid(depth, EARLY, share))
-
-    def extra_stages(self, depth: int) -> frozenset[int]:
-        """With re-entry, the stages that choose anew as many tokens as the last one."""
-        return frozenset(layer for layer, _ in self.schedule or () if self.options.reentry == "stage")
 
     def with_paper_schedule(self, depth: int, share: float | None = None) -> PyramidDrop:
         return self if self.schedule is not None else replace(self, schedule=pyramid(depth))

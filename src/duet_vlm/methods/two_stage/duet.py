@@ -186,10 +186,6 @@ class Duet(EncoderReducer, DecoderReducer):
         contextual = duet_contextual_count(entry, tokens)
         return replace(plan, dominant=entry - contextual, contextual=contextual)
 
-    def extra_stages(self, depth: int) -> frozenset[int]:
-        """With re-entry, the stages that choose anew as many tokens as the last one."""
-        return frozenset(layer for layer, _ in self.schedule or () if self.options.reentry == "stage")
-
     def with_paper_schedule(self, depth: int, share: float | None = None) -> Duet:
         return self if self.schedule is not None else replace(self, schedule=paper_schedule(depth))
 

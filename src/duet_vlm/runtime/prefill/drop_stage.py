@@ -125,16 +125,11 @@ def replay(earlier: LayerGroup, tokens: TokenMap, prompt_len: int, num_ranked: i
 
 
 def decide_stage(
-    prompt_state: PromptState,
-    scorer: TextAttentionScorer,
-    index: int,
-    tokens: TokenMap,
-    signals: Signals,
-    num_before: list[list[int]],
+    prompt_state: PromptState, scorer: TextAttentionScorer, index: int, tokens: TokenMap, signals: Signals
 ) -> StageDecision:
-    """The method's decision before layer ``index`` for the visual tokens among ``tokens``, ``num_before`` per ranking
-    group; ``signals`` have one row for each token."""
+    """The method's decision for the visual tokens before layer ``index``; ``signals`` have one row for each token."""
     reducer = scorer.reducer
+    num_before = prompt_state.ranked(index - 1)
     num_kept = prompt_state.ranked(index)
     rows, valid = pack_right(tokens.prunable, max(map(sum, num_before)))
     columns = {
@@ -160,16 +155,14 @@ def decide_stage(
         fields["grids"] = tuple(span.grid for sample in prompt_state.spans for span in sample)
     if reducer.options.multi_image == "joint":
         counts = tuple(zip(map(sum, num_before), map(sum, num_kept), strict=True))
-        view = _view(valid, counts, fields | columns | text)
-        return _checked_decision(prompt_state, reducer, view, tokens, rows, None)
+        return _checked_decision(prompt_state, reducer, _view(valid, counts, fields | columns | text), rows, None)
     layout = SpanRows.of(num_before, rows.shape[1], rows.device)
     counts = tuple(
         pair for before, after in zip(num_before, num_kept, strict=True) for pair in zip(before, after, strict=True)
     )
     owner = upload(layout.owners, rows.device)
     columns = {name: layout.take(x) for name, x in columns.items()} | {name: x[owner] for name, x in text.items()}
-    view = _view(layout.valid, counts, fields | columns)
-    return _checked_decision(prompt_state, reducer, view, tokens, rows, layout)
+    return _checked_decision(prompt_state, reducer, _view(layout.valid, counts, fields | columns), rows, layout)
 
 
 def _view(valid: Tensor, counts: tuple[tuple[int, int], ...], fields: dict[str, Any]) -> DecoderView:
@@ -178,16 +171,11 @@ def _view(valid: Tensor, counts: tuple[tuple[int, int], ...], fields: dict[str, 
 
 
 def _checked_decision(
-    prompt_state: PromptState,
-    reducer: DecoderReducer,
-    view: DecoderView,
-    tokens: TokenMap,
-    rows: Tensor,
-    layout: SpanRows | None,
+    prompt_state: PromptState, reducer: DecoderReducer, view: DecoderView, rows: Tensor, layout: SpanRows | None
 ) -> StageDecision:
     """The method's decision on ``view``, checked.
 
-    ``rows`` [B, V] are the row numbers of its columns among ``tokens``, by ``layout`` if given.
+    ``rows`` [B, V] are the row numbers of its columns, by ``layout`` if given.
     """
     result = reducer.prune_tokens(view)
     if isinstance(result, Selection):
@@ -201,8 +189,8 @@ def _checked_decision(
         kept, invalid_code = check_mask(reducer, result, view.valid, view.num_keep)
     prompt_state.pending.invalid_code.append(invalid_code)
     kept = kept if layout is None else layout.put(kept)
-    none = torch.zeros_like(tokens.visual)
-    return StageDecision(none.scatter(1, rows, kept), selection, None if selection is None else rows)
+    all_tokens = torch.zeros(len(rows), prompt_state.layer_groups[-1].width, dtype=torch.bool, device=rows.device)
+    return StageDecision(all_tokens.scatter(1, rows, kept), selection, None if selection is None else rows)
 
 
 def _text_signals(scorer: TextAttentionScorer, tokens: TokenMap, signals: Signals) -> Signals:

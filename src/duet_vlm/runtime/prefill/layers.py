@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from duet_vlm.models.adapter import FULL, LINEAR, Adapter, Rotary
-from duet_vlm.ops.ragged import gather_last_dim, gather_rows, upload
+from duet_vlm.ops.ragged import gather_last_dim, gather_rows
 from duet_vlm.planning.tokens import TokenMap
 from duet_vlm.reducers.base import Reducer
 from duet_vlm.reducers.decoder import DecoderReducer
@@ -23,7 +23,6 @@ from duet_vlm.runtime.prefill.drop_stage import StageDecision, StageGather, deci
 from duet_vlm.runtime.prefill.positions import group_rotary
 from duet_vlm.runtime.prefill.prediction_gradient import prediction_gradient
 from duet_vlm.runtime.prefill.projection_reuse import ProjectionCache
-from duet_vlm.runtime.prefill.reentry import SleepingRows, recomputed, refuse_recomputing
 from duet_vlm.runtime.prompt import LayerGroup, PromptState
 from duet_vlm.runtime.validation import check_finite
 
@@ -64,10 +63,6 @@ class PrefillPass:
         Projections that the scored layer reuses.
     stage_gathers : dict
         Stage -> the tokens that continue.
-    reenters : bool
-        Tokens that a stage leaves out may be chosen again at the next one.
-    sleeping : SleepingRows or None
-        Then, from the first stage on, the rows that entered.
     rotaries, masks : dict
         Rotary tables and masks of later layer groups.
     rotary_calls : list
@@ -95,9 +90,6 @@ class PrefillPass:
         self.replay = replay
         self.kinds = adapter.layer_types
         self.prepared_masks = _prepared_mask(kwargs.get("attention_mask")) if FULL in self.kinds else None
-        self.reenters = self.reducer.options.reentry == "stage"
-        if self.reenters:
-            refuse_recomputing(adapter, self.reducer)
         self.forced_stages = self.reducer.extra_stages(prompt_state.depth)
         self.stages: dict[int, list[int]] = {}
         for layer in range(prompt_state.depth):
@@ -121,7 +113,6 @@ class PrefillPass:
         self.previous_hidden: dict[int, Tensor] = {}
         self.projection_cache = ProjectionCache()
         self.stage_gathers: dict[int, StageGather] = {}
-        self.sleeping: SleepingRows | None = None
         self.rotaries: dict[Any, Rotary] = {}
         self.masks: dict[Any, Any] = {}
         self.rotary_calls: list[Any] = []
@@ -130,10 +121,11 @@ class PrefillPass:
     def _stage_counts(self, layer: int) -> list[int] | None:
         """Visual tokens per sample that are kept before ``layer``; None where there is no stage."""
         counts = self.prompt_state.visual(layer)
-        forced = layer in self.forced_stages and any(counts)
-        if self.reenters and counts == self.prompt_state.visual(-1):
-            forced = False  # nobody sleeps
-        return counts if counts != self.prompt_state.visual(layer - 1) or forced else None
+        return (
+            counts
+            if counts != self.prompt_state.visual(layer - 1) or (layer in self.forced_stages and any(counts))
+            else None
+        )
 
     def _refuse_empty_prompt(self) -> None:
         """Refuse a prompt of visual tokens only, if all of them are dropped (without ``protect_predicting_tokens``)."""
@@ -157,18 +149,13 @@ class PrefillPass:
         ):
             with torch.no_grad():
                 self.scorer.choose_raters(hidden.detach(), self.prompt_state.layer_groups[0].tokens.to(hidden.device))
-        if index in self.stages:
-            hidden = self._with_sleeping(hidden)
         if self.scored_at.get(index) == index:  # this layer's attention, before the drop
             self._score(index, layer, hidden, kwargs)
         if self.needs_gradient:
             self.entry_kwargs.setdefault(self.kinds[index], dict(kwargs))
         if index in self.stages:
             hidden = self._apply_stage(index, layer, hidden, kwargs)
-        if index in self.layers_to_score:  # for a later stage, with the tokens that it chooses from
-            self._score(index, layer, self._with_sleeping(hidden), kwargs)
-            if self.sleeping is not None:
-                self.projection_cache.keep(self.prompt_state.layer_group(index).tokens.entry_index)
+        self._score(index, layer, hidden, kwargs)  # for a later stage, with the kept tokens
         if index + 1 in self.needs_previous_hidden:
             self.previous_hidden[index + 1] = hidden.detach()
         kwargs.update(self.layer_kwargs(self.prompt_state.layer_group(index), index, hidden, kwargs))
@@ -196,10 +183,6 @@ class PrefillPass:
         """
         merges = index in self.stages and self.reducer.merges  # merged tokens need new keys
         return index in self.layers_to_score and not merges and not torch.is_grad_enabled() and compat.is_eager(layer)
-
-    def _with_sleeping(self, hidden: Tensor) -> Tensor:
-        """The rows that a stage chooses from: with those that sleep."""
-        return hidden if self.sleeping is None else self.sleeping.joined(hidden)
 
     # ---- arguments of a layer
 
@@ -293,7 +276,7 @@ class PrefillPass:
     def _signals(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Signals:
         """The signals of ``layer`` for the current tokens."""
         assert self.scorer is not None
-        group = self.prompt_state.layer_groups[0] if self.reenters else self.prompt_state.layer_group(index)
+        group = self.prompt_state.layer_group(index)
         rotary = self._exact_rotary(group, index, hidden, kwargs["position_embeddings"])
         num_visual = max(
             self.prompt_state.visual(-1 if group is self.prompt_state.layer_groups[0] else group.first_layer)
@@ -318,30 +301,26 @@ class PrefillPass:
             with compat.without_autocast(hidden):
                 self.stage_gathers[index] = self._decide(index, layer, hidden, kwargs)
             self.projection_cache.keep(self.stage_gathers[index].index)
-        elif self.reenters:
-            raise recomputed(self.reducer)
-        if self.reenters:
-            self.sleeping = SleepingRows.of(hidden, self.prompt_state.layer_group(index).tokens.to(hidden.device))
         with compat.without_autocast(hidden):
             return self.stage_gathers[index].rows_of(hidden)
 
     def _decide(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> StageGather:
         """Decide the stage before layer ``index``; opens the layer group of the kept tokens."""
         group = self.prompt_state.layer_group(index - 1) if index else self.prompt_state.layer_groups[0]
-        tokens = (self.prompt_state.layer_groups[0] if self.reenters else group).tokens.to(hidden.device)
+        tokens = group.tokens.to(hidden.device)
         num_alive = self.prompt_state.visual(index - 1)
         lengths = tuple(
             length - before + kept
             for length, before, kept in zip(group.lengths, num_alive, self.stages[index], strict=True)
         )
-        num_ranked = self.prompt_state.ranked(-1 if self.reenters else index - 1)
+        num_ranked = self.prompt_state.ranked(index - 1)
         if index in self.replay:
             decision = replay(self.replay[index], tokens, self.prompt_state.prompt_len, max(map(sum, num_ranked)))
         elif _any_nonzero(self.prompt_state.ranked(index)):
-            decision = self._method_decision(index, layer, hidden, kwargs, tokens, num_ranked)
+            decision = self._method_decision(index, layer, hidden, kwargs, tokens)
         else:
             decision = StageDecision(torch.zeros_like(tokens.visual))
-        keep = self._unless_unchanged(index, (tokens.valid & ~tokens.prunable) | decision.kept)
+        keep = (tokens.valid & ~tokens.prunable) | decision.kept
         gather = StageGather.of(decision, keep, max(lengths), in_order=self.prompt_state.positions == "keep")
         kept_tokens = tokens.gather(gather.index, gather.valid)
         self.prompt_state.layer_groups.append(
@@ -350,35 +329,17 @@ class PrefillPass:
         self.replay.setdefault(index, self.prompt_state.layer_groups[-1])
         later = {scored for stage, scored in self.scored_at.items() if stage > index}
         self.signals = {
-            scored: signals
-            if self.reenters
-            else {name: gather_rows(rows, gather.index) for name, rows in signals.items()}
+            scored: {name: gather_rows(rows, gather.index) for name, rows in signals.items()}
             for scored, signals in self.signals.items()
             if scored in later
         }
         self.previous_hidden.pop(index, None)
         return gather
 
-    def _unless_unchanged(self, index: int, keep: Tensor) -> Tensor:
-        """``keep`` [B, S] with re-entry: a sample whose plan has no stage before layer ``index`` keeps those that are
-        awake, as it would alone."""
-        before, after = self.prompt_state.visual(index - 1), self.stages[index]
-        unchanged = [a == b for a, b in zip(before, after, strict=True)]
-        if self.sleeping is None or index in self.forced_stages or not any(unchanged):
-            return keep
-        return torch.where(upload(unchanged, keep.device)[:, None], self.sleeping.awake.to(keep.device), keep)
-
     def _method_decision(
-        self,
-        index: int,
-        layer: nn.Module,
-        hidden: Tensor,
-        kwargs: dict[str, Any],
-        tokens: TokenMap,
-        num_before: list[list[int]],
+        self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any], tokens: TokenMap
     ) -> StageDecision:
-        """The method's decision for the stage before layer ``index`` among ``num_before`` of ``tokens`` per ranking
-        group."""
+        """The method's decision for the stage before layer ``index``."""
         reducer = self.reducer
         assert isinstance(reducer, DecoderReducer) and self.scorer is not None
         signals = dict(self.signals.get(self.scored_at.get(index, -1), {}))
@@ -389,7 +350,7 @@ class PrefillPass:
         if Input.GRADIENT in reducer.requires:
             signals["gradient"] = self._gradient(index, layer, hidden, kwargs, tokens)
         with torch.no_grad():
-            return decide_stage(self.prompt_state, self.scorer, index, tokens, signals, num_before)
+            return decide_stage(self.prompt_state, self.scorer, index, tokens, signals)
 
     def _gradient(
         self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any], tokens: TokenMap
