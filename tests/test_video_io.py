@@ -557,7 +557,6 @@ def test_a_benchmark_of_clips_in_pieces(tmp_path: Path, cuts: list[list[int]]) -
         1,
         "--new",
         2,
-        "--no-predict",
         "--json",
     ]
     made = json.loads(call(*words, "--chunk-frames", 2, "--still-frames", 0).stdout)
