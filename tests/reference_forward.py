@@ -41,7 +41,7 @@ class Choice:
     ``rows`` are the tokens that entered, per span, and ``places`` the slots of all its tokens; ``alive[layer]`` are the
     slots left from that layer on, ``merged[layer]`` the slots of the rows that others joined in front of it, with
     those, what they weigh and how. ``cut``: layers in which what is generated sees only the rows that reached the last
-    one.
+    one. ``sleeps``: rows that a layer leaves out may come back, with the state that they had.
     """
 
     slots: int
@@ -55,6 +55,7 @@ class Choice:
     merged: dict[int, list[tuple[int, tuple[int, ...], tuple[float, ...] | None, str]]] = field(default_factory=dict)
     cut: frozenset[int] = frozenset()
     projected: bool = False  # rows are merged behind the projector
+    sleeps: bool = False
 
     def visible(self, layer: int) -> frozenset[int]:
         return self.alive[max(first for first in self.alive if first <= layer)]
@@ -108,6 +109,7 @@ def choices_of(handle: Handle) -> list[Choice]:
             merged,
             frozenset(run.record.trimmed_layers),
             Input.PROJECTED_FEATURES in run.config.reducer.requires,
+            run.config.reducer.reenters,
         )
         choices.append(Choice(int(valid.sum()), run.positions, merge, rows, places, images, alive, *facts))
     return choices
@@ -223,7 +225,8 @@ def walk(
         rotary = family.rotary(model, hidden, positions, index)
         if index in watch:  # who is ranked in front of this layer has not left yet
             there = torch.ones(total, dtype=torch.bool)
-            there[sorted(hidden_slots - choice.visible(max(0, index - 1)))] = False
+            candidates = choice.visible(0 if choice.sleeps else max(0, index - 1))
+            there[sorted(hidden_slots - candidates)] = False
             ranking = (family.ranks(model, ids, choice.slots, index) & there[None]) | torch.eye(total, dtype=torch.bool)
             shown = torch.zeros(1, 1, total, total).masked_fill(~ranking, torch.finfo(torch.float32).min)
             numbered = (there.long().cumsum(0) - 1).clamp(min=0)[None] if choice.positions == "compact" else positions
@@ -231,7 +234,10 @@ def walk(
             result.attention[index] = family.attended(
                 model, index, hidden, position_embeddings=turned, attention_mask=shown
             )
+        before = hidden
         hidden = family.run(model, index, hidden, seen, attention_mask=mask, position_embeddings=rotary)
+        if choice.sleeps:
+            hidden = torch.where(seen[None, :, None], hidden, before)
         for places, rows, levels in zip(choice.places, choice.rows, deeper, strict=True):
             if index < len(levels):  # rows that the encoder adds behind the first layers
                 hidden = hidden.clone()

@@ -94,6 +94,17 @@ def test_a_token_of_several_groups_leaves_with_the_last_of_them() -> None:
     assert token_fates(shared, 2).into == {2: (1,)} and token_fates(shared, 4).dropped == {0: 2, 1: 4, 2: 4}
 
 
+def test_tokens_that_sleep_come_back() -> None:
+    stages = (StageTrace(0, (0, 1, 2), (3,)), StageTrace(2, (1,), (), {}, (0, 2)), StageTrace(4, (0, 2), (), {}, (1,)))
+    trace = SpanTrace(Span(0, 0, 5, (1, 5)), {2: (4,)}, stages)
+    for layer, awake, asleep in ((0, {0, 1, 2}, set()), (3, {1}, {0, 2}), (5, {0, 2}, {1})):
+        found = token_fates(trace, layer)
+        assert (found.alive, found.asleep, found.dropped) == (awake, asleep, {3: 0}) and found.into == {4: (2,)}
+    assert [history(trace, 1, layer) for layer in (3, 5)] == ["Row 1, column 2 is alive", "Row 1, column 2 is asleep"]
+    picture = Image.new("RGB", (50, 10))
+    assert at_depth(picture, trace, 3).note == "1 merged into 1 of them, 2 asleep, 1 dropped"
+
+
 def test_the_story_of_a_patch() -> None:
     told = {layer: [history(story(), token, layer) for token in range(8)] for layer in (0, 3, 5)}
     assert told[0][1] == "Row 1, column 2 is alive and stands for 1 others that were merged into it"

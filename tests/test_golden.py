@@ -27,6 +27,7 @@ from golden_runner import (
     probed,
     prumerge,
     qwen,
+    reroute,
     sparsevlm,
     t2v,
     tokencarve,
@@ -79,6 +80,7 @@ KINDS = {
     "HoliTom (inner, in the LLM)": holitom.check,
     "PruneVid": clips.check_prunevid,
     "FastVID (LLaVA-OneVision version)": clips.check_fastvid,
+    "Reroute": reroute.check,
 }
 
 

@@ -111,7 +111,7 @@ def _mean_kept(span: SpanTrace, depth: int) -> float:
 
 def decoder_terms(adapter: Adapter, reducer: Reducer, samples: Sequence[SampleCounts]) -> dict[str, Any]:
     """Arguments of ``make_report`` about the decoder stages: ``deciding``, ``products``, ``cut``,
-    ``scores_after_drop``."""
+    ``scores_after_drop``, ``ranks_all``."""
     shape = adapter.decoder_dims()
 
     def of(sample: SampleCounts) -> int:
@@ -124,7 +124,13 @@ def decoder_terms(adapter: Adapter, reducer: Reducer, samples: Sequence[SampleCo
 
     products, cut = Input.SCORES in reducer.requires, reducer.options.trim_kv_cache
     scores_after_drop = reducer.score_layer_offset > 0
-    return {"deciding": sum(map(of, samples)), "products": products, "cut": cut, "scores_after_drop": scores_after_drop}
+    return {
+        "deciding": sum(map(of, samples)),
+        "products": products,
+        "cut": cut,
+        "scores_after_drop": scores_after_drop,
+        "ranks_all": reducer.reenters,
+    }
 
 
 def selection_cost(adapter: Adapter, reducer: Reducer, samples: Sequence[SampleCounts], projects_all: bool) -> int:

@@ -11,7 +11,7 @@ from duet_vlm.models.adapter import Adapter, ConcatenatedBlocks, TowerBlocks, Va
 from duet_vlm.planning.budget import SpanPlan, TowerStages
 from duet_vlm.planning.spans import tower_counts
 from duet_vlm.profiling.report import Report, SampleCounts, make_report
-from duet_vlm.reducers.decoder import DecoderReducer
+from duet_vlm.reducers.decoder import DecoderReducer, decisions
 from duet_vlm.reducers.encoder import EncoderReducer
 from duet_vlm.reducers.vision_tower import tower_of
 
@@ -46,9 +46,7 @@ def plan_prompt(handle: Handle, passes: Sequence[tuple[int, ...]], text: int) ->
     reducer = handle.reducer
     spans = tuple(map(sum, passes))
     plans = tuple(handle.plan(tokens) for tokens in spans)
-    before = sum(plan.entry for plan in plans)
     counts = tuple(map(sum, zip(*(plan.counts for plan in plans), strict=True)))
-    drops = [i for i, (old, new) in enumerate(zip((before, *counts), counts, strict=False)) if new not in (old, 0)]
     queries = 1 if reducer.options.text_query == "last" else text
     measured = counts, tuple(text + count for count in counts)
     tower = tower_of(reducer)
@@ -66,6 +64,7 @@ def plan_prompt(handle: Handle, passes: Sequence[tuple[int, ...]], text: int) ->
     if not isinstance(reducer, DecoderReducer) or not reducer.uses_attention():
         return PlannedPrompt(sample)
     adapter = handle.adapter
+    drops = [layer for layer, *_ in decisions(reducer, (sum(plan.entry for plan in plans), *counts))]
     scored = {drop: adapter.ranking_layer(drop - reducer.score_layer_offset, reducer.score_states) for drop in drops}
     for drop, layer in scored.items():
         if layer < 0:

@@ -366,7 +366,8 @@ class Pipeline(EncoderReducer):
         drops = second.with_paper_schedule(depth, target / tokens)
 
         def counts(entry: int, end: int) -> tuple[int, ...]:
-            return tuple(accumulate((min(kept, tokens) or end for kept in drops.plan(entry, depth, None).counts), min))
+            kept = (min(kept, tokens) or end for kept in drops.plan(entry, depth, None).counts)
+            return tuple(kept if self.reenters else accumulate(kept, min))
 
         if not mean_within(counts(1, 0), target):
             # the earliest drops: at a small budget one token may still enter
@@ -437,6 +438,9 @@ class DecoderPipeline(Pipeline, DecoderReducer):
 
     def extra_stages(self, depth: int) -> frozenset[int]:
         return self._drops.with_paper_schedule(depth).extra_stages(depth)
+
+    def repeated_stages(self, depth: int, first: int) -> frozenset[int]:
+        return self._drops.with_paper_schedule(depth).repeated_stages(depth, first)
 
     def calibration(self) -> Calibration | None:
         return self._drops.calibration()

@@ -17,6 +17,8 @@ from duet_vlm.profiling.model_dims import DecoderDims, VisionDims, decoder_dims,
 from duet_vlm.utils.hooks import Hooks
 
 Rotary = tuple[Tensor, Tensor]
+# what a decoder does to hidden states [B, T, D] of some tokens between two layers
+StateChange = Callable[[Tensor, TokenMap], Tensor]
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 
 
@@ -272,9 +274,12 @@ class Adapter(ABC):
     def check(self) -> None:
         """Raise a clear error for configurations of this family that cannot be right."""
 
-    def install(self, hooks: Hooks, running: Callable[[], TokenMap | None]) -> None:
+    def install(
+        self, hooks: Hooks, running: Callable[[], TokenMap | None], change_sleeping: Callable[[StateChange], None]
+    ) -> None:
         """Install further hooks, for families that compute with hidden states elsewhere; ``running`` returns the map of
-        the layer that just ran."""
+        the layer that just ran, ``change_sleeping`` applies a change to the tokens that it left out and that may come
+        back."""
         return None
 
     # ---- the prompt

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
 
-from duet_vlm.models.adapter import Modality, Rotary
+from duet_vlm.models.adapter import Modality, Rotary, StateChange
 from duet_vlm.models.llama_like import rotate
 from duet_vlm.models.qwen2_vl import Qwen2VL
 from duet_vlm.planning.tokens import TokenMap
@@ -56,7 +56,9 @@ class Glm4V(Qwen2VL):
         ]
         return frames if modality.name == "image" else [config.video_start_token_id, *frames, config.video_end_token_id]
 
-    def install(self, hooks: Hooks, running: Callable[[], TokenMap | None]) -> None:
+    def install(
+        self, hooks: Hooks, running: Callable[[], TokenMap | None], change_sleeping: Callable[[StateChange], None]
+    ) -> None:
         model: Any = self.model
 
         def expand(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from duet_vlm.models.adapter import Modality
+from duet_vlm.models.adapter import Modality, StateChange
 from duet_vlm.models.qwen2_vl import Qwen2VL, frames_apart
 from duet_vlm.ops.ragged import gather_rows
 from duet_vlm.planning.tokens import TokenMap
@@ -32,7 +32,9 @@ class Qwen3VL(Qwen2VL):
     def placeholder_ids(self, modality: Modality, tokens: int, parts: tuple[int, ...]) -> list[int]:
         return frames_apart(self.config, modality, parts)
 
-    def install(self, hooks: Hooks, running: Callable[[], TokenMap | None]) -> None:
+    def install(
+        self, hooks: Hooks, running: Callable[[], TokenMap | None], change_sleeping: Callable[[StateChange], None]
+    ) -> None:
         stock = self.text_model._deepstack_process
 
         def add_to_survivors(hidden: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor) -> Tensor:
@@ -41,10 +43,15 @@ class Qwen3VL(Qwen2VL):
             tokens = running()
             if tokens is None:
                 return stock(hidden, visual_pos_masks, visual_embeds)
-            mask, rows = visual_pos_masks.to(hidden.device), visual_embeds.to(hidden.device, hidden.dtype)
-            number = (mask.flatten().cumsum(0) - 1).clamp(min=0).view_as(mask)
-            kept_rows = rows[gather_rows(number, tokens.prompt_index.to(hidden.device))]
-            return hidden + torch.where(tokens.visual.to(hidden.device)[..., None], kept_rows, 0)
+            number = (visual_pos_masks.flatten().cumsum(0) - 1).clamp(min=0).view_as(visual_pos_masks)
+
+            def added(hidden: Tensor, tokens: TokenMap) -> Tensor:
+                rows = visual_embeds.to(hidden.device, hidden.dtype)
+                kept_rows = rows[gather_rows(number, tokens.prompt_index.to(number.device)).to(hidden.device)]
+                return hidden + torch.where(tokens.visual.to(hidden.device)[..., None], kept_rows, 0)
+
+            change_sleeping(added)
+            return added(hidden, tokens)
 
         hooks.shadow(self.text_model, "_deepstack_process", add_to_survivors)
 

@@ -169,9 +169,9 @@ def count_of(keep: Keep, tokens: int, rounding: str = "floor") -> int:
 Schedule = tuple[tuple[int, Keep], ...]
 
 
-def check_schedule(schedule: Sequence[Sequence[Keep]]) -> Schedule:
+def check_schedule(schedule: Sequence[Sequence[Keep]], may_grow: bool = False) -> Schedule:
     """Return a schedule as sorted tuples ((layer, keep), ...); keeps are relative to decoder entry and may not grow
-    with depth."""
+    with depth, unless ``may_grow`` (with re-entry)."""
     try:
         stages = tuple((to_plain(layer), to_plain(keep)) for layer, keep in schedule)
     except (TypeError, ValueError):
@@ -186,18 +186,26 @@ def check_schedule(schedule: Sequence[Sequence[Keep]]) -> Schedule:
     if layers != sorted(set(layers)):
         raise ValueError(f"schedule={schedule!r}: layers must be strictly increasing")
     for (_, a), (_, b) in zip(stages, stages[1:], strict=False):
-        if isinstance(a, Integral) == isinstance(b, Integral) and b > a:
-            raise ValueError(f"schedule={schedule!r}: a later stage cannot keep more ({b}) than an earlier one ({a})")
+        if not may_grow and isinstance(a, Integral) == isinstance(b, Integral) and b > a:
+            raise ValueError(
+                f"schedule={schedule!r}: a later stage cannot keep more ({b}) than an earlier one ({a}); with "
+                "options={'reentry': 'stage'} it can"
+            )
     return stages
 
 
-def layer_counts(entry: int, depth: int, schedule: Schedule, rounding: str = "floor") -> tuple[int, ...]:
-    """Visual tokens at the input of each of ``depth`` layers when ``entry`` tokens enter and ``schedule`` drops."""
+def layer_counts(
+    entry: int, depth: int, schedule: Schedule, rounding: str = "floor", may_grow: bool = False
+) -> tuple[int, ...]:
+    """Visual tokens at the input of each of ``depth`` layers when ``entry`` tokens enter and ``schedule`` drops.
+
+    ``may_grow``: a stage may keep more than the one before it (with re-entry).
+    """
     counts = [entry] * depth
     for layer, keep in schedule:
         if layer >= depth:
             raise ValueError(f"schedule drops before layer {layer}, but this decoder has layers 0..{depth - 1}")
-        kept = min(count_of(keep, entry, rounding), counts[layer])
+        kept = min(count_of(keep, entry, rounding), entry if may_grow else counts[layer])
         counts[layer:] = [kept] * (depth - layer)
     return tuple(counts)
 

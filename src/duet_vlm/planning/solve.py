@@ -143,9 +143,12 @@ def plan_with_schedule(method: Planner, schedule: Schedule, tokens: int, depth: 
     at last the stages that drop everything.
     """
 
+    keeps = [keep for _, keep in schedule]
+    grows = keeps != sorted(keeps, reverse=True)  # of a method with re-entry
+
     def counts(entry: int, end: int) -> tuple[int, ...]:
         kept = ((layer, min(count_of(keep, entry), tokens) if keep else end) for layer, keep in schedule)
-        return layer_counts(min(entry, tokens), depth, tuple(kept))
+        return layer_counts(min(entry, tokens), depth, tuple(kept), may_grow=grows)
 
     smallest = min((float(keep) for _, keep in schedule if keep), default=1.0)
     entry = largest_int(math.ceil(tokens / smallest), lambda n: mean_within(counts(n, 0), target))

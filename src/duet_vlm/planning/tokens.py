@@ -139,13 +139,15 @@ class StageTrace:
     within the span.
 
     ``merged``: tokens merged into another one before ``layer``, by that one (merges of the encoder stage are in
-    ``SpanTrace.merged``).
+    ``SpanTrace.merged``). ``asleep``: with re-entry, tokens that entered and that layers from ``layer`` on leave out
+    until the next stage, which may choose them again; ``kept`` are then those that are awake.
     """
 
     layer: int
     kept: tuple[int, ...]
     dropped: tuple[int, ...]
     merged: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    asleep: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -344,6 +344,7 @@ def make_report(
     products: bool = True,
     cut: bool = False,
     scores_after_drop: bool = False,
+    ranks_all: bool = False,
 ) -> Report:
     """Sum the samples up.
 
@@ -368,6 +369,8 @@ def make_report(
         Caches of earlier layers are trimmed to the tokens that reached the last one.
     scores_after_drop : bool
         A layer ranks for later drops, after its own drop.
+    ranks_all : bool
+        Every ranking is among all tokens that entered (re-entry).
     """
     depth, batch = decoder.layers, len(samples)
     images = [tokens for s in samples for tokens in s.spans]
@@ -397,7 +400,13 @@ def make_report(
         # rows before layer i's drop
         entering = [(s.text + s.visual(-1), *r) for r, s in zip(rows, samples, strict=True)]
         scored = [
-            (before[i + scores_after_drop], s.queries, before[i + 1] if i in reused_layers else 0, products, i)
+            (
+                before[0 if ranks_all else i + scores_after_drop],
+                s.queries,
+                before[i + 1] if i in reused_layers else 0,
+                products,
+                i,
+            )
             for before, s in zip(entering, samples, strict=True)
             for i in scored_layers
             if ranked

@@ -17,7 +17,7 @@ from duet_vlm.profiling.flops import Grid, Spare, decoder_layer_flops, probe_flo
 from duet_vlm.profiling.model_dims import DecoderDims, VisionDims, probed_layer
 from duet_vlm.reducers.base import Reducer
 from duet_vlm.reducers.compressor import Compressor, ModuleSizes, compressor_of
-from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
+from duet_vlm.reducers.decoder import DecoderReducer, DecoderView, decisions
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
 from duet_vlm.reducers.encoder_view import Change, LayerView, QuestionView
 from duet_vlm.reducers.inputs import VISION_LAYER_INPUTS, Input
@@ -224,17 +224,15 @@ def deciding_flops(
         return 0
     total = 2 * visual[0] * queries * shape.hidden if reducer.options.text_query == "raters" else 0
     among: dict[int, int] = {}  # by scoring layer, which may serve several drops, the index of the rows that it ranks
-    for layer, (before, stay) in enumerate(zip(visual, visual[1:], strict=False)):
-        if not 0 < stay < before:
-            continue
+    for layer, before, stay in decisions(reducer, visual):
         total += _decision_flops(reducer, before, stay, queries, shape)
         if Input.VISUAL_SELF_ATTENTION in reducer.requires:
             scored = probed_layer(shape.attends, layer - reducer.score_layer_offset + 1, last=True)
-            among[scored] = scored + (scored < layer)
+            among[scored] = 0 if reducer.reenters else scored + (scored < layer)
         if Input.GRADIENT in reducer.requires:
             total += probe_flops(
                 shape,
-                rows[layer],
+                rows[0 if reducer.reenters else layer],
                 probed_layer(shape.attends, layer, reducer.scoring_rules().probe == "last"),
                 PREDICTED,
             )

@@ -36,6 +36,7 @@ NEUTRAL = TokenOptions(  # of a stage that a method does not have
     skip_unanswered=False,
     multi_image="joint",
     trim_kv_cache=False,
+    reentry="none",
     proportional_attention=True,
     pooled_context_tokens=0,
 )
@@ -169,6 +170,16 @@ class Reducer(ABC):
     def calibration(self) -> Calibration | None:
         """The calibration file of the method's settings, which must belong to the model that it is attached to."""
         return None
+
+    @property
+    def reenters(self) -> bool:
+        """True if tokens that a decoder layer leaves out may come back later."""
+        return self.options.reentry != "none"
+
+    def repeated_stages(self, depth: int, first: int) -> frozenset[int]:
+        """With re-entry, layers behind ``first`` (the first that leaves tokens out) in front of which ``prune_tokens``
+        chooses anew even where the number of tokens stays."""
+        return frozenset()
 
     def extra_stages(self, depth: int) -> frozenset[int]:
         """Layers before which ``prune_tokens`` is called even where the plan drops nothing: to reorder, or to observe."""

@@ -72,6 +72,11 @@ class TokenOptions:
     trim_kv_cache : bool
         False: every layer keeps the keys and values of all that it read. True: once the prompt is read, those of visual
         tokens that did not reach the last layer are removed from the caches of earlier ones, too.
+    reentry : str
+        Inside the decoder: what happens to a visual token that a layer leaves out. "none": it is gone. With "stage" and
+        "layer" it sleeps: no layer computes it or attends to it, its hidden state stays as it is, and every later
+        decision is among all tokens that entered. "stage" decides where the method does, "layer" in front of every
+        layer from the first decision on.
     proportional_attention : bool
         Inside the vision tower: count each dropped unit with the one that is most like it (cosine of patch embeddings,
         or of keys): the kept unit weighs as many rows as it stands for, in the tower's attention and in rankings by it.
@@ -100,6 +105,7 @@ class TokenOptions:
     skip_unanswered: bool = OWN
     multi_image: str = OWN
     trim_kv_cache: bool = OWN
+    reentry: str = OWN
     proportional_attention: bool = OWN
     pooled_context_tokens: int = OWN
 
@@ -150,6 +156,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "text_query": ("all", "last", "salient", "raters"),
     "training_turns": ("first", "all"),
     "multi_image": ("joint", "per_image"),
+    "reentry": ("none", "stage", "layer"),
 }
 LEAST = {
     "small_image_tokens": (0, "a number of visual tokens, at least 0 (0 clamps nothing)"),

@@ -58,8 +58,9 @@ class ScheduledReducer(DecoderReducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.schedule is not None:
-            checked = check_schedule if self.relative == "entry" else _each_checked
-            object.__setattr__(self, "schedule", checked(self.schedule))
+            by_entry = self.relative == "entry"
+            checked = check_schedule(self.schedule, self.reenters) if by_entry else _each_checked(self.schedule)
+            object.__setattr__(self, "schedule", checked)
         early = [layer for layer, _ in self.schedule or () if layer < self.min_layer]
         if early:
             why = f"what it decides by is made by earlier layers, so drop before layer {self.min_layer} or later"
@@ -111,7 +112,8 @@ class ScheduledReducer(DecoderReducer):
                 raise ValueError(f"schedule drops before layer {layer}, but this decoder has layers 0..{depth - 1}")
             there = counts[layer]
             kept = count_of(keep, tokens if self.relative == "entry" else there, self.rounding)
-            counts[layer:] = [min(max(kept, self.min_tokens), there)] * (depth - layer)
+            most = tokens if self.reenters else there
+            counts[layer:] = [min(max(kept, self.min_tokens), most)] * (depth - layer)
         return tuple(counts)
 
     def with_paper_schedule(self: Self, depth: int, share: float | None = None) -> Self:

@@ -11,7 +11,7 @@ from duet_vlm.models.adapter import Adapter
 from duet_vlm.planning.budget import Budget, SpanPlan
 from duet_vlm.reducers.base import Reducer
 from duet_vlm.reducers.compressor import compressor_of
-from duet_vlm.reducers.decoder import DecoderReducer
+from duet_vlm.reducers.decoder import DecoderReducer, decisions
 from duet_vlm.reducers.encoder import EncoderReducer
 from duet_vlm.reducers.inputs import ENCODER_INPUTS, FEATURE_INPUTS, Input
 from duet_vlm.runtime.encode.build_view import layer_number
@@ -94,9 +94,9 @@ def check(
         counts = example_plan.counts
         if example_plan.floored:
             reducer.plan(example_plan.tokens, len(counts), budget)  # raises: no image of this tower could do better
-        scoring_layers(
-            adapter, reducer, [layer for layer in range(1, len(counts)) if 0 < counts[layer] < counts[layer - 1]]
-        )
+        if isinstance(reducer, DecoderReducer):
+            found = decisions(reducer, (example_plan.entry, *counts))
+            scoring_layers(adapter, reducer, [layer for layer, *_ in found if layer])
 
 
 def facts(adapter: Adapter) -> dict[str, Any]:

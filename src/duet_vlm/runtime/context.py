@@ -17,6 +17,7 @@ from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.runtime.active_config import ActiveConfig
 from duet_vlm.runtime.prefill.projection_reuse import ProjectionCache
+from duet_vlm.runtime.prefill.token_stream import TokenStream
 from duet_vlm.runtime.prompt import PromptState
 
 ENCODED = "_duet_vlm_encoded"  # attribute of the encoder output that carries its EncodedFeatures to the decoder
@@ -400,6 +401,8 @@ class ForwardContext:
         Calls of the decoder's rotary embedding: (module, arguments, keywords, output).
     projection_cache : ProjectionCache or None
         Projections that scoring computed in the running prefill.
+    token_stream : TokenStream or None
+        States of all tokens of the running prefill, with re-entry.
     """
 
     owner: nn.Module | None
@@ -412,6 +415,7 @@ class ForwardContext:
     prompt_state: PromptState | None = None
     rotary_calls: list[Any] | None = None
     projection_cache: ProjectionCache | None = None
+    token_stream: TokenStream | None = None
 
 
 class ThreadState(threading.local):

@@ -162,7 +162,7 @@ def _on_decoder(model_hooks: ModelHooks) -> None:
     """Hooks on the decoder and its layers."""
     adapter = model_hooks.adapter
     hooks = model_hooks.hooks
-    adapter.install(hooks, model_hooks.current_tokens)
+    adapter.install(hooks, model_hooks.current_tokens, model_hooks.change_sleeping)
     hooks.add(adapter.text_model.register_forward_pre_hook, model_hooks.before_decoder, with_kwargs=True, prepend=True)
     hooks.add(adapter.text_model.register_forward_hook, model_hooks.after_decoder, with_kwargs=True)
     if isinstance(getattr(adapter.text_model, "rotary_emb", None), nn.Module):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.models.adapter import Adapter
+from duet_vlm.models.adapter import Adapter, StateChange
 from duet_vlm.planning.tokens import TokenMap
 from duet_vlm.runtime import compat
 from duet_vlm.runtime.active_config import ActiveConfig
@@ -238,7 +238,9 @@ class ModelHooks:
         running_pass = begin_decoder(self.adapter, context, kwargs)
         if running_pass is not None:
             kwargs[PASS] = running_pass
-            context.projection_cache = running_pass.projection_cache if isinstance(running_pass, PrefillPass) else None
+            prefill = running_pass if isinstance(running_pass, PrefillPass) else None
+            context.projection_cache = None if prefill is None else prefill.projection_cache
+            context.token_stream = None if prefill is None else prefill.stream
             self._set_prompt_state(running_pass.prompt_state)
         elif context.placeholders and context.config is not None:
             self._set_prompt_state(None)  # a prompt without images
@@ -316,6 +318,12 @@ class ModelHooks:
             if context is None or context.prompt_state is None
             else context.prompt_state.layer_group(context.layer).tokens
         )
+
+    def change_sleeping(self, changed: StateChange) -> None:
+        """Change the states of tokens that sleep, as the decoder changes those of the others between its layers."""
+        context = self.state.forward_contexts[-1] if self.state.forward_contexts else None
+        if context is not None and context.token_stream is not None and context.prompt_state is not None:
+            context.token_stream.change(changed, context.prompt_state.layer_groups[0])
 
     def record_cls(self, module: nn.Module, args: Any, output: Any) -> None:
         """Post-hook of the vision layer with the CLS row."""

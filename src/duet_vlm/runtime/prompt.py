@@ -213,8 +213,14 @@ class PromptState:
         return [[group.num_prunable(layer) for group in row] for row in self.ranking_groups]
 
     def layer_group(self, layer: int) -> LayerGroup:
-        """The group that ``layer`` belongs to."""
-        return next(group for group in reversed(self.layer_groups) if group.first_layer <= layer)
+        """The group that ``layer`` belongs to; the first one for -1."""
+        return next(
+            (group for group in reversed(self.layer_groups) if group.first_layer <= layer), self.layer_groups[0]
+        )
+
+    def candidate_layer(self, layer: int) -> int:
+        """The layer among whose tokens a stage before ``layer`` decides; -1: among those that entered the decoder."""
+        return -1 if self.config.reducer.reenters else layer - 1
 
     def cached_group(self, layer: int) -> LayerGroup:
         """The layer group whose tokens the cache of ``layer`` holds."""

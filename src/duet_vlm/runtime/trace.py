@@ -67,7 +67,7 @@ def trace_of(prompt_state: PromptState) -> list[list[SpanTrace]]:
             before = set(range(span.tokens) if tower is None else tower.kept) - {
                 m for members in merged.values() for m in members
             }
-            stages = []
+            stages: list[StageTrace] = []
             for group, group_ranks in zip(prompt_state.layer_groups, kept_ranks, strict=True):
                 current = {
                     token_at[r - span.offset]
@@ -81,8 +81,11 @@ def trace_of(prompt_state: PromptState) -> list[list[SpanTrace]]:
                     own_members = [m - span.offset for m in members if 0 <= m - span.offset < span.tokens]
                     if 0 <= anchor - span.offset < span.tokens and own_members:
                         into[token_at[anchor - span.offset]] = tuple(sorted(token_at[m] for m in own_members))
-                dropped = before - kept - {m for members in into.values() for m in members}
-                stages.append(StageTrace(group.first_layer, tuple(sorted(kept)), tuple(sorted(dropped)), into))
+                left = tuple(sorted(before - kept - {m for members in into.values() for m in members}))
+                if stages and prompt_state.config.reducer.reenters:  # asleep of all that entered
+                    stages.append(StageTrace(group.first_layer, tuple(sorted(kept)), (), into, left))
+                    continue
+                stages.append(StageTrace(group.first_layer, tuple(sorted(kept)), left, into))
                 before = kept
             row.append(SpanTrace(span, merged, tuple(stages), tower))
         history.append(row)

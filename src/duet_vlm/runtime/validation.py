@@ -156,9 +156,10 @@ def check_plan(reducer: Reducer, plan: SpanPlan, tokens: int, depth: int) -> Spa
         refuse(f"tower={tower} must lie between the {checked.entry} rows that enter and the span's {tokens}")
     before = checked.entry
     for layer, count in enumerate(checked.counts):
-        if count > before:
+        if count > (checked.entry if reducer.reenters else before):
             refuse(
-                f"layer {layer} cannot read {count} tokens where {before} are left: counts may not grow with depth, nor exceed what enters"
+                f"layer {layer} cannot read {count} tokens where {before} are left: counts may not grow with depth (with re-entry they may), nor "
+                "exceed what enters"
             )
         if 0 < count < before and not isinstance(reducer, DecoderReducer):
             refuse(f"it drops tokens before layer {layer}, but this method is no DecoderReducer: nothing says which")

@@ -22,6 +22,7 @@ SERVED_OPTIONS: dict[str, tuple[object, ...]] = {
     "text_query": ("all", "last"),
     "multi_image": ("joint",),
     "trim_kv_cache": (False,),
+    "reentry": ("none",),
 }
 SERVED_RULES: dict[str, tuple[object, ...]] = {"score_mask": ("causal",), "score_positions": ("as_is",)}
 REASONS = {
@@ -30,6 +31,7 @@ REASONS = {
     "score_positions": "attention divided by what positions give is not made here",
     "multi_image": "a server ranks all images of a prompt together",
     "trim_kv_cache": "each layer's cache holds what it read",
+    "reentry": "a server's stages hand on the rows that stay",
 }
 
 

@@ -29,9 +29,9 @@ from duet_vlm.viz.overlay import (
 
 @dataclass(frozen=True)
 class TokenFates:
-    """The tokens of a span at one depth, each in one of three groups.
+    """The tokens of a span at one depth, each in one of four groups.
 
-    ``alive``: kept tokens. ``into``: merged tokens, with the kept tokens that they are merged into. ``dropped``:
+    ``alive``: kept tokens. ``asleep``: those that a layer leaves out and that may come back (re-entry). ``into``: merged tokens, with the kept tokens that they are merged into. ``dropped``:
     dropped tokens, with the layer before which they are dropped (-1: in the vision tower). Tokens merged into a dropped
     token are dropped with it.
     """
@@ -39,6 +39,7 @@ class TokenFates:
     alive: frozenset[int]
     into: dict[int, tuple[int, ...]]
     dropped: dict[int, int]
+    asleep: frozenset[int] = frozenset()
 
 
 def token_fates(trace: SpanTrace, layer: int) -> TokenFates:
@@ -54,26 +55,26 @@ def token_fates(trace: SpanTrace, layer: int) -> TokenFates:
         raise ValueError(
             f"layer {layer}: give -1 (the vision tower), 0 (the entry to the decoder) or the number of a layer"
         )
-    alive = frozenset(range(trace.span.tokens))
+    alive, asleep = frozenset(range(trace.span.tokens)), frozenset[int]()
     joined: dict[int, list[int]] = {}
     dropped: dict[int, int] = {}
     for stage, merged in stages(trace):
         if stage.layer > layer:
             break
-        alive = frozenset(stage.kept)
+        alive, asleep = frozenset(stage.kept), frozenset(stage.asleep)
         dropped |= dict.fromkeys(stage.dropped, stage.layer)
         for anchor, members in merged.items():
             for member in members:
-                if member not in alive:
+                if member not in alive | asleep:
                     joined.setdefault(member, []).append(anchor)
     into = {}
     for member in joined:
         ends = _ends(member, joined)
-        if staying := tuple(sorted(ends & alive)):
+        if staying := tuple(sorted(ends & (alive | asleep))):
             into[member] = staying
         else:
             dropped[member] = max(dropped[end] for end in ends)
-    return TokenFates(alive, into, dropped)
+    return TokenFates(alive, into, dropped, asleep)
 
 
 def history(trace: SpanTrace, token: int, layer: int, steps: int = 1) -> str:
@@ -84,6 +85,8 @@ def history(trace: SpanTrace, token: int, layer: int, steps: int = 1) -> str:
         members = sum(token in anchors for anchors in found.into.values())
         joined = f" and stands for {members} others that were merged into it" if members else ""
         return f"{name} is alive{joined}"
+    if token in found.asleep:
+        return f"{name} is asleep"
     if token in found.into:
         groups, anchors = numbered(trace), found.into[token]
         whom = " and ".join(
@@ -94,7 +97,8 @@ def history(trace: SpanTrace, token: int, layer: int, steps: int = 1) -> str:
 
 
 def told(traces: Sequence[SpanTrace], layer: int) -> tuple[str, str]:
-    """Numbers of tokens at a layer: alive, and in a second line merged and dropped; of several spans together."""
+    """Numbers of tokens at a layer: alive, and in a second line merged, asleep and dropped; of several spans
+    together."""
     found = [token_fates(trace, layer) for trace in traces]
     left = [where for each in found for where in each.dropped.values()]
     into, groups = (
@@ -103,6 +107,8 @@ def told(traces: Sequence[SpanTrace], layer: int) -> tuple[str, str]:
     )
     alive, tokens = sum(len(each.alive) for each in found), sum(trace.span.tokens for trace in traces)
     merged = f"{into} merged into {groups} of them, " if into else ""
+    asleep = sum(len(each.asleep) for each in found)
+    merged += f"{asleep} asleep, " if asleep else ""
     here = left.count(layer)
     gone = f"{len(left)} dropped" + (f", {here} of them here" if 0 < here < len(left) else "")
     where = stage_name(layer).replace("in front of", "at")

@@ -191,7 +191,8 @@ def _words(trace: SpanTrace, stage: StageTrace, number: int) -> tuple[str, str]:
     if number:
         merged = len({member for group in stage.merged.values() for member in group})
         into = f", {merged} merged into {len(stage.merged)} of them" if merged else ""
-        return f"from layer {stage.layer}: {alive} tokens", f"{alive} kept{into}, {len(stage.dropped)} dropped here"
+        left = f"{len(stage.asleep)} asleep" if stage.asleep else f"{len(stage.dropped)} dropped here"
+        return f"from layer {stage.layer}: {alive} tokens", f"{alive} kept{into}, {left}"
     if stage.layer < 0:
         return f"vision tower: {alive} tokens", f"{alive} go through it, {len(stage.dropped)} do not"
     members = len({member for group in trace.merged.values() for member in group})

@@ -38,7 +38,9 @@ def on_film(trace: SpanTrace, steps: int) -> SpanTrace:
         return {place(anchor): places(members) for anchor, members in merged.items()}
 
     def placed(stage: StageTrace) -> StageTrace:
-        return StageTrace(stage.layer, places(stage.kept), places(stage.dropped), groups(stage.merged))
+        return StageTrace(
+            stage.layer, places(stage.kept), places(stage.dropped), groups(stage.merged), places(stage.asleep)
+        )
 
     return SpanTrace(
         dataclasses.replace(trace.span, grid=(steps * side, side)), groups(trace.merged), tuple(map(placed, trace.stages)),

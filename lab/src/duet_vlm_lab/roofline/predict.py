@@ -93,7 +93,7 @@ class Workload:
         As in ``make_report``.
     selection, selection_bytes : int
         FLOPs and bytes of the selection before the decoder (in float32).
-    deciding, products, cut, scores_after_drop
+    deciding, products, cut, scores_after_drop, ranks_all
         As in ``make_report``.
     """
 
@@ -108,6 +108,7 @@ class Workload:
     products: bool = True
     cut: bool = False
     scores_after_drop: bool = False
+    ranks_all: bool = False
 
     @property
     def steps(self) -> int:
@@ -304,7 +305,7 @@ def _prefill(model: ModelCost, work: Workload, speed: _DeviceSpeed, batch: int) 
     # projections as in a layer, then float32 scores of each query and row, touched some six times
     for layer in work.scored_layers:
         rows, queries, reused = (
-            before[layer + work.scores_after_drop],
+            before[0 if work.ranks_all else layer + work.scores_after_drop],
             work.sample.queries,
             before[layer + 1] if layer in work.reused_layers else 0,
         )

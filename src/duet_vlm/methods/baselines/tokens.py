@@ -59,7 +59,7 @@ class Baseline(DecoderReducer):
         super().__post_init__()
         if self.entry is not None:
             check_keep("entry", self.entry)
-        object.__setattr__(self, "schedule", check_schedule(self.schedule))
+        object.__setattr__(self, "schedule", check_schedule(self.schedule, self.reenters))
         if self.follow is not None:
             if not isinstance(self.follow, str):
                 raise TypeError(f"follow={self.follow!r}: give the name of a method")
@@ -86,7 +86,7 @@ class Baseline(DecoderReducer):
             entry = math.floor(target + EPSILON)
             if entry < 1:
                 raise infeasible_budget(self.name, target, 1, tokens, "at least one token stays")
-        return SpanPlan(tokens, tokens, 0, layer_counts(entry, depth, self.schedule))
+        return SpanPlan(tokens, tokens, 0, layer_counts(entry, depth, self.schedule, may_grow=self.reenters))
 
 
 @register("random")

@@ -91,7 +91,7 @@ class PyramidDrop(DecoderReducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.schedule is not None:
-            object.__setattr__(self, "schedule", check_schedule(self.schedule))
+            object.__setattr__(self, "schedule", check_schedule(self.schedule, self.reenters))
         check_choice("rounding", self.rounding, ROUNDINGS)
 
     @classmethod
@@ -104,11 +104,21 @@ class PyramidDrop(DecoderReducer):
         )
         return cls.from_preset(options, fields, schedule=schedule, rounding="int")
 
+    @classmethod
+    def official_reroute(
+        cls, schedule: Schedule = ((2, 0.4502), (7, 0.4502), (15, 0.2251), (23, 0.1126)), **fields: Any
+    ) -> PyramidDrop:
+        """Return the settings of Reroute (arXiv 2606.12412, elmma/mllm-reroute): what a stage leaves out sleeps until
+        the next one. By default its schedule of a mean of 192 of 576 tokens in 32 layers.
+        """
+        options = TokenOptions(reentry="stage", protect_predicting_tokens=False)
+        return cls.from_preset(options, fields, schedule=schedule, rounding="int")
+
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         check_budget_or_fields(self, budget, self.schedule is not None, "schedule=")
         if budget is None:
             assert self.schedule is not None
-            return SpanPlan(tokens, tokens, 0, layer_counts(tokens, depth, self.schedule, self.rounding))
+            return SpanPlan(tokens, tokens, 0, layer_counts(tokens, depth, self.schedule, self.rounding, self.reenters))
         target = target_mean(budget, tokens)
         if target >= tokens:
             return plan_keep_all(tokens, depth)

@@ -111,7 +111,7 @@ class Duet(EncoderReducer, DecoderReducer):
         if self.cluster_width < lowest:
             raise ValueError(f"cluster_width={self.cluster_width}: must be at least {lowest}")
         if self.schedule is not None:
-            object.__setattr__(self, "schedule", check_schedule(self.schedule))
+            object.__setattr__(self, "schedule", check_schedule(self.schedule, self.reenters))
         check_choice("merge", self.merge, MERGES)
         check_choice("anchor_step", self.anchor_step, ("spread", "floor"))
         check_choice("rounding", self.rounding, ROUNDINGS)
@@ -169,7 +169,10 @@ class Duet(EncoderReducer, DecoderReducer):
                 contextual = tokens - dominant
         schedule = paper_schedule(depth) if self.schedule is None else self.schedule
         return SpanPlan(
-            tokens, dominant, contextual, layer_counts(dominant + contextual, depth, schedule, self.rounding)
+            tokens,
+            dominant,
+            contextual,
+            layer_counts(dominant + contextual, depth, schedule, self.rounding, self.reenters),
         )
 
     def _solved(self, tokens: int, depth: int, target: float) -> SpanPlan:

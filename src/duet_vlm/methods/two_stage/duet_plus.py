@@ -93,7 +93,7 @@ class DuetPlus(EncoderReducer, DecoderReducer):
         if not -1 <= self.tau <= 1:
             raise ValueError(f"tau={self.tau}: a cosine, give a number in [-1, 1] (pool=0 turns merging off)")
         if self.schedule is not None:
-            object.__setattr__(self, "schedule", check_schedule(self.schedule))
+            object.__setattr__(self, "schedule", check_schedule(self.schedule, self.reenters))
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         check_budget_or_fields(
@@ -102,7 +102,7 @@ class DuetPlus(EncoderReducer, DecoderReducer):
         if budget is None:
             schedule = tapered_schedule(depth) if self.schedule is None else self.schedule
             entry = tokens if self.keep is None else count_of(self.keep, tokens)
-            return SpanPlan(tokens, entry, 0, layer_counts(entry, depth, schedule))
+            return SpanPlan(tokens, entry, 0, layer_counts(entry, depth, schedule, may_grow=self.reenters))
         check_shares(self.schedule)
         target = target_mean(budget, tokens)
         if target >= tokens:

@@ -96,7 +96,7 @@ class VScan(EncoderReducer, DecoderReducer):
             raise ValueError(f"window={self.window}: rows and columns of a window, at least 1")
         check_choice("local", self.local, ("limit", "equal"))
         if self.schedule is not None:
-            object.__setattr__(self, "schedule", check_schedule(self.schedule))
+            object.__setattr__(self, "schedule", check_schedule(self.schedule, self.reenters))
 
     @classmethod
     def official(cls, keep: int | None = 96, schedule: Schedule | None = ((16, 32),), **fields: Any) -> VScan:
@@ -125,7 +125,7 @@ class VScan(EncoderReducer, DecoderReducer):
         )
         if budget is None:
             entry = tokens if self.keep is None else self._entering(count_of(self.keep, tokens, "int"), tokens)
-            return SpanPlan(tokens, entry, 0, layer_counts(entry, depth, self.schedule or ()))
+            return SpanPlan(tokens, entry, 0, layer_counts(entry, depth, self.schedule or (), may_grow=self.reenters))
         schedule = halfway(depth) if self.schedule is None else self.schedule
         if self.local == "equal" or any(isinstance(kept, int) for _, kept in schedule):
             raise ValueError(

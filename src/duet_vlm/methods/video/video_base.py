@@ -134,7 +134,7 @@ class ScheduledVideoReducer(VideoReducer, DecoderReducer):
         super().__post_init__()
         if self.schedule is None:
             return
-        object.__setattr__(self, "schedule", check_schedule(self.schedule))
+        object.__setattr__(self, "schedule", check_schedule(self.schedule, self.reenters))
         early = [layer for layer, _ in self.schedule if layer < self.min_layer]
         if early:
             why = f"what it decides by is made by earlier layers, so drop before layer {self.min_layer} or later"
@@ -151,7 +151,7 @@ class ScheduledVideoReducer(VideoReducer, DecoderReducer):
         check_budget_or_fields(self, budget, given, "keep=, schedule=")
         if budget is None:
             entry = tokens if self.keep is None else count_of(self.keep, tokens)
-            return SpanPlan(tokens, entry, 0, layer_counts(entry, depth, self.schedule or ()))
+            return SpanPlan(tokens, entry, 0, layer_counts(entry, depth, self.schedule or (), may_grow=self.reenters))
         schedule = self.schedule_at_depth(depth) if self.schedule is None else self.schedule
         if any(isinstance(kept, int) for _, kept in schedule):
             raise ValueError(f"{self.name}: with a budget give fractions in schedule= (0.0 to 1.0), got {schedule}")

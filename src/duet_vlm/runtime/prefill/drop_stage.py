@@ -129,7 +129,7 @@ def decide_stage(
 ) -> StageDecision:
     """The method's decision for the visual tokens before layer ``index``; ``signals`` have one row for each token."""
     reducer = scorer.reducer
-    num_before = prompt_state.ranked(index - 1)
+    num_before = prompt_state.ranked(prompt_state.candidate_layer(index))
     num_kept = prompt_state.ranked(index)
     rows, valid = pack_right(tokens.prunable, max(map(sum, num_before)))
     columns = {
@@ -155,14 +155,16 @@ def decide_stage(
         fields["grids"] = tuple(span.grid for sample in prompt_state.spans for span in sample)
     if reducer.options.multi_image == "joint":
         counts = tuple(zip(map(sum, num_before), map(sum, num_kept), strict=True))
-        return _checked_decision(prompt_state, reducer, _view(valid, counts, fields | columns | text), rows, None)
+        return _checked_decision(
+            prompt_state, reducer, _view(valid, counts, fields | columns | text), tokens, rows, None
+        )
     layout = SpanRows.of(num_before, rows.shape[1], rows.device)
     counts = tuple(
         pair for before, after in zip(num_before, num_kept, strict=True) for pair in zip(before, after, strict=True)
     )
     owner = upload(layout.owners, rows.device)
     columns = {name: layout.take(x) for name, x in columns.items()} | {name: x[owner] for name, x in text.items()}
-    return _checked_decision(prompt_state, reducer, _view(layout.valid, counts, fields | columns), rows, layout)
+    return _checked_decision(prompt_state, reducer, _view(layout.valid, counts, fields | columns), tokens, rows, layout)
 
 
 def _view(valid: Tensor, counts: tuple[tuple[int, int], ...], fields: dict[str, Any]) -> DecoderView:
@@ -171,11 +173,16 @@ def _view(valid: Tensor, counts: tuple[tuple[int, int], ...], fields: dict[str, 
 
 
 def _checked_decision(
-    prompt_state: PromptState, reducer: DecoderReducer, view: DecoderView, rows: Tensor, layout: SpanRows | None
+    prompt_state: PromptState,
+    reducer: DecoderReducer,
+    view: DecoderView,
+    tokens: TokenMap,
+    rows: Tensor,
+    layout: SpanRows | None,
 ) -> StageDecision:
     """The method's decision on ``view``, checked.
 
-    ``rows`` [B, V] are the row numbers of its columns, by ``layout`` if given.
+    ``rows`` [B, V] are the numbers of its columns among ``tokens``, by ``layout`` if given.
     """
     result = reducer.prune_tokens(view)
     if isinstance(result, Selection):
@@ -189,8 +196,8 @@ def _checked_decision(
         kept, invalid_code = check_mask(reducer, result, view.valid, view.num_keep)
     prompt_state.pending.invalid_code.append(invalid_code)
     kept = kept if layout is None else layout.put(kept)
-    all_tokens = torch.zeros(len(rows), prompt_state.layer_groups[-1].width, dtype=torch.bool, device=rows.device)
-    return StageDecision(all_tokens.scatter(1, rows, kept), selection, None if selection is None else rows)
+    kept = torch.zeros_like(tokens.visual).scatter(1, rows, kept)
+    return StageDecision(kept, selection, None if selection is None else rows)
 
 
 def _text_signals(scorer: TextAttentionScorer, tokens: TokenMap, signals: Signals) -> Signals:

@@ -118,7 +118,7 @@ def begin_prompt(
         continuation=Continuation(num_real_tokens=valid.sum(1)),
     )
     prompt_state.reduces = any(
-        plan.entry < plan.tokens or plan.counts[-1] < plan.tokens for row in plans for plan in row
+        plan.entry < plan.tokens or min(plan.counts) < plan.tokens for row in plans for plan in row
     )
     context.prompt_state = prompt_state
     if any(counts.beyond_plan for counts in layout.protected):

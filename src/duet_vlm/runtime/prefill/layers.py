@@ -23,6 +23,7 @@ from duet_vlm.runtime.prefill.drop_stage import StageDecision, StageGather, deci
 from duet_vlm.runtime.prefill.positions import group_rotary
 from duet_vlm.runtime.prefill.prediction_gradient import prediction_gradient
 from duet_vlm.runtime.prefill.projection_reuse import ProjectionCache
+from duet_vlm.runtime.prefill.token_stream import TokenStream
 from duet_vlm.runtime.prompt import LayerGroup, PromptState
 from duet_vlm.runtime.validation import check_finite
 
@@ -44,7 +45,9 @@ class PrefillPass:
     stages : dict
         Layer -> visual tokens per sample that are kept before it.
     forced_stages : frozenset
-        Layers before which the method decides although the plan drops nothing.
+        Layers before which the method decides although the number of tokens stays.
+    stream : TokenStream or None
+        The states of all tokens, of a method with re-entry.
     scorer : TextAttentionScorer or None
         Computes signals, if the method drops inside the decoder.
     scored_at : dict
@@ -90,7 +93,8 @@ class PrefillPass:
         self.replay = replay
         self.kinds = adapter.layer_types
         self.prepared_masks = _prepared_mask(kwargs.get("attention_mask")) if FULL in self.kinds else None
-        self.forced_stages = self.reducer.extra_stages(prompt_state.depth)
+        self.stream = TokenStream() if self.reducer.reenters else None
+        self.forced_stages = self.reducer.extra_stages(prompt_state.depth) | self._repeated_stages()
         self.stages: dict[int, list[int]] = {}
         for layer in range(prompt_state.depth):
             counts = self._stage_counts(layer)
@@ -100,13 +104,11 @@ class PrefillPass:
         self.scorer: TextAttentionScorer | None = None
         if isinstance(self.reducer, DecoderReducer):
             self.scorer = TextAttentionScorer(self.reducer, adapter, queries, num_queries, self.prepared_masks)
-        self.scored_at = scoring_layers(
-            adapter, self.reducer, [layer for layer in self.stages if _any_nonzero(prompt_state.ranked(layer))]
-        )
+        self.scored_at = scoring_layers(adapter, self.reducer, [layer for layer in self.stages if self._chooses(layer)])
         prompt_state.record.num_queries = tuple(max(1, count) for count in num_queries)
         prompt_state.record.scored_layers = tuple(sorted(set(self.scored_at.values())))
         self.needs_gradient = Input.GRADIENT in self.reducer.requires
-        ranking = {stage for stage in self.stages if stage not in replay and _any_nonzero(prompt_state.ranked(stage))}
+        ranking = {stage for stage in self.stages if stage not in replay and self._chooses(stage)}
         self.needs_previous_hidden = ranking if Input.PREVIOUS_HIDDEN_STATES in self.reducer.requires else set()
         self.layers_to_score = {scored for stage, scored in self.scored_at.items() if stage not in replay}
         self.signals: dict[int, Signals] = {}
@@ -118,6 +120,13 @@ class PrefillPass:
         self.rotary_calls: list[Any] = []
         self.entry_kwargs: dict[str, dict[str, Any]] = {}
 
+    def _repeated_stages(self) -> frozenset[int]:
+        """With re-entry, stages at which other tokens may be awake, but not another number of them."""
+        depth, entered = self.prompt_state.depth, self.prompt_state.visual(-1)
+        first = next((layer for layer in range(depth) if self.prompt_state.visual(layer) != entered), depth)
+        repeated = self.reducer.repeated_stages(depth, first)
+        return frozenset(layer for layer in repeated if self.prompt_state.visual(layer) != entered)
+
     def _stage_counts(self, layer: int) -> list[int] | None:
         """Visual tokens per sample that are kept before ``layer``; None where there is no stage."""
         counts = self.prompt_state.visual(layer)
@@ -127,15 +136,22 @@ class PrefillPass:
             else None
         )
 
+    def _chooses(self, stage: int) -> bool:
+        """True if the method decides at ``stage``: not all tokens leave, nor do all that slept come back."""
+        kept = self.prompt_state.ranked(stage)
+        all_awake = self.stream is not None and kept == self.prompt_state.ranked(-1)
+        return any(any(row) for row in kept) and not all_awake
+
     def _refuse_empty_prompt(self) -> None:
         """Refuse a prompt of visual tokens only, if all of them are dropped (without ``protect_predicting_tokens``)."""
         lengths = self.prompt_state.layer_groups[0].lengths
         entering = self.prompt_state.visual(-1)
-        remaining = self.prompt_state.visual(self.prompt_state.depth - 1)
+        layers = (self.prompt_state.visual(layer) for layer in range(self.prompt_state.depth))
+        remaining = [min(counts) for counts in zip(*layers, strict=True)]
         for sample, (length, entered, kept) in enumerate(zip(lengths, entering, remaining, strict=True)):
             if length and length - entered + kept == 0:
                 raise ValueError(
-                    f"sample {sample} has no token left at the end of {self.reducer.name}'s schedule, and none that could predict: use "
+                    f"sample {sample} has no token left in some layers of {self.reducer.name}'s schedule, and none that could predict: use "
                     "protect_predicting_tokens=True, or write text after the image"
                 )
 
@@ -149,12 +165,16 @@ class PrefillPass:
         ):
             with torch.no_grad():
                 self.scorer.choose_raters(hidden.detach(), self.prompt_state.layer_groups[0].tokens.to(hidden.device))
-        if self.scored_at.get(index) == index:  # this layer's attention, before the drop
-            self._score(index, layer, hidden, kwargs)
+        candidates = self._candidates(index, hidden)
+        # this layer's attention, before the drop; with re-entry that of all tokens, for a later stage, too
+        if self.scored_at.get(index) == index or self.stream is not None:
+            self._score(index, layer, candidates, kwargs)
         if self.needs_gradient:
             self.entry_kwargs.setdefault(self.kinds[index], dict(kwargs))
         if index in self.stages:
-            hidden = self._apply_stage(index, layer, hidden, kwargs)
+            hidden = self._apply_stage(index, layer, candidates, kwargs)
+        elif candidates is not hidden:
+            self.projection_cache.keep(self.prompt_state.layer_group(index).tokens.entry_index)
         self._score(index, layer, hidden, kwargs)  # for a later stage, with the kept tokens
         if index + 1 in self.needs_previous_hidden:
             self.previous_hidden[index + 1] = hidden.detach()
@@ -264,6 +284,18 @@ class PrefillPass:
             self.adapter.text_model.config, hidden, valid if group.padded else None, self.cache, index
         )
 
+    def _candidates(self, index: int, hidden: Tensor) -> Tensor:
+        """The states among which a stage before layer ``index``, or a ranking in it, looks: those of the layer's input,
+        or with re-entry of all tokens."""
+        if self.stream is None:
+            return hidden
+        awake = self.prompt_state.layer_group(index - 1)
+        if index in self.stages:
+            if index in self.stage_gathers:
+                self.stream.check_runs_again(index)
+            return self.stream.at_stage(index, hidden, awake)
+        return self.stream.joined(hidden, awake) if index in self.layers_to_score else hidden
+
     # ---- scoring
 
     def _score(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> None:
@@ -276,7 +308,7 @@ class PrefillPass:
     def _signals(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Signals:
         """The signals of ``layer`` for the current tokens."""
         assert self.scorer is not None
-        group = self.prompt_state.layer_group(index)
+        group = self.prompt_state.layer_group(-1 if self.stream is not None else index)
         rotary = self._exact_rotary(group, index, hidden, kwargs["position_embeddings"])
         num_visual = max(
             self.prompt_state.visual(-1 if group is self.prompt_state.layer_groups[0] else group.first_layer)
@@ -306,20 +338,22 @@ class PrefillPass:
 
     def _decide(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> StageGather:
         """Decide the stage before layer ``index``; opens the layer group of the kept tokens."""
-        group = self.prompt_state.layer_group(index - 1) if index else self.prompt_state.layer_groups[0]
+        source = self.prompt_state.candidate_layer(index)
+        group = self.prompt_state.layer_group(source)
         tokens = group.tokens.to(hidden.device)
-        num_alive = self.prompt_state.visual(index - 1)
+        num_alive = self.prompt_state.visual(source)
         lengths = tuple(
             length - before + kept
             for length, before, kept in zip(group.lengths, num_alive, self.stages[index], strict=True)
         )
-        num_ranked = self.prompt_state.ranked(index - 1)
+        num_ranked = self.prompt_state.ranked(source)
         if index in self.replay:
             decision = replay(self.replay[index], tokens, self.prompt_state.prompt_len, max(map(sum, num_ranked)))
-        elif _any_nonzero(self.prompt_state.ranked(index)):
+        elif self._chooses(index):
             decision = self._method_decision(index, layer, hidden, kwargs, tokens)
         else:
-            decision = StageDecision(torch.zeros_like(tokens.visual))
+            all_awake = any(map(sum, self.prompt_state.ranked(index)))
+            decision = StageDecision(tokens.prunable if all_awake else torch.zeros_like(tokens.visual))
         keep = (tokens.valid & ~tokens.prunable) | decision.kept
         gather = StageGather.of(decision, keep, max(lengths), in_order=self.prompt_state.positions == "keep")
         kept_tokens = tokens.gather(gather.index, gather.valid)
@@ -328,11 +362,12 @@ class PrefillPass:
         )
         self.replay.setdefault(index, self.prompt_state.layer_groups[-1])
         later = {scored for stage, scored in self.scored_at.items() if stage > index}
-        self.signals = {
-            scored: {name: gather_rows(rows, gather.index) for name, rows in signals.items()}
-            for scored, signals in self.signals.items()
-            if scored in later
-        }
+        self.signals = {scored: signals for scored, signals in self.signals.items() if scored in later}
+        if self.stream is None:  # else a later stage, too, is among all tokens
+            self.signals = {
+                scored: {name: gather_rows(rows, gather.index) for name, rows in signals.items()}
+                for scored, signals in self.signals.items()
+            }
         self.previous_hidden.pop(index, None)
         return gather
 
@@ -361,7 +396,7 @@ class PrefillPass:
         last = reducer.scoring_rules().probe == "last"
         number = self.adapter.probed_layer(index, last)
         gradient_layer = layer if number == index else self.adapter.layers[number]
-        group = self.prompt_state.layer_group(index - 1) if index else self.prompt_state.layer_groups[0]
+        group = self.prompt_state.layer_group(self.prompt_state.candidate_layer(index))
         layer_args = self._arguments_of(group, number, hidden, kwargs, index) | {
             "past_key_values": None,
             "use_cache": False,
@@ -436,10 +471,6 @@ def _check_gradient_layers(adapter: Adapter, reducer: DecoderReducer, stages: li
                 f"{reducer.name} drops before decoder layer {stage}, but {adapter.family} has no attention {direction} that a gradient can go through: "
                 f"drop {remedy}"
             )
-
-
-def _any_nonzero(counts: list[list[int]]) -> bool:
-    return any(any(row) for row in counts)
 
 
 def _prepared_mask(mask: Any) -> Tensor | None:
