@@ -8,88 +8,20 @@ from __future__ import annotations
 
 import base64
 import concurrent.futures
-import contextlib
-import io
 import os
 import signal
-import socket
 import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from cases import CLIPS, REFUSES, blobs
-from PIL import Image
+from serving import KEY, PICTURES, QUIET, ask, client, clip_url, command, free_port, metric, rows, server, url
 
-openai = pytest.importorskip("openai")
-
-KEY = "a-key"
-ENGINE = [
-    "--dtype",
-    "float32",
-    "--enforce-eager",
-    "--block-size",
-    "32",
-    "--max-num-seqs",
-    "32",
-    "--distributed-executor-backend",
-    "uni",
-]
-QUIET = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 SOAK = float(os.environ.get("DUET_VLM_SOAK", "5"))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def command(*arguments: str, model: str = "tiny") -> list[str]:
-    return [
-        str(Path(sys.executable).parent / "duet-vlm"),
-        "serve",
-        "--model",
-        model,
-        "--method",
-        "duet_plus",
-        *arguments,
-    ]
-
-
-@contextlib.contextmanager
-def server(port: int, log: Path, model: str = "tiny") -> Iterator[subprocess.Popen[bytes]]:
-    with log.open("wb") as file:
-        run = command(
-            "--budget", "16", "--port", str(port), "--api-key", KEY, "--request-budgets", "--", *ENGINE, model=model
-        )
-        process = subprocess.Popen(
-            run, env=os.environ | QUIET, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            for _ in range(600):
-                assert process.poll() is None, log.read_text()[-3000:]
-                with contextlib.suppress(OSError):
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
-                    break
-                time.sleep(1)
-            yield process
-        finally:
-            process.terminate()
-            try:
-                process.wait(60)
-            finally:  # vLLM's engine, a process of its own, outlives a server that was killed
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -97,52 +29,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]
     port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
     with server(port, log):
         yield port, log
-
-
-def client(port: int, key: str = KEY) -> Any:
-    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0, timeout=300)
-
-
-def url(picture: Image.Image) -> str:
-    held = io.BytesIO()
-    picture.save(held, "PNG")
-    return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
-
-
-def clip_url(frames: list[Image.Image]) -> str:
-    """A clip as vLLM takes it without any codec: frames one by one."""
-    held = [io.BytesIO() for _ in frames]
-    for frame, one in zip(frames, held, strict=True):
-        frame.save(one, "JPEG")
-    return "data:video/jpeg;base64," + ",".join(base64.b64encode(one.getvalue()).decode() for one in held)
-
-
-PICTURES = [url(blobs(seed, 224, 224)) for seed in range(4)]
-
-
-def ask(
-    port: int,
-    shown: tuple[str, ...] = (PICTURES[0],),
-    text: str = "what colour is the circle?",
-    model: str = "tiny",
-    kind: str = "image_url",
-    **more: Any,
-) -> Any:
-    content = [*({"type": kind, kind: {"url": each}} for each in shown), {"type": "text", "text": text}]
-    messages: Any = [{"role": "user", "content": content}]
-    extra = {"ignore_eos": True} | more.pop("extra", {})
-    return client(port).chat.completions.create(
-        model=model, messages=messages, max_tokens=4, temperature=0, extra_body=extra, **more
-    )
-
-
-def rows(port: int, **more: Any) -> int:
-    return int(ask(port, **more).usage.prompt_tokens)
-
-
-def metric(port: int, name: str) -> float:
-    page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
-    return sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith(name))
 
 
 def test_prompts_hold_what_enters(place: tuple[int, Path]) -> None:

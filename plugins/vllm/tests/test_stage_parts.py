@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from duet_vlm_vllm import qwen3_vl
+from duet_vlm_vllm.placeholders import FewerPlaceholders
 from duet_vlm_vllm.stages import engine_checks
 from duet_vlm_vllm.stages.model import StagedModel
 from duet_vlm_vllm.stages.model_state import StagedModelState
-from duet_vlm_vllm.stages.request_checks import RequestChecks
+from duet_vlm_vllm.stages.request_checks import LEFT_BEHIND, RequestChecks
 from duet_vlm_vllm.stages.running_step import COUNTS, RunningStep
 from duet_vlm_vllm.stages.worker import StagedRunner
 from vllm import SamplingParams
@@ -135,7 +136,7 @@ def test_methods_that_look_at_all_heads_at_once_have_one_rank(heads: str, ranks:
 
 @pytest.mark.parametrize(("stages", "takes"), [("first", True), ("all", False)])
 def test_clips_between_timestamps_have_the_first_stage_only(stages: str, takes: bool) -> None:
-    info, text = object.__new__(qwen3_vl.Info), SimpleNamespace(num_hidden_layers=8)
+    info, text = object.__new__(qwen3_vl.Qwen3VLInfo), SimpleNamespace(num_hidden_layers=8)
     info.get_hf_config = lambda: SimpleNamespace(  # type: ignore[method-assign]
         duet={"method": "duet", "budget": 0.2, "stages": stages}, get_text_config=lambda: text
     )
@@ -231,3 +232,31 @@ def test_requests_are_checked_with_both_runners() -> None:
             RequestChecks.validate_params(refused)
     for fine in (SamplingParams(), SamplingParams(max_tokens=1, logprobs=4), SamplingParams(detokenize=False)):
         RequestChecks.validate_params(fine)
+
+
+class StockProcessor:
+    def apply(self, inputs: Any) -> str:
+        return "processed"
+
+
+class Processor(FewerPlaceholders, StockProcessor):
+    duet = SimpleNamespace(decoder_reducer=None)  # type: ignore[assignment]
+    info = SimpleNamespace(get_hf_config=SimpleNamespace)
+
+
+class Cache:
+    cleared = 0
+
+    def clear_cache(self) -> None:
+        self.cleared += 1
+
+
+def test_images_of_a_refused_request_are_sent_again() -> None:
+    LEFT_BEHIND.clear()
+    inputs, processor = SimpleNamespace(prompt=[1, 2], cache=Cache()), Processor()
+    assert processor.apply(inputs) == "processed" and inputs.cache.cleared == 0
+    with pytest.raises(ValueError, match="prompt_logprobs"):
+        RequestChecks.validate_params(SamplingParams(prompt_logprobs=1))
+    assert processor.apply(SimpleNamespace(prompt=[1, 2], cache=None)) == "processed"  # has nothing to forget
+    for _ in range(2):
+        assert processor.apply(inputs) == "processed" and inputs.cache.cleared == 1

@@ -15,6 +15,7 @@ from duet_vlm.runtime.encode.selection import part_sizes
 from duet_vlm.serve.served_method import REQUEST, ServedMethod
 from duet_vlm_vllm.metrics import count, count_drops
 from duet_vlm_vllm.settings import served
+from duet_vlm_vllm.stages.request_checks import LEFT_BEHIND
 from duet_vlm_vllm.stages.running_step import COUNTS
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
@@ -92,6 +93,9 @@ class FewerPlaceholders:
     def apply(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Refused before anything is processed: an error behind it leaves an image in the front end's cache only, and
         the next request with it fails."""
+        if inputs.cache is not None and LEFT_BEHIND.is_set():
+            LEFT_BEHIND.clear()
+            inputs.cache.clear_cache()
         ends = inputs.prompt[-1:] if self.duet.decoder_reducer is not None else []
         if set(ends) & media_tokens(self.info.get_hf_config()):
             raise ValueError(

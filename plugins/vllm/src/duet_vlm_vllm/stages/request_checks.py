@@ -3,10 +3,15 @@ end the engine."""
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SecondLogitsProcessor
+
+# Parameters are looked at when images have been processed: those of a refused request are in the front end's cache, and
+# the engine never saw them. Whoever processes the next prompt empties the cache, so that images are sent again.
+LEFT_BEHIND = threading.Event()
 
 
 class RequestChecks(LogitsProcessor, SecondLogitsProcessor):
@@ -15,14 +20,9 @@ class RequestChecks(LogitsProcessor, SecondLogitsProcessor):
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        if sampling_params.prompt_logprobs is not None:
-            raise ValueError("prompt_logprobs: visual tokens that leave inside the decoder have none, leave it out")
-        # vLLM asks for a step of its beams like this, and nobody who comes over HTTP can
-        if sampling_params.max_tokens == 1 and sampling_params.logprobs and not sampling_params.detokenize:
-            raise ValueError(
-                "beam search: each step would be a prompt that ends in what a beam wrote, and that would rank visual tokens, "
-                "too: leave use_beam_search out"
-            )
+        if reason := unserved(sampling_params):
+            LEFT_BEHIND.set()
+            raise ValueError(reason)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -38,3 +38,16 @@ class RequestChecks(LogitsProcessor, SecondLogitsProcessor):
 
     def apply(self, logits: Any, *args: Any) -> Any:
         return logits
+
+
+def unserved(params: Any) -> str | None:
+    """Why a request with these sampling parameters is refused, if it is."""
+    if params.prompt_logprobs is not None:
+        return "prompt_logprobs: visual tokens that leave inside the decoder have none, leave it out"
+    # vLLM asks for a step of its beams like this, and nobody who comes over HTTP can
+    if params.max_tokens == 1 and params.logprobs and not params.detokenize:
+        return (
+            "beam search: each step would be a prompt that ends in what a beam wrote, and that would rank visual tokens, too: "
+            "leave use_beam_search out"
+        )
+    return None
