@@ -47,6 +47,7 @@ class DecoderReducer(Reducer):
             raise ValueError(f"{self.name}: options.reentry={self.options.reentry!r} cannot be, since {found[0]}")
 
     def repeated_stages(self, depth: int, first: int) -> frozenset[int]:
+        """With re-entry the layers behind ``first`` that choose anew: all of them, or those of the method's schedule."""
         if self.options.reentry == "layer":
             return frozenset(range(first + 1, depth))
         named = getattr(self, "schedule", None) if self.reenters else None

@@ -31,7 +31,8 @@ def _unchanged(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DecoderView:
-    """Inputs of a method at one drop inside the decoder, for B samples of up to V visual tokens that are left.
+    """Inputs of a method at one drop inside the decoder, for B samples of up to V visual tokens that are left, or
+    with re-entry of those that entered.
 
     With ``multi_image="per_image"`` the rows are spans instead of samples. What the method does not list in
     ``requires`` is None; nothing carries a gradient. D is the width of the decoder, Q the largest number of text

@@ -41,7 +41,7 @@ class RequestChecks(LogitsProcessor, SecondLogitsProcessor):
 
 
 def unserved(params: Any) -> str | None:
-    """Why a request with these sampling parameters is refused, if it is."""
+    """Return the reason for which a request with these sampling parameters is refused, None if it is served."""
     if params.prompt_logprobs is not None:
         return "prompt_logprobs: visual tokens that leave inside the decoder have none, leave it out"
     # vLLM asks for a step of its beams like this, and nobody who comes over HTTP can
