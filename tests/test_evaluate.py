@@ -1009,22 +1009,11 @@ def test_the_oracle_reads_clips(tmp_path: Path) -> None:
         Oracle(options=TokenOptions(crops="per_crop"))
 
 
+SHORT = "--methods uniform --budgets 0.11 --limit 2 --timing-rounds 0 --device cpu".split()
+
+
 def test_json_holds_everything_but_the_answers(tmp_path: Path) -> None:
-    words = [
-        "--methods",
-        "uniform",
-        "--budgets",
-        "0.11",
-        "--limit",
-        "2",
-        "--timing-rounds",
-        "0",
-        "--out",
-        str(tmp_path),
-        "--device",
-        "cpu",
-        "--json",
-    ]
+    words = [*SHORT, "--out", str(tmp_path), "--json"]
     told = [json.loads(run_cli(*words).stdout)["results"] for _ in range(2)]  # the second time it is finished already
     assert told[0] == told[1] and len(told[0]) == 1
     kept = load(tmp_path / "tiny/results/eval.json")
@@ -1059,20 +1048,7 @@ def test_two_at_once_are_refused_and_a_killed_one_stops_nobody(tmp_path: Path) -
 
 
 def test_the_command_holds_its_journal(tmp_path: Path) -> None:
-    words = [
-        "--methods",
-        "uniform",
-        "--budgets",
-        "0.11",
-        "--limit",
-        "2",
-        "--timing-rounds",
-        "0",
-        "--out",
-        str(tmp_path),
-        "--device",
-        "cpu",
-    ]
+    words = [*SHORT, "--out", str(tmp_path)]
     journal = tmp_path / "tiny/results/eval.parts/0.jsonl"
     with alone(journal):
         for more in ([], ["--restart"]):
@@ -1093,20 +1069,7 @@ def test_a_model_without_processor_is_refused_at_once(tmp_path: Path) -> None:
 
 
 def test_a_finished_result_is_kept(tmp_path: Path) -> None:
-    words = [
-        "--methods",
-        "uniform",
-        "--budgets",
-        "0.11",
-        "--limit",
-        "2",
-        "--timing-rounds",
-        "0",
-        "--out",
-        str(tmp_path),
-        "--device",
-        "cpu",
-    ]
+    words = [*SHORT, "--out", str(tmp_path)]
     first = run_cli(*words)
     assert first.exit_code == 0 and "uniform 11%" in first.stdout and "28 x12 of 256" in first.stdout
     file = tmp_path / "tiny/results/eval.json"

@@ -50,6 +50,15 @@ def test_every_old_name_has_a_new_one_that_some_method_has() -> None:
     assert known >= set(NAMES.values()) | OPTIONS and set(OPTION_NAMES) >= OPTIONS
 
 
+@pytest.mark.parametrize(("method", "settings", "advice"), [row for row in OLD if "+" not in row[0]])
+def test_a_class_says_the_new_name(method: str, settings: dict[str, Any], advice: str) -> None:
+    with pytest.raises(ValueError) as error:
+        duet_vlm.get_method(method)(**settings)
+    assert str(error.value).startswith(f"{method}: ") and str(error.value).endswith(advice)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
+        duet_vlm.get_method(method)(colour=3)
+
+
 def test_old_values_of_options_are_refused_with_those_of_today() -> None:
     for options, advice in (
         ({"multi_image": "each"}, "give multi_image='per_image'"),

@@ -20,6 +20,7 @@ from duet_vlm.reducers.inputs import ATTENTION_INPUTS, TEXT_QUERY_INPUTS, Input
 from duet_vlm.reducers.options import NAMES, TokenOptions
 from duet_vlm.reducers.scoring import ScoringRules
 from duet_vlm.utils.field_types import check_names, check_type
+from duet_vlm.utils.renamed_settings import check_renamed
 
 ROUNDINGS = ("floor", "int", "round")
 NEUTRAL = TokenOptions(  # of a stage that a method does not have
@@ -79,6 +80,11 @@ class Reducer(ABC):
     merges: ClassVar[bool] = False  # ``prune_tokens`` returns selections
     score_layer_offset: ClassVar[int] = 0  # how many layers before the drop the score is taken
     options: TokenOptions = TokenOptions()
+
+    def __new__(cls: type[Method], *args: Any, **settings: Any) -> Method:
+        # Python would say of an old name that it is unexpected, and not what it is called today
+        check_renamed(getattr(cls, "name", cls.__name__), settings, [each.name for each in fields(cls)])
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for each in fields(self):
