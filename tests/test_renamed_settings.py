@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 import duet_vlm
 from duet_vlm.cli.main import app
 from duet_vlm.evaluation.report.check import check
+from duet_vlm.methods.decoder.fastv import FastV
 from duet_vlm.reducers.options import NAMES as OPTION_NAMES
 from duet_vlm.utils.renamed_settings import NAMES, OPTIONS
 
@@ -57,6 +59,17 @@ def test_a_class_says_the_new_name(method: str, settings: dict[str, Any], advice
     assert str(error.value).startswith(f"{method}: ") and str(error.value).endswith(advice)
     with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
         duet_vlm.get_method(method)(colour=3)
+
+
+def test_a_field_with_the_name_of_an_option_is_refused() -> None:
+    @dataclass(frozen=True)
+    class Old(FastV):
+        text_query: str = "all"
+
+    with pytest.raises(
+        TypeError, match=r"text_query is an option .* write default_options = TokenOptions\(text_query="
+    ):
+        Old()
 
 
 def test_old_values_of_options_are_refused_with_those_of_today() -> None:

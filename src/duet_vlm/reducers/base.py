@@ -82,8 +82,14 @@ class Reducer(ABC):
     options: TokenOptions = TokenOptions()
 
     def __new__(cls: type[Method], *args: Any, **settings: Any) -> Method:
+        own, name = [each.name for each in fields(cls)], getattr(cls, "name", cls.__name__)
+        if taken := [each for each in own if each in NAMES]:
+            raise TypeError(
+                f"{name}: {taken[0]} is an option of methods, a field of that name has no effect: write "
+                f"default_options = TokenOptions({taken[0]}=...) in place of it"
+            )
         # Python would say of an old name that it is unexpected, and not what it is called today
-        check_renamed(getattr(cls, "name", cls.__name__), settings, [each.name for each in fields(cls)])
+        check_renamed(name, settings, own)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
