@@ -319,31 +319,12 @@ def test_pixels_that_are_not_finite(family: str, value: float) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_salient_without_processor_or_mask(family: str) -> None:
-    model, inputs = shared(family), FAMILIES[family].inputs([ONE, TWO])
-    with pytest.warns(UserWarning, match="without processor=: every call must bring salient_mask"):
-        handle = duet_vlm.attach(model, "duet", schedule=((4, 0.5),), options=TokenOptions(text_query="salient"))
-    with handle:
-        message = r"text_query='salient' needs to know the question's words: pass processor=.*or pass salient_mask="
-        for call in (forward, generate):
-            with pytest.raises(ValueError, match=message):
-                call(model, inputs)
-        message = r"salient_mask (is|has shape) \(1, \d+\), the prompt \(2, \d+\): make both from the same inputs"
-        with pytest.raises(ValueError, match=message):
-            forward(model, inputs, salient_mask=torch.ones(1, inputs["input_ids"].shape[1] + 3, dtype=torch.bool))
-        forward(model, inputs, salient_mask=torch.ones_like(inputs["input_ids"]))
-        assert handle.report().measured_mean < handle.report().tokens / 2
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_text_alone_needs_no_salient_mask(family: str) -> None:
-    model, inputs = shared(family), FAMILIES[family].inputs([TEXT])
-    plain = forward(model, inputs).logits
-    with (
-        pytest.warns(UserWarning),
-        duet_vlm.attach(model, "duet", schedule=((4, 0.5),), options=TokenOptions(text_query="salient")),
-    ):
-        assert torch.equal(forward(model, inputs).logits, plain)
+def test_salient_without_processor(family: str) -> None:
+    model, options = shared(family), TokenOptions(text_query="salient")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="text_query='salient' reads the words of the question: pass processor="):
+        duet_vlm.attach(model, "duet", schedule=((4, 0.5),), options=options)
+    assert snapshot(model) == before
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -701,7 +701,7 @@ def prompts(draw: Any) -> tuple[list[bool], list[bool], list[int], list[bool]]:
 )
 def test_query_rows(batch: list[Any], kind: str, labelled: bool, turns: str) -> None:
     visual, valid, labels, salient = (torch.tensor([row[i] for row in batch]) for i in range(4))
-    rows = query_rows(kind, visual, valid, labels if labelled else None, salient, turns)
+    rows = query_rows(kind, visual, valid, labels if labelled else None, lambda rows: salient, turns)
     for (v, ok, y, s), found in zip(batch, rows, strict=True):
         assert found.nonzero().flatten().tolist() == reference_ops.query_rows(
             kind, v, ok, y if labelled else None, s, turns

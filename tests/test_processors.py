@@ -3,9 +3,7 @@ what was asked for."""
 
 from __future__ import annotations
 
-import copy
 import math
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -13,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, IMAGE, Inputs, build, generate, shared
+from families import FAMILIES, IMAGE, Inputs, forward, generate, shared
 from method_matrix import REDUCING, TOO_EARLY
 from PIL import Image
-from processors import PINPOINTS, STOCK, inputs_for, picture, processor, prompt
+from processors import PINPOINTS, STOCK, inputs_for, picture, processor
 
 import duet_vlm
 from duet_vlm import BudgetError
@@ -371,37 +369,23 @@ def test_onevision_takes_pictures_in_a_flat_list_as_if_each_were_alone() -> None
     check_all(run("llava_onevision", inputs), [[onevision(size, 1)[0] for size in row] for row in rows])
 
 
-# ---- salient words: the wrapper on a processor
-
-MARKING = [  # whose prompts hold nothing but the text and placeholders, and whose rows may be ragged
-    "llava", "vipllava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v", "glm46v",
-]  # fmt: skip
+# ---- salient words, read from the ids
 
 
-@pytest.mark.parametrize("name", MARKING)
-def test_a_processor_of_two_models_marks_ragged_rows_and_is_given_back(name: str) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_salient_words_are_those_of_the_question(name: str) -> None:
     made, rows = processor(name), drawn(((SQUARE,), (ODD, TINY)))
-    plain, state = type(made), dict(vars(made))
-    handles = [duet_vlm.attach(model, "duet", budget=BUDGET, processor=made) for model in (shared(name), build(name))]
-    texts = [prompt(name, len(row), number) for number, row in enumerate(rows)]
-    ragged = made(text=texts, images=rows)
-    assert len({len(ids) for ids in ragged["input_ids"]}) == 2
-    for number, row in enumerate(rows):
-        alone = inputs_for(name, [row], first=number)
-        if name != "llava_onevision" or len(row) == 1:  # which cuts a picture that is alone into crops
-            assert ragged["input_ids"][number] == alone["input_ids"][0].tolist()
-        words = [
-            token
-            for token, marked in zip(ragged["input_ids"][number], ragged["salient_mask"][number], strict=True)
-            if marked
-        ]
-        assert words == alone["input_ids"][0][alone["salient_mask"][0]].tolist() and words
-    for twin in (copy.copy(made), copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
-        assert type(twin) is plain and "salient_mask" not in twin(text=texts, images=rows)
-    for handle in handles:  # in the order in which they were attached
-        assert "salient_mask" in inputs_for(name, rows)
-        handle.detach()
-    assert type(made) is plain and vars(made) == state and "salient_mask" not in inputs_for(name, rows)
+    inputs = inputs_for(name, rows)
+    model = shared(name)
+    with duet_vlm.attach(
+        model, "duet", budget=BUDGET, processor=made, options=duet_vlm.TokenOptions(text_query="salient")
+    ) as handle:
+        forward(model, inputs)
+        together = handle.trace
+        for number, row in enumerate(rows):
+            forward(model, inputs_for(name, [row], first=number))
+            if name != "llava_onevision" or len(row) == 1:  # which cuts a picture that is alone into crops
+                assert [span.stages for span in handle.trace[0]] == [span.stages for span in together[number]]
 
 
 # ---- more combinations

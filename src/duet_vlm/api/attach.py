@@ -51,7 +51,7 @@ def attach(
         Mean visual tokens per decoder layer and image (int), or that as a fraction of the image's tokens (float in (0,
         1]).
     processor : optional
-        The model's processor; needed for ``TokenOptions(text_query="salient")``, whose words it marks.
+        The model's processor, whose tokenizer reads the question for ``TokenOptions(text_query="salient")``.
     options : TokenOptions, optional
         How visual tokens are treated, whatever the method: their positions, which text asks, whether images are ranked
         together. What is left out stays as the method, or the file, has it. A mapping of its fields will do.

@@ -18,7 +18,6 @@ from duet_vlm.api.loading import LoadedModel
 from duet_vlm.app.controls import ChosenMethod
 from duet_vlm.app.errors import sentence
 from duet_vlm.app.files import Uploads
-from duet_vlm.reducers.options import marks_salient
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,8 +76,6 @@ class AppSide:
         self.model = same_weights(loaded.model)
         self.handle = None if asked is None else _attached(self.model, loaded, asked.method, asked)
         self.inputs = loaded.inputs(shown.pictures, question, shown.clips)
-        if self.handle is None or self.handle.reducer.options.text_query != "salient":
-            self.inputs.pop("salient_mask", None)
 
     def seen(self) -> RunRecord:
         """Tokens that the last answer kept, and, from a second look at the prompt, the scores that decided. A full
@@ -102,10 +99,8 @@ class AppSide:
 def _attached(model: nn.Module, loaded: LoadedModel, method: Any, asked: ChosenMethod) -> Handle:
     from duet_vlm import attach
 
-    settings = method.settings() if not isinstance(method, str) else {}
     try:
-        processor = loaded.processor if marks_salient(settings | asked.settings) else None
-        return attach(model, method, budget=asked.budget, processor=processor, **asked.settings)
+        return attach(model, method, budget=asked.budget, processor=loaded.processor, **asked.settings)
     except (ValueError, TypeError) as error:
         text = str(error)
         raise ValueError(text if text.startswith(asked.method) else f"{asked.method}: {text}") from error

@@ -19,7 +19,6 @@ from duet_vlm.inputs.images import open_image
 from duet_vlm.inputs.video import VideoFrames, decode, length
 from duet_vlm.planning.budget import read_budget
 from duet_vlm.reducers import method_files
-from duet_vlm.reducers.options import marks_salient
 from duet_vlm.reducers.persistence import is_method_file, load_from_config, load_from_file
 from duet_vlm.utils.field_types import is_setting_name, merged, nested, read_value
 
@@ -284,13 +283,10 @@ class Reduction:
         return self.preset or handle.reducer.name
 
     def attach(self, model: nn.Module, processor: Any = None, **pieces: Any) -> Handle:
-        """Attach it; ``processor`` is used where the settings need one, ``pieces`` are those of ``pieces_of``."""
-        from duet_vlm import attach, load_from_config
+        """Attach it; ``pieces`` are those of ``pieces_of``."""
+        from duet_vlm import attach
 
-        known = load_from_config(model) if self.method is None else None
-        fields = merged((known or {}).get("settings", {}), self.fields)
-        marked = processor if marks_salient(fields) else None
-        return attach(model, self.method, budget=self.budget, processor=marked, **self.fields | pieces)
+        return attach(model, self.method, budget=self.budget, processor=processor, **self.fields | pieces)
 
     def check(self, model: str) -> None:
         """Refuse, before anything large is loaded, settings that the method does not have.

@@ -88,7 +88,6 @@ def run(
         if compare:
             if not json_:
                 sys.stdout.write(f"{'full':<{width}} | ")
-            inputs.pop("salient_mask", None)
             with handle.paused():
                 full = timed_answer(loaded, inputs, max_new_tokens, not json_)
     if json_:

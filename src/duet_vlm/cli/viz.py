@@ -180,8 +180,7 @@ def _view(
     with reduction.attach(loaded.model, loaded.processor) as handle:
         name, label, budget = file_name(reduction, handle), reduction.label_on(handle), handle.budget
         watched = ScoreRecorder(handle.reducer)
-    marked = loaded.processor if watched.reducer.options.text_query == "salient" else None
-    with attach(loaded.model, watched.reducer, budget=budget, processor=marked) as handle:
+    with attach(loaded.model, watched.reducer, budget=budget, processor=loaded.processor) as handle:
         inputs = loaded.inputs(shown.images, prompt, clips)
         said = timed_answer(loaded, inputs, longest, False).text
         (spans,), report = handle.trace, handle.report()

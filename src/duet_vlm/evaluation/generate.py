@@ -136,7 +136,7 @@ def _answers(
 def _said(loaded: LoadedModel, handle: Handle, questions: list[TaskQuestion], max_new_tokens: int) -> list[str]:
     if not questions:
         return []
-    inputs = inputs_of(loaded, questions, salient=handle.reducer.options.text_query == "salient")
+    inputs = inputs_of(loaded, questions)
     made = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     return [
         text.strip()

@@ -17,7 +17,6 @@ from duet_vlm.evaluation.experiment import ORACLE, ExperimentCell
 from duet_vlm.evaluation.shared_vision import SharedVision
 from duet_vlm.evaluation.tasks import TaskQuestion
 from duet_vlm.reducers.inputs import VISION_LAYER_INPUTS
-from duet_vlm.reducers.options import marks_salient
 
 
 @dataclass(frozen=True)
@@ -70,14 +69,13 @@ def attached(loaded: LoadedModel, run: ExperimentCell, questions: Sequence[TaskQ
     told: dict[str, Any] = (
         {"needed": tuple(part for q in questions for part in needed_parts(q))} if run.method == ORACLE else {}
     )
-    processor = loaded.processor if marks_salient(run.settings) else None
     with duet_vlm.attach(
-        loaded.model, method_of(run), budget=run.budget, processor=processor, **run.settings | run.pieces, **told
+        loaded.model, method_of(run), budget=run.budget, processor=loaded.processor, **run.settings | run.pieces, **told
     ) as handle:
         yield handle
 
 
-def inputs_of(loaded: LoadedModel, questions: Sequence[TaskQuestion], salient: bool = False) -> Any:
+def inputs_of(loaded: LoadedModel, questions: Sequence[TaskQuestion]) -> Any:
     """Model inputs of a batch, padded on the left."""
     text = [chat_text(loaded.processor, q.text, len(q.images), len(q.videos)) for q in questions]
     given = {
@@ -86,8 +84,6 @@ def inputs_of(loaded: LoadedModel, questions: Sequence[TaskQuestion], salient: b
     }
     pictures = {name: items for name, items in given.items() if items}
     made = loaded.processor(text=text, **pictures, return_tensors="pt", padding=True, padding_side="left")
-    if not salient:
-        made.pop("salient_mask", None)
     return made.to(loaded.model.device, loaded.model.dtype)
 
 
@@ -96,10 +92,9 @@ def answer(
 ) -> dict[str, Outcome]:
     """Answers of every run to one batch.
 
-    Inputs are made once, except for runs whose processor marks salient words; so are the lower vision layers, except
-    for videos, which may pass through the tower in chunks.
+    Inputs are made once; so are the lower vision layers, except for videos, which may pass through the tower in chunks.
     """
-    plain, shared = (
+    inputs, shared = (
         inputs_of(loaded, questions),
         None if any(q.videos for q in questions) else SharedVision(loaded.model),
     )
@@ -107,8 +102,6 @@ def answer(
     for run in runs:
         try:
             with attached(loaded, run, questions) as handle, sharing(shared, handle.reducer), torch.no_grad():
-                salient = marks_salient(run.settings)
-                inputs = inputs_of(loaded, questions, salient=True) if salient else plain
                 made = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
                 said = loaded.processor.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
                 out[run.id] = _outcome(handle, said, questions)

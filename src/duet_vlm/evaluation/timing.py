@@ -13,7 +13,6 @@ from duet_vlm.evaluation.experiment import BASELINE, ExperimentCell
 from duet_vlm.evaluation.run_sample import attached, inputs_of
 from duet_vlm.evaluation.tasks import TaskQuestion
 from duet_vlm.profiling.timing import ratio, time_paired
-from duet_vlm.reducers.options import marks_salient
 
 
 def prefill_times(
@@ -24,19 +23,15 @@ def prefill_times(
     ``ratio`` is the time over the untouched model's, round by round, with the 95 % interval of its median. Attaching is
     not timed.
     """
-    plain = inputs_of(loaded, questions)
+    inputs = inputs_of(loaded, questions)
 
     def timed(run: ExperimentCell) -> tuple[Callable[[], Any], Callable[[], contextlib.AbstractContextManager[Any]]]:
-        inputs = dict(plain)
-
         @contextlib.contextmanager
         def around() -> Iterator[None]:
             with (
                 contextlib.nullcontext() if run.method == BASELINE else attached(loaded, run, questions),
                 torch.no_grad(),
             ):
-                if marks_salient(run.settings):
-                    inputs.update(inputs_of(loaded, questions, salient=True))
                 yield
 
         return lambda: loaded.model(**inputs, use_cache=True, logits_to_keep=1), around

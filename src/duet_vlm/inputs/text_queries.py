@@ -4,7 +4,7 @@ question)."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +16,7 @@ from duet_vlm.ops.ragged import after_last_true, last_true
 CONTENT_POS = {"NOUN", "PROPN", "PRON", "VERB", "ADJ", "ADV", "NUM"}
 SPACY_MODEL = "en_core_web_sm"
 SHORTEST_WORD = 3
+CONTEXT = 8  # tokens before one that are decoded with it: a character has at most four bytes, so four tokens
 
 
 def query_rows(
@@ -23,7 +24,7 @@ def query_rows(
     visual: Tensor,
     valid: Tensor,
     labels: Tensor | None = None,
-    salient: Tensor | None = None,
+    salient: Callable[[Tensor], Tensor] | None = None,
     turns: str = "first",
 ) -> Tensor:
     """Query positions of a batch of prompts; a prompt without any gets none here and falls back to the last visual
@@ -38,8 +39,8 @@ def query_rows(
     labels : Tensor, optional
         [B, S]; with labels only unsupervised positions (-100) are queries: those before the first answer, or of all
         ``turns``.
-    salient : Tensor, optional
-        [B, S] bool, needed for "salient" (positions after the prompt it was made for count as not salient).
+    salient : callable, optional
+        Needed for "salient": given the candidates [B, S], returns those that belong to salient words (:func:`salient_words`).
 
     Returns
     -------
@@ -62,101 +63,56 @@ def query_rows(
     if kind == "last":
         return last_true(after)
     if kind == "salient":
-        if salient is None:
-            raise ValueError(
-                "text_query='salient' needs to know the question's words: pass processor= to attach() and make the "
-                "inputs with that "
-                "processor, or pass salient_mask=duet_vlm.inputs.text_queries.salient_mask(tokenizer, texts, "
-                "input_ids) to the model"
-            )
-        salient = torch.nn.functional.pad(salient, (0, max(0, after.shape[1] - salient.shape[1])))
-        if salient.shape != after.shape:
-            raise ValueError(
-                f"salient_mask is {tuple(salient.shape)}, the prompt {tuple(after.shape)}: make both from the same "
-                "inputs"
-            )
-        return after & salient.to(after.device).bool()
+        assert salient is not None  # checked where a method is attached
+        return after & salient(after)
     return after
 
 
-def salient_mask(
-    tokenizer: Any, text: str | Sequence[str], input_ids: Tensor, image_token_id: int | None = None
-) -> Tensor:
-    """Mask of the tokens that belong to content words of the question (the text after the last image), plus the last
-    token.
+def salient_words(tokenizer: Any, input_ids: Tensor, candidates: Tensor) -> Tensor:
+    """Those of the ``candidates`` that belong to content words of their text, and the last candidate of each prompt.
 
-    Words are found in the text and mapped to tokens by the tokenizer's offsets. Placeholder tokens that a processor
-    repeats are matched by skipping them on both sides.
+    Copies the ids to the host. Special tokens are no words.
 
     Parameters
     ----------
-    tokenizer : PreTrainedTokenizerFast
-        Its offsets are used.
-    text : str or sequence of str
-        The prompts as given to the processor.
+    tokenizer : PreTrainedTokenizerBase
+        The model's.
     input_ids : Tensor
-        [B, S] as the processor made them, padded on either side.
-    image_token_id : int, optional
-        Placeholder id; left out: the tokenizer's ``image_token_id``.
+        [B, S].
+    candidates : Tensor
+        [B, S] bool.
 
     Returns
     -------
     Tensor
-        [B, S] bool.
-
-    Raises
-    ------
-    TypeError
-        If the tokenizer has no offsets (a slow tokenizer).
-    ValueError
-        If texts and ids do not belong together.
+        [B, S] bool, on the device of ``candidates``.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise TypeError(f"salient words need a fast tokenizer (with offsets), got {type(tokenizer).__name__}")
-    texts = [text] if isinstance(text, str) else list(text)
-    ids = input_ids if isinstance(input_ids, Tensor) else torch.as_tensor(input_ids, device="cpu")
-    if len(texts) != len(ids):
-        raise ValueError(f"{len(texts)} texts for {len(ids)} rows of input_ids")
-    image = getattr(tokenizer, "image_token_id", None) if image_token_id is None else image_token_id
-    mask = torch.zeros(ids.shape, dtype=torch.bool, device="cpu")
-    for row, (prompt, tokens) in enumerate(zip(texts, ids.tolist(), strict=True)):
-        mask[row, _salient_columns(tokenizer, prompt, tokens, image)] = True
-    return mask.to(ids.device)
+    found = torch.zeros(candidates.shape, dtype=torch.bool, device="cpu")
+    for row, (ids, chosen) in enumerate(zip(input_ids.cpu(), candidates.cpu(), strict=True)):
+        columns = chosen.nonzero()[:, 0].tolist()
+        if columns:
+            text, spans = token_spans(tokenizer, ids[chosen].tolist())
+            words = content_words(text)
+            salient = [any(a < end and begin < b for a, b in words) for begin, end in spans]
+            found[row, columns] = torch.tensor([*salient[:-1], True], device="cpu")
+    return found.to(candidates.device)
 
 
-def _salient_columns(tokenizer: Any, prompt: str, tokens: list[int], image: int | None) -> list[int]:
-    columns, offsets = columns_of(tokenizer, prompt, tokens, {image, tokenizer.pad_token_id})
-    if not columns:
-        return []
-    placeholder = None if image is None else tokenizer.convert_ids_to_tokens(image)
-    start = 0 if placeholder is None or placeholder not in prompt else prompt.rindex(placeholder) + len(placeholder)
-    spans = [(start + a, start + b) for a, b in content_words(prompt[start:])]
-    salient = [
-        c for c, (first, end) in zip(columns, offsets, strict=True) if any(a < end and first < b for a, b in spans)
-    ]
-    return [*salient, columns[-1]]
+def token_spans(tokenizer: Any, ids: list[int]) -> tuple[str, list[tuple[int, int]]]:
+    """The text of tokens, and the characters (begin, end) that each token adds to it; none for a special token.
 
-
-def columns_of(
-    tokenizer: Any, text: str, tokens: list[int], skip: set[int | None], special: bool = True
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """Positions in ``tokens`` of each token of ``text``, and the characters it covers; ``skip`` (placeholders, padding)
-    counts on neither side.
-
-    Raises
-    ------
-    ValueError
-        If the tokens are not those of the text.
+    A token's characters follow from decoding it behind the tokens before it, as decoders join words and bytes.
     """
-    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
-    columns = [c for c, token in enumerate(tokens) if token not in skip]
-    pieces = [p for p, token in enumerate(encoded["input_ids"]) if token not in skip]
-    if [tokens[c] for c in columns] != [encoded["input_ids"][p] for p in pieces]:
-        raise ValueError(
-            "input_ids are not this text's tokens (truncated, or another processor's): its words cannot be found in "
-            "them"
-        )
-    return columns, [tuple(encoded["offset_mapping"][p]) for p in pieces]
+
+    def length(first: int, last: int) -> int:
+        return len(tokenizer.decode(ids[first:last], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    spans, end = [], 0
+    for number in range(len(ids)):
+        first = max(0, number - CONTEXT)
+        begin, end = end, end + length(first, number + 1) - length(first, number)
+        spans.append((begin, end))
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False), spans
 
 
 def content_words(question: str) -> list[tuple[int, int]]:
@@ -185,7 +141,7 @@ def content_words(question: str) -> list[tuple[int, int]]:
 
 
 def _words(question: str) -> list[tuple[int, int]]:
-    return [m.span() for m in re.finditer(r"[^\W_]+(?!\w*:)", question) if not question[m.end() : m.end() + 1] == ":"]
+    return [match.span() for match in re.finditer(r"[^\W_]+(?!\w*\s*:)", question)]
 
 
 @lru_cache(maxsize=1)

@@ -143,11 +143,6 @@ class TokenOptions:
         return f"TokenOptions({', '.join(f'{name}={value!r}' for name, value in self.given().items())})"
 
 
-def marks_salient(settings: Mapping[str, Any]) -> bool:
-    """True if by these settings of a method the salient words of the question rank, which the processor marks."""
-    return TokenOptions.of(settings.get("options")).text_query == "salient"
-
-
 NAMES = tuple(each.name for each in fields(TokenOptions))
 CHOICES: dict[str, tuple[str, ...]] = {
     "positions": ("keep", "compact"),

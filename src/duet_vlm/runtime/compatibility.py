@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -79,10 +78,7 @@ def check(
     if processor is not None and not hasattr(processor, "tokenizer"):
         raise TypeError(f"processor= must be the model's processor (with a tokenizer), got {type(processor).__name__}")
     if isinstance(reducer, DecoderReducer) and reducer.options.text_query == "salient" and processor is None:
-        warnings.warn(
-            "text_query='salient' without processor=: every call must bring salient_mask (duet_vlm.inputs.text_queries.salient_mask)",
-            stacklevel=3,
-        )
+        raise ValueError("text_query='salient' reads the words of the question: pass processor= to attach()")
     stored = reducer.calibration()
     if stored is not None:
         stored.check(facts(adapter))

@@ -340,7 +340,6 @@ class OriginalArgs:
     """
 
     labels: Tensor | None = None
-    salient_mask: Tensor | None = None
     logits_to_keep: Any = None
     encoder_outputs: dict[str, Any] | None = None
 
@@ -355,7 +354,7 @@ class ForwardCall:
         Of the call.
     attention_mask : Tensor, dict or None
         The caller's mask, before the family prepares others from it.
-    labels, salient_mask : Tensor or None
+    labels : Tensor or None
         Of the call.
     num_draft_tokens : int
         Tokens at the end that assisted decoding guessed; they are no part of the question.
@@ -369,7 +368,6 @@ class ForwardCall:
     input_embeds: Tensor | None = None
     attention_mask: Any = None
     labels: Tensor | None = None
-    salient_mask: Tensor | None = None
     num_draft_tokens: int = 0
     logits_by_prompt_position: bool = False
     brings_images: bool = False

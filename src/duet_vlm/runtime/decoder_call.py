@@ -12,7 +12,9 @@ from duet_vlm.runtime.prefill.layers import PrefillPass
 from duet_vlm.runtime.pruned_cache import PrunedCacheMixin, unbind_prompt
 
 
-def begin_decoder(adapter: Adapter, context: ForwardContext, kwargs: dict[str, Any]) -> DecodePass | PrefillPass | None:
+def begin_decoder(
+    adapter: Adapter, context: ForwardContext, kwargs: dict[str, Any], tokenizer: Any = None
+) -> DecodePass | PrefillPass | None:
     """Prepare one call of the decoder stack; ``kwargs`` are changed in place. None: the stock path runs."""
     cache = kwargs.get("past_key_values")
     filled = cache is not None and int(cache.get_seq_length()) > 0
@@ -35,4 +37,4 @@ def begin_decoder(adapter: Adapter, context: ForwardContext, kwargs: dict[str, A
         )
     if not context.placeholders or filled:
         return None
-    return begin_prompt(adapter, config, context, kwargs)
+    return begin_prompt(adapter, config, context, kwargs, tokenizer)

@@ -9,7 +9,6 @@ from torch import nn
 
 from duet_vlm.models.adapter import ConcatenatedBlocks, TowerBlocks, VarlenTower
 from duet_vlm.reducers.base import Reducer
-from duet_vlm.reducers.decoder import DecoderReducer
 from duet_vlm.reducers.encoder import EncoderReducer
 from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.vision_tower import tower_of
@@ -20,7 +19,6 @@ from duet_vlm.runtime.encode.encoder import EncoderHooks
 from duet_vlm.runtime.encode.video_chunks import ChunkConfig
 from duet_vlm.runtime.model_hooks import ModelHooks
 from duet_vlm.runtime.prefill.entry import refuse_chunked_prefill
-from duet_vlm.runtime.salient_processor import SalientProcessor, accept_salient
 from duet_vlm.runtime.training.compressor_module import install_module
 from duet_vlm.runtime.training.labels import gather_labels
 from duet_vlm.runtime.vision_tower.block_hooks import BlockHooks, depth_of
@@ -43,21 +41,10 @@ def install(
     ``facts`` describe the model that saved weights must have been trained for.
     """
     model_hooks.module = install_module(model_hooks.adapter, reducer, facts, model_hooks.hooks)
-    _on_tower(
-        model_hooks,
-        reducer,
-        QuestionTextEncoder(text_tower, getattr(processor, "tokenizer", None)),
-        chunks or ChunkConfig(),
-    )
+    model_hooks.tokenizer = getattr(processor, "tokenizer", None)
+    _on_tower(model_hooks, reducer, QuestionTextEncoder(text_tower, model_hooks.tokenizer), chunks or ChunkConfig())
     _on_model(model_hooks)
     _on_decoder(model_hooks)
-    if processor is not None:
-        model_hooks.hooks.on_undo(SalientProcessor(processor, model_hooks.adapter.image_token_id).remove)
-    model = model_hooks.adapter.model
-    if processor is not None or isinstance(reducer, DecoderReducer):
-        model_hooks.hooks.shadow(
-            model, "prepare_inputs_for_generation", accept_salient(model.prepare_inputs_for_generation)
-        )
 
 
 def _on_tower(

@@ -31,7 +31,6 @@ from duet_vlm.runtime.prefill.layers import PrefillPass
 from duet_vlm.runtime.prefill.projection_reuse import ProjectionCache, reuse_projection
 from duet_vlm.runtime.prompt import PromptState
 from duet_vlm.runtime.pruned_cache import record_evicted, trim_cache
-from duet_vlm.runtime.salient_processor import SALIENT
 from duet_vlm.runtime.training.compressor_module import check_learns, touch_all_params
 from duet_vlm.runtime.training.distributed import add_dummy_image, needs_rank_sync
 from duet_vlm.utils.hooks import Hooks
@@ -58,6 +57,8 @@ class ModelHooks:
         The user's handle, kept alive by its hooks.
     module : nn.Module or None
         The trainable module of the method.
+    tokenizer : PreTrainedTokenizerBase or None
+        The model's, where the words of a question are read.
     """
 
     def __init__(self, adapter: Adapter, tracker: CallTracker, hooks: Hooks, align: bool) -> None:
@@ -71,6 +72,7 @@ class ModelHooks:
         self._encode = getattr(adapter.base, adapter.modalities[0].encode)  # the stock method
         self._wrapped_layers: set[nn.Module] = set()
         self.module: nn.Module | None = None
+        self.tokenizer: Any = None
 
     @property
     def prompt_state(self) -> PromptState | None:
@@ -128,10 +130,9 @@ class ModelHooks:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Pre-hook of the model and of the multimodal model inside it, before other wrappers of their forward."""
         compat.refuse_graph(module)
-        mask = kwargs.pop(SALIENT, None)
         if module is self.adapter.model or self.state.original_args is None:
             self.state.original_args = OriginalArgs(
-                kwargs.get("labels"), mask, kwargs.get("logits_to_keep"), kwargs.get(OUTPUTS)
+                kwargs.get("labels"), kwargs.get("logits_to_keep"), kwargs.get(OUTPUTS)
             )
         return args, kwargs
 
@@ -192,7 +193,6 @@ class ModelHooks:
         """
         original = self.state.original_args or OriginalArgs()
         context.call.labels = arguments.get("labels") if original.labels is None else original.labels
-        context.call.salient_mask = original.salient_mask
         logits_to_keep = arguments.get("logits_to_keep") if original.logits_to_keep is None else original.logits_to_keep
         context.call.num_draft_tokens = 0
         if isinstance(logits_to_keep, int) and context.call.labels is None:
@@ -235,7 +235,7 @@ class ModelHooks:
             and self.adapter.model.training
         ):
             check_learns(self.adapter, context.config.reducer.name)
-        running_pass = begin_decoder(self.adapter, context, kwargs)
+        running_pass = begin_decoder(self.adapter, context, kwargs, self.tokenizer)
         if running_pass is not None:
             kwargs[PASS] = running_pass
             prefill = running_pass if isinstance(running_pass, PrefillPass) else None

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm.inputs.text_queries import columns_of
 from duet_vlm.train.data import Conversation
 
 IGNORED = -100
@@ -133,3 +132,25 @@ class Collator:
             k: v[:, : self.max_length] if v.shape == ids.shape and not v.is_floating_point() else v
             for k, v in inputs.items()
         }
+
+
+def columns_of(
+    tokenizer: Any, text: str, tokens: list[int], skip: set[int | None], special: bool = True
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Positions in ``tokens`` of each token of ``text``, and the characters it covers; ``skip`` (placeholders, padding)
+    counts on neither side.
+
+    Raises
+    ------
+    ValueError
+        If the tokens are not those of the text.
+    """
+    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
+    columns = [c for c, token in enumerate(tokens) if token not in skip]
+    pieces = [p for p, token in enumerate(encoded["input_ids"]) if token not in skip]
+    if [tokens[c] for c in columns] != [encoded["input_ids"][p] for p in pieces]:
+        raise ValueError(
+            "input_ids are not this text's tokens (truncated, or another processor's): its words cannot be found in "
+            "them"
+        )
+    return columns, [tuple(encoded["offset_mapping"][p]) for p in pieces]

@@ -15,7 +15,6 @@ from transformers.trainer_utils import EvalLoopOutput
 from duet_vlm import Handle, NewWeights, attach
 from duet_vlm.api.loading import base_of, load, quiet
 from duet_vlm.models.lookup import adapter_for
-from duet_vlm.reducers.options import marks_salient
 from duet_vlm.train import resume
 from duet_vlm.train.callbacks import BudgetCallback, FrozenTowerCallback, ProgressCallback, RememberCallback
 from duet_vlm.train.collate import IGNORED, Collator
@@ -198,12 +197,11 @@ def build(settings: TrainSettings, checkpoint: Path | None = None) -> tuple[Trai
     loaded = load(source, "cpu", torch.float32)  # the Trainer moves it to this process's device
     model = tuned(loaded.model, settings)
     budget = settings.budgets[-1] if settings.budgets else None
-    marked = loaded.processor if marks_salient(settings.settings) else None
     collator = Collator(loaded.processor, settings.prompts, settings.max_length)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NewWeights)  # they are about to learn
         begins = imitate(model, settings, args, data, collator) if settings.imitate and checkpoint is None else None
-        handle = attach(model, settings.method, budget=budget, processor=marked, **settings.settings)
+        handle = attach(model, settings.method, budget=budget, processor=loaded.processor, **settings.settings)
     try:
         if checkpoint is not None and handle.module is not None:
             handle.load_weights(checkpoint)

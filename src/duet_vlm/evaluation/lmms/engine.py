@@ -17,7 +17,6 @@ from duet_vlm.evaluation import tiny
 from duet_vlm.evaluation.lmms.arguments import ModelArguments, cut, generation_of
 from duet_vlm.evaluation.lmms.costs import PromptCosts
 from duet_vlm.inputs.images import rgb
-from duet_vlm.reducers.options import marks_salient
 
 Conversation = Sequence[Mapping[str, Any]]
 
@@ -69,13 +68,11 @@ class Engine:
         ).eval()
         if device_map is None:
             self.model.to(device or own_device())
-        settings = {} if isinstance(chosen.method, str) else chosen.method.settings()
-        salient = marks_salient(settings | chosen.fields)
         self.handle = duet_vlm.attach(
             self.model,
             chosen.method,
             budget=chosen.budget,
-            processor=self.processor if salient else None,
+            processor=self.processor,
             **chosen.fields,
         )
         self.costs: dict[str, PromptCosts] = {}

@@ -19,7 +19,6 @@ from duet_vlm.evaluation.run_sample import attached, inputs_of, sharing
 from duet_vlm.evaluation.shared_vision import SharedVision
 from duet_vlm.evaluation.tasks import Task, TaskQuestion, accepted
 from duet_vlm.evaluation.tune.halving import AnswerScore
-from duet_vlm.reducers.options import marks_salient
 
 FULL = ExperimentCell(BASELINE, label="full model")
 
@@ -136,17 +135,15 @@ def answers(
 ) -> dict[str, dict[str, Any]]:
     """By run: ``answers``, and ``moved``, the divergence of each first answer token from the full model's; or
     ``message``, the reason for none."""
-    plain, shared = inputs_of(loaded, questions), SharedVision(loaded.model)
+    inputs, shared = inputs_of(loaded, questions), SharedVision(loaded.model)
     first = None
     if any(run.method != BASELINE for run in runs):
         with shared.reused(), torch.no_grad():
-            first = _logits(loaded.model(**plain, logits_to_keep=1).logits)
+            first = _logits(loaded.model(**inputs, logits_to_keep=1).logits)
     out: dict[str, dict[str, Any]] = {}
     for run in runs:
         try:
             with attached(loaded, run, questions) as handle, sharing(shared, handle.reducer), torch.no_grad():
-                salient = marks_salient(run.settings)
-                inputs = inputs_of(loaded, questions, salient=True) if salient else plain
                 made = loaded.model.generate(
                     **inputs,
                     max_new_tokens=max_new_tokens,

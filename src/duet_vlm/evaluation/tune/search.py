@@ -25,7 +25,6 @@ from duet_vlm.evaluation.tune.goal import Goal
 from duet_vlm.evaluation.tune.halving import RUNGS, Candidate, choose, confirm
 from duet_vlm.models.lookup import adapter_for
 from duet_vlm.profiling.memory import request_bytes
-from duet_vlm.reducers.options import marks_salient
 
 FORMAT = 1
 TIMED = 8  # questions of the prompt that is timed
@@ -163,7 +162,7 @@ def _refusal(loaded: LoadedModel, run: ExperimentCell, questions: Sequence[TaskQ
     """Reason for which a run cannot take these questions; empty if it can."""
     try:
         with attached(loaded, run, questions), torch.no_grad():
-            loaded.model(**inputs_of(loaded, questions, salient=marks_salient(run.settings)), logits_to_keep=1)
+            loaded.model(**inputs_of(loaded, questions), logits_to_keep=1)
     except (ValueError, TypeError) as error:
         return " ".join(str(error).split())
     return ""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm.inputs.text_queries import query_rows
+from duet_vlm.inputs.text_queries import query_rows, salient_words
 from duet_vlm.models.adapter import FULL, SLIDING, Adapter
 from duet_vlm.ops.ragged import gather_rows, pack_left, upload
 from duet_vlm.planning.budget import SpanPlan
@@ -46,9 +46,12 @@ from duet_vlm.runtime.pruned_cache import bind_prompt
 
 
 def begin_prompt(
-    adapter: Adapter, config: ActiveConfig, context: ForwardContext, kwargs: dict[str, Any]
+    adapter: Adapter, config: ActiveConfig, context: ForwardContext, kwargs: dict[str, Any], tokenizer: Any = None
 ) -> PrefillPass | None:
-    """Prepare a prompt: read its layout, drop marked tokens, and bind the cache."""
+    """Prepare a prompt: read its layout, drop marked tokens, and bind the cache.
+
+    The ``tokenizer`` is used where the salient words of the question rank.
+    """
     embeds = kwargs["inputs_embeds"]
     cache = kwargs.get("past_key_values")
     reducer = config.reducer
@@ -79,7 +82,7 @@ def begin_prompt(
             prompt.prunable,
             candidates,
             context.call.labels,
-            context.call.salient_mask,
+            functools.partial(_salient, tokenizer, context),
             reducer.options.training_turns,
         )
     document_starts = documents(kwargs.get("attention_mask"), kwargs.get("position_ids"), valid, cached)
@@ -235,6 +238,21 @@ def _stored_decisions(context: ForwardContext, config: ActiveConfig) -> dict[str
         stored.clear()
         stored.update(input_ids=ids, config=config)
     return stored
+
+
+def _salient(tokenizer: Any, context: ForwardContext, candidates: Tensor) -> Tensor:
+    """The candidates that belong to salient words of their prompt.
+
+    Raises
+    ------
+    ValueError
+        A prompt that was passed as embeddings: its words are not known.
+    """
+    if context.call.input_ids is None:
+        raise ValueError(
+            "text_query='salient' reads the words of the question, and this prompt came as inputs_embeds: pass input_ids"
+        )
+    return salient_words(tokenizer, context.call.input_ids, candidates)
 
 
 def _without_drops(plans: tuple[SpanPlan, ...]) -> tuple[SpanPlan, ...]:
