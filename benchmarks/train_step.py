@@ -210,7 +210,7 @@ def predicted(model: nn.Module, handle: duet_vlm.Handle | None, batch: Batch, si
     )
     text = batch.text["input_ids"].shape[1] - tokens
     stages = () if handle is None else handle.dropping(tokens, plan.tower or tokens)
-    example = TrainingExample(text, (plan,), queries=batch.queries, signals=plan.merges, stages=stages)
+    example = TrainingExample(text, (plan,), queries=batch.queries, signals=plan.reduces_entry, stages=stages)
     trained = TrainedParts(checkpointing=side.checkpointing, input_gradients=side.checkpointing)
     return step_flops(adapter.decoder_dims(), adapter.vision_dims(), [example] * batch.size, trained, unread_layers=1)
 

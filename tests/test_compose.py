@@ -83,7 +83,7 @@ def test_never_above_the_budget_and_within_one_token(made: str, tokens: int, dep
     assert plan.dominant >= min(1, plan.entry) and plan.contextual >= 0
     assert all(0 <= b <= a for a, b in zip((plan.entry, *plan.counts), plan.counts, strict=False))
     if target >= tokens:
-        assert plan.counts == (tokens,) * depth and plan.entry == tokens and not plan.merges
+        assert plan.counts == (tokens,) * depth and plan.entry == tokens and not plan.reduces_entry
 
 
 # half of one token is none: it has no floor

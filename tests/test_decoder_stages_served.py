@@ -117,7 +117,7 @@ def test_counts_are_those_of_attach(name: str, tokens: int) -> None:
     for wanted in [budget] if budget is None else [budget, 0.05 if budget == 64 else 0.14]:
         request = made.asked({} if wanted == budget else {"duet_budget": wanted})
         plan = alone.plan(tokens, 32, wanted)
-        stages = made.stages.counts(made.span((tokens,), asked=request))
+        stages = made.stages.counts(made.span((tokens,), requested=request))
         assert (
             tuple(stages[made.stages.of_layer(layer)] for layer in range(32)) == plan.counts and stages[0] == plan.entry
         )

@@ -113,7 +113,7 @@ def test_a_state_is_read_by_what_the_stock_rule_is_called_with(family: str) -> N
     model, inputs = shared(family), FAMILIES[family].inputs([ONE])
     seen, handle = views_of(model, inputs, power=20.0)  # 19 of 20 from layer 3 on
     run: Any = handle._prompt_state
-    layer = next(layer for layer in range(8) if run.visual(layer) != [20])
+    layer = next(layer for layer in range(8) if run.num_visual(layer) != [20])
     assert model.config.text_config.layer_types[layer] == "linear_attention"
     (call,) = written_and_read(model, inputs, layer)
     visual = run.prompt.visual[0]

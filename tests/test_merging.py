@@ -88,7 +88,7 @@ def test_prumerge(reducer: PruMerge, images: list[tuple[int, int]], seed: int) -
     for row, (plan, (n, entry)) in enumerate(zip(view.plans, images, strict=True)):
         assert plan.entry == entry and plan.contextual == (1 < entry < n)
         found = made_of(selection, row)
-        if not plan.merges:
+        if not plan.reduces_entry:
             assert found == [{token: 1.0} for token in range(n)]
             continue
         importance, keys = view.importance[row, :n].tolist(), view.keys[row, :n].tolist()

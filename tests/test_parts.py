@@ -52,16 +52,16 @@ def test_a_budget_is_met_whatever_the_parts(
     tokens = sum(sizes) + newlines
     method = VisionZip()
     plain = method.plan(tokens, DEPTH, budget) if budget * tokens >= 1 else None
-    if plain is None or (keep and newlines and plain.merges and plain.entry <= newlines):
+    if plain is None or (keep and newlines and plain.reduces_entry and plain.entry <= newlines):
         with pytest.raises(BudgetError):
             plan_parts(lambda n: method.plan(n, DEPTH, budget), budget, sizes, newlines, each, keep)
         return
     plan = plan_parts(lambda n: method.plan(n, DEPTH, budget), budget, sizes, newlines, each, keep)
     assert plan.mean <= budget * tokens + 1e-6
-    most = tokens if keep or not plain.merges else sum(sizes)
+    most = tokens if keep or not plain.reduces_entry else sum(sizes)
     assert plan.entry == min(plain.entry, most) == plan.counts[0]
-    assert plan.structure == (newlines if keep and plain.merges else 0)
-    if each and plan.merges:
+    assert plan.structure == (newlines if keep and plain.reduces_entry else 0)
+    if each and plan.reduces_entry:
         assert (
             sum(d for d, _ in plan.parts) == plan.dominant - plan.structure
             and sum(k for _, k in plan.parts) == plan.contextual

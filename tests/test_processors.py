@@ -446,7 +446,7 @@ def newline_rows(name: str) -> list[list[int]]:
 
 def schedule(plan: SpanPlan, most: int) -> list[int]:
     """Tokens per layer: of a picture that is reduced the newline rows leave first, so no more than the others enter."""
-    return [min(count, most) for count in plan.counts] if plan.merges else list(plan.counts)
+    return [min(count, most) for count in plan.counts] if plan.reduces_entry else list(plan.counts)
 
 
 @pytest.mark.slow

@@ -92,8 +92,8 @@ def test_every_method_with_a_first_stage_is_served_at_its_budget(name: str) -> N
     served = ServedMethod.of({"method": name, "budget": 64}, "compact")
     for tokens in (1, 63, 64, 65, 576, 2880):
         assert served.span((tokens,)).entry == min(tokens, 64)
-        assert served.span((tokens,), asked=served.asked({"duet_budget": 5})).entry == min(tokens, 5)
-        assert served.span((tokens,), asked=served.asked({"duet_budget": 0.01})).entry == max(1, tokens // 100)
+        assert served.span((tokens,), requested=served.asked({"duet_budget": 5})).entry == min(tokens, 5)
+        assert served.span((tokens,), requested=served.asked({"duet_budget": 0.01})).entry == max(1, tokens // 100)
     assert served.span((576,) * 3, 48).entry == 64
     assert served.span((10,) * 3, 48).entry == 30  # newlines leave first
 
@@ -102,11 +102,11 @@ def test_a_request_may_ask_for_less_and_is_told_when_it_asks_for_more() -> None:
     served = ServedMethod.of({"method": "divprune", "budget": 64}, "compact")
     assert served.asked({}) == served.asked({"duet_budget": None}) == NOTHING_ASKED
     one, whole = served.asked({"duet_budget": 1}), served.asked({"duet_budget": 1.0})  # a token, and all tokens
-    assert served.span((576,), asked=one).entry == 1 and served.span((60,), asked=whole).entry == 60
+    assert served.span((576,), requested=one).entry == 1 and served.span((60,), requested=whole).entry == 60
     with pytest.raises(
         ValueError, match="duet_budget=1.0: 576 of 576 visual tokens, but this server allows 64 at most"
     ):
-        served.span((576,), asked=whole)
+        served.span((576,), requested=whole)
     for bad in (0, -3, 1.5, "64", True, [64]):
         with pytest.raises(ValueError, match="duet_budget="):
             served.asked({"duet_budget": bad})

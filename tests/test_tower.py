@@ -123,9 +123,9 @@ def whole_sizes(run: Any) -> Tensor:
     if isinstance(run, BatchedTowerState):
         return run.whole(run.row_sizes())
     sizes = run.size.new_zeros(run.total).index_copy(
-        0, run.slots[run.entry_index], run.size if run.uses_size_bias else torch.ones_like(run.size)
+        0, run.packed.slots[run.entry_index], run.size if run.uses_size_bias else torch.ones_like(run.size)
     )
-    return sizes.repeat_interleave(run.unit)[None]
+    return sizes.repeat_interleave(run.packed.unit)[None]
 
 
 # ---- the slow twin: the whole tower, dropped patches hidden as keys, survivors weighed
@@ -203,7 +203,7 @@ def pooled_slowly(hidden: Tensor, run: Any) -> Tensor:
             )
         else:
             units = range(start, start + high * wide)
-            packed = [list(range(u * run.unit, (u + 1) * run.unit)) for u in units]
+            packed = [list(range(u * run.packed.unit, (u + 1) * run.packed.unit)) for u in units]
             row, rows = (
                 hidden[0],
                 [run.cells[u].tolist() for u in units] if isinstance(run, ConcatenatedTowerState) else packed,

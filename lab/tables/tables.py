@@ -118,7 +118,7 @@ def train_flops() -> str:
             step_flops(
                 decoder,
                 vision,
-                [TrainingExample(65, (plan,), 48 * (plan.entry < 576), plan.merges)],
+                [TrainingExample(65, (plan,), 48 * (plan.entry < 576), plan.reduces_entry)],
                 trained,
                 unread_layers=1,
             ).total

@@ -161,7 +161,7 @@ def test_every_combination_chooses_as_planned(scorer: str, selector: str) -> Non
             found, single = made_of(selection, row), made_of(reducer.select_tokens(alone(view, row)), 0)
             assert found.keys() == single.keys() and len(found) == plan.entry
             assert all(found[token] == pytest.approx(single[token], rel=1e-4) for token in found)
-            if not plan.merges:  # whole pictures stay bit for bit: nobody joins anybody
+            if not plan.reduces_entry:  # whole pictures stay bit for bit: nobody joins anybody
                 assert not any(found.values())
 
 

@@ -120,7 +120,7 @@ def predicted(family: str, adapter: Adapter, handle: duet_vlm.Handle | None, tra
     question = 14 - ANSWER + FAMILIES[family].mrope  # Qwen's end-of-image token comes after the image, too
     queries = {"all": question, "last": 1}["all" if method is None else method.options.text_query]
     example = TrainingExample(
-        text, (plan,), queries=queries if asks else 0, signals=plan.merges and method is not None and bool(method.requires & VISION_LAYER_INPUTS),
+        text, (plan,), queries=queries if asks else 0, signals=plan.reduces_entry and method is not None and bool(method.requires & VISION_LAYER_INPUTS),
         projects_all=handle is not None and handle.projects_all,
         stages=() if handle is None else handle.dropping(tokens, plan.tower or tokens),
     )  # fmt: skip

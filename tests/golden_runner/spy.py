@@ -100,7 +100,12 @@ def scores_at(
     run, reducer, adapter = handle._prompt_state, handle.reducer, handle.adapter
     tokens = run.layer_group(layer - 1).tokens
     rows = query_rows(
-        reducer.options.text_query, run.prompt.visual, run.prompt.valid, labels, salient, reducer.options.training_turns
+        reducer.options.text_query,
+        run.prompt.visual,
+        run.prompt.valid,
+        labels,
+        None if salient is None else lambda candidates: salient & candidates,
+        reducer.options.training_turns,
     )
     index, valid = pack_right(gather_rows(rows, tokens.prompt_index) & tokens.valid, max(1, int(rows.sum(1).max())))
     hidden, rotary = watch.calls[call][2][layer - 1], watch.calls[call][1][layer - 1]

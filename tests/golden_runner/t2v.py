@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-import warnings
 from itertools import zip_longest
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -102,15 +103,14 @@ def _check_run(case: Case, run: str, settings: dict[str, Any], prompt: Prompt, r
     labels = case.given("labels") if settings.get("train") else None
     reducer, views, losses = preset(case, settings), [], []
     salient = prompt.salient(settings["idxs"], labels) if reducer.options.text_query == "salient" else None
-    extra = {} if salient is None else {"salient_mask": salient}
     prompt.model.loss_function = lambda labels, **kwargs: losses.append(labels) or torch.zeros(())
     cache = DynamicCache(config=prompt.text_model.config) if settings.get("use_cache") else None
-    with warnings.catch_warnings():
-        # the recorded idxs are passed as salient_mask
-        warnings.filterwarnings("ignore", "text_query='salient' without processor")
-        handle = attach(prompt.model, spying(reducer, views))
-    with handle, Watch(prompt.text_model) as watch:
-        prompt(labels=labels, past_key_values=cache, use_cache=cache is not None, **extra)
+    # the recorded idxs are the salient words of a prompt that is passed as embeddings
+    words = mock.patch("duet_vlm.runtime.prefill.entry._salient", lambda tokenizer, context, rows: salient & rows)
+    processor = None if salient is None else SimpleNamespace(tokenizer=None)
+    handle = attach(prompt.model, spying(reducer, views), processor=processor)
+    with handle, words, Watch(prompt.text_model) as watch:
+        prompt(labels=labels, past_key_values=cache, use_cache=cache is not None)
         if not recorded:
             assert torch.isfinite(watch.last).all() and watch.last.shape[1] == max(
                 handle._prompt_state.layer_groups[-1].lengths

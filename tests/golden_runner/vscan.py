@@ -39,7 +39,7 @@ def check_clip(case: Case) -> None:
             continue
         method = VScan.official(settings["n"], ())
         plan = method.plan(hidden.shape[1], 1, None)
-        if not plan.merges:  # all tokens: nothing is chosen, there as here
+        if not plan.reduces_entry:  # all tokens: nothing is chosen, there as here
             case.same(run, "kept", torch.arange(plan.tokens).expand(len(hidden), -1))
             case.close(run, "rows", projected, STATE)
             continue

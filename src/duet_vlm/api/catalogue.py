@@ -64,15 +64,15 @@ def chosen(name: str, key: str, wanted: list[str] | None, whole: bool = False) -
     ValueError
         An unknown name; the nearest ones are named.
     """
-    found = {row[key]: row for row in rows(name)}
-    if wanted is None or not found.keys() >= set(wanted):
-        found = {row[key]: row for row in rows(name, others=True)}
+    by_name = {row[key]: row for row in rows(name)}
+    if wanted is None or not by_name.keys() >= set(wanted):
+        by_name = {row[key]: row for row in rows(name, others=True)}
     for each in wanted or ():
-        if each not in found:
-            raise unknown(name, each, found)
+        if each not in by_name:
+            raise unknown(name, each, by_name)
     if whole:
-        found = {row[key]: row for row in MADE[name]()}
-    return [found[each] for each in wanted or found]
+        by_name = {row[key]: row for row in MADE[name]()}
+    return [by_name[each] for each in wanted or by_name]
 
 
 def check_method(text: str, *others: str) -> None:
@@ -131,11 +131,11 @@ def unknown(name: str, given: str, known: Iterable[str]) -> ValueError:
 
 def content() -> str:
     """Text of the file, made from the package itself: a row a line."""
-    found = {name: MADE[name]() for name in KEPT}
+    made = {name: MADE[name]() for name in KEPT}
     # other packages differ by machine
-    own = [row for row in found["methods"] if duet_vlm.get_method(row["name"]).__module__.startswith("duet_vlm.")]
+    own = [row for row in made["methods"] if duet_vlm.get_method(row["name"]).__module__.startswith("duet_vlm.")]
     lists = []
-    for name, every in (found | {"methods": own}).items():
+    for name, every in (made | {"methods": own}).items():
         lines = (json.dumps({key: row[key] for key in KEPT[name] or row}) for row in every)
         lists.append(f'"{name}": [\n' + ",\n".join(lines) + "\n]")
     files = json.dumps({name: _count_files(name) for name in FOLDERS})
@@ -145,7 +145,7 @@ def content() -> str:
 def _count_files(name: str) -> int:
     spec = find_spec(FOLDERS[name])
     assert spec is not None and spec.submodule_search_locations is not None  # a folder of this package
-    return sum(len(list(Path(place).rglob("*.py"))) for place in spec.submodule_search_locations)
+    return sum(len(list(Path(folder).rglob("*.py"))) for folder in spec.submodule_search_locations)
 
 
 def _methods() -> Rows:
@@ -192,7 +192,7 @@ def _refusing(cls: type[duet_vlm.Reducer]) -> list[dict[str, Any]]:
     from duet_vlm.models.lookup import families
 
     presets = [name for name in dir(cls) if name.startswith("official")]
-    found: dict[tuple[str, str], list[str]] = {}
+    by_reason: dict[tuple[str, str], list[str]] = {}
     for name in ("", *presets):
         try:
             reducer = getattr(cls, name)() if name else cls()
@@ -200,8 +200,8 @@ def _refusing(cls: type[duet_vlm.Reducer]) -> list[dict[str, Any]]:
             continue
         for family, adapter in families().items():
             if why := _why_not(adapter, reducer):
-                found.setdefault((name, why), []).append(family)
-    return [{"preset": name, "why": why, "families": listed} for (name, why), listed in found.items()]
+                by_reason.setdefault((name, why), []).append(family)
+    return [{"preset": name, "why": why, "families": listed} for (name, why), listed in by_reason.items()]
 
 
 def _why_not(adapter: Any, reducer: duet_vlm.Reducer) -> str:

@@ -148,8 +148,8 @@ class EmbeddedTask:
             raise ValueError(f"index must be 0 or more, got {index}")
         kind = self.kinds[index % len(self.kinds)]
         for number in range(index * self.tries, (index + 1) * self.tries):
-            if (found := self.draw(split, seed, number, kind)) is not None:
-                return found
+            if (sample := self.draw(split, seed, number, kind)) is not None:
+                return sample
         raise RuntimeError(
             f"none of {self.tries} scenes offers a {kind} question (split {split!r}, seed {seed}, index {index})"
         )
@@ -173,18 +173,18 @@ def task_names() -> list[str]:
 
 def embedded_model(name: str) -> EmbeddedModel:
     """An embedded model by its name, which is one of ``model_names()``."""
-    found: EmbeddedModel = _entries(MODELS)[name].load()
-    return found
+    model: EmbeddedModel = _entries(MODELS)[name].load()
+    return model
 
 
 def embedded_task(name: str) -> EmbeddedTask:
     """An embedded task by its name, which is one of ``task_names()``."""
-    found: EmbeddedTask = _entries(TASKS)[name].load()
-    return found
+    task: EmbeddedTask = _entries(TASKS)[name].load()
+    return task
 
 
 def _entries(group: str) -> dict[str, EntryPoint]:
-    found: Sequence[EntryPoint] = sorted(
+    entries: Sequence[EntryPoint] = sorted(
         entry_points(group=group), key=lambda entry: (entry.name != "tiny", entry.name)
     )
-    return {entry.name: entry for entry in found}
+    return {entry.name: entry for entry in entries}

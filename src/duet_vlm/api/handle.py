@@ -110,7 +110,7 @@ class Handle:
         attached, it is among the model's modules, so that trainers find its parameters."""
         return self._model_hooks.module
 
-    def save_weights(self, place: str | Path) -> Path:
+    def save_weights(self, path: str | Path) -> Path:
         """Write the weights of the method's own module to a .safetensors file, or into a checkpoint's folder, where
         ``attach`` looks for them.
 
@@ -123,9 +123,9 @@ class Handle:
         compressor = self._compressor()
         assert self.module is not None  # as there is a compressor
         check_saved(self.adapter, compressor.name)
-        return store(self.module, compressor, facts(self.adapter) | weight_facts(self.adapter, compressor), place)
+        return store(self.module, compressor, facts(self.adapter) | weight_facts(self.adapter, compressor), path)
 
-    def load_weights(self, place: str | Path) -> None:
+    def load_weights(self, path: str | Path) -> None:
         """Put weights that ``save_weights`` wrote into the method's own module.
 
         Raises
@@ -136,7 +136,7 @@ class Handle:
         compressor = self._compressor()
         model_facts = facts(self.adapter) | weight_facts(self.adapter, compressor)
         assert self.module is not None  # as there is a compressor
-        self.module.load_state_dict(stored(place, compressor.name, model_facts, compressor.shape))
+        self.module.load_state_dict(stored(path, compressor.name, model_facts, compressor.shape))
 
     def _compressor(self) -> Compressor:
         compressor = compressor_of(self.reducer)

@@ -116,8 +116,10 @@ def device_for(device: str | None = None) -> str:
 
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    there = ["cpu"] + ([] if found is None else [f"{found.type}:{i}" for i in range(torch.accelerator.device_count())])
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    there = ["cpu"] + (
+        [] if accelerator is None else [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]
+    )
     try:
         wanted = torch.device(device)
     except RuntimeError:  # no kind of device
@@ -167,8 +169,8 @@ def check_model(name: str) -> dict[str, Any] | None:
         As ``source``; a config that is no JSON object or of a family without adapter, and a hub id that cannot be
         fetched.
     """
-    place, local = source(name)
-    file = Path(place) / "config.json"
+    path, local = source(name)
+    file = Path(path) / "config.json"
     if not local:
         _check_hub(name)
     if not local or not file.is_file():
@@ -193,8 +195,8 @@ def check_model(name: str) -> dict[str, Any] | None:
 def depth_of(config: dict[str, Any] | None) -> int | None:
     """Decoder layers that a config names; None where it leaves them to transformers."""
     text = (config or {}).get("text_config", config) or {}
-    found = text.get("num_hidden_layers") if isinstance(text, dict) else None
-    return found if isinstance(found, int) else None
+    depth = text.get("num_hidden_layers") if isinstance(text, dict) else None
+    return depth if isinstance(depth, int) else None
 
 
 def _check_hub(name: str) -> None:
@@ -223,8 +225,8 @@ def _check_hub(name: str) -> None:
 
 def base_of(name: str) -> str | None:
     """The model under a folder of PEFT adapters, as the folder names it; None for whole models."""
-    place, local = source(name)
-    file = Path(place) / ADAPTER
+    path, local = source(name)
+    file = Path(path) / ADAPTER
     return json.loads(file.read_text())["base_model_name_or_path"] if local and file.is_file() else None
 
 
@@ -235,9 +237,9 @@ def config_of(name: str) -> Any:
     from duet_vlm.models.lookup import families
     from duet_vlm.models.unsupported import refusal
 
-    place, local = _with(name, "config.json")
+    path, local = _with(name, "config.json")
     with quiet(), _explained(name, local):
-        config = AutoConfig.from_pretrained(place, local_files_only=local)
+        config = AutoConfig.from_pretrained(path, local_files_only=local)
     known = families()
     if not any(config.model_type in cls.model_types for cls in known.values()):
         raise ValueError(f"--model {refusal(name, config.model_type, list(known))}")
@@ -255,33 +257,33 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | None = None)
 
     where = device_for(device)
     config = config_of(name)
-    (place, local), base = source(name), base_of(name)
+    (path, local), base = source(name), base_of(name)
     with quiet(), _explained(name, local):
         precision = dtype or (torch.float32 if name in model_names() else "auto")
         model = AutoModelForImageTextToText.from_pretrained(
-            base or place, dtype=precision, local_files_only=local, use_safetensors=True
+            base or path, dtype=precision, local_files_only=local, use_safetensors=True
         )
         if dtype is None and where == "cpu" and model.dtype == torch.float16:
             model = model.float()  # float16 is dozens of times slower there
         if base is not None:
-            model = _merged(model, Path(place), config)
+            model = _merged(model, Path(path), config)
         readable, local = _with(name, "tokenizer_config.json")
         return LoadedModel(name, model.eval().to(where), _processor(name, readable, local))
 
 
-def _processor(name: str, place: str, local: bool) -> Any:
+def _processor(name: str, path: str, local: bool) -> Any:
     if name in model_names():
         return embedded_model(name).processor()
     from transformers import AutoProcessor
 
-    return AutoProcessor.from_pretrained(place, local_files_only=local)
+    return AutoProcessor.from_pretrained(path, local_files_only=local)
 
 
 def _with(name: str, file: str) -> tuple[str, bool]:
     """The place that a model's ``file`` is read from: its own place, or, for adapters saved without it, the model under
     them."""
-    (place, local), base = source(name), base_of(name)
-    return (place, local) if base is None or (Path(place) / file).is_file() else (base, True)
+    (path, local), base = source(name), base_of(name)
+    return (path, local) if base is None or (Path(path) / file).is_file() else (base, True)
 
 
 def _merged(model: Any, adapters: Path, config: Any) -> Any:

@@ -34,7 +34,7 @@ def sample_counts(prompt_state: PromptState, per_token: int) -> list[SampleCount
     """The rows of the batch; ``per_token``: patches of the tower that make one token."""
     rest = iter(prompt_state.sources)
     sources = [[next(rest) for _ in row] for row in prompt_state.spans]
-    nominal_rows = zip(*(prompt_state.visual(layer) for layer in range(-1, prompt_state.depth)), strict=True)
+    nominal_rows = zip(*(prompt_state.num_visual(layer) for layer in range(-1, prompt_state.depth)), strict=True)
     return [
         SampleCounts(
             text=length - sum(span.tokens for span in spans),
@@ -115,7 +115,7 @@ def decoder_terms(adapter: Adapter, reducer: Reducer, samples: Sequence[SampleCo
     shape = adapter.decoder_dims()
 
     def of(sample: SampleCounts) -> int:
-        visual = [sample.visual(layer) for layer in range(-1, shape.layers)]
+        visual = [sample.num_visual(layer) for layer in range(-1, shape.layers)]
         return (
             deciding_flops(reducer, visual, [sample.text + n for n in visual], sample.queries, shape)
             if sample.plans
@@ -155,7 +155,7 @@ def selection_cost(adapter: Adapter, reducer: Reducer, samples: Sequence[SampleC
         projecting = 2 * sum(projected) * sum(math.prod(sides) for sides in projector_shapes)
         flops += selection_flops(reducer, plans, sizes, vision, head, width, steps, ranked, projecting, spare)
         flops += question_flops(
-            reducer, [words for words, rows in by_sample if any(plan.merges for plan, *_ in rows)], shape
+            reducer, [words for words, rows in by_sample if any(plan.reduces_entry for plan, *_ in rows)], shape
         )
     return flops
 

@@ -108,10 +108,10 @@ class DepthView:
         number = row * across + column
         if not (0 <= x <= 1 and 0 <= y <= 1) or number >= self._pictures:
             return ""
-        place = x * across - column, y * down - row
+        point = x * across - column, y * down - row
         if len(self.strips) == 1:
-            return _story(self.strips[0], place[0], (number + place[1]) / self.strips[0].steps, layer)
-        return f"Part {number + 1}: {_story(self.strips[number], *place, layer)}"
+            return _story(self.strips[0], point[0], (number + point[1]) / self.strips[0].steps, layer)
+        return f"Part {number + 1}: {_story(self.strips[number], *point, layer)}"
 
     @property
     def _pictures(self) -> int:
@@ -166,5 +166,5 @@ def _story(strip: DepthStrip, x: float, y: float, layer: int) -> str:
     if strip.trace.span.grid is None:
         return ""
     rows, columns = strip.trace.span.grid
-    place = min(int(y * rows), rows - 1) * columns + min(int(x * columns), columns - 1)
-    return history(strip.trace, strip.trace.span.tokens - rows * columns + place, layer, strip.steps)
+    cell = min(int(y * rows), rows - 1) * columns + min(int(x * columns), columns - 1)
+    return history(strip.trace, strip.trace.span.tokens - rows * columns + cell, layer, strip.steps)

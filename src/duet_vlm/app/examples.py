@@ -17,15 +17,15 @@ def examples(loaded: LoadedModel, folder: Path) -> list[tuple[Path, str]]:
     """Files, written to ``folder``, and a question about each."""
     if (own := own_sample(loaded)) is not None:
         return _clip(folder, own) if own.frames else _pictures(folder, own)
-    found = []
+    complete = []
     for number, item in enumerate(tiny.demo_images()):
         path = folder / f"picture-{number + 1}.png"
         item.image.save(path)
-        found.append((path, item.questions[0][0]))
+        complete.append((path, item.questions[0][0]))
     clip = (
         embedded_task("tiny-video").sample("test", 0) if loaded.takes_clips and "tiny-video" in task_names() else None
     )
-    return found + (_clip(folder, clip) if clip else [])
+    return complete + (_clip(folder, clip) if clip else [])
 
 
 def own_sample(loaded: LoadedModel) -> Sample | None:

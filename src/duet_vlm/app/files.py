@@ -69,9 +69,9 @@ def check_question(question: str | None) -> str:
     ValueError
         There is none, or it is too long.
     """
-    asked = (question or "").strip()
-    if not asked:
+    stripped = (question or "").strip()
+    if not stripped:
         raise ValueError("no question: write what you want to know about the picture")
-    if len(asked) > LONGEST_QUESTION:
-        raise ValueError(f"the question has {len(asked)} letters; at most {LONGEST_QUESTION} are taken")
-    return asked
+    if len(stripped) > LONGEST_QUESTION:
+        raise ValueError(f"the question has {len(stripped)} letters; at most {LONGEST_QUESTION} are taken")
+    return stripped

@@ -70,11 +70,11 @@ class AppSide:
         What cannot be attached to this model; the method is named in front.
     """
 
-    def __init__(self, loaded: LoadedModel, asked: ChosenMethod | None, shown: Uploads, question: str) -> None:
-        self.name = FULL if asked is None else asked.label
+    def __init__(self, loaded: LoadedModel, chosen: ChosenMethod | None, shown: Uploads, question: str) -> None:
+        self.name = FULL if chosen is None else chosen.label
         self.loaded, self.shown, self.question = loaded, shown, question
         self.model = same_weights(loaded.model)
-        self.handle = None if asked is None else _attached(self.model, loaded, asked.method, asked)
+        self.handle = None if chosen is None else _attached(self.model, loaded, chosen.method, chosen)
         self.inputs = loaded.inputs(shown.pictures, question, shown.clips)
 
     def seen(self) -> RunRecord:
@@ -96,14 +96,14 @@ class AppSide:
             self.handle.detach()
 
 
-def _attached(model: nn.Module, loaded: LoadedModel, method: Any, asked: ChosenMethod) -> Handle:
+def _attached(model: nn.Module, loaded: LoadedModel, method: Any, chosen: ChosenMethod) -> Handle:
     from duet_vlm import attach
 
     try:
-        return attach(model, method, budget=asked.budget, processor=loaded.processor, **asked.settings)
+        return attach(model, method, budget=chosen.budget, processor=loaded.processor, **chosen.settings)
     except (ValueError, TypeError) as error:
         text = str(error)
-        raise ValueError(text if text.startswith(asked.method) else f"{asked.method}: {text}") from error
+        raise ValueError(text if text.startswith(chosen.method) else f"{chosen.method}: {text}") from error
 
 
 def answers(sides: Sequence[AppSide], longest: int) -> Iterator[list[StreamedText]]:

@@ -216,7 +216,7 @@ class AppPage:
         outputs = [*words, self._walks, self._depth, *self._reports, *parts]
         begins: list[Any] = [self._ask.click, self._question.submit]
         gr.on(begins, None, None, self._status, js=AT_ONCE % _status(STARTS, busy=True), **light)
-        asked = gr.on(
+        question_event = gr.on(
             begins,
             self._answer,
             [self._file, self._example, self._question, self._longest, self._compare, *controls],
@@ -228,7 +228,7 @@ class AppPage:
             api_visibility="private",
         )
         self._stop.click(None, None, self._status, js=AT_ONCE % _status("Stopped."), **light)
-        ended = self._stop.click(None, None, None, cancels=[asked], queue=False, api_visibility="private")
+        ended = self._stop.click(None, None, None, cancels=[question_event], queue=False, api_visibility="private")
         # what was on its way may have come in between
         ended.then(lambda: _status("Stopped."), None, self._status, **light)
         if self._shown_first:
@@ -243,7 +243,7 @@ class AppPage:
         """All that the first example changes on the page, with the controls as they stand."""
         path, question = self._shown_first[0]
         preview, *_ = self._look(str(path))
-        found: dict[Any, Any] = {self._example: str(path), self._preview: preview, self._question: question}
+        updates: dict[Any, Any] = {self._example: str(path), self._preview: preview, self._question: question}
         for update in self._answer(
             None,
             str(path),
@@ -252,8 +252,8 @@ class AppPage:
             self._compare.value,
             *(control.value for control in controls),
         ):
-            found |= update
-        return found | {self._status: _status(OPENED)}
+            updates |= update
+        return updates | {self._status: _status(OPENED)}
 
     def _open(self) -> dict[Any, Any]:
         """The first answer, for one visitor: Gradio takes updates apart when it sends them."""
@@ -282,11 +282,11 @@ class AppPage:
         file = None if given is None else Path(given)
         groups = [_budgeted(values[: EACH + 1]), _budgeted(values[EACH + 1 :])][: 1 + bool(comparing)]
         try:
-            asked = [Controls(*(value or "" for value in group)).read(self._files) for group in groups]
+            chosen = [Controls(*(value or "" for value in group)).read(self._files) for group in groups]
             shown, text = open_uploads(file, self._loaded), check_question(question)
             with ExitStack() as ending:
                 sides = []
-                for each in [None, *asked]:
+                for each in [None, *chosen]:
                     sides.append(AppSide(self._loaded, each, shown, text))
                     ending.callback(sides[-1].close)
                 said: list[StreamedText] = []
@@ -335,27 +335,27 @@ class AppPage:
     def _written(self, said: Sequence[StreamedText]) -> dict[Any, Any]:
         waits = [one.name for one in said if one.first is None and not one.done]
         words = f"{waits[0]} reads the prompt" if waits else "answers are written"
-        found: dict[Any, Any] = {self._status: _status(f"Working: {words}.", busy=True)}
+        updates: dict[Any, Any] = {self._status: _status(f"Working: {words}.", busy=True)}
         for (_, text, facts), one in zip(self._columns, said, strict=False):
-            found |= {text: gr.update(value=one.text, label=one.name), facts: _facts(one, said[0])}
-        return found
+            updates |= {text: gr.update(value=one.text, label=one.name), facts: _facts(one, said[0])}
+        return updates
 
     def _shown(self, walks: Sequence[tuple[str, DepthView] | None], layer: int) -> list[Any]:
         """Content of the views of both methods, each a name and a walk."""
-        found: list[Any] = []
+        updates: list[Any] = []
         for one in walks:
             if one is None:
-                found += [gr.update(visible=False), "", None, None]
+                updates += [gr.update(visible=False), "", None, None]
             else:
                 step = one[1].at(min(layer, one[1].depth - 1))
                 words = f"<b>{escape(one[0])}, {escape(step.title)}</b><br>{escape(step.note)}"
-                found += [
+                updates += [
                     gr.update(visible=True),
                     words,
                     step.patches,
                     gr.update(value=step.scores, visible=step.scores is not None),
                 ]
-        return found
+        return updates
 
     def _move(self, kept: Any, layer: float) -> list[Any]:
         """The slider was moved."""

@@ -29,7 +29,7 @@ def warmed(loaded: LoadedModel, first: Controls) -> None:
         shown = Uploads((), (VideoFrames(tuple(frames), tuple(range(len(frames))), len(frames), 1.0),))
     else:
         shown = Uploads((tiny.demo_images()[0].image,), ())
-    sides = [AppSide(loaded, asked, shown, "what is this ?") for asked in (None, first.read(first.files))]
+    sides = [AppSide(loaded, chosen, shown, "what is this ?") for chosen in (None, first.read(first.files))]
     try:
         for said in answers(sides, 1):
             if wrong := next((one for one in said if one.error), None):

@@ -85,7 +85,7 @@ def bench(
     with friendly(debug, json_):
         named, budgets = _methods(method), budgets_of(budget)
         batches, texts = counts("--batch", batch, 1), counts("--prompt-tokens", prompt_tokens, 32)
-        pieces = pieces_of(chunk_frames, still_frames, frames > 0, "give --frames")
+        chunk_settings = pieces_of(chunk_frames, still_frames, frames > 0, "give --frames")
         for method_name, _, settings in named:
             check_settings(method_name, dict(settings))
         if dtype is not None and dtype not in DTYPES:
@@ -104,16 +104,16 @@ def bench(
         ]
         sides = (BenchSide(), *dict.fromkeys(reduced))
         loaded, where, name = _model(model, config_only, device, dtype)
-        plan = BenchPlan(sides, batches, texts, tokens, frames, new, rounds, **pieces)
+        plan = BenchPlan(sides, batches, texts, tokens, frames, new, rounds, **chunk_settings)
         say = functools.partial(typer.echo, err=True)
-        found = result(name, loaded, plan, say)
+        measured = result(name, loaded, plan, say)
         if out is not None:
-            out.write_text(json.dumps(found, indent=1) + "\n")
-        files = draw(found, plots) if plots is not None else []
+            out.write_text(json.dumps(measured, indent=1) + "\n")
+        files = draw(measured, plots) if plots is not None else []
         if json_:
-            print(json.dumps(found | {"files": [str(f) for f in files]}))
+            print(json.dumps(measured | {"files": [str(f) for f in files]}))
         else:
-            _show(found)
+            _show(measured)
 
 
 def _writable(out: Path | None, plots: Path | None) -> None:
@@ -130,12 +130,12 @@ def _writable(out: Path | None, plots: Path | None) -> None:
 
 def _methods(given: list[str] | None) -> list[tuple[str, int | float | None, tuple[tuple[str, Any], ...]]]:
     """Methods, and where a file names one its own budget and settings."""
-    found = several(given) or list(METHODS)
-    if found == ["all"]:
+    names = several(given) or list(METHODS)
+    if names == ["all"]:
         import duet_vlm
 
-        found = [name for name in duet_vlm.list_methods() if name != "none"]
-    named = [method_of(name) for name in found]
+        names = [name for name in duet_vlm.list_methods() if name != "none"]
+    named = [method_of(name) for name in names]
     return [(name, budget, tuple(settings.items())) for name, budget, settings in named]
 
 
@@ -146,22 +146,22 @@ def _model(name: str, config_only: Path | None, device: str | None, dtype: str |
     from duet_vlm.api.loading import device_for, load
     from duet_vlm.evaluation.speed.random_model import random_model
 
-    where, asked = device_for(device), None if dtype is None else getattr(torch, DTYPES[dtype])
+    where, dtype_given = device_for(device), None if dtype is None else getattr(torch, DTYPES[dtype])
     if config_only is None:
-        return load(name, device, asked).model, where, name
+        return load(name, device, dtype_given).model, where, name
     usual = torch.bfloat16 if where.startswith("cuda") else torch.float32
-    return random_model(config_only, where, asked or usual), where, str(config_only)
+    return random_model(config_only, where, dtype_given or usual), where, str(config_only)
 
 
-def _show(found: dict[str, Any]) -> None:
+def _show(measured: dict[str, Any]) -> None:
     from duet_vlm.evaluation.console import console as screen
 
     console = screen()
     console.print(
-        f"{found['model']}, {found['environment']['device']}, {found['environment']['dtype']}, {found['environment']['threads']} threads"
+        f"{measured['model']}, {measured['environment']['device']}, {measured['environment']['dtype']}, {measured['environment']['threads']} threads"
     )
-    for key in sorted({(row["batch"], row["text"]) for row in found["rows"] if "ms" in row}):
-        rows = [row for row in found["rows"] if "ms" in row and (row["batch"], row["text"]) == key]
+    for key in sorted({(row["batch"], row["text"]) for row in measured["rows"] if "ms" in row}):
+        rows = [row for row in measured["rows"] if "ms" in row and (row["batch"], row["text"]) == key]
         prompt = f"batch {key[0]}, {rows[0]['tokens']} visual and {key[1]} other tokens"
         console.print(
             f"\n{prompt}; ms, medians of {rows[0]['pairs']} rounds; speed-up of the first token by these medians"
@@ -183,7 +183,7 @@ def _show(found: dict[str, Any]) -> None:
         for row in rows:
             table.add_row(*_cells(row, rows[0]))
         console.print(table)
-    for row in found["rows"]:
+    for row in measured["rows"]:
         if "ms" not in row:
             console.print(
                 f"{row['side']}: {row['status']}" + ("" if row["floor"] is None else f" (floor {row['floor']:.1f})")

@@ -81,8 +81,8 @@ def _planned(
             raise ValueError(
                 f"--tokens: images of {handle.adapter.family} models differ in size; say how many visual tokens yours has"
             )
-        found = plan_prompt(handle, equal_parts(handle.adapter, tokens or (fixed or 0) * parts, parts), text)
-        return whole_of(found.sample), planned_report(handle, found, element_bytes)
+        planned = plan_prompt(handle, equal_parts(handle.adapter, tokens or (fixed or 0) * parts, parts), text)
+        return whole_of(planned.sample), planned_report(handle, planned, element_bytes)
 
 
 def _plain(model: str, plan: SpanPlan, report: Report, text: int) -> dict[str, Any]:
@@ -102,9 +102,9 @@ def _plain(model: str, plan: SpanPlan, report: Report, text: int) -> dict[str, A
 
 def _show(model: str, plan: SpanPlan, report: Report, text: int) -> None:
     console = Console(highlight=False)
-    asked = "its own settings" if report.budget is None else f"budget {report.budget}"
+    budget_text = "its own settings" if report.budget is None else f"budget {report.budget}"
     console.print(
-        f"[bold]{report.method}[/bold] on {model}, {asked}: an image of {plan.tokens} visual tokens, {text} text tokens"
+        f"[bold]{report.method}[/bold] on {model}, {budget_text}: an image of {plan.tokens} visual tokens, {text} text tokens"
     )
     entering = f"{plan.dominant} kept + {plan.contextual} merged" if plan.contextual else f"{plan.dominant} kept"
     console.print(f"entering the decoder: {plan.entry} tokens ({entering})\n")

@@ -90,7 +90,7 @@ def batches(processor: Any) -> list[tuple[Any, Any]]:
 
 
 def answer_all(
-    model: Any, processor: Any, asked: list[tuple[Any, Any]], out: Path
+    model: Any, processor: Any, prompts: list[tuple[Any, Any]], out: Path
 ) -> tuple[list[DemoColumn], list[Path]]:
     """Every question in full and at every budget; on the way one picture of the first question at all of them, and one
     per image."""
@@ -98,23 +98,23 @@ def answer_all(
     from duet_vlm.viz import ScoreRecorder, draw, model_view, stack
 
     columns, files, first = [DemoColumn("full", None)], [], []
-    for _, inputs in asked:
+    for _, inputs in prompts:
         columns[0].answers += ask(model, processor, inputs)
     for budget in BUDGETS:
         column, watched = DemoColumn(f"{budget:.0%}", budget), ScoreRecorder(get_method("duet")())
         with attach(model, watched.reducer, budget=budget) as handle:
-            for item, inputs in asked:
-                said, place = ask(model, processor, inputs), len(column.answers)
+            for item, inputs in prompts:
+                said, row = ask(model, processor, inputs), len(column.answers)
                 column.answers += said
                 trace, tokens = handle.trace[0][0], handle.report().measured_mean
-                question, full = item.questions[0][0], columns[0].answers[place]
+                question, full = item.questions[0][0], columns[0].answers[row]
                 told = "the same answer" if said[0] == full else "another answer"
                 lines = [question, f"full model: {full}", f"reduced: {said[0]}  ({told})"]
                 title, picture = (
                     f"duet at {budget:.0%}: {tokens:.1f} of {trace.span.tokens} tokens per layer",
                     inputs["pixel_values"][0],
                 )
-                if place == 0:  # of a batch, of which the scores would be those of the first question
+                if row == 0:  # of a batch, of which the scores would be those of the first question
                     scores = watched.of(trace, 0)
                     first.append(
                         draw(model_view(item.image, picture, processor), trace, title=title, lines=lines, scores=scores)
@@ -170,12 +170,12 @@ def demo(
 
         with quiet(), one_thread():
             model, processor = tiny.load()
-            asked = batches(processor)
-            columns, files = answer_all(model, processor, asked, out)
-            item = asked[0][0]
+            prompts = batches(processor)
+            columns, files = answer_all(model, processor, prompts, out)
+            item = prompts[0][0]
             one = processor(images=item.image, text=tiny.prompt(item.questions[0][0]), return_tensors="pt")
             seconds = time_all(model, columns, one)
-        pairs = [(item.name, question, true) for item, _ in asked for question, true in item.questions]
+        pairs = [(item.name, question, true) for item, _ in prompts for question, true in item.questions]
         if json_:
             print(json.dumps(plain(columns, pairs, seconds, files)))
         else:

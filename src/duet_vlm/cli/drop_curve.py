@@ -112,10 +112,10 @@ def drop_curve(
         assert curve is not None  # it was just measured
         picture = file.with_suffix(".png")
         picture.write_bytes(all_plots(result)["drops"][1])
-        found: dict[str, Any] = {"file": str(file), "picture": str(picture), "curve": _facts(curve, tolerance)}
-        found["schedules"] = proposals(curve, tolerance)
+        facts: dict[str, Any] = {"file": str(file), "picture": str(picture), "curve": _facts(curve, tolerance)}
+        facts["schedules"] = proposals(curve, tolerance)
         if not json_:
-            _show(curve, found["schedules"], tolerance)
+            _show(curve, facts["schedules"], tolerance)
             print(f"picture: {picture}")
         if budgets_wanted:
             second = Experiment(
@@ -124,7 +124,7 @@ def drop_curve(
             file, result = run_job(second, f"{name}-schedules", wanted)
             assert result is not None  # this process is alone
             best = winners(result)
-            found |= {
+            facts |= {
                 "best": {str(budget): _line(row) for budget, row in best.items()},
                 "contest": tell_progress(file, result),
             }
@@ -132,15 +132,15 @@ def drop_curve(
                 for row in best.values():
                     print(_sentence(row))
         if json_:
-            print(json.dumps(found))
+            print(json.dumps(facts))
 
 
 def _layers(values: list[str] | None) -> tuple[int, ...]:
-    found = several(values)
-    for text in found:
+    layers = several(values)
+    for text in layers:
         if not text.isdecimal():
             raise ValueError(f"--layers {text}: give whole numbers with commas between")
-    return tuple(map(int, found))
+    return tuple(map(int, layers))
 
 
 def _facts(curve: DropCurve, tolerance: float) -> dict[str, Any]:

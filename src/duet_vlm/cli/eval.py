@@ -126,17 +126,17 @@ def evaluate(
         from duet_vlm.evaluation.experiment import read
 
         plain_name("--name", name)
-        asked: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "--tasks": tasks,
             "--model": model,
             "--methods": methods,
             "--budgets": budgets,
             "--presets": presets,
         }
-        asked |= {"--oracle": oracle, "--seeds": seeds, "--limit": limit, "--against": against, "--batch": batch}
-        asked |= {"--chunk-frames": chunk_frames, "--still-frames": still_frames}
+        settings |= {"--oracle": oracle, "--seeds": seeds, "--limit": limit, "--against": against, "--batch": batch}
+        settings |= {"--chunk-frames": chunk_frames, "--still-frames": still_frames}
         if experiment is not None:
-            given = [option for option, value in asked.items() if value not in (None, []) and value is not False]
+            given = [option for option, value in settings.items() if value not in (None, []) and value is not False]
             if given:
                 raise ValueError(
                     f"--experiment {experiment} says what is asked: leave out {', '.join(given)}, or change a copy of the file"
@@ -145,15 +145,18 @@ def evaluate(
         else:
             cells, numbers, questions = _cells(methods, budgets, presets, oracle), seeds_of(seeds), limit_of(limit)
             names = [str(path) for path in several_paths(list(map(Path, tasks or [])))]
-            pieces = _pieces(chunk_frames, still_frames, names or ["tiny"])
-            jobs = [_job(task, model, cells, numbers, questions, against, batch, pieces) for task in names or ["tiny"]]
+            chunk_settings = _pieces(chunk_frames, still_frames, names or ["tiny"])
+            jobs = [
+                _job(task, model, cells, numbers, questions, against, batch, chunk_settings)
+                for task in names or ["tiny"]
+            ]
         for job in jobs:
             check_model(job.model)
         check_tasks(jobs)
         wanted = JobOptions.checked(out, restart, workers, timing_rounds, device, json_)
         title = name or ("eval" if experiment is None else experiment.stem)
         results = [run_job(job, title, wanted) for job in jobs]
-        said = [tell_progress(file, found) for file, found in results if found is not None]
+        said = [tell_progress(file, result) for file, result in results if result is not None]
         if json_:
             print(json.dumps({"results": said}))
 
@@ -166,12 +169,14 @@ def _job(
     limit: int | None,
     against: str | None,
     batch: int | None,
-    pieces: dict[str, Any],
+    chunk_settings: dict[str, Any],
 ) -> Experiment:
     from duet_vlm.evaluation.experiment import AGAINST, Experiment
     from duet_vlm.evaluation.tasks import usual_model
 
-    job = Experiment(task, cells, model or usual_model(task), seeds, limit, batch or 40, against or AGAINST, **pieces)
+    job = Experiment(
+        task, cells, model or usual_model(task), seeds, limit, batch or 40, against or AGAINST, **chunk_settings
+    )
     if against is not None:
         job.check_against()
     return job
@@ -211,10 +216,10 @@ def _cells(methods: Texts, budgets: Texts, presets: Texts, oracle: bool) -> tupl
 
 
 def seeds_of(values: Texts) -> tuple[int, ...]:
-    for text in (found := several(values) or ["0"]):
+    for text in (texts := several(values) or ["0"]):
         if not text.isdecimal():
             raise ValueError(f"--seeds {text}: give integers, 0 or more")
-    return tuple(map(int, found))
+    return tuple(map(int, texts))
 
 
 def limit_of(text: str | None) -> int | None:

@@ -79,9 +79,9 @@ def check_tasks(jobs: list[Experiment]) -> None:
 
     names = []
     for job in jobs:
-        found = task(job.task)
-        found.count(job.limit)
-        names.append(found.name)
+        known_task = task(job.task)
+        known_task.count(job.limit)
+        names.append(known_task.name)
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(
@@ -97,8 +97,8 @@ def run_job(job: Experiment, name: str, wanted: JobOptions) -> tuple[Path, dict[
     from duet_vlm.evaluation.results import load, save
     from duet_vlm.evaluation.tasks import task
 
-    asked = task(job.task)
-    folder = wanted.out / asked.name
+    job_task = task(job.task)
+    folder = wanted.out / job_task.name
     result, journals = folder / "results" / f"{name}.json", folder / "results" / f"{name}.parts"
     made = False
     try:
@@ -111,7 +111,9 @@ def run_job(job: Experiment, name: str, wanted: JobOptions) -> tuple[Path, dict[
                 raise ValueError(
                     f"{result} holds another experiment; choose another --name, or --restart to replace it"
                 )
-            if result.exists() and load(result)["questions"].get("contents") != asked.digest(asked.count(job.limit)):
+            if result.exists() and load(result)["questions"].get("contents") != job_task.digest(
+                job_task.count(job.limit)
+            ):
                 other = f"answers to other questions or pictures than {job.task} has now"
                 raise ValueError(f"{result} holds {other}; choose another --name, or --restart to replace it")
             if not result.exists():
@@ -119,21 +121,21 @@ def run_job(job: Experiment, name: str, wanted: JobOptions) -> tuple[Path, dict[
                 made = _made(job, name, result, journals, wanted)
     finally:
         _tidy(result, journals)
-    found = load(result) if result.exists() else None
+    finished = load(result) if result.exists() else None
     if not wanted.quiet:
-        if found is None:
+        if finished is None:
             typer.echo(f"{wanted.worker} is done; {result} is written by the last of them", err=True)
         elif made:
-            show(found)
+            show(finished)
             typer.echo(f"written: {result}\nnext: duet-vlm report {result}")
         else:
             typer.echo(f"{result} is finished already (--restart measures again)")
-    return result, found
+    return result, finished
 
 
-def tell_progress(file: Path, found: dict[str, Any]) -> dict[str, Any]:
+def tell_progress(file: Path, result: dict[str, Any]) -> dict[str, Any]:
     """The result without its predictions."""
-    return {"file": str(file)} | {key: value for key, value in found.items() if key != "predictions"}
+    return {"file": str(file)} | {key: value for key, value in result.items() if key != "predictions"}
 
 
 def _made(job: Experiment, name: str, result: Path, journals: Path, wanted: JobOptions) -> bool:

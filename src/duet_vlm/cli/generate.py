@@ -51,9 +51,9 @@ def generate(
 
     if prompt is not None and not prompt.strip():
         raise ValueError("--prompt is empty: write a question")
-    asked, worker = prompts(data, prompt), WorkerRank.here()
+    given, worker = prompts(data, prompt), WorkerRank.here()
     reduction.check_budget(model)
-    pieces = pieces_of(chunk_frames, still_frames, asked.clips, 'give --data with "video" in its lines')
+    chunk_settings = pieces_of(chunk_frames, still_frames, given.clips, 'give --data with "video" in its lines')
     folder_for("--out", out.parent)
     from duet_vlm.api.loading import load
     from duet_vlm.evaluation.generate import generate as answers
@@ -69,14 +69,14 @@ def generate(
             typer.echo(f"{worker}: {done} of {total} batches", err=True)
 
     def attach() -> Handle:
-        return reduction.attach(loaded.model, loaded.processor, **pieces)
+        return reduction.attach(loaded.model, loaded.processor, **chunk_settings)
 
     complete = answers(
-        loaded, asked, out, attach, batch=batch, max_new_tokens=max_new_tokens, worker=worker, advance=advance
+        loaded, given, out, attach, batch=batch, max_new_tokens=max_new_tokens, worker=worker, advance=advance
     )
     if json_:
         print(f'{{"complete": {str(complete).lower()}, "rank": {worker.rank}, "world": {worker.world}}}')
     elif complete:
-        typer.echo(f"written: {out} ({len(asked.names)} answers)")
+        typer.echo(f"written: {out} ({len(given.names)} answers)")
     else:
         typer.echo(f"rank {worker.rank} is done; others are not, and the last of them writes {out}", err=True)

@@ -88,8 +88,8 @@ for panel, verbs in LINES.items():
         app.command(name, short_help=line, rich_help_panel=panel, epilog=EPILOGS.get(name))(verb)
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(wanted: bool) -> None:
+    if wanted:
         typer.echo(version("duet-vlm"))
         raise typer.Exit()
 

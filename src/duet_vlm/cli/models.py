@@ -29,18 +29,18 @@ def models(
 ) -> None:
     """List the supported model families: what they take, and what to know about each."""
     with friendly(debug, json_):
-        found, everyone = chosen("models", "family", names), rows("models")
+        named, everyone = chosen("models", "family", names), rows("models")
         if json_:
-            print(json.dumps(found))
+            print(json.dumps(named))
             return
         same = [key for key in everyone[0] if all(row[key] is True for row in everyone)]  # said once, below
         columns = [key for key in everyone[0] if key not in {*same, "notes", "example"}]
         table = Table(*(key.replace("_", " ") for key in columns), box=SIMPLE, pad_edge=False)
-        for row in found:
+        for row in named:
             table.add_row(*(cell(row[key]) for key in columns))
         console = Console(highlight=False)
         console.print(table)
-        for row in found:
+        for row in named:
             console.print(f"[bold]{row['family']}[/bold] (such as {row['example']}): {row['notes']}", soft_wrap=True)
         print(f"\nevery family: {', '.join(same)}")
         print(

@@ -143,11 +143,11 @@ def counts(option: str, values: Sequence[str] | None, default: int) -> tuple[int
     ValueError
         If a text is no such count.
     """
-    found = several(values) or [str(default)]
-    for text in found:
+    texts = several(values) or [str(default)]
+    for text in texts:
         if not text.isdecimal() or int(text) < 1:
             raise ValueError(f"{option} {text}: give whole numbers, at least 1")
-    return tuple(map(int, found))
+    return tuple(map(int, texts))
 
 
 @dataclass(frozen=True)
@@ -212,12 +212,12 @@ def pieces_of(chunk_frames: int | None, still_frames: float | None, clips: bool,
         If an option is given without ``clips``; ``remedy`` says what to give.
     """
     given = {"--chunk-frames": chunk_frames, "--still-frames": still_frames}
-    found = {option: value for option, value in given.items() if value is not None}
-    if found and not clips:
+    settings = {option: value for option, value in given.items() if value is not None}
+    if settings and not clips:
         raise ValueError(
-            f"{' and '.join(f'{option} {value}' for option, value in found.items())}: no clip is shown; {remedy}, or leave it out"
+            f"{' and '.join(f'{option} {value}' for option, value in settings.items())}: no clip is shown; {remedy}, or leave it out"
         )
-    return {option.removeprefix("--").replace("-", "_"): value for option, value in found.items()}
+    return {option.removeprefix("--").replace("-", "_"): value for option, value in settings.items()}
 
 
 def budget_of(text: str | None) -> int | float | None:
@@ -282,11 +282,11 @@ class Reduction:
         """Title of the reduction under a handle."""
         return self.preset or handle.reducer.name
 
-    def attach(self, model: nn.Module, processor: Any = None, **pieces: Any) -> Handle:
-        """Attach it; ``pieces`` are those of ``pieces_of``."""
+    def attach(self, model: nn.Module, processor: Any = None, **chunk_settings: Any) -> Handle:
+        """Attach it; ``chunk_settings`` are those of ``pieces_of``."""
         from duet_vlm import attach
 
-        return attach(model, self.method, budget=self.budget, processor=processor, **self.fields | pieces)
+        return attach(model, self.method, budget=self.budget, processor=processor, **self.fields | chunk_settings)
 
     def check(self, model: str) -> None:
         """Refuse, before anything large is loaded, settings that the method does not have.
@@ -306,10 +306,10 @@ class Reduction:
         if self.method is not None:
             return own if isinstance(self.method, str) else None
         if isinstance(model, str):
-            place, local = source(model)
+            path, local = source(model)
             if not local:
                 return None
-            kept = load_from_config(place) if (Path(place) / "config.json").is_file() else None
+            kept = load_from_config(path) if (Path(path) / "config.json").is_file() else None
         else:
             kept = load_from_config(model)
         kept = kept or {"method": "duet", "budget": None, "settings": {}}
@@ -342,12 +342,12 @@ def method_of(name: str, *others: str) -> tuple[str, int | float | None, dict[st
     ValueError
         An unknown method, or a file without one.
     """
-    found = load_from_file(name) if is_method_file(name) else {"method": name, "budget": None, "settings": {}}
+    saved = load_from_file(name) if is_method_file(name) else {"method": name, "budget": None, "settings": {}}
     parts = [
-        method_files.announce(part) if method_files.names_module(part) else part for part in _stages(found["method"])
+        method_files.announce(part) if method_files.names_module(part) else part for part in _stages(saved["method"])
     ]
     check_method("+".join(parts), *others)
-    return "+".join(parts), found["budget"], found["settings"]
+    return "+".join(parts), saved["budget"], saved["settings"]
 
 
 def _stages(method: str) -> list[str]:
@@ -432,11 +432,11 @@ def _reducing(verb: Callable[..., None], interrupted: str = "") -> Callable[...,
         with friendly(debug, json_, interrupted):
             if "reduction" in parameters:
                 one("--budget", budget)
-            found = _checked(reductions_of(method, preset, budget, positions, settings), values)
+            reductions = _checked(reductions_of(method, preset, budget, positions, settings), values)
             verb(
                 **values,
                 json_=json_,
-                **({"reductions": found} if "reductions" in parameters else {"reduction": found[0]}),
+                **({"reductions": reductions} if "reductions" in parameters else {"reduction": reductions[0]}),
             )
 
     command.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]

@@ -27,8 +27,8 @@ def report(
 
         from duet_vlm.evaluation.results import load
 
-        found = several_paths(files)
-        for file in found:
+        paths = several_paths(files)
+        for file in paths:
             load(file)  # what is missing or damaged is named before seconds go by: drawing imports torch
         try:
             import matplotlib  # noqa: F401  # before a folder is made
@@ -39,7 +39,7 @@ def report(
 
         with Console(stderr=True).status("reading the results") as status:  # moves on a terminal, is silent elsewhere
             try:
-                written = write(found, out, lambda text: status.update(f"drawing {escape(text)}"))
+                written = write(paths, out, lambda text: status.update(f"drawing {escape(text)}"))
             except OSError as error:
                 if error.filename is None or not Path(error.filename).is_relative_to(out):
                     raise

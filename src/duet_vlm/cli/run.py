@@ -63,7 +63,7 @@ def run(
     Without --budget, 22 % of the visual tokens are kept.
     """
     shown = VisualInputs.of(image, video, frames, fps, prompt)
-    pieces = pieces_of(chunk_frames, still_frames, bool(shown.videos), "give --video")
+    chunk_settings = pieces_of(chunk_frames, still_frames, bool(shown.videos), "give --video")
     if chunk_frames is not None and reduction.method is None:
         check_streamed(shown, reduction, compare, still_frames)
         streamed(load(model, device), shown, prompt, chunk_frames, cast(int, reduction.budget), max_new_tokens, json_)
@@ -73,7 +73,7 @@ def run(
         reduction = dataclasses.replace(reduction, budget=BUDGET)
         typer.echo(f"no --budget: {BUDGET:.0%} of the visual tokens are kept", err=True)
     clips = shown.clips(loaded)
-    with reduction.attach(loaded.model, loaded.processor, **pieces) as handle:
+    with reduction.attach(loaded.model, loaded.processor, **chunk_settings) as handle:
         inputs = loaded.inputs(shown.images, prompt, clips)
         label = reduction.label_on(handle)
         width = max(len(label), 4)
@@ -111,5 +111,5 @@ def run(
     print(f"\n{report}")
 
 
-def _plain(found: TimedAnswer) -> dict[str, Any]:
-    return {key: value for key, value in asdict(found).items() if key != "text"}
+def _plain(answer: TimedAnswer) -> dict[str, Any]:
+    return {key: value for key, value in asdict(answer).items() if key != "text"}

@@ -177,12 +177,12 @@ def _explained(config: dict[str, Any], given: dict[str, Any]) -> str:
         return (
             f"drops inside the decoder, too, so a budget is a mean over its layers\n{rows}\n{describe(served.stages)}"
         )
-    found = "first stage only, so a budget counts the tokens of an image or clip (InternVL: of a tile) that enter"
+    text = "first stage only, so a budget counts the tokens of an image or clip (InternVL: of a tile) that enter"
     try:
         of_model(config, given | {"stages": "all"})
     except (ValueError, TypeError):  # not for this model, or not by this method
-        return found
-    return f"{found}; --stages all drops inside the decoder, too"
+        return text
+    return f"{text}; --stages all drops inside the decoder, too"
 
 
 def _given(
@@ -217,19 +217,19 @@ def _served(model: str, given: dict[str, Any]) -> tuple[list[str], str]:
 
 def _config(model: str) -> dict[str, Any]:
     """The model's config.json; of a hub id it is fetched, if it is not on this machine yet."""
-    place, local = source(model)
+    path, local = source(model)
     if not local:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         try:
-            return dict(json.loads(Path(hf_hub_download(place, "config.json")).read_text()))
+            return dict(json.loads(Path(hf_hub_download(path, "config.json")).read_text()))
         except (HfHubHTTPError, LocalEntryNotFoundError) as error:
             why = " ".join(str(error).split())
             raise ValueError(
                 f"--model {model}: cannot be read; a hub id needs a network connection or a cached copy ({why})"
             ) from None
-    file = Path(place) / "config.json"
+    file = Path(path) / "config.json"
     if not file.is_file():
         raise ValueError(f"--model {model}: adapters cannot be served by themselves: merge them into their model first")
     return dict(json.loads(file.read_text()))

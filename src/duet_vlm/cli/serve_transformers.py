@@ -67,7 +67,7 @@ def run(model: str, reduction: Reduction, host: str, port: int, api_key: str | N
     from transformers.cli.serve import Serve
     from transformers.cli.serving import model_manager, server
 
-    place = source(model)[0]
+    path = source(model)[0]
     build = server.build_server
 
     def guarded_server(*args: Any, **kwargs: Any) -> Any:
@@ -76,11 +76,11 @@ def run(model: str, reduction: Reduction, host: str, port: int, api_key: str | N
         return app
 
     server.build_server = guarded_server  # the server of this process, which serves nothing else
-    model_manager.ModelManager = _attaching(model_manager.ModelManager, place, reduction)
-    Serve(force_model=place, host=host, port=port)
+    model_manager.ModelManager = _attaching(model_manager.ModelManager, path, reduction)
+    Serve(force_model=path, host=host, port=port)
 
 
-def _attaching(manager: type[Any], place: str, reduction: Reduction) -> type[Any]:
+def _attaching(manager: type[Any], path: str, reduction: Reduction) -> type[Any]:
     """transformers' model manager, with the reduction on the model that it loads, and no other model."""
     from fastapi import HTTPException
 
@@ -88,8 +88,8 @@ def _attaching(manager: type[Any], place: str, reduction: Reduction) -> type[Any
 
     class AttachingManager(manager):
         def load_model_and_processor(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
-            if model_id_and_revision.rsplit("@", 1)[0] != place:
-                raise HTTPException(400, f"this server serves {place} and loads no other model")
+            if model_id_and_revision.rsplit("@", 1)[0] != path:
+                raise HTTPException(400, f"this server serves {path} and loads no other model")
             model, processor = super().load_model_and_processor(model_id_and_revision, *args, **kwargs)
             if handle_of(model) is None:
                 reduction.attach(model, processor)
@@ -124,13 +124,13 @@ class Guard:
                 send, 400, "this server transcribes no sound: ask about pictures and clips at /v1/chat/completions"
             )
         try:
-            found = None if self.fetch_urls else remote(body)
+            refused_url = None if self.fetch_urls else remote(body)
             read(body)
         except ValueError as error:
             return await _refuse(send, 400, str(error))
-        if found is not None:
+        if refused_url is not None:
             text = "this server fetches no URLs and opens no files (--fetch-urls); send each picture, clip or sound as one data: URL"
-            return await _refuse(send, 400, f"{found}: {text}")
+            return await _refuse(send, 400, f"{refused_url}: {text}")
         await self._pass_on(scope, body, receive, send)
 
     def _knows_key(self, scope: Message) -> bool:
@@ -208,15 +208,15 @@ def read(body: bytes) -> Any:
     """
     deep = f"nested deeper than {DEEPEST} lists and objects"
     try:
-        found = json.loads(body or b"null")
+        parsed = json.loads(body or b"null")
     except RecursionError:
         raise ValueError(deep) from None
     except ValueError:
         return None
-    level = [found]
+    level = [parsed]
     for _ in range(DEEPEST + 1):
         if not level:
-            return found
+            return parsed
         level = [item for value in level for item in _inside(value) if isinstance(item, list | dict)]
     raise ValueError(deep)
 
@@ -227,13 +227,13 @@ def remote(body: bytes) -> str | None:
     Part of it is a text that begins with ``data:``, or an object with such a ``url``. All else under the keys that
     transformers opens is refused, at any depth, except in descriptions of ``tools``, which are text.
     """
-    found = read(body)
-    if isinstance(found, dict):
-        found = {key: value for key, value in found.items() if key != "tools"}
+    parsed = read(body)
+    if isinstance(parsed, dict):
+        parsed = {key: value for key, value in parsed.items() if key != "tools"}
     return next(
         (
             f"{key}: {value[:80] if isinstance(value, str) else _short(json.dumps(value))}"
-            for key, value in _opened(found)
+            for key, value in _opened(parsed)
         ),
         None,
     )

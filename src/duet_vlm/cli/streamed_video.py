@@ -67,21 +67,21 @@ def streamed(
             frames += len(piece.frames)
             bar.update(task, completed=frames, held=len(stream.held))
     assert inputs is not None  # a clip has a frame
-    found = timed_answer(loaded, stream.inputs(inputs["input_ids"]), max_new_tokens, not json_)
+    answer = timed_answer(loaded, stream.inputs(inputs["input_ids"]), max_new_tokens, not json_)
     tokens, held = stream.steps * stream.places, len(stream.held)
     if json_:
         values = {
             "model": loaded.name,
             "prompt": prompt,
-            "answer": found.text,
+            "answer": answer.text,
             "frames": frames,
             "visual_tokens": tokens,
             "held": held,
         }
-        timing = {key: value for key, value in asdict(found).items() if key != "text"}
+        timing = {key: value for key, value in asdict(answer).items() if key != "text"}
         print(json.dumps(values | {"chunk_frames": size, "timing": timing}))
         return
-    print(f"\n{frames} frames, {size} at a time: {held} of {tokens} visual tokens held; {found.timing()}")
+    print(f"\n{frames} frames, {size} at a time: {held} of {tokens} visual tokens held; {answer.timing()}")
 
 
 def _bar() -> Progress:

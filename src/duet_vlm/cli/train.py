@@ -190,10 +190,10 @@ def _arguments(pairs: list[str] | None) -> dict[str, Any]:
     """``key=value`` pairs; a value is read as YAML reads it."""
     from duet_vlm.train.yaml_text import scalar
 
-    found = {}
+    arguments = {}
     for pair in pairs or []:
         key, equals, value = pair.partition("=")
         if not equals or not key.strip().isidentifier():
             raise ValueError(f"--trainer {pair}: write it as key=value")
-        found[key.strip()] = scalar(value)
-    return found
+        arguments[key.strip()] = scalar(value)
+    return arguments

@@ -126,22 +126,22 @@ def tune(
         for method, settings in wanted:
             check_settings(method, settings)
         amounts = budgets_of(budgets) or BUDGETS
-        asked = task_of(data, prompt)
-        check_model(model or usual_model(asked.name))
-        count = asked.count(limit if limit is not None or asked.size is not None else LIMIT)
+        chosen_task = task_of(data, prompt)
+        check_model(model or usual_model(chosen_task.name))
+        count = chosen_task.count(limit if limit is not None or chosen_task.size is not None else LIMIT)
         split(count, goal.keep)  # too few questions: said before a model is loaded
-        folder = folder_for("--out", out / (name or asked.name))
+        folder = folder_for("--out", out / (name or chosen_task.name))
         from duet_vlm.evaluation.tune.candidates import candidates
 
         with quiet():
-            loaded = load(model or usual_model(asked.name), device)
+            loaded = load(model or usual_model(chosen_task.name), device)
         runs = candidates(wanted, amounts, several(schedules) or ["own"], loaded.model)
-        result = _searched(loaded, asked, seed, count, runs, goal, batch, rounds, folder, restart, dry_run)
+        result = _searched(loaded, chosen_task, seed, count, runs, goal, batch, rounds, folder, restart, dry_run)
         if result is None:
             if json_:
                 print(json.dumps({"chosen": None, "dry_run": True}))
             return
-        _write(result, folder, json_, model or usual_model(asked.name), bool(asked.ask(seed, 0).videos))
+        _write(result, folder, json_, model or usual_model(chosen_task.name), bool(chosen_task.ask(seed, 0).videos))
 
 
 def task_of(data: str, prompts: Texts) -> Task:
@@ -149,9 +149,9 @@ def task_of(data: str, prompts: Texts) -> Task:
     from duet_vlm.evaluation.tasks import task
     from duet_vlm.evaluation.tune.folder import folder_task
 
-    place = Path(data).expanduser()
-    if place.is_dir():
-        return folder_task(place, prompts or [])
+    path = Path(data).expanduser()
+    if path.is_dir():
+        return folder_task(path, prompts or [])
     if prompts:
         raise ValueError(f"--prompt: {data} brings its questions; prompts are for a folder of pictures")
     return task(data)
@@ -173,7 +173,7 @@ def _check_extras() -> None:
 
 def _searched(
     loaded: LoadedModel,
-    asked: Task,
+    chosen_task: Task,
     seed: int,
     count: int,
     runs: Any,
@@ -207,15 +207,21 @@ def _searched(
     with alone(journal), Progress(*columns, console=console) as progress:
         if restart:
             journal.unlink(missing_ok=True)
-        first = asked.ask(seed, 0)
-        questions = {"task": asked.name, "seed": seed, "count": count, "batch": batch, "first": [first.id, first.text]}
+        first = chosen_task.ask(seed, 0)
+        questions = {
+            "task": chosen_task.name,
+            "seed": seed,
+            "count": count,
+            "batch": batch,
+            "first": [first.id, first.text],
+        }
         subject: dict[str, Any] = {
             "questions": questions,
             "model": model_facts(loaded),
             "versions": versions(),
             "source code": source().files,
         }
-        if (contents := asked.digest(count)) is not None:
+        if (contents := chosen_task.digest(count)) is not None:
             subject[CONTENTS] = contents
         bar = progress.add_task("the full model", total=None)
 
@@ -227,7 +233,7 @@ def _searched(
             return not dry_run
 
         asker = AnswerSource(
-            loaded, asked, seed, batch, Journal(journal, subject), lambda answers: progress.advance(bar, answers)
+            loaded, chosen_task, seed, batch, Journal(journal, subject), lambda answers: progress.advance(bar, answers)
         )
         return search(
             asker, count, runs, goal, rounds, preview, lambda text: progress.update(bar, description=text[:40])
@@ -268,15 +274,16 @@ def _write(result: dict[str, Any], folder: Path, as_json: bool, model: str, clip
         return
     screen = console(100)
     table = Table("candidate", "ms", "kept", "asked", "what became of it", box=SIMPLE, pad_edge=False)
-    asked = {each["id"]: each["choosing"]["asked"] + each["testing"]["asked"] for each in result["candidates"]}
+    num_asked = {each["id"]: each["choosing"]["asked"] + each["testing"]["asked"] for each in result["candidates"]}
     rows = sorted(
-        result["candidates"], key=lambda each: (each["id"] != result["chosen"], -asked[each["id"]], each["ms"] or 1e9)
+        result["candidates"],
+        key=lambda each: (each["id"] != result["chosen"], -num_asked[each["id"]], each["ms"] or 1e9),
     )
     for each in rows[:SHOWN]:
         kept = "-" if each["kept"] is None else f"{each['kept']:.1%}"
         told = escape(each["reason"]) or "[bold]chosen[/bold]"
         table.add_row(
-            escape(each["id"]), f"{each['ms']:.4g}" if each["ms"] else "-", kept, str(asked[each["id"]]), told
+            escape(each["id"]), f"{each['ms']:.4g}" if each["ms"] else "-", kept, str(num_asked[each["id"]]), told
         )
     screen.print(table)
     if len(rows) > SHOWN:

@@ -20,21 +20,21 @@ WIDTH = 150  # where the output goes to a file
 
 def console(usual: int = WIDTH) -> Console:
     """As wide as the terminal; where the output goes elsewhere as wide as COLUMNS says, else ``default_width``."""
-    found = Console(highlight=False)
+    screen = Console(highlight=False)
     return (
-        found
-        if found.is_terminal or os.environ.get("COLUMNS", "").isdecimal()
+        screen
+        if screen.is_terminal or os.environ.get("COLUMNS", "").isdecimal()
         else Console(highlight=False, width=usual)
     )
 
 
 def show(result: dict[str, Any]) -> None:
     """The main table, the kinds of question, and the settings that every run used."""
-    screen, asked, done = console(), result["questions"], [run for run in result["runs"] if run["status"] == "ok"]
-    judged = f", {n} of them judged by the full model's answer" if (n := asked.get("unlabelled")) else ""
+    screen, questions, done = console(), result["questions"], [run for run in result["runs"] if run["status"] == "ok"]
+    judged = f", {n} of them judged by the full model's answer" if (n := questions.get("unlabelled")) else ""
     columns = {name: cell for name, cell in CELLS.items() if any(cell(run) != "-" for run in done)}
     main, kinds = Table(), Table()
-    for table, names in ((main, columns), (kinds, asked["kinds"])):
+    for table, names in ((main, columns), (kinds, questions["kinds"])):
         for column in ("run", *names):
             table.add_column(column, justify="left" if column == "run" else "right")
     for run in result["runs"]:
@@ -44,7 +44,7 @@ def show(result: dict[str, Any]) -> None:
             continue
         main.add_row(name, *(cell(run) for cell in columns.values()))
         kinds.add_row(name, *(f"{kind['accuracy']:.3f}" for kind in run["kinds"].values()))
-    above = f"{result['task']}: {asked['count']} questions{judged}, 95 % intervals"
+    above = f"{result['task']}: {questions['count']} questions{judged}, 95 % intervals"
     for words, table in ((above, main), ("accuracy by kind of question", kinds)):
         # a table's own title is no wider than the table
         screen.print(f"[italic]{escape(words)}[/italic]", soft_wrap=True)

@@ -134,7 +134,7 @@ def curve_of(result: dict[str, Any]) -> DropCurve | None:
     points = [_point(row) for row in rows if _measures(row)]
     if not points or "layers" not in result["model"]:
         return None
-    whole = {kind: found["accuracy"] for kind, found in full["kinds"].items()}
+    whole = {kind: each["accuracy"] for kind, each in full["kinds"].items()}
     return DropCurve(
         result["model"]["layers"], full["accuracy"], whole, tuple(sorted(points, key=lambda point: point.layer))
     )
@@ -149,7 +149,7 @@ def _measures(row: dict[str, Any]) -> bool:
 
 
 def _point(row: dict[str, Any]) -> CurvePoint:
-    kinds, against = {kind: found["accuracy"] for kind, found in row["kinds"].items()}, row["against"]
+    kinds, against = {kind: by_kind["accuracy"] for kind, by_kind in row["kinds"].items()}, row["against"]
     return CurvePoint(
         row["settings"]["schedule"][0][0], row["accuracy"], against["difference"], tuple(against["interval"]), kinds
     )
@@ -166,12 +166,12 @@ def proposals(curve: DropCurve, tolerance: float = TOLERANCE) -> dict[str, Sched
     cut: dict[int, float] = {} if end == curve.depth else {end: 0.0}
 
     def stages(power: float) -> Schedule:
-        found: dict[int, float] = {}
+        accuracy: dict[int, float] = {}
         for level in LEVELS:
             layer = next((layer for layer, need in enumerate(needs) if layer and need**power <= level), curve.depth)
             if layer < end:
-                found[layer] = level
-        return tuple((found | cut).items())
+                accuracy[layer] = level
+        return tuple((accuracy | cut).items())
 
     return {"cut": tuple(cut.items()), "as needed": stages(1.0), "slower": stages(0.5)}
 

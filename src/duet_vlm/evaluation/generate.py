@@ -31,7 +31,7 @@ Row = dict[str, Any]
 
 def generate(
     loaded: LoadedModel,
-    asked: Prompts,
+    prompts: Prompts,
     out: Path,
     attach: Callable[[], Handle],
     *,
@@ -60,13 +60,13 @@ def generate(
         Journals of other prompts, another model or other settings; two processes of the same rank at once; videos for a
         model that takes none.
     """
-    if asked.clips and not loaded.takes_clips:
+    if prompts.clips and not loaded.takes_clips:
         raise ValueError(
             f"--data shows clips, and --model {loaded.name} takes pictures only; 'duet-vlm models' says who takes clips"
         )
     batches = {
-        str(first // batch): range(first, min(first + batch, len(asked.names)))
-        for first in range(0, len(asked.names), batch)
+        str(first // batch): range(first, min(first + batch, len(prompts.names)))
+        for first in range(0, len(prompts.names), batch)
     }
     path = out.with_name(f"{out.name}.parts") / f"{worker.rank}.jsonl"
     with attach() as handle, torch.no_grad(), alone(path):
@@ -75,14 +75,14 @@ def generate(
             "budget": handle.budget,
             "settings": json.loads(json.dumps(handle.reducer.settings())),
         }
-        pieces = {"chunk_frames": handle.chunks.chunk_frames, "still_frames": handle.chunks.still_frames}
+        chunk_settings = {"chunk_frames": handle.chunks.chunk_frames, "still_frames": handle.chunks.still_frames}
         given = {"batch": batch, "max_new_tokens": max_new_tokens} | {
-            name: value for name, value in pieces.items() if value is not None
+            name: value for name, value in chunk_settings.items() if value is not None
         }
         journal = Journal(
             path,
             {
-                CONTENTS: asked.mark,
+                CONTENTS: prompts.mark,
                 "model": model_facts(loaded),
                 "reduction": method,
                 "options": given,
@@ -94,13 +94,13 @@ def generate(
             for part in todo:
                 yield (
                     part,
-                    {"questions": [], "runs": {RUN: _answers(loaded, handle, asked, batches[part], max_new_tokens)}},
+                    {"questions": [], "runs": {RUN: _answers(loaded, handle, prompts, batches[part], max_new_tokens)}},
                 )
 
-        found = recorded(journal, worker, list(batches), [RUN], work, advance=advance)
-    if found is None:
+        pages = recorded(journal, worker, list(batches), [RUN], work, advance=advance)
+    if pages is None:
         return False
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for part in batches for row in found[part]["runs"][RUN])
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for part in batches for row in pages[part]["runs"][RUN])
     beside = out.with_name(f".{out.name}.{worker.rank}")
     beside.write_text(text, encoding="utf-8")
     os.replace(beside, out)  # whoever else finds everything writes the same
@@ -108,15 +108,15 @@ def generate(
 
 
 def _answers(
-    loaded: LoadedModel, handle: Handle, asked: Prompts, numbers: Sequence[int], max_new_tokens: int
+    loaded: LoadedModel, handle: Handle, prompts: Prompts, numbers: Sequence[int], max_new_tokens: int
 ) -> list[Row]:
     """One row for each prompt of a batch. An impossible prompt gets its error in its row, and the others are
     answered."""
-    rows: list[Row] = [{"id": asked.names[number], "question": asked.texts[number]} for number in numbers]
+    rows: list[Row] = [{"id": prompts.names[number], "question": prompts.texts[number]} for number in numbers]
     questions: dict[int, TaskQuestion] = {}
     for i, number in enumerate(numbers):
         try:
-            questions[i] = asked.open(number)
+            questions[i] = prompts.open(number)
         except (ValueError, OSError) as error:
             rows[i]["error"] = " ".join(str(error).split())
     try:

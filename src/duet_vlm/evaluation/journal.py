@@ -110,11 +110,11 @@ class Journal:
     def together(self) -> dict[str, Page]:
         """Pages of this journal and all others of its folder (``*.jsonl``) by now; another process may be in the middle
         of a line."""
-        found: dict[str, Page] = {}
+        pages: dict[str, Page] = {}
         for path in sorted(self.path.parent.glob("*.jsonl")):
             if lines := _read(path)[0]:
-                self._remember(path, lines, found)
-        return found
+                self._remember(path, lines, pages)
+        return pages
 
     def _remember(self, path: Path, lines: list[dict[str, Any]], into: dict[str, Page]) -> None:
         first, *others = lines

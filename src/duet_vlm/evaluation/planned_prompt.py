@@ -111,24 +111,24 @@ def _skips(handle: Handle) -> bool:
     return bool(unread := adapter.unused_tower_layers()) and not handle.reads_layers(unread)
 
 
-def planned_report(handle: Handle, found: PlannedPrompt, element_bytes: int) -> Report:
+def planned_report(handle: Handle, planned: PlannedPrompt, element_bytes: int) -> Report:
     """The report that the prompt would give."""
     reducer = handle.reducer
     return make_report(
         method=reducer.name,
         settings=reducer.settings(),
         budget=handle.budget,
-        samples=[found.sample],
-        scored_layers=found.scored,
-        reused_layers=found.reused,
+        samples=[planned.sample],
+        scored_layers=planned.scored,
+        reused_layers=planned.reused,
         decoder=handle.adapter.decoder_dims(),
         vision=handle.adapter.vision_dims(),
         element_bytes=element_bytes,
         cache_bytes=None,
         decoded=0,
         projects_all=handle.projects_all,
-        selection=handle.selection_flops([found.sample]),
-        **decoder_terms(handle.adapter, reducer, [found.sample]),
+        selection=handle.selection_flops([planned.sample]),
+        **decoder_terms(handle.adapter, reducer, [planned.sample]),
     )
 
 

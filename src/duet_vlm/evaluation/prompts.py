@@ -53,11 +53,13 @@ def prompts(data: str, prompt: str | None) -> Prompts:
         )
     if prompt:
         raise ValueError(f"--prompt: the questions stand in {data}, leave it out")
-    asked = task(str(path))
+    file_task = task(str(path))
     # read without complaint just now
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     names = tuple(str(line.get("id", number)) for number, line in enumerate(lines))
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"--data {data}: the id {twice[0]!r} stands in two lines")
-    mark = digest_of([names, asked.digest(len(names))], [])
-    return Prompts(names, tuple(line["question"] for line in lines), lambda i: asked.ask(0, i), mark, asked.clips)
+    mark = digest_of([names, file_task.digest(len(names))], [])
+    return Prompts(
+        names, tuple(line["question"] for line in lines), lambda i: file_task.ask(0, i), mark, file_task.clips
+    )

@@ -58,9 +58,9 @@ class WorkerRank:
             )
         return cls(*map(int, given.values()))
 
-    def device(self, asked: str | None, gpus: int) -> str | None:
-        """A GPU of its own for each process of a machine, unless ``asked`` names one by number."""
-        return f"cuda:{self.local % gpus}" if asked in (None, "cuda") and gpus and self.world > 1 else asked
+    def device(self, given: str | None, gpus: int) -> str | None:
+        """A GPU of its own for each process of a machine, unless ``given`` names one by number."""
+        return f"cuda:{self.local % gpus}" if given in (None, "cuda") and gpus and self.world > 1 else given
 
     def check_restart(self, files: str) -> None:
         """Refuse to begin anew where others may be at work already; ``files`` is to be removed instead."""
@@ -90,8 +90,8 @@ def gpus() -> int:
 
 def lacking(parts: Sequence[str], runs: Sequence[str], known: Mapping[str, Page]) -> dict[str, list[str]]:
     """The runs that each part lacks, of those that lack any."""
-    found = {part: [run for run in runs if run not in known.get(part, {"runs": ()})["runs"]] for part in parts}
-    return {part: missing for part, missing in found.items() if missing}
+    missing_runs = {part: [run for run in runs if run not in known.get(part, {"runs": ()})["runs"]] for part in parts}
+    return {part: missing for part, missing in missing_runs.items() if missing}
 
 
 def recorded(
@@ -137,8 +137,8 @@ def recorded(
         for done, (part, page) in enumerate(made, 1):
             journal.add(part, page)
             advance(len(mine) - len(todo) + done, len(mine))
-    found = journal.together()
-    return None if lacking(parts, runs, found) else found
+    pages = journal.together()
+    return None if lacking(parts, runs, pages) else pages
 
 
 def start(
@@ -169,13 +169,13 @@ def start(
     names: dict[Any, str] = {}
     try:
         with _without_interrupts():
-            for number, place in enumerate(places):
+            for number, device in enumerate(places):
                 ours, theirs = context.Pipe(duplex=False)
-                given = (theirs, work, WorkerRank(number, len(places), number), place)
+                given = (theirs, work, WorkerRank(number, len(places), number), device)
                 team[ours] = context.Process(target=_serve, args=given, daemon=True)
                 team[ours].start()
                 theirs.close()  # the process has the only one now, so that the pipe ends with it
-                names[ours] = f"worker {number + 1} of {len(places)}" + (f" on {place}" if place else "")
+                names[ours] = f"worker {number + 1} of {len(places)}" + (f" on {device}" if device else "")
         working = dict(team)
         while working:
             pipe: Any
@@ -207,10 +207,10 @@ class _Failure:
     where: str
 
 
-def _serve(pipe: Any, work: Callable[..., None], rank: WorkerRank, place: Any) -> None:
+def _serve(pipe: Any, work: Callable[..., None], rank: WorkerRank, device: Any) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        work(rank, place, lambda count: pipe.send((rank.rank, count)))
+        work(rank, device, lambda count: pipe.send((rank.rank, count)))
     except Exception as error:
         with contextlib.suppress(OSError):  # nobody listens where the parent was killed
             pipe.send(_Failure(str(error) or type(error).__name__, traceback.format_exc()))

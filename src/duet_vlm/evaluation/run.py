@@ -44,13 +44,13 @@ class QuestionBatch:
     def name(self) -> str:
         return f"{self.seed}/{self.first}-{self.last}"
 
-    def questions(self, asked: Task) -> list[TaskQuestion]:
-        return [asked.ask(self.seed, index) for index in range(self.first, self.last)]
+    def questions(self, chosen_task: Task) -> list[TaskQuestion]:
+        return [chosen_task.ask(self.seed, index) for index in range(self.first, self.last)]
 
 
-def batches(experiment: Experiment, asked: Task) -> list[QuestionBatch]:
+def batches(experiment: Experiment, chosen_task: Task) -> list[QuestionBatch]:
     """The batches of an experiment: the same however many processes there are and wherever a run was interrupted."""
-    count, size = asked.count(experiment.limit), experiment.batch
+    count, size = chosen_task.count(experiment.limit), experiment.batch
     return [
         QuestionBatch(seed, first, min(first + size, count))
         for seed in experiment.seeds
@@ -92,7 +92,7 @@ class RunAnswers:
         """The content of a result file (see :mod:`duet_vlm.evaluation.results`); ``timing_rounds`` as of
         :func:`run_experiment`."""
         experiment, loaded = self.experiment, self.loaded
-        asked, runs = task(experiment.task), experiment.runs()
+        chosen_task, runs = task(experiment.task), experiment.runs()
         possible = [run for run in runs if run.id not in self.infeasible]
         outcomes = {run.id: [Outcome(**page["runs"][run.id]) for page in self.pages] for run in possible}
         outcomes |= {key: [value] for key, value in self.infeasible.items()}
@@ -100,7 +100,10 @@ class RunAnswers:
         if timing_rounds:
             measured = [run for run in possible if all(part.message is None for part in outcomes[run.id])]
             times = prefill_times(
-                loaded, measured, batches(experiment, asked)[0].questions(asked)[:TIMED_QUESTIONS], timing_rounds
+                loaded,
+                measured,
+                batches(experiment, chosen_task)[0].questions(chosen_task)[:TIMED_QUESTIONS],
+                timing_rounds,
             )
         asked_for = [
             TaskQuestion(q["id"], (), q["text"], tuple(q["answers"]), q["kind"])
@@ -114,14 +117,14 @@ class RunAnswers:
         return {
             "format": FORMAT,
             "name": name,
-            "task": asked.name,
+            "task": chosen_task.name,
             "experiment": experiment.to_json(),
             "environment": environment(str(parameter.device), dtype, self.processes, self.code.until(source())),
             "model": model_facts(loaded) | {"layers": len(adapter_for(loaded.model).layers)},
             "questions": {
                 "count": len(asked_for),
                 "unlabelled": sum(not q.answers for q in asked_for),
-                "per_seed": asked.count(experiment.limit),
+                "per_seed": chosen_task.count(experiment.limit),
                 "kinds": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
                 **({} if self.contents is None else {"contents": self.contents}),
             },
@@ -197,15 +200,15 @@ def gather(
     if importlib.util.find_spec("scipy") is None:  # said now, not after hours
         raise ImportError('the statistics of an evaluation need scipy: pip install ".[eval]" in your clone of duet-vlm')
     code = source()
-    asked, runs = task(experiment.task), experiment.runs()
-    todo = {batch.name: batch for batch in batches(experiment, asked)}
-    first = next(iter(todo.values())).questions(asked)[:1]
+    chosen_task, runs = task(experiment.task), experiment.runs()
+    todo = {batch.name: batch for batch in batches(experiment, chosen_task)}
+    first = next(iter(todo.values())).questions(chosen_task)[:1]
     loaded = load(experiment.model, device)
-    if experiment.pieces and not asked.clips:
-        raise ValueError(f"{' and '.join(experiment.pieces)}: task {asked.name!r} shows no clips; leave it out")
-    if asked.clips and not loaded.takes_clips:
+    if experiment.pieces and not chosen_task.clips:
+        raise ValueError(f"{' and '.join(experiment.pieces)}: task {chosen_task.name!r} shows no clips; leave it out")
+    if chosen_task.clips and not loaded.takes_clips:
         raise ValueError(
-            f"task {asked.name!r} shows clips, and --model {loaded.name} takes pictures only; 'duet-vlm models' says who takes clips"
+            f"task {chosen_task.name!r} shows clips, and --model {loaded.name} takes pictures only; 'duet-vlm models' says who takes clips"
         )
     infeasible = preflight(loaded, runs, first)
     possible = {run.id: run for run in runs if run.id not in infeasible}
@@ -216,13 +219,13 @@ def gather(
         "versions": versions() | {"format": FORMAT},
         "source code": code.files,
     }
-    if (contents := asked.digest(asked.count(experiment.limit))) is not None:
+    if (contents := chosen_task.digest(chosen_task.count(experiment.limit))) is not None:
         subject[CONTENTS] = contents
     journal = Journal(journals / f"{worker.rank}.jsonl", subject)
 
     def work(parts: dict[str, list[str]]) -> Generator[tuple[str, Page], None, None]:
         for name, missing in parts.items():
-            yield name, _page(loaded, todo[name], [possible[run] for run in missing], asked)
+            yield name, _page(loaded, todo[name], [possible[run] for run in missing], chosen_task)
 
     left = lacking(list(todo), list(possible), journal.together()) if workers > 1 else {}
     if len(left) > 1:
@@ -230,11 +233,11 @@ def gather(
         places = devices_of(device, min(workers, len(left)), gpus())
         with _aside(loaded):
             start(partial(_share, experiment, journals), places, kept, lambda done: advance(done, len(todo)))
-    found = recorded(journal, worker, list(todo), list(possible), work, advance=advance, over=over)
-    if found is None:
+    pages = recorded(journal, worker, list(todo), list(possible), work, advance=advance, over=over)
+    if pages is None:
         return None
     return RunAnswers(
-        experiment, loaded, [found[name] for name in todo], infeasible, code, max(workers, worker.world), contents
+        experiment, loaded, [pages[name] for name in todo], infeasible, code, max(workers, worker.world), contents
     )
 
 
@@ -311,8 +314,8 @@ def _share(
     gather(experiment, journals, device=device, worker=rank, advance=lambda done, total: tell(done))
 
 
-def _page(loaded: LoadedModel, batch: QuestionBatch, runs: list[ExperimentCell], asked: Task) -> Page:
-    questions = batch.questions(asked)
-    outcomes = answer(loaded, runs, questions, asked.max_new_tokens)
+def _page(loaded: LoadedModel, batch: QuestionBatch, runs: list[ExperimentCell], chosen_task: Task) -> Page:
+    questions = batch.questions(chosen_task)
+    outcomes = answer(loaded, runs, questions, chosen_task.max_new_tokens)
     plain = [{"id": q.id, "text": q.text, "answers": list(q.answers), "kind": q.kind} for q in questions]
     return {"questions": plain, "runs": {key: dataclasses.asdict(value) for key, value in outcomes.items()}}

@@ -155,15 +155,15 @@ def _recalls(handle: duet_vlm.Handle, questions: Sequence[TaskQuestion]) -> tupl
     middle = len(handle.report().measured) // 2
     sums = np.zeros(4)
     for q, spans in zip(questions, handle.trace, strict=True):
-        found, total = np.zeros(3), 0
+        kept, total = np.zeros(3), 0
         for part, span in zip(needed_parts(q), spans, strict=True):
             needed = set(np.flatnonzero(part).tolist())
             entry = needed & alive(span, 0)
             merged = needed & {token for members in span.merged.values() for token in members}
-            found += (len(entry), len(entry | merged), len(needed & alive(span, middle)))
+            kept += (len(entry), len(entry | merged), len(needed & alive(span, middle)))
             total += len(needed)
         if total:
-            sums += (1, *found / total)
+            sums += (1, *kept / total)
     return tuple(sums.tolist())
 
 

@@ -15,8 +15,8 @@ def mean_interval(hits: np.ndarray) -> tuple[float, float]:
     """95 % score interval (Wilson) of an accuracy; ``hits`` [questions] bool."""
     from scipy.stats import binomtest
 
-    found = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
-    return float(found.low), float(found.high)
+    interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def kept_interval(hits: np.ndarray, full: np.ndarray) -> tuple[float, float] | None:
@@ -61,8 +61,8 @@ def difference_interval(hits: np.ndarray, other: np.ndarray) -> tuple[float, flo
             2 * likely + difference * (1 - difference)
         )
 
-    found = (won - lost) / count
-    return _edge(beyond, found, -1.0), _edge(beyond, found, 1.0)
+    change = (won - lost) / count
+    return _edge(beyond, change, -1.0), _edge(beyond, change, 1.0)
 
 
 def resampled(
@@ -76,7 +76,7 @@ def resampled(
     if len(samples[0]) < 2:
         value = float(statistic(*(s.astype(float) for s in samples), axis=-1))
         return value, value
-    found = bootstrap(
+    interval = bootstrap(
         tuple(s.astype(np.float32) for s in samples),
         statistic,
         n_resamples=RESAMPLES,
@@ -86,7 +86,7 @@ def resampled(
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return float(found.low), float(found.high)
+    return float(interval.low), float(interval.high)
 
 
 def _counts(hits: np.ndarray, other: np.ndarray) -> tuple[int, int, int]:

@@ -69,16 +69,18 @@ def summarize(
 
 def restated(result: dict[str, Any]) -> dict[str, Any]:
     """A result whose statistics are computed again from its predictions, for a file of an earlier version."""
-    found, asked = unpack(result), result["experiment"]
+    answers, experiment = unpack(result), result["experiment"]
     hits = {
-        key: np.array([accepted(a, gold) for a, gold in zip(said, found["gold"], strict=True)])
-        for key, said in found["answers"].items()
+        key: np.array([accepted(a, gold) for a, gold in zip(said, answers["gold"], strict=True)])
+        for key, said in answers["answers"].items()
     }
     rows: Rows = copy.deepcopy(result["runs"])
     for row in rows:
         if row["status"] == "ok":
-            row |= _accuracy(asked["seeds"], found["kinds"], hits[row["id"]], hits[BASELINE], row["id"] == BASELINE)
-    _compare(rows, hits, asked["against"])
+            row |= _accuracy(
+                experiment["seeds"], answers["kinds"], hits[row["id"]], hits[BASELINE], row["id"] == BASELINE
+            )
+    _compare(rows, hits, experiment["against"])
     return result | {"runs": rows}
 
 

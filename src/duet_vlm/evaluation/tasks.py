@@ -179,28 +179,28 @@ def _row(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         images, videos = (_several(row.get(what, [])) for what in ("image", "video"))
         answers = _several(row.get("answers", row.get("answer", [])))
-        found = {"images": images, "videos": videos, "frames": row.get("frames"), "question": row["question"]}
-        found |= {"answers": list(map(_word, answers)), "kind": _word(row.get("kind", "all"))}
+        made = {"images": images, "videos": videos, "frames": row.get("frames"), "question": row["question"]}
+        made |= {"answers": list(map(_word, answers)), "kind": _word(row.get("kind", "all"))}
         if not {"image", "video"} & set(row):
             raise KeyError("image")
     except KeyError as error:
         raise ValueError(
             f"{path}, line {number}: needs image and question, or video in place of the image; {error} is missing"
         ) from error
-    texts = [found["question"], found["kind"], *images, *videos, *found["answers"]]
+    texts = [made["question"], made["kind"], *images, *videos, *made["answers"]]
     labelled = answers or not {"answer", "answers"} & set(row)
     empty = any(what in row and not _several(row[what]) for what in ("image", "video"))
     if empty or not labelled or not all(isinstance(text, str) for text in texts):
         raise ValueError(
             f"{path}, line {number}: image, question, answer and kind are texts, video too; all but question and kind may be lists, not empty ones"
         )
-    if found["frames"] is not None and (type(found["frames"]) is not int or found["frames"] < 1 or not videos):
+    if made["frames"] is not None and (type(made["frames"]) is not int or made["frames"] < 1 or not videos):
         raise ValueError(
-            f"{path}, line {number}: frames {found['frames']!r}: how many are taken of each video, a whole number from 1"
+            f"{path}, line {number}: frames {made['frames']!r}: how many are taken of each video, a whole number from 1"
         )
     for name in (*images, *videos):
         local(name, f"{path}, line {number}: ")
-    return found
+    return made
 
 
 def _several(value: Any) -> list[Any]:

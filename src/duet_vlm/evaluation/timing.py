@@ -46,7 +46,7 @@ def prefill_times(
     out: dict[str, dict[str, Any]] = {}
     for name, timing in times.items():
         low, high = timing.quartiles
-        found = ratio(timing, times[BASELINE])
-        out[name] = {"ms": each * timing.median, "low": each * low, "high": each * high, "ratio": found.median}
-        out[name] |= {"ratio_interval": [found.low, found.high], "rounds": rounds, "batch": len(questions)}
+        relative = ratio(timing, times[BASELINE])
+        out[name] = {"ms": each * timing.median, "low": each * low, "high": each * high, "ratio": relative.median}
+        out[name] |= {"ratio_interval": [relative.low, relative.high], "rounds": rounds, "batch": len(questions)}
     return out

@@ -33,7 +33,8 @@ def query_rows(
     Parameters
     ----------
     kind : str
-        "all" (every position after the last visual token), "last" (the last position before the answer) or "salient".
+        "all" (every position after the last visual token), "last" (the last position before the answer), "salient", or
+        "raters", which are chosen later among all.
     visual, valid : Tensor
         [B, S] bool.
     labels : Tensor, optional
@@ -87,15 +88,15 @@ def salient_words(tokenizer: Any, input_ids: Tensor, candidates: Tensor) -> Tens
     Tensor
         [B, S] bool, on the device of ``candidates``.
     """
-    found = torch.zeros(candidates.shape, dtype=torch.bool, device="cpu")
+    mask = torch.zeros(candidates.shape, dtype=torch.bool, device="cpu")
     for row, (ids, chosen) in enumerate(zip(input_ids.cpu(), candidates.cpu(), strict=True)):
         columns = chosen.nonzero()[:, 0].tolist()
         if columns:
             text, spans = token_spans(tokenizer, ids[chosen].tolist())
             words = content_words(text)
             salient = [any(a < end and begin < b for a, b in words) for begin, end in spans]
-            found[row, columns] = torch.tensor([*salient[:-1], True], device="cpu")
-    return found.to(candidates.device)
+            mask[row, columns] = torch.tensor([*salient[:-1], True], device="cpu")
+    return mask.to(candidates.device)
 
 
 def token_spans(tokenizer: Any, ids: list[int]) -> tuple[str, list[tuple[int, int]]]:

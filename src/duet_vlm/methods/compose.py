@@ -149,7 +149,7 @@ class Pipeline(EncoderReducer):
             )
         if (
             isinstance(self.decoder, EncoderReducer)
-            and self.decoder.with_paper_schedule(1000).plan(4096, 1000, None).merges
+            and self.decoder.with_paper_schedule(1000).plan(4096, 1000, None).reduces_entry
         ):
             before = self.encoder or self.frames or self.tower
             assert before is not None  # two methods at least
@@ -288,7 +288,7 @@ class Pipeline(EncoderReducer):
             return plan_keep_all(tokens, depth)
         wanted = self._wanted(tokens, depth, budget)
         left = self._left(tower, tokens, wanted)
-        if self.encoder is not None and wanted.merges and wanted.entry > left:
+        if self.encoder is not None and wanted.reduces_entry and wanted.entry > left:
             warnings.warn(
                 f"{self.name}: {wanted.entry} of {tokens} tokens would enter the decoder, but the tower leaves {left}: all of those enter, and "
                 f"later layers keep more. Raise {tower.name}_keep, or lower the budget",
@@ -318,7 +318,7 @@ class Pipeline(EncoderReducer):
             return max(1, count_of(tower.keep, tokens))
         if tower.by_threshold:
             return tokens
-        entering = wanted.entry if wanted.merges else 0
+        entering = wanted.entry if wanted.reduces_entry else 0
         return min(tokens, max(1, math.ceil(LEFT * tokens), math.ceil(SPARE * entering)))
 
     def _behind(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
@@ -347,7 +347,7 @@ class Pipeline(EncoderReducer):
         entering = pool if first is None else first.plan(tokens, depth, None)
         if entering is None:
             raise NoBudget(f"{self.name} needs a budget or frames_keep=", "frames_keep=")
-        if pool is not None and not entering.merges:  # nobody else reduces before the decoder: the pool enters
+        if pool is not None and not entering.reduces_entry:  # nobody else reduces before the decoder: the pool enters
             entering = pool
         elif self._one_method:
             return entering

@@ -208,8 +208,21 @@ class Adapter(ABC):
     """A family. Subclasses say in their attributes and methods what differs from the usual; nothing else knows the
     family.
 
+    A family must have ``family``, ``model_types``, ``example``, and the methods marked abstract; everything else has the
+    usual value.
+
     Attributes
     ----------
+    family : str
+        Name of the family, as users write it.
+    model_types : tuple of str
+        ``model_type`` of the configurations that it serves.
+    example : str
+        A checkpoint of the family on a model hub.
+    video : bool or str
+        Clips are visual inputs; "as images": the processor hands frames over as images.
+    notes : str
+        A sentence for the list of families: what is special.
     model, base, text_model : nn.Module
         The model with head, the multimodal model inside it, and its decoder stack.
     decoder : str
@@ -239,7 +252,7 @@ class Adapter(ABC):
 
     family: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
-    video: ClassVar[bool | str] = False  # "as images": the processor hands frames over as images
+    video: ClassVar[bool | str] = False
     notes: ClassVar[str] = ""
     unsupported: ClassVar[dict[str, str]] = {
         "text_similarity": "its vision tower is no CLIP tower, so no text tower shares a space with its tokens"

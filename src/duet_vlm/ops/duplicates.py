@@ -48,8 +48,8 @@ def remove_duplicates(
     lengths = [(tokens - n, num_choose - n) for (tokens, num_choose), n in zip(sizes, num_best, strict=True)]
     for _ in range(max(_rounds(length_now, length_end) for length_now, length_end in lengths)):
         order, length = _drop_round(similarity, order, length, target)
-    place = torch.arange(order.shape[1], device=order.device)
-    return first | torch.zeros_like(first).scatter(1, order, place < torch.minimum(length, target)[:, None])
+    rank = torch.arange(order.shape[1], device=order.device)
+    return first | torch.zeros_like(first).scatter(1, order, rank < torch.minimum(length, target)[:, None])
 
 
 def _rounds(length: int, target: int) -> int:
@@ -80,8 +80,8 @@ def _drop_round(similarity: Tensor, order: Tensor, length: Tensor, target: Tenso
     order, length : Tensor
         The shorter lists.
     """
-    place = torch.arange(order.shape[1], device=order.device)
-    alive = place < length[:, None]
+    rank = torch.arange(order.shape[1], device=order.device)
+    alive = rank < length[:, None]
     sources, targets = order[:, 0::2], order[:, 1::2]
     likeness = gather_rows(similarity, sources).gather(2, targets[:, None].expand(-1, sources.shape[1], -1))
     if targets.shape[1]:

@@ -33,8 +33,8 @@ def rescaled(likeness: Tensor, valid: Tensor) -> Tensor:
 
 def closeness(row: Tensor, column: Tensor) -> Tensor:
     """Compute 1 / (1 + distance) of grid places: rows and columns [B, N] -> [B, N, N] float32."""
-    place = torch.stack([row, column], -1).float()
-    return 1 / (1 + (place[:, None] - place[:, :, None]).norm(dim=-1))
+    coords = torch.stack([row, column], -1).float()
+    return 1 / (1 + (coords[:, None] - coords[:, :, None]).norm(dim=-1))
 
 
 def greedy_independent(scores: Tensor, edges: Tensor, free: Tensor, count: Tensor, steps: int) -> Tensor:
@@ -96,6 +96,6 @@ def independent_set(
     first = top(scores, valid, (count * important).long())
     free = valid & ~first & ~(edges & first[:, None]).any(2)
     picks = greedy_independent(scores, edges, free, count - first.sum(1), steps)
-    place = ranks(ranking(scores, valid))
-    order = place + place.shape[1] * (2 - 2 * first.long() - picks.long())
+    rank = ranks(ranking(scores, valid))
+    order = rank + rank.shape[1] * (2 - 2 * first.long() - picks.long())
     return top(-order.float(), valid, count)

@@ -94,11 +94,11 @@ def _dissimilar_picks(score: Tensor, similarity: Tensor, picks: int) -> Tensor:
     """Choose the ``picks`` best of large scores [B, N] that are not similar: [B, picks], or all N if there are fewer;
     best first.
     """
-    score, place = (t[:, : 4 * picks] for t in score.sort(dim=1, descending=True, stable=True))
-    among = gather_rows(similarity, place).gather(2, place[:, None].expand(-1, place.shape[1], -1))
+    score, position = (t[:, : 4 * picks] for t in score.sort(dim=1, descending=True, stable=True))
+    among = gather_rows(similarity, position).gather(2, position[:, None].expand(-1, position.shape[1], -1))
     fresh = 1 - among.tril(-1).amax(2)  # dissimilarity to the earlier candidates
     order = (score * fresh.clamp(min=torch.finfo(torch.float32).tiny)).argsort(dim=1, descending=True, stable=True)
-    return place.gather(1, order[:, :picks])
+    return position.gather(1, order[:, :picks])
 
 
 def max_min_diversity(similarity: Tensor, valid: Tensor, count: Tensor, steps: int) -> Tensor:

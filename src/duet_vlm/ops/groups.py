@@ -20,11 +20,11 @@ def ranks_in_groups(scores: Tensor, group: Tensor, valid: Tensor) -> Tensor:
     order = ranking(scores, valid)
     number = torch.where(valid, group, torch.iinfo(torch.long).max).gather(1, order)
     number, by_group = number.sort(dim=1, stable=True)
-    place = torch.arange(order.shape[1], device=order.device).expand(order.shape)
+    rank = torch.arange(order.shape[1], device=order.device).expand(order.shape)
     begins = torch.ones_like(number, dtype=torch.bool)
     begins[:, 1:] = number[:, 1:] != number[:, :-1]
-    first = torch.where(begins, place, 0).cummax(1).values
-    return torch.empty_like(order).scatter_(1, order.gather(1, by_group), place - first)
+    first = torch.where(begins, rank, 0).cummax(1).values
+    return torch.empty_like(order).scatter_(1, order.gather(1, by_group), rank - first)
 
 
 def numbered(key: Tensor, valid: Tensor) -> Tensor:
@@ -154,19 +154,19 @@ def segment_numbers(valid: Tensor, count: int) -> Tensor:
 
     valid [B, N] bool -> [B, N] long.
     """
-    place, total = valid.cumsum(1) - 1, valid.sum(1, keepdim=True)
+    position, total = valid.cumsum(1) - 1, valid.sum(1, keepdim=True)
     short, longer = total // count, total % count
-    late = (place - longer * (short + 1)) // short.clamp(min=1) + longer
-    return torch.where(place < longer * (short + 1), place // (short + 1), late).clamp(0, count - 1)
+    late = (position - longer * (short + 1)) // short.clamp(min=1) + longer
+    return torch.where(position < longer * (short + 1), position // (short + 1), late).clamp(0, count - 1)
 
 
-def window_numbers(place: Tensor, sides: Tensor, parts: Tensor, side: int, most: int) -> tuple[Tensor, Tensor]:
+def window_numbers(coords: Tensor, sides: Tensor, parts: Tensor, side: int, most: int) -> tuple[Tensor, Tensor]:
     """Number the windows of ``side`` x ``side`` tokens on each part's grid; incomplete rows and columns join the last
     window.
 
     Parameters
     ----------
-    place : Tensor
+    coords : Tensor
         [B, N, 2] long, row and column of each token.
     sides : Tensor
         [B, 2] long, rows and columns of the grid.
@@ -185,7 +185,7 @@ def window_numbers(place: Tensor, sides: Tensor, parts: Tensor, side: int, most:
         [B] long, windows in all.
     """
     count = (sides // side).clamp(min=1)
-    at = torch.minimum(place.clamp(min=0) // side, count[:, None] - 1)
+    at = torch.minimum(coords.clamp(min=0) // side, count[:, None] - 1)
     each = count.prod(1)
     number = parts.clamp(min=0) * each[:, None] + at[..., 0] * count[:, None, 1] + at[..., 1]
     return number, each * (torch.where(parts >= 0, parts, -1).amax(1) + 1).clamp(min=1, max=most)

@@ -139,18 +139,18 @@ def cluster_sums(rows: Tensor, valid: Tensor, labels: Tensor, centres: Tensor, u
     alike = (rows @ unit_rows(centres).transpose(1, 2)).masked_fill(~members, float("-inf"))
     # two rows of a cluster are equally similar to its mean: rounding must not decide
     nearest = alike >= alike.amax(1, keepdim=True) - TIE
-    place, has_rows = nearest.int().argmax(1), members.any(1)
+    slot, has_rows = nearest.int().argmax(1), members.any(1)
     spare = valid.new_zeros(len(valid), valid.shape[1] + 1)
-    occupied = spare.scatter_(1, place.masked_fill(~has_rows, valid.shape[1]), True)[:, :-1]
+    occupied = spare.scatter_(1, slot.masked_fill(~has_rows, valid.shape[1]), True)[:, :-1]
     free, _ = pack_right(valid & ~occupied, rows.shape[1])
-    place = torch.where(has_rows, place, free.gather(1, ((used & ~has_rows).cumsum(1) - 1).clamp(min=0)))
-    order = torch.where(used, place, rows.shape[1]).argsort(dim=1, stable=True)
+    slot = torch.where(has_rows, slot, free.gather(1, ((used & ~has_rows).cumsum(1) - 1).clamp(min=0)))
+    order = torch.where(used, slot, rows.shape[1]).argsort(dim=1, stable=True)
     new = torch.empty_like(order).scatter_(1, order, torch.arange(count, device=rows.device).expand_as(order))
     labels = torch.where(labels < 0, labels, new.gather(1, labels.clamp(min=0)))
-    place = place.gather(1, order)
+    slot = slot.gather(1, order)
     # the token of an empty cluster moves to it from its old one
-    hits = (place[:, None] == number[:, None]) & used[:, None]
-    return place, torch.where(hits.any(2), hits.int().argmax(2), labels)
+    hits = (slot[:, None] == number[:, None]) & used[:, None]
+    return slot, torch.where(hits.any(2), hits.int().argmax(2), labels)
 
 
 def elbow(distortions: Sequence[float], least: int) -> int:

@@ -132,10 +132,10 @@ def merge_around_anchors(
     """
     if width == 0:
         return Selection.keep_only(index, valid)
-    place, real = rank_positions(count, width, pool) if spread else _stride_anchors(count, width, pool)
-    anchors = rest.gather(1, place.clamp(max=rest.shape[1] - 1))
+    position, real = rank_positions(count, width, pool) if spread else _stride_anchors(count, width, pool)
+    anchors = rest.gather(1, position.clamp(max=rest.shape[1] - 1))
     rank = torch.arange(rest.shape[1], device=rest.device).expand(rest.shape)
-    is_anchor = ((rank[:, :, None] == place[:, None]) & real[:, None]).any(-1)
+    is_anchor = ((rank[:, :, None] == position[:, None]) & real[:, None]).any(-1)
     joins = (rank < pool[:, None]) & ~is_anchor & real.any(1, keepdim=True)
     into = index.shape[1] + nearest_anchor(metric, rest, anchors, real)
     return Selection(
@@ -146,8 +146,8 @@ def merge_around_anchors(
 def _stride_anchors(count: Tensor, width: int, pool: Tensor) -> tuple[Tensor, Tensor]:
     """Places of the anchors at every (pool // count)-th entry, and a mask of the valid ones: [B, width] each."""
     i = torch.arange(width, device=pool.device).expand(len(pool), -1)
-    place = i * (pool // count.clamp(min=1)).clamp(min=1)[:, None]
-    return place, (i < count[:, None]) & (place < pool[:, None])
+    position = i * (pool // count.clamp(min=1)).clamp(min=1)[:, None]
+    return position, (i < count[:, None]) & (position < pool[:, None])
 
 
 def merge_dpc_clusters(
@@ -177,8 +177,8 @@ def merge_dpc_clusters(
         return Selection.keep_only(index, valid)
     members, real = pack_right(rest, max(1, most))
     is_peak, nearest, _ = peaks(gather_rows(rows, members), real, count, neighbours)
-    place, place_valid = pack_right(is_peak, width)
-    into = index.shape[1] + row_numbers(place, place_valid, members.shape[1]).gather(1, nearest)
+    position, place_valid = pack_right(is_peak, width)
+    into = index.shape[1] + row_numbers(position, place_valid, members.shape[1]).gather(1, nearest)
     joins = real & ~is_peak & (count > 0)[:, None]
-    both = torch.cat([index, members.gather(1, place)], 1), torch.cat([valid, place_valid], 1)
+    both = torch.cat([index, members.gather(1, position)], 1), torch.cat([valid, place_valid], 1)
     return Selection(*both, members, into.masked_fill(~joins, -1))

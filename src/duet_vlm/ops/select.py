@@ -13,8 +13,8 @@ def ranking(scores: Tensor, valid: Tensor) -> Tensor:
 
 def ranks(order: Tensor) -> Tensor:
     """Rank of each token, the inverse of ``ranking``: [B, N] long."""
-    place = torch.arange(order.shape[1], device=order.device).expand(order.shape)
-    return torch.empty_like(order).scatter_(1, order, place)
+    rank = torch.arange(order.shape[1], device=order.device).expand(order.shape)
+    return torch.empty_like(order).scatter_(1, order, rank)
 
 
 def top(scores: Tensor, valid: Tensor, count: Tensor) -> Tensor:
@@ -26,8 +26,8 @@ def top(scores: Tensor, valid: Tensor, count: Tensor) -> Tensor:
 def spaced_picks(valid: Tensor, count: Tensor) -> Tensor:
     """Mask of ``count`` [B] valid tokens evenly spaced over each row's valid tokens: [B, N] bool."""
     total = valid.sum(1, keepdim=True).clamp(min=1)
-    place = valid.cumsum(1) - 1
-    chosen = ((place + 1) * count[:, None]) // total > (place * count[:, None]) // total
+    position = valid.cumsum(1) - 1
+    chosen = ((position + 1) * count[:, None]) // total > (position * count[:, None]) // total
     return chosen & valid
 
 
@@ -51,8 +51,8 @@ def rank_positions(count: Tensor, width: int, pool: Tensor) -> tuple[Tensor, Ten
         [B, width] bool, False for padding.
     """
     i = torch.arange(width, device=count.device)
-    place = i * pool[:, None] // count.clamp(min=1)[:, None]
-    return place, i < count[:, None]
+    rank = i * pool[:, None] // count.clamp(min=1)[:, None]
+    return rank, i < count[:, None]
 
 
 def quantile(values: Tensor, valid: Tensor, q: float) -> Tensor:
@@ -60,10 +60,10 @@ def quantile(values: Tensor, valid: Tensor, q: float) -> Tensor:
     1].
     """
     ordered = values.masked_fill(~valid, float("inf")).sort(dim=1).values
-    place = q * (valid.sum(1, keepdim=True) - 1).clamp(min=0).float()
-    below = place.floor().long()
-    low, high = (ordered.gather(1, at) for at in (below, place.ceil().long()))
-    return torch.where(place > below, low + (high - low) * (place - below).to(low.dtype), low)
+    position = q * (valid.sum(1, keepdim=True) - 1).clamp(min=0).float()
+    below = position.floor().long()
+    low, high = (ordered.gather(1, at) for at in (below, position.ceil().long()))
+    return torch.where(position > below, low + (high - low) * (position - below).to(low.dtype), low)
 
 
 def outliers(values: Tensor, valid: Tensor) -> Tensor:

@@ -66,12 +66,12 @@ class StaticDynamicSets:
             & self.clips.placed
         )
 
-    def joins(self, place: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def joins(self, position: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Translate targets within sets to targets among tokens.
 
         Parameters
         ----------
-        place : Tensor
+        position : Tensor
             [B, 2 T, P] long, place of the row that each row of a set is merged into; -1 for none.
         weight : Tensor
             [B, 2 T, P] float32, its weight there.
@@ -82,7 +82,7 @@ class StaticDynamicSets:
             [B, N] long and float32: the token that each token is merged into (-1: none), and its weight there.
         """
         steps, windows = self.still.shape[1], self.windows
-        to = torch.where(self.still, windows.of_step(place[:, :steps]), place[:, steps:])
+        to = torch.where(self.still, windows.of_step(position[:, :steps]), position[:, steps:])
         step = torch.arange(steps, device=to.device).expand(to.shape[:2])
         step = torch.where(self.still, windows.of_step(windows.first)[..., None], step[..., None])
         owner = self.clips.index.flatten(1).gather(1, (step * to.shape[2] + to.clamp(min=0)).flatten(1)).view(to.shape)
@@ -104,9 +104,9 @@ class StaticDynamicSets:
         ``rank`` [B, 2 T, P] or by place.
         """
         (steps, places), windows = self.still.shape[1:], self.windows
-        place = torch.arange(places, device=self.still.device).expand(self.real.shape) if rank is None else rank
-        place = torch.where(self.still, windows.of_step(place[:, :steps]), place[:, steps:])
-        return self.clips.rows(self.number * places + place)
+        position = torch.arange(places, device=self.still.device).expand(self.real.shape) if rank is None else rank
+        position = torch.where(self.still, windows.of_step(position[:, :steps]), position[:, steps:])
+        return self.clips.rows(self.number * places + position)
 
 
 def everywhere(clips: VideoTokens, windows: FrameWindows) -> Tensor:
@@ -122,9 +122,9 @@ def most_similar(places: Tensor, score: Tensor, windows: FrameWindows, spare: Te
     return places & torch.zeros_like(fits).scatter(1, order, fits).view(places.shape)
 
 
-def members_of(place: Tensor, real: Tensor) -> Tensor:
+def members_of(position: Tensor, real: Tensor) -> Tensor:
     """Number of rows that join each place: place [G, P] joined, real [G, P] -> [G, P] float32."""
-    return torch.zeros_like(place, dtype=torch.float32).scatter_add_(1, place.clamp(min=0), real.float())
+    return torch.zeros_like(position, dtype=torch.float32).scatter_add_(1, position.clamp(min=0), real.float())
 
 
 def gains(alike: Tensor, length: Tensor, most: int) -> FrameWindows:

@@ -59,15 +59,15 @@ class VideoTokens:
         order = parts.masked_fill(~has_step, torch.iinfo(parts.dtype).max).argsort(dim=1, stable=True)
         step = parts.clamp(min=0)
         sizes = torch.zeros_like(step).scatter_add_(1, step, has_step.long())
-        place = (ranks(order) - (sizes.cumsum(1) - sizes).gather(1, step)).clamp(min=0)
+        position = (ranks(order) - (sizes.cumsum(1) - sizes).gather(1, step)).clamp(min=0)
         steps, places = most or (int(step.max()) + 1 if step.numel() else 0, int(sizes.max()) if step.numel() else 0)
-        cell = torch.where(has_step, step * places + place.clamp(max=max(places - 1, 0)), steps * places)
+        cell = torch.where(has_step, step * places + position.clamp(max=max(places - 1, 0)), steps * places)
         number = torch.arange(parts.shape[1], device=parts.device).expand(parts.shape)
         index = step.new_zeros(len(parts), steps * places + 1).scatter_(1, cell, number)[:, :-1]
         real = torch.zeros_like(index, dtype=torch.bool)
         real = torch.cat([real, real.new_zeros(len(real), 1)], 1).scatter_(1, cell, has_step & valid)[:, :-1]
         index, real = (x.unflatten(1, (steps, places)) for x in (index, real))
-        return cls(index, real, step, torch.where(has_step, place, 0), has_step & valid)
+        return cls(index, real, step, torch.where(has_step, position, 0), has_step & valid)
 
     def grid(self, x: Tensor) -> Tensor:
         """Arrange by step and place: [B, N, ...] -> [B, T, P, ...]; undefined for padding."""
@@ -229,7 +229,7 @@ def join_windows(kept: Tensor, owner: Tensor, weight: Tensor, width: int, order:
         index = ranking(-order.float(), kept)[:, :width]
         valid = kept.gather(1, index)
     number = torch.arange(kept.shape[1], device=kept.device).expand(kept.shape)
-    place = torch.arange(index.shape[1], device=kept.device).expand(index.shape)
-    row = torch.full_like(number, -1).scatter(1, index, torch.where(valid, place, -1))
+    column = torch.arange(index.shape[1], device=kept.device).expand(index.shape)
+    row = torch.full_like(number, -1).scatter(1, index, torch.where(valid, column, -1))
     into = torch.where(owner >= 0, row.gather(1, owner.clamp(min=0)), -1)
     return Selection(index, valid, number.repeat(1, owner.shape[1] // max(1, kept.shape[1])), into, weights=weight)

@@ -51,7 +51,7 @@ class GridWindows:
         )
 
 
-def windows(place: Tensor, valid: Tensor, count: Tensor, most: int, largest: int) -> GridWindows:
+def windows(coords: Tensor, valid: Tensor, count: Tensor, most: int, largest: int) -> GridWindows:
     """Cut images into ``count`` windows.
 
     Tokens are divided by row into bands of whole windows, and within a band by column into windows, so that window
@@ -60,7 +60,7 @@ def windows(place: Tensor, valid: Tensor, count: Tensor, most: int, largest: int
 
     Parameters
     ----------
-    place : Tensor
+    coords : Tensor
         [B, N, 2] long, row and column of each token.
     valid : Tensor
         [B, N] bool, False for padding.
@@ -74,11 +74,11 @@ def windows(place: Tensor, valid: Tensor, count: Tensor, most: int, largest: int
     total, num_windows = valid.sum(1, keepdim=True).clamp(min=1), count[:, None].clamp(min=1)
     whole = (count >= valid.sum(1))[:, None]
     lowest = torch.iinfo(torch.long).max
-    first = place.masked_fill(~valid[..., None], lowest).amin(1, keepdim=True)
-    last = place.masked_fill(~valid[..., None], -1).amax(1, keepdim=True)
+    first = coords.masked_fill(~valid[..., None], lowest).amin(1, keepdim=True)
+    last = coords.masked_fill(~valid[..., None], -1).amax(1, keepdim=True)
     rows, columns = (last - first + 1).clamp(min=1).float().unbind(-1)
     bands = (num_windows * rows / columns).sqrt().round().long().clamp(min=1).minimum(num_windows)
-    row, column = (place - first).clamp(min=0).unbind(-1)
+    row, column = (coords - first).clamp(min=0).unbind(-1)
     tall, wide = row.amax(1, keepdim=True) + 1, column.amax(1, keepdim=True) + 1
     number = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
     raster = torch.where(whole, number, row * wide + column)
@@ -92,7 +92,7 @@ def windows(place: Tensor, valid: Tensor, count: Tensor, most: int, largest: int
     slot = begins[..., None] + torch.arange(largest, device=valid.device)
     real = (slot < ends[..., None]) & window_valid[..., None]
     tokens = order.gather(1, slot.clamp(max=valid.shape[1] - 1).flatten(1)).view_as(slot)
-    return GridWindows(tokens, real, _centre(place, tokens, real), window_valid, of, whole[:, 0])
+    return GridWindows(tokens, real, _centre(coords, tokens, real), window_valid, of, whole[:, 0])
 
 
 def _order(key: Tensor, valid: Tensor) -> Tensor:
@@ -105,21 +105,21 @@ def _rank(key: Tensor, valid: Tensor) -> Tensor:
     return ranks(_order(key, valid))
 
 
-def _centre(place: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
+def _centre(coords: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
     """Token nearest to the middle of each window [B, K]; in integers, so that equally near tokens tie."""
-    places = gather_rows(place, tokens.flatten(1)).unflatten(1, tokens.shape[1:])
+    places = gather_rows(coords, tokens.flatten(1)).unflatten(1, tokens.shape[1:])
     count = real.sum(2)[..., None, None]
     distance = (places * count - (places * real[..., None]).sum(2, keepdim=True)).square().sum(-1)
-    distance = distance * place.shape[1] + tokens
+    distance = distance * coords.shape[1] + tokens
     nearest = distance.masked_fill(~real, torch.iinfo(distance.dtype).max).argmin(2, keepdim=True)
     return tokens.gather(2, nearest)[..., 0]
 
 
-def within(place: Tensor, grid_windows: GridWindows) -> Tensor:
+def within(coords: Tensor, grid_windows: GridWindows) -> Tensor:
     """Position of each token in its window, from -1 to 1 down and across, half a step from the border: [B, K, M, 2]
     float32.
     """
-    places = gather_rows(place, grid_windows.tokens.flatten(1)).unflatten(1, grid_windows.tokens.shape[1:])
+    places = gather_rows(coords, grid_windows.tokens.flatten(1)).unflatten(1, grid_windows.tokens.shape[1:])
     hidden = ~grid_windows.real[..., None]
     first = places.masked_fill(hidden, torch.iinfo(places.dtype).max).amin(2, keepdim=True)
     last = places.masked_fill(hidden, 0).amax(2, keepdim=True)

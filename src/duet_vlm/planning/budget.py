@@ -83,7 +83,7 @@ class SpanPlan:
         return sum(self.counts) / len(self.counts)
 
     @property
-    def merges(self) -> bool:
+    def reduces_entry(self) -> bool:
         """True if the encoder stage changes anything: the span is not simply kept whole."""
         return self.contextual > 0 or self.dominant < self.tokens
 

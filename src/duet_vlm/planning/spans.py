@@ -72,11 +72,11 @@ def plan_parts(
     part_plans = [solve(*part) for part in parts] if each and budget is None else None
     if part_plans is None:
         plan = solve(tokens, *(() if left is None else (sum(left) + structure,)))
-    elif any(plan.merges for plan in part_plans):
+    elif any(plan.reduces_entry for plan in part_plans):
         plan = _sum(part_plans, tokens)
     else:
         plan = _more(_sum(part_plans, tokens), structure)
-    if not plan.merges:
+    if not plan.reduces_entry:
         return plan
     if structure and keep_structure:
         plan = _with_structure(plan, structure, budget)
@@ -116,7 +116,7 @@ def plan_parts_of_tower(
         if error.floor is None or error.floor >= floor:
             raise
         plan = floors.structure_alone(tokens, len(sizes))
-    if not plan.merges or plan.entry - plan.structure >= sum(least) or budget is None:
+    if not plan.reduces_entry or plan.entry - plan.structure >= sum(least) or budget is None:
         return of_each_part(plan, sizes, least)
     if isinstance(budget, Integral) or max(sizes) >= floors.small:
         each_of = f"each of its {len(sizes)} crops or frames" if len(sizes) > 1 else "it"

@@ -61,12 +61,12 @@ def request_bytes(
     """Bytes of ``weights`` numbers, and of ``batch`` equal requests where they need the most: in the tower, in the
     prompt's pass, or with the full cache of prompt and ``new`` tokens (the prompt gives the first of them); ``cut`` as
     in ``make_report``."""
-    rows = [sample.text + sample.visual(layer) for layer in range(decoder.layers)]
+    rows = [sample.text + sample.num_visual(layer) for layer in range(decoder.layers)]
     steps = max(0, new - 1)
     end = kv_bytes(decoder, [n + steps for n in rows_held(decoder, rows, cut)], element_bytes)
     patches = sum(tower_rows(vision, dict(stages).get(0, n)) for n, _, stages, _ in sample.in_tower())
     peak = max(
-        prefill_peak_bytes(decoder, sample.text + sample.visual(-1), rows, sum(sample.spans), element_bytes),
+        prefill_peak_bytes(decoder, sample.text + sample.num_visual(-1), rows, sum(sample.spans), element_bytes),
         vision_peak_bytes(vision, patches, element_bytes),
         end + state_bytes(decoder, element_bytes),
     )

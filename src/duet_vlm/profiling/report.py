@@ -107,7 +107,7 @@ class SampleCounts:
             (sum(parts),) if alone else parts for parts, alone in zip(self.tokens_per_crop, still, strict=True)
         )
 
-    def visual(self, layer: int) -> int:
+    def num_visual(self, layer: int) -> int:
         """Planned visual tokens at the input of ``layer`` (-1: at the entry to the decoder)."""
         if self.nominal:
             return self.nominal[layer + 1]
@@ -150,7 +150,7 @@ class SampleCounts:
         ones of unreduced spans."""
         spans = zip(self.plans, self.encoded, self.tokens_per_crop, strict=True)
         return [
-            p.entry * len(encoded) // len(parts) if len(encoded) < len(parts) and not p.merges else p.entry
+            p.entry * len(encoded) // len(parts) if len(encoded) < len(parts) and not p.reduces_entry else p.entry
             for p, encoded, parts in spans
         ]
 
@@ -375,7 +375,7 @@ def make_report(
     depth, batch = decoder.layers, len(samples)
     images = [tokens for s in samples for tokens in s.spans]
     plans = [plan for s in samples for plan in s.plans]
-    nominal = [tuple(s.text + s.visual(i) for i in range(depth)) for s in samples]
+    nominal = [tuple(s.text + s.num_visual(i) for i in range(depth)) for s in samples]
     full_rows = [(s.text + sum(s.spans),) * depth for s in samples]
     width = [max(rows[i] for rows in nominal) for i in range(depth)]  # the cache is as wide as the longest row
     all_projected = [rows for s in samples for rows in s.to_project]
@@ -398,7 +398,7 @@ def make_report(
         rows: Sequence[Sequence[int]], tower: int, projected: Sequence[int], ranked: bool, kv: int | None
     ) -> CostTotals:
         # rows before layer i's drop
-        entering = [(s.text + s.visual(-1), *r) for r, s in zip(rows, samples, strict=True)]
+        entering = [(s.text + s.num_visual(-1), *r) for r, s in zip(rows, samples, strict=True)]
         scored = [
             (
                 before[0 if ranks_all else i + scores_after_drop],
@@ -424,7 +424,7 @@ def make_report(
         budget=to_plain(budget),
         batch=batch,
         tokens=sum(images),
-        nominal=tuple(sum(s.visual(i) for s in samples) / batch for i in range(depth)),
+        nominal=tuple(sum(s.num_visual(i) for s in samples) / batch for i in range(depth)),
         measured=tuple(sum(s.measured[0][i] for s in samples) / batch for i in range(depth)),
         images=tuple(s.kept for s in samples),
         full=costs(

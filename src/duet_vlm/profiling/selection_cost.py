@@ -55,7 +55,7 @@ def selection_flops(
     spare : sequence of sequence of tuple, optional
         Per span, of the parts that signals are made of, patches that become no token.
     """
-    if not isinstance(reducer, EncoderReducer) or not any(plan.merges for plan in plans):
+    if not isinstance(reducer, EncoderReducer) or not any(plan.reduces_entry for plan in plans):
         return 0
     parts = [tokens for span in (passes if ranked is None else ranked) for tokens in span]
     beyond = [0] * len(parts) if spare is None else [patches for span in spare for patches, _ in span]

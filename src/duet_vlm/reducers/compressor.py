@@ -171,7 +171,7 @@ def attended(
 # ---- the file
 
 
-def store(module: nn.Module, reducer: Compressor, facts: dict[str, Any], place: str | Path) -> Path:
+def store(module: nn.Module, reducer: Compressor, facts: dict[str, Any], folder: str | Path) -> Path:
     """Write a module's weights for a model with these ``facts``; into a folder under the name that a checkpoint's have.
 
     Raises
@@ -179,7 +179,7 @@ def store(module: nn.Module, reducer: Compressor, facts: dict[str, Any], place: 
     ValueError
         A file with another suffix than .safetensors.
     """
-    path = _file(place)
+    path = _file(folder)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: weights are a .safetensors file, or go into a folder that there is")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -193,14 +193,14 @@ def store(module: nn.Module, reducer: Compressor, facts: dict[str, Any], place: 
     return path
 
 
-def _file(place: str | Path) -> Path:
-    return Path(place) / BESIDE if Path(place).is_dir() else Path(place)
+def _file(path: str | Path) -> Path:
+    return Path(path) / BESIDE if Path(path).is_dir() else Path(path)
 
 
-def stored(place: str | Path, method: str, facts: dict[str, Any], settings: dict[str, Any]) -> dict[str, Tensor]:
+def stored(folder: str | Path, method: str, facts: dict[str, Any], settings: dict[str, Any]) -> dict[str, Tensor]:
     """The weights in a file or folder that was made by ``method`` for a model with these ``facts``, with these
     ``settings``."""
-    path = _file(place)
+    path = _file(folder)
     advice = f"train some for this model with 'duet-vlm train --method {method}'"
     if not path.is_file():
         raise ValueError(f"weights={str(path)!r}: no such file; {advice}")

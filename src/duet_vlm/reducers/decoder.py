@@ -19,10 +19,17 @@ from duet_vlm.reducers.inputs import DECODER_INPUTS, Input
 class DecoderReducer(Reducer):
     """A method that drops, or merges, visual tokens between decoder layers.
 
-    ``Input.SCORES`` are taken ``score_layer_offset`` layers before the drop: ``score_heads`` "mean" over heads, their
-    "max", the "most" of any head and query, or "each". ``score_states``: layers that have a state in place of attention
-    rank by what text would read out of it (``Adapter.linear_attention_scores``); else the last attention before them
-    does. ``merges``: it merges tokens.
+    Attributes
+    ----------
+    score_layer_offset : int
+        Layers between the one whose attention scores and the drop.
+    score_heads : str
+        The heads of ``Input.SCORES``: their "mean", their "max", the "most" of any head and query, or "each".
+    score_states : bool
+        Layers that have a state in place of attention rank by what text would read out of it
+        (``Adapter.linear_attention_scores``); else the last attention before them does.
+    merges : bool
+        It merges tokens.
     """
 
     available = DECODER_INPUTS
@@ -43,8 +50,8 @@ class DecoderReducer(Reducer):
             "options.trim_kv_cache=True forgets tokens that the last layer leaves out, which earlier layers may not "
             "have read: give False": self.options.trim_kv_cache,
         }  # fmt: skip
-        if found := [reason for reason, holds in reasons.items() if holds]:
-            raise ValueError(f"{self.name}: options.reentry={self.options.reentry!r} cannot be, since {found[0]}")
+        if refused := [reason for reason, holds in reasons.items() if holds]:
+            raise ValueError(f"{self.name}: options.reentry={self.options.reentry!r} cannot be, since {refused[0]}")
 
     def repeated_stages(self, depth: int, first: int) -> frozenset[int]:
         """With re-entry the layers behind ``first`` that choose anew: all of them, or those of the method's schedule."""

@@ -219,12 +219,12 @@ class EncoderView:
         importance, keys = (
             (layers[0].importance, layers[0].keys) if layers else (some(self.importance), some(self.keys))
         )
-        asked, project = self.question, self.project
+        question, project = self.question, self.project
         return replace(
             self, valid=rows(self.valid), importance=importance, keys=keys, features=some(self.features), parts=some(self.parts), layers=layers,
             coords=some(self.coords), text_similarity=some(self.text_similarity), grid_size=some(self.grid_size, spans), crop_grid=some(self.crop_grid, spans),
             text_similarity_valid=some(self.text_similarity_valid, spans), question_state=some(self.question_state, spans),
-            question=None if asked is None else QuestionView(spans(asked.embeddings), spans(asked.valid)),
+            question=None if question is None else QuestionView(spans(question.embeddings), spans(question.valid)),
             project=None if project is None else lambda change: rows(project(change)),
         )  # fmt: skip
 

@@ -99,8 +99,8 @@ def required(view: Any, needed: Input, fields: Mapping[Input, tuple[str, ...]]) 
         raise ValueError(
             f"{method}: {kind} has no Input.{needed.name}: choose from {', '.join(f'Input.{known.name}' for known in fields)}"
         )
-    found = tuple(getattr(view, name) for name in fields[needed])
-    for name, value in zip(fields[needed], found, strict=True):
+    values = tuple(getattr(view, name) for name in fields[needed])
+    for name, value in zip(fields[needed], values, strict=True):
         if value is None:
             raise ValueError(f"{method}: {kind}.{name} is not there: declare Input.{needed.name} in requires")
-    return found if len(found) > 1 else found[0]
+    return values if len(values) > 1 else values[0]

@@ -36,16 +36,16 @@ def announce(method: str) -> str:
     """
     match = NAMED.fullmatch(method)
     assert match is not None
-    path, found = Path(match["path"]).expanduser(), registered(Path(match["path"]).expanduser())
-    if match["name"] is not None and match["name"] not in found:
-        raise ValueError(f"--method {method}: {path.name} registers {', '.join(found)}")
-    if match["name"] is None and len(found) > 1:
+    path, registered_names = Path(match["path"]).expanduser(), registered(Path(match["path"]).expanduser())
+    if match["name"] is not None and match["name"] not in registered_names:
+        raise ValueError(f"--method {method}: {path.name} registers {', '.join(registered_names)}")
+    if match["name"] is None and len(registered_names) > 1:
         raise ValueError(
-            f"--method {method}: {path.name} registers {', '.join(found)}; say which one: {path}:{found[0]}"
+            f"--method {method}: {path.name} registers {', '.join(registered_names)}; say which one: {path}:{registered_names[0]}"
         )
     announced = dict.fromkeys([*map(str, files()), str(path.resolve())])
     os.environ[VARIABLE] = os.pathsep.join(announced)
-    return match["name"] or found[0]
+    return match["name"] or registered_names[0]
 
 
 def registered(path: Path) -> list[str]:
@@ -80,12 +80,12 @@ def registered(path: Path) -> list[str]:
         for mark in marks
         if getattr(mark.func, "attr", getattr(mark.func, "id", "")) == "register" and mark.args
     ]
-    found = [name.value for name in named if isinstance(name, ast.Constant) and isinstance(name.value, str)]
-    if not found:
+    registered_names = [name.value for name in named if isinstance(name, ast.Constant) and isinstance(name.value, str)]
+    if not registered_names:
         raise ValueError(
             f"--method {path}: registers no method: write @duet_vlm.register(\"name\") above its class, as 'duet-vlm new-method' does"
         )
-    return found
+    return registered_names
 
 
 def files() -> list[Path]:

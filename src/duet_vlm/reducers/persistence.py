@@ -36,9 +36,9 @@ def to_record(reducer: Reducer, budget: Budget | None) -> dict[str, Any]:
 
 def to_checkpoint_record(reducer: Reducer, budget: Budget | None) -> dict[str, Any]:
     """As ``record``, for the config of a checkpoint: weights of the method's own are in the file beside it."""
-    found = to_record(reducer, budget)
-    return found | {
-        "settings": found["settings"] | {name: BESIDE for name in reducer.settings() if _names_weights(name)}
+    record = to_record(reducer, budget)
+    return record | {
+        "settings": record["settings"] | {name: BESIDE for name in reducer.settings() if _names_weights(name)}
     }
 
 
@@ -47,22 +47,22 @@ def _names_weights(setting: str) -> bool:
     return setting.rpartition("_")[2] == "weights"
 
 
-def _located(settings: dict[str, Any], place: str | Path) -> dict[str, Any]:
+def _located(settings: dict[str, Any], path: str | Path) -> dict[str, Any]:
     """Settings with the weights' file where the checkpoint is: its folder, or what was fetched from a hub with it."""
     return {
-        name: _file_of(place) if _names_weights(name) and value == BESIDE else value for name, value in settings.items()
+        name: _file_of(path) if _names_weights(name) and value == BESIDE else value for name, value in settings.items()
     }
 
 
-def _file_of(place: str | Path) -> str:
-    if Path(place).expanduser().is_dir():
-        return str(Path(place).expanduser() / BESIDE)
+def _file_of(path: str | Path) -> str:
+    if Path(path).expanduser().is_dir():
+        return str(Path(path).expanduser() / BESIDE)
     from transformers.utils import cached_file
 
-    return cached_file(str(place), BESIDE) if place else BESIDE
+    return cached_file(str(path), BESIDE) if path else BESIDE
 
 
-def load_from_config(place: Any) -> dict[str, Any] | None:
+def load_from_config(source: Any) -> dict[str, Any] | None:
     """The reduction that a model, its config or a checkpoint folder remembers: ``method``, ``budget`` and ``settings``;
     None if none.
 
@@ -71,21 +71,21 @@ def load_from_config(place: Any) -> dict[str, Any] | None:
     ValueError
         A folder without config.json, or an entry that ``remember`` did not write.
     """
-    if isinstance(place, str | Path):
-        file = Path(place).expanduser() / "config.json"
+    if isinstance(source, str | Path):
+        file = Path(source).expanduser() / "config.json"
         if not file.is_file():
-            raise ValueError(f"{place}: no config.json there; give a checkpoint folder, a model or its config")
-        found = json.loads(file.read_text()).get(KEY)
+            raise ValueError(f"{source}: no config.json there; give a checkpoint folder, a model or its config")
+        record = json.loads(file.read_text()).get(KEY)
     else:
-        config = getattr(place, "config", place)
-        found, place = getattr(config, KEY, None), getattr(config, "_name_or_path", "")
-    if found is None:
+        config = getattr(source, "config", source)
+        record, source = getattr(config, KEY, None), getattr(config, "_name_or_path", "")
+    if record is None:
         return None
-    if not isinstance(found, dict) or set(found) != PARTS or not isinstance(found["settings"], dict):
+    if not isinstance(record, dict) or set(record) != PARTS or not isinstance(record["settings"], dict):
         raise ValueError(
-            f"config.{KEY} is {found!r}: expected {', '.join(sorted(PARTS))}, as duet_vlm.save_to_config writes them"
+            f"config.{KEY} is {record!r}: expected {', '.join(sorted(PARTS))}, as duet_vlm.save_to_config writes them"
         )
-    return found | {"settings": _located({name: _tuples(value) for name, value in found["settings"].items()}, place)}
+    return record | {"settings": _located({name: _tuples(value) for name, value in record["settings"].items()}, source)}
 
 
 def is_method_file(method: object) -> bool:
@@ -101,28 +101,28 @@ def load_from_file(file: str | Path) -> dict[str, Any]:
     ValueError
         The file cannot be read, or holds no reduction; it is named.
     """
-    place = Path(file).expanduser()
+    path = Path(file).expanduser()
     try:
-        found = json.loads(place.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise ValueError(f"{file}: is not JSON ({error})") from error
     written = "an object with method, budget and settings, as 'duet-vlm tune' writes it"
-    if not isinstance(found, dict):
+    if not isinstance(record, dict):
         raise ValueError(f"{file}: holds no reduction: {written}")
-    if missing := sorted(PARTS - set(found)):
+    if missing := sorted(PARTS - set(record)):
         raise ValueError(f"{file}: holds no reduction: {' and '.join(map(repr, missing))} missing; it is {written}")
     wrong = {
-        "method": not isinstance(found["method"], str) or is_method_file(found["method"]),
-        "settings": not isinstance(found["settings"], dict),
+        "method": not isinstance(record["method"], str) or is_method_file(record["method"]),
+        "settings": not isinstance(record["settings"], dict),
     }
     for part in (name for name, bad in wrong.items() if bad):
-        raise ValueError(f"{file}: holds no reduction: {part!r} is {found[part]!r}; it is {written}")
+        raise ValueError(f"{file}: holds no reduction: {part!r} is {record[part]!r}; it is {written}")
     return {
-        "method": found["method"],
-        "budget": found["budget"],
-        "settings": {name: _tuples(value) for name, value in found["settings"].items()},
+        "method": record["method"],
+        "budget": record["budget"],
+        "settings": {name: _tuples(value) for name, value in record["settings"].items()},
     }
 
 

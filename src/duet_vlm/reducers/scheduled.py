@@ -100,10 +100,12 @@ class ScheduledReducer(DecoderReducer):
             )
 
         share = largest_fraction(lambda x: mean_within(counts(x), target))
-        found = counts(share, largest_int(tokens, lambda n: mean_within(counts(share, n), target)) if share == 1 else 0)
+        solved = counts(
+            share, largest_int(tokens, lambda n: mean_within(counts(share, n), target)) if share == 1 else 0
+        )
         last = stages[-1][0]
-        rest = largest_int(found[last - 1], lambda n: mean_within(found[:last] + (n,) * (depth - last), target))
-        return SpanPlan(tokens, tokens, 0, found[:last] + (max(rest, found[last]),) * (depth - last))
+        rest = largest_int(solved[last - 1], lambda n: mean_within(solved[:last] + (n,) * (depth - last), target))
+        return SpanPlan(tokens, tokens, 0, solved[:last] + (max(rest, solved[last]),) * (depth - last))
 
     def _counts(self, tokens: int, depth: int, schedule: Schedule) -> tuple[int, ...]:
         counts = [tokens] * depth

@@ -112,8 +112,8 @@ class TowerView:
     def require(self, needed: Input) -> Tensor:
         """The field of an input that the method has declared; a ValueError that names the method and the input if it
         has not."""
-        found: Tensor = required(self, needed, FIELDS)
-        return found
+        value: Tensor = required(self, needed, FIELDS)
+        return value
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,8 @@ def decoder_mask(config: Any, hidden: Tensor, mask: Tensor | None, cache: Any, l
     """
     if mask is not None and makes_masks(config):
         keys, rows = mask.shape[1], hidden.shape[1]
-        place = torch.arange(keys, device=hidden.device)
-        allowed = mask.bool()[:, None, None, :] & (place <= place[keys - rows :, None])
+        column = torch.arange(keys, device=hidden.device)
+        allowed = mask.bool()[:, None, None, :] & (column <= column[keys - rows :, None])
         return prepared_mask(
             config, hidden, torch.nn.functional.pad(allowed, (0, max(0, capacity(cache, layer) - keys)))
         )

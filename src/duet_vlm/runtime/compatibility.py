@@ -91,8 +91,8 @@ def check(
         if example_plan.floored:
             reducer.plan(example_plan.tokens, len(counts), budget)  # raises: no image of this tower could do better
         if isinstance(reducer, DecoderReducer):
-            found = decisions(reducer, (example_plan.entry, *counts))
-            scoring_layers(adapter, reducer, [layer for layer, *_ in found if layer])
+            drops = decisions(reducer, (example_plan.entry, *counts))
+            scoring_layers(adapter, reducer, [layer for layer, *_ in drops if layer])
 
 
 def facts(adapter: Adapter) -> dict[str, Any]:

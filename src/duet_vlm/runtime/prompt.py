@@ -66,14 +66,14 @@ class RankingGroup:
     plans: tuple[SpanPlan, ...]
     protected: ProtectedCount = ProtectedCount()
 
-    def num_alive(self, layer: int) -> int:
+    def num_visual(self, layer: int) -> int:
         """Visual tokens at the input of ``layer``; -1: those that entered the decoder."""
         planned = sum(plan.entry if layer < 0 else plan.counts[layer] for plan in self.plans)
         return max(planned + self.protected.beyond_plan, self.protected.in_sequence)
 
     def num_prunable(self, layer: int) -> int:
         """The same without the protected ones."""
-        return self.num_alive(layer) - self.protected.in_sequence
+        return self.num_visual(layer) - self.protected.in_sequence
 
 
 @dataclass
@@ -204,12 +204,12 @@ class PromptState:
         """Per sample, the plans of its spans."""
         return tuple(tuple(plan for group in row for plan in group.plans) for row in self.ranking_groups)
 
-    def visual(self, layer: int) -> list[int]:
+    def num_visual(self, layer: int) -> list[int]:
         """Visual tokens per sample at the input of ``layer``; -1: those that entered the decoder."""
-        return [sum(group.num_alive(layer) for group in row) for row in self.ranking_groups]
+        return [sum(group.num_visual(layer) for group in row) for row in self.ranking_groups]
 
-    def ranked(self, layer: int) -> list[list[int]]:
-        """As ``visual``, by ranking group and without protected tokens."""
+    def num_prunable(self, layer: int) -> list[list[int]]:
+        """As ``num_visual``, by ranking group and without protected tokens."""
         return [[group.num_prunable(layer) for group in row] for row in self.ranking_groups]
 
     def layer_group(self, layer: int) -> LayerGroup:

@@ -164,7 +164,7 @@ def check_plan(reducer: Reducer, plan: SpanPlan, tokens: int, depth: int) -> Spa
         if 0 < count < before and not isinstance(reducer, DecoderReducer):
             refuse(f"it drops tokens before layer {layer}, but this method is no DecoderReducer: nothing says which")
         before = count
-    if checked.merges and not isinstance(reducer, EncoderReducer):
+    if checked.reduces_entry and not isinstance(reducer, EncoderReducer):
         refuse(
             "fewer rows enter than the span has, but this method is no EncoderReducer: nothing says which; drop at layer 0 instead"
         )

@@ -130,9 +130,9 @@ def check_decoder_method(reducer: Reducer) -> None:
         needed, made = (", ".join(sorted(each.value for each in inputs)) for inputs in (beyond, INPUTS))
         raise ValueError(f"{name}: it needs {needed}, and a server makes only {made}; take duet or fastv")
     if reducer.score_layer_offset not in (0, 1):
-        found = f"it ranks {reducer.score_layer_offset} layers before a drop"
+        reason = f"it ranks {reducer.score_layer_offset} layers before a drop"
         raise ValueError(
-            f"{name}: {found}, and a server ranks with the layer behind the drop or the one before it; take duet or fastv"
+            f"{name}: {reason}, and a server ranks with the layer behind the drop or the one before it; take duet or fastv"
         )
     if reducer.extra_stages(64):
         raise ValueError(

@@ -22,7 +22,7 @@ def reduce_rows(
     served: ServedMethod,
     rows: Sequence[Tensor],
     parts: Sequence[Tensor],
-    asked: Sequence[float],
+    requested: Sequence[float],
     signals: TowerSignals | None,
     seen: Sequence[Tensor] | None = None,
     stream: str = "image",
@@ -36,7 +36,7 @@ def reduce_rows(
         it made.
     parts : sequence of Tensor
         Per image, on the host: the part (crop, frame) that each row shows [n], -1 for newlines.
-    asked : sequence of float
+    requested : sequence of float
         Per image the budget of its request, as ``Served.asked`` wrote it.
     signals : (sequence, sequence) of Tensor, or None
         Importance [n] and mean keys [n, d] per image, for methods that read them.
@@ -51,8 +51,8 @@ def reduce_rows(
         Per image the rows [K, C], as many as planned, and the token that each stands for [K]: in the method's order
         where positions are compact, ascending where they are kept.
     """
-    plans = [served.span(*part_sizes(shown), wanted) for shown, wanted in zip(parts, asked, strict=True)]
-    if not any(plan.merges for plan in plans):
+    plans = [served.span(*part_sizes(shown), wanted) for shown, wanted in zip(parts, requested, strict=True)]
+    if not any(plan.reduces_entry for plan in plans):
         return [(row, torch.arange(len(row), device=row.device)) for row in rows]
     reducer = served.reducer
     features, _ = pad_rows(list(rows))
@@ -67,8 +67,8 @@ def reduce_rows(
         raise_if_invalid(int(code), reducer)
         merged = merged_rows(features, selection)
         number = torch.arange(selection.index.shape[1], device=features.device)
-        place = selection.index if reducer.options.positions == "keep" else number.expand_as(selection.index)
-        order = torch.where(selection.valid, place, features.shape[1] + len(number)).argsort(dim=1, stable=True)
+        position = selection.index if reducer.options.positions == "keep" else number.expand_as(selection.index)
+        order = torch.where(selection.valid, position, features.shape[1] + len(number)).argsort(dim=1, stable=True)
     return [
         (merged[i, order[i, : plan.entry]], selection.index[i, order[i, : plan.entry]]) for i, plan in enumerate(plans)
     ]

@@ -67,7 +67,7 @@ def nearest_good(stages: DecoderStages) -> DecoderStages | None:
 
     None where no such stages with as many drops exist, as in a decoder of a prime number of layers.
     """
-    found: set[tuple[int, int, tuple[int, ...]]] = set()
+    tried: set[tuple[int, int, tuple[int, ...]]] = set()
     depth, drops = stages.depth, len(stages.starts)
     for unit in (
         n for n in range(1, depth + 1) if depth % n == 0 and depth // n <= MOST_GROUPS
@@ -76,22 +76,22 @@ def nearest_good(stages: DecoderStages) -> DecoderStages | None:
             groups = KVGroups.of(DecoderStages(depth, starts))
             if groups.good:
                 moved = sum(abs(a - b) for a, b in zip(starts, stages.starts, strict=True))
-                found.add((moved, groups.count, tuple(-start for start in starts)))
-    return DecoderStages(depth, tuple(-start for start in min(found)[2])) if found else None
+                tried.add((moved, groups.count, tuple(-start for start in starts)))
+    return DecoderStages(depth, tuple(-start for start in min(tried)[2])) if tried else None
 
 
 def describe(stages: DecoderStages) -> str:
     """The stages and their groups in a sentence, with the nearest good schedule where these waste memory."""
     groups = KVGroups.of(stages)
-    found = (
+    lines = (
         f"rows leave before decoder layers {', '.join(map(str, stages.starts)) or 'none'} of {stages.depth}; "
         f"{groups.count} KV-cache groups of {groups.layers} layers"
     )
     if groups.good:
-        return found
+        return lines
     better = nearest_good(stages)
     remedy = "" if better is None else f"; drops before {', '.join(map(str, better.starts))} would waste nothing"
-    return f"{found}, {groups.padding} of them padding that holds memory for nobody{remedy}"
+    return f"{lines}, {groups.padding} of them padding that holds memory for nobody{remedy}"
 
 
 def describe_plan(stages: DecoderStages, plan: SpanPlan) -> str:

@@ -227,7 +227,7 @@ class ServedMethod:
             )
         return budget + 1.0 if isinstance(budget, int) else float(budget)
 
-    def span(self, sizes: Sequence[int], structure: int = 0, asked: float = NOTHING_ASKED) -> SpanPlan:
+    def span(self, sizes: Sequence[int], structure: int = 0, requested: float = NOTHING_ASKED) -> SpanPlan:
         """The plan of an image or clip whose parts (crops, frames) have ``sizes`` tokens, with ``structure`` rows
         (newlines) beside them.
 
@@ -241,9 +241,9 @@ class ServedMethod:
             raise ValueError(
                 f"these settings leave none of an image's {own.tokens} visual tokens, and vLLM needs one at least: give budget="
             )
-        if asked == NOTHING_ASKED:
+        if requested == NOTHING_ASKED:
             return own
-        wanted = int(asked - 1) if asked > 1 else asked
+        wanted = int(requested - 1) if requested > 1 else requested
         plan = self._span(wanted, tuple(sizes), structure)
         if plan.entry > own.entry:
             raise ValueError(

@@ -160,8 +160,8 @@ class StagedStep:
         rank."""
         last_end = np.array([prompt.last_end for prompt in self.prompts], np.int64)
         first = self._lengths - 1 if text_query == "last" else last_end
-        place, request = self.rows(0), self.requests(0)
-        asks: Bools = self.dropping[request] & (place >= first[request]) & (place < self._lengths[request])
+        row, request = self.rows(0), self.requests(0)
+        asks: Bools = self.dropping[request] & (row >= first[request]) & (row < self._lengths[request])
         return asks
 
     def drop(self, stage: int, text_query: str) -> StageDrop | None:
@@ -174,15 +174,15 @@ class StagedStep:
         if not len(losing):
             return None
         begins, sizes = self.query_starts(stage - 1)[losing, None], self.num_rows[stage - 1][losing, None]
-        place = np.arange(sizes.max())
-        valid = place < sizes
+        column = np.arange(sizes.max())
+        valid = column < sizes
         queries = [
             1 if text_query == "last" else self.prompts[number].length - self.prompts[number].last_end
             for number in losing
         ]
         return StageDrop(
             losing,
-            np.where(valid, begins + place, 0),
+            np.where(valid, begins + column, 0),
             valid,
             tuple(counts[number] for number in losing),
             tuple(queries),

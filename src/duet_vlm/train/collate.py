@@ -94,19 +94,19 @@ class Collator:
         the prompt before it."""
         messages = conversation.messages
         whole = self.processor.apply_chat_template(messages)
-        pieces, done = [], 0
+        parts, done = [], 0
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            asked = self.processor.apply_chat_template(messages[:number], add_generation_prompt=True)
+            prompt = self.processor.apply_chat_template(messages[:number], add_generation_prompt=True)
             answered = self.processor.apply_chat_template(messages[: number + 1])
-            if not (whole.startswith(asked) and whole.startswith(answered) and done <= len(asked) <= len(answered)):
+            if not (whole.startswith(prompt) and whole.startswith(answered) and done <= len(prompt) <= len(answered)):
                 raise ValueError(
                     f"{conversation.where}: the chat template changes earlier turns when one is added, so the tokens of turn {number} cannot be found"
                 )
-            pieces += [(whole[done : len(asked)], False), (whole[len(asked) : len(answered)], True)]
+            parts += [(whole[done : len(prompt)], False), (whole[len(prompt) : len(answered)], True)]
             done = len(answered)
-        return [*pieces, (whole[done:], False)]
+        return [*parts, (whole[done:], False)]
 
     def _plain(self, conversation: Conversation) -> list[tuple[str, bool]]:
         said = [
@@ -147,10 +147,10 @@ def columns_of(
     """
     encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
     columns = [c for c, token in enumerate(tokens) if token not in skip]
-    pieces = [p for p, token in enumerate(encoded["input_ids"]) if token not in skip]
-    if [tokens[c] for c in columns] != [encoded["input_ids"][p] for p in pieces]:
+    numbers = [p for p, token in enumerate(encoded["input_ids"]) if token not in skip]
+    if [tokens[c] for c in columns] != [encoded["input_ids"][p] for p in numbers]:
         raise ValueError(
             "input_ids are not this text's tokens (truncated, or another processor's): its words cannot be found in "
             "them"
         )
-    return columns, [tuple(encoded["offset_mapping"][p]) for p in pieces]
+    return columns, [tuple(encoded["offset_mapping"][p]) for p in numbers]

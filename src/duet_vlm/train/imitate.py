@@ -96,15 +96,15 @@ def imitating(reducer: EncoderReducer, wrong: list[Tensor]) -> EncoderReducer:
 
     def select_tokens(self: Any, view: EncoderView) -> Selection:
         with torch.enable_grad():
-            found = kind.select_tokens(self, view)
-            assert found.custom_rows is not None  # as there is a module
-            there = found.valid[:, : found.custom_rows.shape[1]]
-            target = self.imitation_target(view, found)[:, : found.custom_rows.shape[1]].float()[there].detach()
+            selection = kind.select_tokens(self, view)
+            assert selection.custom_rows is not None  # as there is a module
+            there = selection.valid[:, : selection.custom_rows.shape[1]]
+            target = self.imitation_target(view, selection)[:, : selection.custom_rows.shape[1]].float()[there].detach()
             wrong.append(
-                (found.custom_rows.float()[there] - target).square().mean()
+                (selection.custom_rows.float()[there] - target).square().mean()
                 / target.var(0, unbiased=False).mean().clamp(min=1e-6)
             )
-        return found
+        return selection
 
     return type(kind.__name__, (kind,), {"select_tokens": select_tokens})(
         **{each.name: getattr(reducer, each.name) for each in fields(reducer)}

@@ -28,7 +28,7 @@ def begin(settings: TrainSettings, restart: bool) -> None:
     """
     out = Path(settings.out)
     file = out / SETTINGS
-    contents = "".join(f"{found}\n" for found in _contents(settings))
+    contents = "".join(f"{line}\n" for line in _contents(settings))
     left = [*checkpoints(out), *([out / STATE] if finished(out) else [])]
     if left and not _ours(file):
         raise ValueError(
@@ -60,16 +60,16 @@ def begin(settings: TrainSettings, restart: bool) -> None:
 def _ours(file: Path) -> bool:
     """True if the folder holds settings of a run; those of an older version count, too."""
     try:
-        found = mapping(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else {}
-        return {"model", "data", "method", "trainer"} <= found.keys()
+        given = mapping(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else {}
+        return {"model", "data", "method", "trainer"} <= given.keys()
     except ValueError:  # not YAML, or not text
         return False
 
 
 def _contents(settings: TrainSettings) -> list[str | None]:
     """Digests of the training data and of the held-out data."""
-    asked = ((settings.data, settings.limit), (settings.eval_data, settings.eval_limit))
-    return [digest(sources, settings.images, limit) for sources, limit in asked]
+    files = ((settings.data, settings.limit), (settings.eval_data, settings.eval_limit))
+    return [digest(sources, settings.images, limit) for sources, limit in files]
 
 
 def finished(out: Path) -> bool:
@@ -80,11 +80,11 @@ def finished(out: Path) -> bool:
 def state(out: Path) -> dict[str, Any]:
     """Summary of a finished run: ``steps``, ``epoch``, and the last ``loss`` and ``eval_loss`` that were logged (None:
     never)."""
-    found = json.loads((out / STATE).read_text())
-    logged = {key: line[key] for line in found["log_history"] for key in ("loss", "eval_loss") if key in line}
+    record = json.loads((out / STATE).read_text())
+    logged = {key: line[key] for line in record["log_history"] for key in ("loss", "eval_loss") if key in line}
     return {
-        "steps": found["global_step"],
-        "epoch": found["epoch"],
+        "steps": record["global_step"],
+        "epoch": record["epoch"],
         "loss": logged.get("loss"),
         "eval_loss": logged.get("eval_loss"),
     }
@@ -92,8 +92,8 @@ def state(out: Path) -> dict[str, Any]:
 
 def checkpoints(out: Path) -> list[Path]:
     """The checkpoints in a folder, newest first."""
-    found = [path for path in out.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    folders = [path for path in out.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    return sorted(folders, key=lambda path: int(path.name.split("-")[1]), reverse=True)
 
 
 def last_whole(out: Path) -> Path | None:

@@ -69,14 +69,14 @@ class ConversationTrainer(Trainer):
             No row has an answer.
         """
         self.held_out = []
-        found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         losses, tokens = (torch.cat(some).double() for some in zip(*self.held_out, strict=True))
         if not bool(tokens.any()):
             raise ValueError(
                 "eval_data: no row has an answer, so there is no held-out loss: give some, or leave it out"
             )
-        found.metrics[f"{metric_key_prefix}_loss"] = float((losses * tokens)[tokens > 0].sum() / tokens.sum())
-        return found
+        output.metrics[f"{metric_key_prefix}_loss"] = float((losses * tokens)[tokens > 0].sum() / tokens.sum())
+        return output
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         loss, *more = super().prediction_step(model, inputs, *args, **kwargs)

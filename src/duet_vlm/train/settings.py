@@ -151,12 +151,12 @@ class TrainSettings:
 def recipes() -> dict[str, str]:
     """Names of the recipes that ship with the package, with their first line."""
     files = (resources.files("duet_vlm.train") / "recipes").iterdir()
-    found = {
+    by_name = {
         file.name.removesuffix(".yaml"): file.read_text().splitlines()[0].lstrip("# ")
         for file in files
         if file.name.endswith(".yaml")
     }
-    return dict(sorted(found.items()))
+    return dict(sorted(by_name.items()))
 
 
 def settings_from(

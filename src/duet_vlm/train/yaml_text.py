@@ -22,12 +22,12 @@ def mapping(text: str, name: str) -> Mapping[str, Any]:
     import yaml
 
     try:
-        found = yaml.load(text, Loader=_loader())
+        parsed = yaml.load(text, Loader=_loader())
     except yaml.YAMLError as error:
         raise ValueError(f"{name}: not YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{name}: expected a mapping of settings, got {type(found).__name__}")
-    return found
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{name}: expected a mapping of settings, got {type(parsed).__name__}")
+    return parsed
 
 
 def scalar(text: str) -> Any:

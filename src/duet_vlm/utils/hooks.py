@@ -126,7 +126,9 @@ def _take_off(module: nn.Module, name: str, ours: MethodWrapper) -> str | None:
     return foreign(f"{type(module).__name__}.{name}", top)
 
 
-def foreign(place: str, value: Any) -> str:
-    """The name of another code's object at ``place``, for a warning."""
+def foreign(attribute: str, value: Any) -> str:
+    """The name of another code's object at ``attribute``, for a warning."""
     code = getattr(getattr(value, "func", value), "__code__", None)  # ``func``: of a partial
-    return f"{place} ({type(value).__name__ if code is None else f'{code.co_name} of {Path(code.co_filename).name}'})"
+    return (
+        f"{attribute} ({type(value).__name__ if code is None else f'{code.co_name} of {Path(code.co_filename).name}'})"
+    )

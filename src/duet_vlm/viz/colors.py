@@ -55,8 +55,8 @@ def group(number: int) -> Color:
 
 def heat(share: float) -> Color:
     """The colour of a value in [0, 1] on the heat scale."""
-    place = min(max(share, 0.0), 1.0) * (len(HEAT) - 1)
-    start = min(int(place), len(HEAT) - 2)
+    position = min(max(share, 0.0), 1.0) * (len(HEAT) - 1)
+    start = min(int(position), len(HEAT) - 2)
     low, high = numbers(HEAT[start]), numbers(HEAT[start + 1])
-    red, green, blue = (round(a + (b - a) * (place - start)) for a, b in zip(low, high, strict=True))
+    red, green, blue = (round(a + (b - a) * (position - start)) for a, b in zip(low, high, strict=True))
     return red, green, blue

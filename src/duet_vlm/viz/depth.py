@@ -80,34 +80,34 @@ def token_fates(trace: SpanTrace, layer: int) -> TokenFates:
 def history(trace: SpanTrace, token: int, layer: int, steps: int = 1) -> str:
     """The fate of one token up to a layer, in a sentence; for a video whose grid holds ``steps`` time steps below each
     other, with its step."""
-    found, name = token_fates(trace, layer), _place(trace, token, steps)
-    if token in found.alive:
-        members = sum(token in anchors for anchors in found.into.values())
+    fates, name = token_fates(trace, layer), _place(trace, token, steps)
+    if token in fates.alive:
+        members = sum(token in anchors for anchors in fates.into.values())
         joined = f" and stands for {members} others that were merged into it" if members else ""
         return f"{name} is alive{joined}"
-    if token in found.asleep:
+    if token in fates.asleep:
         return f"{name} is asleep"
-    if token in found.into:
-        groups, anchors = numbered(trace), found.into[token]
+    if token in fates.into:
+        groups, anchors = numbered(trace), fates.into[token]
         whom = " and ".join(
             f"{_place(trace, anchor, steps).lower()} (group {groups[anchor] + 1})" for anchor in anchors
         )
         return f"{name} is merged into {whom}"
-    return f"{name} was dropped {stage_name(found.dropped[token])}"
+    return f"{name} was dropped {stage_name(fates.dropped[token])}"
 
 
 def told(traces: Sequence[SpanTrace], layer: int) -> tuple[str, str]:
     """Numbers of tokens at a layer: alive, and in a second line merged, asleep and dropped; of several spans
     together."""
-    found = [token_fates(trace, layer) for trace in traces]
-    left = [where for each in found for where in each.dropped.values()]
+    fates = [token_fates(trace, layer) for trace in traces]
+    left = [where for each in fates for where in each.dropped.values()]
     into, groups = (
-        sum(len(each.into) for each in found),
-        sum(len({end for ends in each.into.values() for end in ends}) for each in found),
+        sum(len(each.into) for each in fates),
+        sum(len({end for ends in each.into.values() for end in ends}) for each in fates),
     )
-    alive, tokens = sum(len(each.alive) for each in found), sum(trace.span.tokens for trace in traces)
+    alive, tokens = sum(len(each.alive) for each in fates), sum(trace.span.tokens for trace in traces)
     merged = f"{into} merged into {groups} of them, " if into else ""
-    asleep = sum(len(each.asleep) for each in found)
+    asleep = sum(len(each.asleep) for each in fates)
     merged += f"{asleep} asleep, " if asleep else ""
     here = left.count(layer)
     gone = f"{len(left)} dropped" + (f", {here} of them here" if 0 < here < len(left) else "")
@@ -151,16 +151,16 @@ def at_depth(
     """
     if trace.span.grid is None:
         raise ValueError(f"the {trace.span.tokens} tokens of this image form no grid, so they cannot be drawn on it")
-    found, groups = token_fates(trace, layer), numbered(trace)
+    fates, groups = token_fates(trace, layer), numbered(trace)
     rows, columns = trace.span.grid
     cell = max(4, round(size / max(rows, columns)))
     pixels = np.asarray(rgb(image).resize((columns * cell, rows * cell), Image.Resampling.LANCZOS), np.float32)
     out = mix(pixels, SHADE, DROPPED)
-    anchors = {anchor for ends in found.into.values() for anchor in ends}
+    anchors = {anchor for ends in fates.into.values() for anchor in ends}
     shares = [(token, group(groups[token]), ANCHOR) for token in anchors] + [
-        (m, group(groups[ends[0]]), MEMBER) for m, ends in found.into.items()
+        (m, group(groups[ends[0]]), MEMBER) for m, ends in fates.into.items()
     ]
-    for token in found.alive - anchors:
+    for token in fates.alive - anchors:
         _paint(out, pixels, cell_box(trace, token, cell))
     for token, color, share in shares:
         _paint(out, mix(pixels, color, share), cell_box(trace, token, cell))
@@ -170,9 +170,9 @@ def at_depth(
         if (box := cell_box(trace, token, cell)) is not None:
             outline(pen, box, group(groups[token]), max(2, cell // 8))
     if cell >= NUMBERED:
-        for token in (*anchors, *found.into):
+        for token in (*anchors, *fates.into):
             number_patch(
-                pen, cell_box(trace, token, cell), groups[token if token in anchors else found.into[token][0]] + 1, cell
+                pen, cell_box(trace, token, cell), groups[token if token in anchors else fates.into[token][0]] + 1, cell
             )
     decided = [number for number, stage in enumerate(trace.stages) if stage.layer <= layer]
     shown = scores[decided[-1]] if decided and decided[-1] < len(scores) else None
@@ -192,9 +192,9 @@ def _paint(out: np.ndarray, source: np.ndarray, box: tuple[int, int, int, int] |
 
 def _place(trace: SpanTrace, token: int, steps: int) -> str:
     rows, columns = trace.span.grid or (1, trace.span.tokens)
-    place = token - (trace.span.tokens - rows * columns)
-    if place < 0:
+    cell = token - (trace.span.tokens - rows * columns)
+    if cell < 0:
         return "A token outside the grid"
-    step, row = divmod(place // columns, rows // steps)
-    where = f"row {row + 1}, column {place % columns + 1}"
+    step, row = divmod(cell // columns, rows // steps)
+    where = f"row {row + 1}, column {cell % columns + 1}"
     return f"Step {step + 1}, {where}" if steps > 1 else where.capitalize()

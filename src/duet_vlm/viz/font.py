@@ -23,13 +23,13 @@ MISSING = "\U0010fffd"  # nobody's letter: how a font draws what it lacks
 def fonts(size: int) -> tuple[Font, ...]:
     """Pillow's own font, then the installed ones of ``NAMES``, then all that matplotlib knows of."""
     own = ImageFont.load_default(size)
-    found = [own] if isinstance(own, Font) else []
+    known = [own] if isinstance(own, Font) else []
     for name in (*NAMES, *_known()):
         try:
-            found.append(ImageFont.truetype(name, size))
+            known.append(ImageFont.truetype(name, size))
         except OSError:
             continue
-    return tuple(found)
+    return tuple(known)
 
 
 def _known() -> list[str]:
@@ -69,10 +69,10 @@ def width(text: str, size: int) -> int:
 
 
 def write(
-    pen: ImageDraw.ImageDraw, place: tuple[float, float], text: str, size: int, color: tuple[int, int, int]
+    pen: ImageDraw.ImageDraw, point: tuple[float, float], text: str, size: int, color: tuple[int, int, int]
 ) -> None:
     """A line of text with a common baseline, whatever the fonts of its letters."""
-    x, y = place
+    x, y = point
     base = y + fonts(size)[0].getmetrics()[0]
     for piece, font in pieces(text, size):
         pen.text((x, base), piece, color, font, anchor="ls")

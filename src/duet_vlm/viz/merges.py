@@ -19,11 +19,11 @@ def stages(trace: SpanTrace) -> Iterator[tuple[StageTrace, MergeSources]]:
 
 def numbered(trace: SpanTrace) -> dict[int, int]:
     """A number for each token that others are merged into, in the order of the stages at which that begins."""
-    found: dict[int, int] = {}
+    numbers: dict[int, int] = {}
     for _, merged in stages(trace):
         for anchor in sorted(merged):
-            found.setdefault(anchor, len(found))
-    return found
+            numbers.setdefault(anchor, len(numbers))
+    return numbers
 
 
 def stage_name(layer: int) -> str:

@@ -111,10 +111,10 @@ def cell_box(trace: SpanTrace, token: int, cell: int) -> tuple[int, int, int, in
     """Pixels (left, top, right, bottom) of a token within a panel; None for tokens outside the grid (CLS first)."""
     assert trace.span.grid is not None
     rows, columns = trace.span.grid
-    place = token - (trace.span.tokens - rows * columns)
-    if place < 0:
+    number = token - (trace.span.tokens - rows * columns)
+    if number < 0:
         return None
-    top, left = divmod(place, columns)
+    top, left = divmod(number, columns)
     return left * cell, top * cell, (left + 1) * cell, (top + 1) * cell
 
 
@@ -232,8 +232,8 @@ def _sheet(panels: list[Panel], title: str, lines: Sequence[str], merging: str) 
         write(pen, (MARGIN, y), line, size, INK)
         y += size + room
     for number, panel in enumerate(panels):
-        row, place = divmod(number, across)
-        x, y = MARGIN + place * (column + GAP), above + row * each
+        row, index = divmod(number, across)
+        x, y = MARGIN + index * (column + GAP), above + row * each
         write(pen, (x, y), panel.title, BOLD, INK)
         write(pen, (x, y + 23), panel.note, SMALL, FAINT)
         sheet.paste(panel.picture, (x, y + HEAD))

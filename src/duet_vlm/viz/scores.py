@@ -46,13 +46,13 @@ class ScoreRecorder:
         """For each stage of ``trace``, span ``number`` of the only sample of the last prompt: the score of every token
         that was ranked there, by its number within the span; None where nothing was ranked, or not token by token
         (crops or frames reduced independently)."""
-        found: list[dict[int, float] | None] = [
+        scores: list[dict[int, float] | None] = [
             self._at_entry(trace, number) if trace.stages and trace.stages[0].dropped or trace.merged else None
         ]
         drops = iter(self._drops)
         for _ in trace.stages[1:]:
-            found.append(_of_span(*drop, number) if (drop := next(drops, None)) is not None else None)
-        return found
+            scores.append(_of_span(*drop, number) if (drop := next(drops, None)) is not None else None)
+        return scores
 
     def _at_entry(self, trace: SpanTrace, number: int) -> dict[int, float] | None:
         if number >= len(self._entry):
@@ -78,7 +78,7 @@ def _of_span(view: DecoderView, scores: np.ndarray, number: int) -> dict[int, fl
     """Scores of one span of the first sample."""
     valid, span, token = (x.cpu().numpy() for x in (view.valid, *view.require(Input.TOKENS)))
     return {
-        int(token[place]): float(scores[place])
-        for place in zip(*np.nonzero(valid), strict=True)
-        if span[place] == number
+        int(token[index]): float(scores[index])
+        for index in zip(*np.nonzero(valid), strict=True)
+        if span[index] == number
     }

@@ -54,10 +54,10 @@ def frame_pictures(
     """The frames of video ``number`` of a one-sample call as ``model_view``, and the number of the model's time
     steps."""
     pixels, grids = inputs["pixel_values_videos"], inputs.get("video_grid_thw")
-    found = [
+    pictures = [
         model_view(frame, pixels[number, i] if pixels.ndim == 5 else None, processor) for i, frame in enumerate(frames)
     ]
-    return found, len(found) if grids is None else int(grids[number, 0])
+    return pictures, len(pictures) if grids is None else int(grids[number, 0])
 
 
 def _pixels(inputs: Any) -> Any:

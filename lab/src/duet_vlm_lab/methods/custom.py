@@ -167,7 +167,7 @@ class Custom(EncoderReducer, DecoderReducer):
         return self._divided(plan_with_schedule(self, self.drops(depth, 0.0), tokens, depth, target))
 
     def _divided(self, plan: SpanPlan) -> SpanPlan:
-        own = self.blocks.merger.own(plan.entry, plan.tokens) if plan.merges else 0
+        own = self.blocks.merger.own(plan.entry, plan.tokens) if plan.reduces_entry else 0
         return replace(plan, dominant=plan.entry - own, contextual=own)
 
     def select_tokens(self, view: EncoderView) -> Selection:

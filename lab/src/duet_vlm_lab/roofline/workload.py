@@ -43,7 +43,7 @@ def selection_bytes(
     if (
         not isinstance(reducer, EncoderReducer)
         or not reducer.requires & VISION_LAYER_INPUTS
-        or not any(plan.merges for plan in plans)
+        or not any(plan.reduces_entry for plan in plans)
     ):
         return 0
     rows = [tower_rows(vision, n) for span in passes for n in span]

@@ -54,17 +54,17 @@ class Engine:
         max_pixels: int | None = None,
     ) -> None:
         embedded = pretrained == "tiny"
-        place = str(tiny.path()) if embedded else pretrained
+        path = str(tiny.path()) if embedded else pretrained
         precision = dtype or ("float32" if embedded else "auto")
         loading = _given(attn_implementation=attn_implementation, device_map=device_map)
         self.pretrained, self.chosen = pretrained, chosen
-        self.processor = AutoProcessor.from_pretrained(place, **_given(min_pixels=min_pixels, max_pixels=max_pixels))
+        self.processor = AutoProcessor.from_pretrained(path, **_given(min_pixels=min_pixels, max_pixels=max_pixels))
         if not getattr(self.processor, "chat_template", None):
             raise ValueError(
                 f"pretrained={pretrained}: its processor has no chat template, so a conversation cannot become a prompt"
             )
         self.model = AutoModelForImageTextToText.from_pretrained(
-            place, dtype=precision, use_safetensors=True, **loading
+            path, dtype=precision, use_safetensors=True, **loading
         ).eval()
         if device_map is None:
             self.model.to(device or own_device())
@@ -118,7 +118,7 @@ class Engine:
     def write(self, file: Path) -> None:
         """Write the cost of the run so far, as JSON."""
         reducer = self.handle.reducer
-        found = {
+        record = {
             "model": self.pretrained,
             "label": self.chosen.label,
             "method": reducer.name,
@@ -132,7 +132,7 @@ class Engine:
             },
         }
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(found, indent=1) + "\n")
+        file.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def own_device() -> str:

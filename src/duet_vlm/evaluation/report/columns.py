@@ -63,10 +63,10 @@ def name(run: Run) -> str:
 
 def verdict(run: Run, sure: float = 0.05) -> str:
     """An arrow where the difference to the reference is significant: adjusted p-value below ``sure``."""
-    found = run.get("against")
-    if not found or found["p_adjusted"] >= sure:
+    comparison = run.get("against")
+    if not comparison or comparison["p_adjusted"] >= sure:
         return ""
-    return "▲" if found["difference"] > 0 else "▼"
+    return "▲" if comparison["difference"] > 0 else "▼"
 
 
 @dataclass(frozen=True)
@@ -269,8 +269,8 @@ def places(result: dict[str, Any]) -> dict[str, int]:
     written."""
     cells = result["experiment"].get("cells") or []
     return {
-        label: place
-        for place, label in reversed(list(enumerate(cell.get("label") or cell.get("method") for cell in cells)))
+        label: number
+        for number, label in reversed(list(enumerate(cell.get("label") or cell.get("method") for cell in cells)))
     }
 
 
@@ -306,9 +306,9 @@ def refusal(run: Run) -> str:
 
 def facts(result: dict[str, Any]) -> str:
     """Number of questions and code of a result; a second sentence where no commit has that code."""
-    asked, seeds = result["questions"], result["experiment"].get("seeds") or []
-    each = f", {asked['per_seed']:,} for each of the seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else ""
+    questions, seeds = result["questions"], result["experiment"].get("seeds") or []
+    each = f", {questions['per_seed']:,} for each of the seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else ""
     commit = str(result["environment"].get("commit") or "")
     code = f", by the code of commit {commit.removesuffix(CHANGED)}" if commit else ""
-    text = f"{asked['count']:,} questions of task {result['task']}{each}, on model {result['model'].get('name', 'unknown')}{code}."
+    text = f"{questions['count']:,} questions of task {result['task']}{each}, on model {result['model'].get('name', 'unknown')}{code}."
     return f"{text} {warning}" if (warning := unclean(commit)) else text

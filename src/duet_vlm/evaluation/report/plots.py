@@ -165,8 +165,8 @@ def _lines(
     series: dict[str, list[list[float]]] = {}
     methods = {run["label"]: run["method"] for run in result["runs"][1:]}
     for run in columns.ordered(result)[1:]:  # a line goes from large to small budgets
-        if run["status"] == "ok" and (found := point(run)):
-            series.setdefault(run["label"], []).append(found)
+        if run["status"] == "ok" and (marker := point(run)):
+            series.setdefault(run["label"], []).append(marker)
     if not series:
         return None
     told = {
@@ -294,11 +294,11 @@ def _names(figure: Figure, axes: Axes, ends: list[tuple[str, float, float]], sty
     starts = [to_axes.transform((x, y)) for _, x, y in ends]
     gap = LINE / (axes.get_position().height * figure.get_figheight())
     places = apart([float(y) for _, y in starts], gap, 0.0, 1.0)
-    for (label, _, _), (x, y), place in zip(ends, starts, places, strict=True):
+    for (label, _, _), (x, y), target in zip(ends, starts, places, strict=True):
         look = styles[label]
         leader = Line2D(
             [x, 1.035, 1.05],
-            [y, place, place],
+            [y, target, target],
             transform=axes.transAxes,
             color=look.colour,
             lw=0.6,
@@ -308,7 +308,7 @@ def _names(figure: Figure, axes: Axes, ends: list[tuple[str, float, float]], sty
         )
         sample = Line2D(
             [1.05, 1.10],
-            [place, place],
+            [target, target],
             transform=axes.transAxes,
             color=look.colour,
             ls=look.dash,
@@ -316,7 +316,7 @@ def _names(figure: Figure, axes: Axes, ends: list[tuple[str, float, float]], sty
             clip_on=False,
         )
         mark = Line2D(
-            [1.075], [place], transform=axes.transAxes, ls="", marker=look.marker, ms=look.size, clip_on=False
+            [1.075], [target], transform=axes.transAxes, ls="", marker=look.marker, ms=look.size, clip_on=False
         )
         mark.set(
             color=look.colour if look.filled else GROUND,
@@ -325,7 +325,7 @@ def _names(figure: Figure, axes: Axes, ends: list[tuple[str, float, float]], sty
         )
         for artist in (leader, sample, mark):
             axes.add_artist(artist)
-        axes.text(1.115, place, plain(label), transform=axes.transAxes, va="center_baseline", fontsize=8.5, color=INK)
+        axes.text(1.115, target, plain(label), transform=axes.transAxes, va="center_baseline", fontsize=8.5, color=INK)
 
 
 def by_kind(result: dict[str, Any]) -> Figure | None:

@@ -92,6 +92,6 @@ def apart(wanted: list[float], gap: float, low: float, high: float) -> list[floa
         blocks.append((centre, members))
     out = [0.0] * len(wanted)
     for centre, members in blocks:
-        for place, index in enumerate(members):
-            out[index] = centre + (place - (len(members) - 1) / 2) * gap
+        for number, index in enumerate(members):
+            out[index] = centre + (number - (len(members) - 1) / 2) * gap
     return out

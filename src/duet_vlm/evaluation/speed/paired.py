@@ -174,17 +174,17 @@ def _feasible(
     adapter: Adapter, sides: Sequence[BenchSide], prompt: BenchPrompt
 ) -> tuple[list[BenchSide], list[dict[str, Any]]]:
     """The sides that can be attached; a side below a method's floor becomes a row with the floor."""
-    found, rows = [], []
+    feasible, rows = [], []
     for side in sides:
         try:
             if side.method is not None:
                 duet_vlm.make_method(side.method, **dict(side.settings)).plan(
                     prompt.tokens, len(adapter.layers), side.budget
                 )
-            found.append(side)
+            feasible.append(side)
         except duet_vlm.BudgetError as error:
             rows.append({"side": str(side), "batch": prompt.batch, "status": "infeasible", "floor": error.floor})
-    return found, rows
+    return feasible, rows
 
 
 class BenchPass:
@@ -200,8 +200,10 @@ class BenchPass:
         if self.side.method is None:
             return duet_vlm.attach(self.adapter.model, "none")
         side, plan = self.side, self.plan
-        pieces = {"chunk_frames": plan.chunk_frames, "still_frames": plan.still_frames}
-        return duet_vlm.attach(self.adapter.model, side.method, budget=side.budget, **pieces | dict(side.settings))
+        chunk_settings = {"chunk_frames": plan.chunk_frames, "still_frames": plan.still_frames}
+        return duet_vlm.attach(
+            self.adapter.model, side.method, budget=side.budget, **chunk_settings | dict(side.settings)
+        )
 
     def held(self) -> AbstractContextManager[Any]:
         """The full model is timed as it is, without a handle."""

@@ -12,24 +12,24 @@ from duet_vlm.viz.colors import GRID, INK, MUTED, RC
 Rows = list[dict[str, Any]]
 
 
-def draw(found: dict[str, Any], folder: Path) -> list[Path]:
+def draw(measured: dict[str, Any], folder: Path) -> list[Path]:
     """Write ``time.png``, ``speed_up.png`` and ``cache.png``. Each names the model and the device."""
     try:
         from matplotlib import style
     except ImportError as error:
         raise ImportError('--plots needs matplotlib: pip install ".[viz]" in your clone of duet-vlm') from error
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [row for row in found["rows"] if "ms" in row]
+    rows = [row for row in measured["rows"] if "ms" in row]
     pictures: dict[str, Callable[[Any, Rows], None]] = {"time": _time, "speed_up": _speed_up, "cache": _cache}
     with style.context(RC, after_reset=True):
-        return [_picture(folder / f"{name}.png", title(found), rows, paint) for name, paint in pictures.items()]
+        return [_picture(folder / f"{name}.png", title(measured), rows, paint) for name, paint in pictures.items()]
 
 
-def title(found: dict[str, Any]) -> str:
+def title(measured: dict[str, Any]) -> str:
     """Model, dtype and device of the measurement."""
-    made = found["environment"]
+    made = measured["environment"]
     cpu = f" ({made['cpu']}, {made['threads']} threads)" if made["device"].startswith("cpu") and "cpu" in made else ""
-    return f"{plain(found['model'])}, {made['dtype']}, on {made['device']}{cpu}"
+    return f"{plain(measured['model'])}, {made['dtype']}, on {made['device']}{cpu}"
 
 
 def _picture(file: Path, head: str, rows: Rows, paint: Callable[[Any, Rows], None]) -> Path:
@@ -51,10 +51,10 @@ def _picture(file: Path, head: str, rows: Rows, paint: Callable[[Any, Rows], Non
 
 def _groups(rows: Rows, *keys: str) -> dict[tuple[Any, ...], Rows]:
     """Rows that agree in ``keys``, in the order in which they first appear."""
-    found: dict[tuple[Any, ...], Rows] = {}
+    groups: dict[tuple[Any, ...], Rows] = {}
     for row in rows:
-        found.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return found
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return groups
 
 
 def _looks(rows: Rows) -> dict[str | None, Look]:
@@ -71,12 +71,12 @@ def _points(
     styles = _looks(rows)
     prompts = list(_groups(rows, "batch", "text"))
     for (method, batch, text), some in _groups(rows, "method", "batch", "text").items():
-        found, look = [y(row) for row in some], styles[method]
-        errors = [[f["median"] - f["low"] for f in found], [f["high"] - f["median"] for f in found]]
+        values, look = [y(row) for row in some], styles[method]
+        errors = [[f["median"] - f["low"] for f in values], [f["high"] - f["median"] for f in values]]
         solid = 1 - 0.7 * prompts.index((batch, text)) / max(1, len(prompts) - 1)
         face = look.colour if look.filled else "none"
         axes.errorbar(
-            [x(row) for row in some], [f["median"] for f in found], errors, fmt=look.marker, color=look.colour, mfc=face, ms=look.size, alpha=solid,
+            [x(row) for row in some], [f["median"] for f in values], errors, fmt=look.marker, color=look.colour, mfc=face, ms=look.size, alpha=solid,
             capsize=2,
         )  # fmt: skip
     for method in (method for (method,) in _groups(rows, "method")):
@@ -91,13 +91,13 @@ def _points(
             label=method or "full model",
         )
     if len(prompts) > 1:
-        for place, (batch, text) in enumerate(prompts):
+        for column, (batch, text) in enumerate(prompts):
             axes.plot(
                 [],
                 [],
                 "o",
                 color=MUTED,
-                alpha=1 - 0.7 * place / (len(prompts) - 1),
+                alpha=1 - 0.7 * column / (len(prompts) - 1),
                 label=f"batch {batch}, {text} other tokens",
             )
 

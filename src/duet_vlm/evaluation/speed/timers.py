@@ -64,15 +64,15 @@ class StageTimers:
         tower, projector = self._total("tower starts", "tower ends"), self._total("projector starts", "projector ends")
         encode = self._total("encode starts", "encode ends")
         tower -= projector * inside
-        found = {"vision": tower, "projector": projector, "v2v": max(0.0, encode - tower - projector)}
-        found |= {
+        seconds = {"vision": tower, "projector": projector, "v2v": max(0.0, encode - tower - projector)}
+        seconds |= {
             "prefill": self._total("prefill starts", "prefill ends"),
             "decode step": self._mean("step starts", "step ends"),
         }
         for index in range(depth):
-            found[f"layer {index}"] = self._first(f"layer {index} starts", f"layer {index} ends")
-            found[f"hook {index}"] = self._first(f"hook {index}", f"layer {index} starts")
-        return found | {"to first token": encode + found["prefill"]}
+            seconds[f"layer {index}"] = self._first(f"layer {index} starts", f"layer {index} ends")
+            seconds[f"hook {index}"] = self._first(f"hook {index}", f"layer {index} starts")
+        return seconds | {"to first token": encode + seconds["prefill"]}
 
     def _pairs(self, start: str, end: str) -> list[float]:
         pairs = zip(self.notes.get(start, []), self.notes.get(end, []), strict=False)

@@ -51,10 +51,16 @@ def draw(split: str, seed: int, number: int, kind: str, crowded: bool = False) -
     from duet_vlm.evaluation.tiny.scenes import scene
 
     drawn = scene(split, seed, number, crowded=crowded)
-    asked = question(drawn, kind, drawn.generator(2))
-    if asked is None:
+    scene_question = question(drawn, kind, drawn.generator(2))
+    if scene_question is None:
         return None
-    return Sample(asked.text, asked.answer, kind, needed_patches(drawn, asked), (Image.fromarray(render(drawn)),))
+    return Sample(
+        scene_question.text,
+        scene_question.answer,
+        kind,
+        needed_patches(drawn, scene_question),
+        (Image.fromarray(render(drawn)),),
+    )
 
 
 MODEL = EmbeddedModel("tiny", _HERE / "weights")

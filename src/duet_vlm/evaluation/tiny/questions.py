@@ -55,18 +55,18 @@ def split_words(text: str) -> list[str]:
     return re.findall(r"\w+|[^\w\s]+", text.lower())
 
 
-def question_tokens_of(asked: SceneQuestion, numbers: dict[str, int]) -> list[int]:
+def question_tokens_of(scene_question: SceneQuestion, numbers: dict[str, int]) -> list[int]:
     """Token numbers of a question, without the prompt around it; equals what the tokenizer makes of it."""
-    return [numbers[word] for word in split_words(asked.text)]
+    return [numbers[word] for word in split_words(scene_question.text)]
 
 
 def _ask(
-    pieces: list[str | tuple[str, list[int]]], answer: str, kind: str, needed: list[int], reads: bool = False
+    parts: list[str | tuple[str, list[int]]], answer: str, kind: str, needed: list[int], reads: bool = False
 ) -> SceneQuestion:
     """Join pieces to a question; a (word, things) piece is a mention."""
     words: list[str] = []
     mentions = []
-    for piece in pieces:
+    for piece in parts:
         if isinstance(piece, tuple):
             words.append(piece[0])
             mentions.append((len(words) - 1, tuple(piece[1])))
@@ -192,17 +192,17 @@ def questions(scene: Scene, n: int, rng: np.random.Generator, kinds: tuple[str, 
     """``n`` questions of random kinds."""
     asker, out = Asker(scene, rng), []
     while len(out) < n:
-        found = getattr(asker, kinds[int(rng.integers(len(kinds)))])()
-        if found:
-            out.append(found)
+        asked = getattr(asker, kinds[int(rng.integers(len(kinds)))])()
+        if asked:
+            out.append(asked)
     return out
 
 
-def needed_patches(scene: Scene, asked: SceneQuestion) -> np.ndarray:
+def needed_patches(scene: Scene, scene_question: SceneQuestion) -> np.ndarray:
     """Patches that show what the answer needs, (256,) bool: the needed things and, for reading, their tags."""
     out = np.zeros(GRID * GRID, bool)
-    for i in asked.needed:
+    for i in scene_question.needed:
         out |= body_patches(scene.things[i])
-        if asked.reads:
+        if scene_question.reads:
             out |= tag_patches(scene.things[i])
     return out

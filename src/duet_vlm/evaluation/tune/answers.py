@@ -75,13 +75,13 @@ class AnswerSource:
         for some in self._batches(numbers):
             page = self._page("reduced", some, [run for run in runs if isinstance(out[run.id], list)])
             for run in runs:
-                known, found = out[run.id], page.get(run.id)
-                if isinstance(known, str) or found is None:
+                known, recorded = out[run.id], page.get(run.id)
+                if isinstance(known, str) or recorded is None:
                     continue
-                if found["message"] is not None:
-                    out[run.id] = found["message"]
+                if recorded["message"] is not None:
+                    out[run.id] = recorded["message"]
                     continue
-                for number, answer, moved in zip(some, found["answers"], found["moved"], strict=True):
+                for number, answer, moved in zip(some, recorded["answers"], recorded["moved"], strict=True):
                     known.append(AnswerScore(not accepted(answer, self.accepted(number) or (said[number],)), moved))
         return out
 
@@ -101,9 +101,9 @@ class AnswerSource:
         return self._accepted[number]
 
     def question(self, number: int) -> TaskQuestion:
-        found = self.task.ask(self.seed, number)
-        self._accepted[number] = found.answers
-        return found
+        question = self.task.ask(self.seed, number)
+        self._accepted[number] = question.answers
+        return question
 
     def _batches(self, numbers: Sequence[int]) -> Iterator[Sequence[int]]:
         for start in range(0, len(numbers), self.batch):
@@ -123,7 +123,7 @@ class AnswerSource:
                 name,
                 {
                     "questions": list(numbers),
-                    "runs": {key: found | {"seconds": seconds} for key, found in made.items()},
+                    "runs": {key: reply | {"seconds": seconds} for key, reply in made.items()},
                 },
             )
         self.advance(len(runs) * len(numbers))

@@ -20,21 +20,21 @@ def percent(share: float, digits: int = 4) -> str:
     return f"{100 * share:.{digits}g} %"
 
 
-def lower_bound(kept: int, asked: int, level: float = LEVEL) -> float:
+def lower_bound(kept: int, trials: int, level: float = LEVEL) -> float:
     """The one-sided exact lower bound (Clopper and Pearson) of the share that is kept; 0 without questions or without
     kept answers."""
     from scipy.stats import beta
 
-    return float(beta.ppf(level, kept, asked - kept + 1)) if kept else 0.0
+    return float(beta.ppf(level, kept, trials - kept + 1)) if kept else 0.0
 
 
-def allowed(asked: int, keep: float, level: float = LEVEL) -> int:
+def allowed(trials: int, keep: float, level: float = LEVEL) -> int:
     """The largest number of losses among ``trials`` at which the lower bound is ``keep`` or better; -1 if even without
     a loss it is below."""
     from scipy.stats import binom
 
     losses = -1
-    while losses + 1 < asked and binom.cdf(losses + 1, asked, 1 - keep) <= level:
+    while losses + 1 < trials and binom.cdf(losses + 1, trials, 1 - keep) <= level:
         losses += 1
     return losses
 
@@ -50,12 +50,12 @@ def needed(keep: float, losses: int = 0, level: float = LEVEL) -> int:
     return high
 
 
-def chance(lost: int, asked: int, keep: float) -> float:
+def chance(lost: int, trials: int, keep: float) -> float:
     """Probability of at least ``lost`` losses in ``trials`` if exactly ``keep`` is kept: small where a candidate cannot
     qualify."""
     from scipy.stats import binom
 
-    return float(binom.sf(lost - 1, asked, 1 - keep))
+    return float(binom.sf(lost - 1, trials, 1 - keep))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ def folder_task(folder: Path, prompts: Sequence[str], frames: int | None = None)
     ValueError
         No images or videos in the folder, or no prompt for one of them; the file is named.
     """
-    asked: list[tuple[Path, str]] = []
+    questions: list[tuple[Path, str]] = []
     for file in sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES | CLIPS):
         beside = file.with_suffix(".txt")
         try:
@@ -38,18 +38,20 @@ def folder_task(folder: Path, prompts: Sequence[str], frames: int | None = None)
             raise ValueError(
                 f"{file}: nothing to ask about it; give --prompt, or write prompts into {beside.name} beside it, one a line"
             )
-        asked += [(file, prompt) for prompt in own]
-    if not asked:
+        questions += [(file, prompt) for prompt in own]
+    if not questions:
         raise ValueError(f"{folder}: no pictures or clips in it ({', '.join(sorted(PICTURES | CLIPS))})")
 
     def ask(_: int, index: int) -> TaskQuestion:
-        file, prompt = asked[index]
+        file, prompt = questions[index]
         name = f"{file.name}/{index}"
         if file.suffix.lower() in CLIPS:
             return TaskQuestion(name, (), prompt, (), "all", videos=(decode(file, frames).frames,))
         return TaskQuestion(name, (open_image(file),), prompt, (), "all")
 
     def digest(count: int) -> str:
-        return digest_of([(file.name, prompt) for file, prompt in asked[:count]], [file for file, _ in asked[:count]])
+        return digest_of(
+            [(file.name, prompt) for file, prompt in questions[:count]], [file for file, _ in questions[:count]]
+        )
 
-    return Task(folder.resolve().name or "folder", ask, len(asked), 32, digest=digest)
+    return Task(folder.resolve().name or "folder", ask, len(questions), 32, digest=digest)

@@ -69,8 +69,8 @@ class Candidate:
     @property
     def kept(self) -> float | None:
         """Share of answers kept, of all questions so far."""
-        asked = self.asked + self.tested
-        return 1 - (self.lost + self.tested_lost) / asked if asked else None
+        trials = self.asked + self.tested
+        return 1 - (self.lost + self.tested_lost) / trials if trials else None
 
     @property
     def bound(self) -> float | None:
@@ -116,15 +116,15 @@ def confirm(
     standing = list(ladder)
     for start in range(0, len(questions), batch):
         _count(standing, questions[start : start + batch], ask, testing=True)
-        for place, c in enumerate(standing):
+        for number, c in enumerate(standing):
             if not c.reason and losses is not None and c.tested_lost > losses:
                 c.reason = f"lost {c.tested_lost} of {c.tested} in the test, which allows {losses} of {len(questions)}"
             if c.reason:
-                for behind in standing[place + 1 :]:
+                for behind in standing[number + 1 :]:
                     behind.reason = (
                         behind.reason or f"not tested to the end: {c.name}, which should be safer, failed before it"
                     )
-                standing = standing[:place]
+                standing = standing[:number]
                 break
         if not standing:
             return None
@@ -136,9 +136,9 @@ def confirm(
 def _count(standing: Sequence[Candidate], questions: Sequence[int], ask: Ask, testing: bool) -> None:
     if not standing:
         return
-    found = ask([c.run for c in standing], questions)
+    by_name = ask([c.run for c in standing], questions)
     for c in standing:
-        replies = found[c.name]
+        replies = by_name[c.name]
         if isinstance(replies, str):
             c.reason = replies
             continue
@@ -162,9 +162,9 @@ def _front(candidates: Sequence[Candidate]) -> list[Candidate]:
     """The Pareto front of time, losses and divergence; the first of equals."""
     return [
         c
-        for place, c in enumerate(candidates)
+        for number, c in enumerate(candidates)
         if not any(
-            other.no_worse(c) and (not c.no_worse(other) or at < place)
+            other.no_worse(c) and (not c.no_worse(other) or at < number)
             for at, other in enumerate(candidates)
             if other is not c
         )
@@ -185,11 +185,11 @@ def _spread(front: Sequence[Candidate], count: int) -> list[Candidate]:
         return by_cost
     if count < 1:
         return []
-    sure = min(range(len(by_cost)), key=lambda place: by_cost[place].lost)  # the first of equals is the cheapest
+    sure = min(range(len(by_cost)), key=lambda number: by_cost[number].lost)  # the first of equals is the cheapest
     places = [round(i * (len(by_cost) - 1) / max(1, count - 1)) for i in range(count)]
     if sure not in places:
         places[min(range(count), key=lambda i: abs(places[i] - sure))] = sure
-    return [by_cost[place] for place in places]
+    return [by_cost[number] for number in places]
 
 
 def _best(candidates: Sequence[Candidate], count: int, keep: float | None) -> list[Candidate]:

@@ -38,9 +38,9 @@ def pareto(result: dict[str, Any]) -> bytes:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         methods = list(dict.fromkeys(row["label"] for row in rows))
-        for place, method in enumerate(methods):
+        for number, method in enumerate(methods):
             own = [row for row in rows if row["label"] == method]
-            look: dict[str, Any] = {"marker": MARKERS[place % len(MARKERS)], "color": COLOURS[place % len(COLOURS)]}
+            look: dict[str, Any] = {"marker": MARKERS[number % len(MARKERS)], "color": COLOURS[number % len(COLOURS)]}
             sizes = [16 + 40 * (row["testing"]["asked"] > 0) for row in own]
             clear = [0.9 if row["choosing"]["asked"] >= result["questions"]["choosing"] else 0.3 for row in own]
             axes.scatter(
@@ -76,19 +76,19 @@ def pareto(result: dict[str, Any]) -> bytes:
 def front(result: dict[str, Any]) -> list[tuple[float, float]]:
     """Milliseconds and percent kept of the settings with the whole test, from cheap to dear, each keeping more than all
     cheaper ones; last the full model. The few answers of the choosing rounds show too little to be included."""
-    asked = [
+    tried = [
         row
         for row in result["candidates"]
         if row["ms"] and row["testing"]["asked"] >= max(1, result["questions"]["testing"])
     ]
     out: list[tuple[float, float]] = []
-    for row in sorted(asked, key=lambda row: (row["ms"], -row["kept"])):
+    for row in sorted(tried, key=lambda row: (row["ms"], -row["kept"])):
         if not out or 100 * row["kept"] > out[-1][1]:
             out.append((row["ms"], 100 * row["kept"]))
     return [*out, (result["full_ms"], 100.0)] if out else []
 
 
-def name_beside(axes: Any, text: str, place: tuple[float, float]) -> Any:
+def name_beside(axes: Any, text: str, point: tuple[float, float]) -> Any:
     """A label in bold beside a point, on the side where it covers the least of markers and lines and stays within the
     axes."""
     figure = axes.figure
@@ -103,7 +103,7 @@ def name_beside(axes: Any, text: str, place: tuple[float, float]) -> Any:
                 for step in range(41)
             ]
     inside = axes.get_window_extent()
-    label = axes.annotate(text, place, xytext=(0, 0), textcoords="offset points", weight="bold")
+    label = axes.annotate(text, point, xytext=(0, 0), textcoords="offset points", weight="bold")
 
     def cost(aside: tuple[float, float, str]) -> float:
         label.set_position(aside[:2])

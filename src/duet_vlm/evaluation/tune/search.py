@@ -88,17 +88,17 @@ def search(
     _check_costs(loaded, candidates, times, questions[0], goal, asker.task.max_new_tokens)
     say(f"choosing among {sum(not c.reason for c in candidates)} on {spent.choosing} questions")
 
-    def ask(asked: Sequence[ExperimentCell], numbers: Sequence[int]) -> Any:
+    def ask(runs_to_ask: Sequence[ExperimentCell], numbers: Sequence[int]) -> Any:
         """Scores of the runs, given the full model's answers."""
-        return asker.replies(asked, numbers, said)
+        return asker.replies(runs_to_ask, numbers, said)
 
     testing = usable[spent.choosing : spent.choosing + spent.testing]
     ladder = choose(candidates, usable[: spent.choosing], goal.keep, ask)
     say(f"testing {', '.join(c.name for c in ladder) or 'nothing: no candidate is left'}")
     chosen = confirm(ladder, testing, spent.losses, ask, asker.batch) if ladder else None
-    place, kind = next((str(p.device), str(p.dtype).removeprefix("torch.")) for p in loaded.model.parameters())
+    device, kind = next((str(p.device), str(p.dtype).removeprefix("torch.")) for p in loaded.model.parameters())
     return _result(asker, goal, candidates, chosen, times, said, usable, spent) | {
-        "environment": environment(place, kind, 1, code.until(source()))
+        "environment": environment(device, kind, 1, code.until(source()))
     }
 
 
@@ -143,8 +143,8 @@ def _times(
     if known is None or not {c.name for c in candidates} <= set(known["runs"]):
         refused = {c.name: why for c in candidates if (why := _refusal(asker.loaded, c.run, questions))}
         runs = [FULL, *(c.run for c in candidates if c.name not in refused)]
-        found = prefill_times(asker.loaded, runs, questions, rounds) if len(runs) > 1 else {}
-        page = {name: {"message": why} for name, why in refused.items()} | found
+        measured = prefill_times(asker.loaded, runs, questions, rounds) if len(runs) > 1 else {}
+        page = {name: {"message": why} for name, why in refused.items()} | measured
         asker.journal.add("times", {"questions": list(numbers), "runs": page})
         known = asker.journal.batches["times"]
     times = known["runs"]

@@ -13,13 +13,13 @@ def setting_file(result: dict[str, Any]) -> dict[str, Any]:
     row = chosen_row(result)
     assert row is not None  # a file is written only where something was chosen
     told = {key: row[key] for key in ("kept", "bound", "ms", "speedup")} | {"tested": row["testing"]}
-    found = {
+    record = {
         "goal": result["goal"]["words"],
         "model": result["model"],
         "task": result["task"],
         "commit": result["environment"]["commit"],
     }
-    return {"method": row["method"], "budget": row["budget"], "settings": row["settings"], "found": found | told}
+    return {"method": row["method"], "budget": row["budget"], "settings": row["settings"], "found": record | told}
 
 
 def chosen_row(result: dict[str, Any]) -> dict[str, Any] | None:
@@ -49,7 +49,7 @@ def shell_line(row: dict[str, Any], model: str, clips: bool = False) -> str:
 def verdict(result: dict[str, Any]) -> str:
     """One paragraph: the choice with its bound, or the nearest candidate and the number of questions that would tell
     more."""
-    row, asked = chosen_row(result), result["questions"]
+    row, counts = chosen_row(result), result["questions"]
     if row is not None:
         tested = row["testing"]
         questions = "one question" if tested["asked"] == 1 else f"{tested['asked']} questions"
@@ -66,9 +66,9 @@ def verdict(result: dict[str, Any]) -> str:
     near = max(tried, key=lambda row: (row["kept"], -row["ms"]))
     keep, more = result["goal"]["keep"], ""
     if keep is not None and near["kept"] > keep:  # it may well be good enough: say how many questions would show it
-        most = asked["losses"] + 2
-        more = f" More questions may show that it does: a test of {needed(keep, most)} allows {most} losses, this one of {asked['testing']} allowed "
-        more += f"{asked['losses']}."
+        most = counts["losses"] + 2
+        more = f" More questions may show that it does: a test of {needed(keep, most)} allows {most} losses, this one of {counts['testing']} allowed "
+        more += f"{counts['losses']}."
     return f"Nothing qualifies for {result['goal']['words']}. Nearest is {near['id']}: it kept {near['kept']:.1%} of the answers so far.{more}"
 
 

@@ -64,8 +64,8 @@ class Dart(ScheduledReducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.visual_pivots < 1 or self.text_pivots < 0:
-            found = f"visual_pivots={self.visual_pivots}, text_pivots={self.text_pivots}"
-            raise ValueError(f"{found}: at least one visual pivot, and no negative number of text pivots")
+            given = f"visual_pivots={self.visual_pivots}, text_pivots={self.text_pivots}"
+            raise ValueError(f"{given}: at least one visual pivot, and no negative number of text pivots")
         if self.key_norm not in (1, 2):
             raise ValueError(f"key_norm={self.key_norm}: choose 1 or 2")
         check_choice("pivot_order", self.pivot_order, PIVOT_ORDERS)
@@ -92,30 +92,30 @@ class Dart(ScheduledReducer):
         words, text_valid = view.require(Input.TEXT_HIDDEN_STATES)
         visual = ranking(keys.float().norm(self.key_norm, dim=-1), view.valid)[:, : self.visual_pivots]
         text = ranking(text_keys.float().norm(self.key_norm, dim=-1), text_valid)[:, : self.text_pivots]
-        asked = torch.cat([view.valid.gather(1, visual), text_valid.gather(1, text)], 1)  # pivots that exist
+        is_pivot = torch.cat([view.valid.gather(1, visual), text_valid.gather(1, text)], 1)  # pivots that exist
         rows, words = unit_rows(view.final_norm(view.require(Input.HIDDEN_STATES))), unit_rows(view.final_norm(words))
         # [B, pivots, V]
         likeness = torch.cat([gather_rows(rows, visual), gather_rows(words, text)], 1) @ rows.transpose(1, 2)
         if self.pivot_order == "set" and not likeness.is_meta:
             positions, text_positions = view.require(Input.POSITIONS)
             order = _as_in_a_set(torch.cat([positions.gather(1, visual), text_positions.gather(1, text)], 1))
-            likeness, asked = gather_rows(likeness, order), asked.gather(1, order)
+            likeness, is_pivot = gather_rows(likeness, order), is_pivot.gather(1, order)
         rank = torch.arange(visual.shape[1], device=visual.device)
         kept = torch.zeros_like(view.valid).scatter(
             1, visual, (rank < view.num_keep[:, None]) & view.valid.gather(1, visual)
         )
         left = view.num_keep - kept.sum(1)
-        share, more = left // asked.sum(1), left % asked.sum(1)
-        turn = asked.cumsum(1)
-        for pivot in range(asked.shape[1]):
-            count = torch.where(asked[:, pivot], share + (turn[:, pivot] <= more), 0)
+        share, more = left // is_pivot.sum(1), left % is_pivot.sum(1)
+        turn = is_pivot.cumsum(1)
+        for pivot in range(is_pivot.shape[1]):
+            count = torch.where(is_pivot[:, pivot], share + (turn[:, pivot] <= more), 0)
             order = ranking(-likeness[:, pivot], view.valid & ~kept)
-            place = torch.arange(order.shape[1], device=order.device)
-            kept = kept | torch.zeros_like(kept).scatter(1, order, place < count[:, None])
+            number = torch.arange(order.shape[1], device=order.device)
+            kept = kept | torch.zeros_like(kept).scatter(1, order, number < count[:, None])
         return kept
 
 
 def _as_in_a_set(places: Tensor) -> Tensor:
     """Order of each line of numbers in which Python iterates over their set: [B, P] -> [B, P]."""
     rows = places.tolist()
-    return torch.tensor([[row.index(place) for place in set(row)] for row in rows], device=places.device)
+    return torch.tensor([[row.index(index) for index in set(row)] for row in rows], device=places.device)

@@ -106,9 +106,9 @@ class FitPrune(ScheduledReducer):
             return plan_keep_all(tokens, depth)
 
         def counts(share: float) -> tuple[int, ...]:
-            place = (1 - share) * (len(lines) - 1)
-            number = min(int(place), len(lines) - 2)
-            between = (a + (b - a) * (place - number) for a, b in zip(lines[number], lines[number + 1], strict=True))
+            position = (1 - share) * (len(lines) - 1)
+            number = min(int(position), len(lines) - 2)
+            between = (a + (b - a) * (position - number) for a, b in zip(lines[number], lines[number + 1], strict=True))
             return tuple(count_of(max(0.0, min(1.0, x)), tokens) for x in between)
 
         if not mean_within(counts(0.0), target):

@@ -48,10 +48,10 @@ class PositionBiasObserver(Observer):
         ]
 
     def result(self, depth: int) -> dict[str, Any]:
-        found: dict[str, list[Tensor]] = {}
+        by_layer: dict[str, list[Tensor]] = {}
         for name, scores in (pair for note in self.observations.entries for pair in note):
-            found.setdefault(name, []).append(scores)
-        return {name: torch.stack(scores).mean(0) for name, scores in found.items()}
+            by_layer.setdefault(name, []).append(scores)
+        return {name: torch.stack(scores).mean(0) for name, scores in by_layer.items()}
 
 
 def bias_of(stored: Calibration, view: DecoderView, resize: bool) -> Tensor:

@@ -75,15 +75,15 @@ class TokenCarve(ScheduledReducer):
             ranks(ranking(x, valid)) for x in (view.require(Input.SCORES), information(hidden_states, valid))
         )
         fused = -(self.attention_weight * by_attention + (1 - self.attention_weight) * by_information)
-        place = ranks(ranking(fused, valid))
+        rank = ranks(ranking(fused, valid))
         pruned = torch.minimum(view.num_keep * 3 // 2, alive)[:, None]
-        better, worse = place < pruned // 2, (place >= pruned // 2) & (place < pruned)
+        better, worse = rank < pruned // 2, (rank >= pruned // 2) & (rank < pruned)
         unit = unit_rows(hidden_states)
         likeness, partner = (unit @ unit.transpose(1, 2)).masked_fill(~better[:, None], -torch.inf).max(2)
         merged = worse & (ranks(ranking(likeness, worse)) < pruned - view.num_keep[:, None])
         index, real = pack_right((better | worse) & ~merged, max(stay for _, stay in view.host_counts))
-        number = torch.zeros_like(place).scatter(
+        number = torch.zeros_like(rank).scatter(
             1, index, torch.arange(index.shape[1], device=index.device).expand_as(index)
         )
-        tokens = torch.arange(place.shape[1], device=place.device).expand_as(place)
+        tokens = torch.arange(rank.shape[1], device=rank.device).expand_as(rank)
         return Selection(index, real, tokens, torch.where(merged, number.gather(1, partner), -1))

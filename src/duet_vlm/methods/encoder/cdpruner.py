@@ -86,7 +86,7 @@ class CDPruner(ScoreReducer):
         """Similarity of each token to the question, unscaled: [B, N]."""
         if self.relevance == "contrastive":
             similarity, valid = view.require(Input.TEXT_SIMILARITY)
-            pieces = valid.float()[:, None]
-            return -(similarity * pieces).sum(2) / pieces.sum(2).clamp(min=1)
+            is_word = valid.float()[:, None]
+            return -(similarity * is_word).sum(2) / is_word.sum(2).clamp(min=1)
         question = view.require(Input.QUESTION)
         return relevance(view.require(Input.FEATURES), question.embeddings, question.valid)

@@ -143,8 +143,8 @@ class PruMerge(EncoderReducer):
         width = max(plan.dominant for plan in view.plans)
         if self.order == "raster":
             return pack_right(top(importance, view.valid, view.dominant), width)
-        place = torch.arange(width, device=view.valid.device)
-        return ranking(importance, view.valid)[:, :width], place < view.dominant[:, None]
+        position = torch.arange(width, device=view.valid.device)
+        return ranking(importance, view.valid)[:, :width], position < view.dominant[:, None]
 
     def around(self, view: EncoderView, tokens: Tensor, places: Tensor, real: Tensor) -> Selection:
         """Merge the neighbours of kept tokens into them, and all other tokens into one last row.

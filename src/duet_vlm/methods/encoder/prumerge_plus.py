@@ -102,10 +102,11 @@ class PruMergePlus(PruMerge):
         """
         device, sizes = (
             view.valid.device,
-            [PruMerge.kept_of(self, plan.tokens) if plan.merges else plan.dominant for plan in view.plans],
+            [PruMerge.kept_of(self, plan.tokens) if plan.reduces_entry else plan.dominant for plan in view.plans],
         )
         grids = [
-            list(self.grid(plan.tokens, n)) if plan.merges else [] for plan, n in zip(view.plans, sizes, strict=True)
+            list(self.grid(plan.tokens, n)) if plan.reduces_entry else []
+            for plan, n in zip(view.plans, sizes, strict=True)
         ]
         most = max(map(len, grids))
         added = upload([[*grid, *[-1] * (most - len(grid))] for grid in grids], device, torch.long)

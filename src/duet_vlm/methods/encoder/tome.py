@@ -112,5 +112,5 @@ class ToMe(EncoderReducer):
         order = torch.arange(rows.shape[1], device=rows.device).expand(rows.shape)
         if self.order == "released":  # a finished span does not change
             order = torch.where(leaves.any(1, keepdim=True), torch.cat([source, order[:, 1::2]], 1), order)
-        place, there = pack_right(stays.gather(1, order), width)
-        return rows.gather(1, order.gather(1, place)), there
+        position, there = pack_right(stays.gather(1, order), width)
+        return rows.gather(1, order.gather(1, position)), there

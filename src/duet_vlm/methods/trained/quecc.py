@@ -74,11 +74,13 @@ class QueCC(Compressor):
         return QueCCModule(sizes.rows, sizes.levels, sizes.decoder, self.heads, self.kernel)
 
     def select_tokens(self, view: EncoderView) -> Selection:
-        found = windows_of(view)
+        grid_windows = windows_of(view)
         assert isinstance(view.module, QueCCModule)
         levels = torch.cat([view.require(Input.STATES, layer=number) for number in range(len(view.layers))], -1)
         features, state = view.require(Input.FEATURES), view.require(Input.QUESTION_STATE)
-        return found.selection(view.module(features, levels, state, found, within(places_of(view), found)))
+        return grid_windows.selection(
+            view.module(features, levels, state, grid_windows, within(places_of(view), grid_windows))
+        )
 
 
 class QueCCModule(nn.Module):
@@ -105,7 +107,7 @@ class QueCCModule(nn.Module):
         self.q_downsample = nn.Conv2d(rows, rows, kernel, stride=kernel, groups=rows)  # run cell by cell in ``queries``
         self.clip_attn = nn.MultiheadAttention(rows, heads, batch_first=True)
 
-    def forward(self, features: Tensor, levels: Tensor, text: Tensor, cells: GridWindows, place: Tensor) -> Tensor:
+    def forward(self, features: Tensor, levels: Tensor, text: Tensor, cells: GridWindows, coords: Tensor) -> Tensor:
         """Make one token per cell.
 
         Parameters
@@ -118,7 +120,7 @@ class QueCCModule(nn.Module):
             [B, T] hidden state of the question.
         cells : GridWindows
             Cells.
-        place : Tensor
+        coords : Tensor
             [B, K, M, 2] position of each token in its cell, from -1 to 1.
 
         Returns
@@ -129,7 +131,7 @@ class QueCCModule(nn.Module):
         kind = self.q_downsample.weight.dtype
         asking = features.to(kind) + self.text_projection(text.to(kind))[:, None]
         index, shape = cells.tokens.flatten(1), cells.tokens.shape
-        query = self.queries(gather_rows(self.q_proj(asking), index).view(*shape, -1), cells.real, place)
+        query = self.queries(gather_rows(self.q_proj(asking), index).view(*shape, -1), cells.real, coords)
         key, value = (
             gather_rows(part(levels.to(kind)), index).view(shape[0] * shape[1], shape[2], -1)
             for part in (self.k_proj, self.v_proj)
@@ -138,11 +140,11 @@ class QueCCModule(nn.Module):
         hidden = hidden & ~hidden.all(1, keepdim=True)  # the output of padding cells is unused, but must be finite
         return attended(self.clip_attn, query.flatten(0, 1)[:, None], key, value, hidden).view(shape[0], shape[1], -1)
 
-    def queries(self, rows: Tensor, real: Tensor, place: Tensor) -> Tensor:
+    def queries(self, rows: Tensor, real: Tensor, coords: Tensor) -> Tensor:
         """Convolve each cell into a query: rows [B, K, M, C], of which ``real`` [B, K, M] are valid -> [B, K, C]."""
         weight, bias = self.q_downsample.weight, self.q_downsample.bias
         assert bias is not None
-        there = place.to(weight.dtype).flip(-1).flatten(0, 2)[None, :, None]  # grid_sample counts across first
+        there = coords.to(weight.dtype).flip(-1).flatten(0, 2)[None, :, None]  # grid_sample counts across first
         kernel = nn.functional.grid_sample(weight.transpose(0, 1), there, padding_mode="border", align_corners=False)
         kernel = kernel[0, :, :, 0].T.view(*real.shape, -1) * real[..., None]
         sides = weight.shape[2] * weight.shape[3]

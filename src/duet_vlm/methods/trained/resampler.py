@@ -62,12 +62,12 @@ class Resampler(Compressor):
         return ResamplerModule(sizes.rows, self.heads, self.layers)
 
     def select_tokens(self, view: EncoderView) -> Selection:
-        found = windows_of(view)
+        grid_windows = windows_of(view)
         assert isinstance(view.module, ResamplerModule)
         features = view.require(Input.FEATURES)
         places = waves(places_of(view), features.shape[2])
-        made = view.module(features, places, gather_rows(places, found.centre), view.valid)
-        return of_all(found.centre, found.valid, view.valid, found.whole, made)
+        made = view.module(features, places, gather_rows(places, grid_windows.centre), view.valid)
+        return of_all(grid_windows.centre, grid_windows.valid, view.valid, grid_windows.whole, made)
 
     def imitation_target(self, view: EncoderView, made: Selection) -> Tensor:
         """Means of windows as the target: means of all tokens would be the same for every output token."""
@@ -98,12 +98,12 @@ def of_all(index: Tensor, there: Tensor, valid: Tensor, whole: Tensor, rows: Ten
     return Selection(index, there, number.repeat(len(index), count), into, weights=weights, custom_rows=rows)
 
 
-def waves(place: Tensor, width: int) -> Tensor:
+def waves(coords: Tensor, width: int) -> Tensor:
     """Encode grid places by sines and cosines.
 
     Parameters
     ----------
-    place : Tensor
+    coords : Tensor
         [..., 2] row and column.
     width : int
         Length of the encoding: half for rows, half for columns; the last numbers are 0 if 4 does not divide it.
@@ -114,8 +114,8 @@ def waves(place: Tensor, width: int) -> Tensor:
         [..., width] float32.
     """
     quarter = width // 4
-    rate = LONGEST ** (-torch.arange(quarter, device=place.device, dtype=torch.float32) / max(1, quarter))
-    angle = place.clamp(min=0)[..., None].float() * rate
+    rate = LONGEST ** (-torch.arange(quarter, device=coords.device, dtype=torch.float32) / max(1, quarter))
+    angle = coords.clamp(min=0)[..., None].float() * rate
     written = torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)
     return nn.functional.pad(written, (0, width - written.shape[-1]))
 

@@ -108,14 +108,14 @@ class VQToken(Compressor):
 
     def select_tokens(self, view: EncoderView) -> Selection:
         module = view.require_module()
-        found = self._clusters(view)
+        clusters = self._clusters(view)
         if self.form == "codebook":
-            return found.selection(found.codebook)
+            return clusters.selection(clusters.codebook)
         if isinstance(module, PlaceModule):
-            made = module(found.codebook, self._occupied(view, found))
-            return found.selection(made * found.length if self.norms else made)
+            made = module(clusters.codebook, self._occupied(view, clusters))
+            return clusters.selection(made * clusters.length if self.norms else made)
         assert isinstance(module, FrameModule)
-        return of_all(found.place, found.there, view.valid, found.whole, self._frames(view, found, module))
+        return of_all(clusters.place, clusters.there, view.valid, clusters.whole, self._frames(view, clusters, module))
 
     def _clusters(self, view: EncoderView) -> TokenClusters:
         rows, valid, wanted = view.require(Input.FEATURES).float(), view.valid, view.dominant + view.contextual
@@ -124,14 +124,14 @@ class VQToken(Compressor):
         unit = unit_rows(rows)
         with torch.no_grad():
             labels, centres = kmeans(unit, valid, farthest_start(unit, valid, most), there, self.rounds)
-            place, labels = cluster_sums(unit, valid, labels, centres, there)
+            seed, labels = cluster_sums(unit, valid, labels, centres, there)
         whole = wanted >= valid.sum(1)
-        place = torch.where(whole[:, None], pack_right(valid, most)[0], place)
+        seed = torch.where(whole[:, None], pack_right(valid, most)[0], seed)
         codebook = means(unit, labels, torch.zeros_like(centres))
         length = means(rows.norm(dim=-1, keepdim=True), labels, torch.zeros_like(centres[..., :1]))
-        return TokenClusters(place, there, labels, codebook, length, whole)
+        return TokenClusters(seed, there, labels, codebook, length, whole)
 
-    def _occupied(self, view: EncoderView, found: TokenClusters) -> Tensor:
+    def _occupied(self, view: EncoderView, clusters: TokenClusters) -> Tensor:
         """Share of each cluster's tokens in each bin: [B, K, bins]."""
         coords, size, _ = view.require(Input.GRID)
         time = view.require_parts().clamp(min=0)
@@ -143,15 +143,15 @@ class VQToken(Compressor):
             for at, count, size in zip((time, row, column), BINS, (steps, rows, columns), strict=True)
         ]
         cell = (bins[0] * BINS[1] + bins[1]) * BINS[2] + bins[2]
-        total, (batch, count) = BINS[0] * BINS[1] * BINS[2], found.place.shape
-        slot = torch.where(found.labels < 0, count * total, found.labels * total + cell)
-        counted = found.codebook.new_zeros(batch, count * total + 1).scatter_add(
-            1, slot, torch.ones_like(slot, dtype=found.codebook.dtype)
+        total, (batch, count) = BINS[0] * BINS[1] * BINS[2], clusters.place.shape
+        slot = torch.where(clusters.labels < 0, count * total, clusters.labels * total + cell)
+        counted = clusters.codebook.new_zeros(batch, count * total + 1).scatter_add(
+            1, slot, torch.ones_like(slot, dtype=clusters.codebook.dtype)
         )
         counted = counted[:, :-1].view(batch, count, total)
         return counted / counted.sum(2, keepdim=True).clamp(min=1)
 
-    def _frames(self, view: EncoderView, found: TokenClusters, module: FrameModule) -> Tensor:
+    def _frames(self, view: EncoderView, clusters: TokenClusters, module: FrameModule) -> Tensor:
         """Run the released module on each span's frames."""
         made, frames = [], [1] * len(view.plans)
         for number, plan in enumerate(view.plans):
@@ -164,10 +164,10 @@ class VQToken(Compressor):
                 raise ValueError(
                     f"form='code' makes a row for each of {frames[number]} frames, and {plan.entry} may enter: raise the budget or take form='paper'"
                 )
-            codes = found.codebook[number : number + 1, : plan.entry]
-            maps = found.labels[number, : plan.tokens].view(1, frames[number], module.tokens)
+            codes = clusters.codebook[number : number + 1, : plan.entry]
+            maps = clusters.labels[number, : plan.tokens].view(1, frames[number], module.tokens)
             rows = module(maps, codes)
-            made.append(nn.functional.pad(rows, (0, 0, 0, found.place.shape[1] - rows.shape[1])))
+            made.append(nn.functional.pad(rows, (0, 0, 0, clusters.place.shape[1] - rows.shape[1])))
         return torch.cat(made)
 
 

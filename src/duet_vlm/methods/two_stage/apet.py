@@ -97,9 +97,9 @@ class ApET(EncoderReducer, DecoderReducer):
         if self.schedule is not None:
             object.__setattr__(self, "schedule", check_schedule(self.schedule))
         if self.basis < 1 or self.ridge <= 0 or (self.start or 0) < 0 or not 0 <= self.own_share < 1:
-            found = f"basis={self.basis}, ridge={self.ridge}, start={self.start}, own_share={self.own_share}"
+            given = f"basis={self.basis}, ridge={self.ridge}, start={self.start}, own_share={self.own_share}"
             raise ValueError(
-                f"{found}: at least 1 basis token, a ridge above 0, no negative start, and a share in [0, 1)"
+                f"{given}: at least 1 basis token, a ridge above 0, no negative start, and a share in [0, 1)"
             )
         if self.options.cls_token:
             raise ValueError("cls_token=True cannot work with apet: the CLS row would be approximated like any other")
@@ -192,10 +192,10 @@ class ApET(EncoderReducer, DecoderReducer):
         basis, real, error = self.errors(rows, valid, count, most)
         chosen = torch.zeros_like(valid).scatter_reduce(1, basis, real, "amax")
         order = ranking(error, valid & ~chosen if self.slots == "own" else valid)
-        place, first = ranks(order), (count - real.sum(1))[:, None]  # kept for their error
-        main = valid & (place < first)
+        rank, first = ranks(order), (count - real.sum(1))[:, None]  # kept for their error
+        main = valid & (rank < first)
         # positions of the basis tokens
-        others = valid & (place < count[:, None]) & ~main if self.slots == "released" else chosen
+        others = valid & (rank < count[:, None]) & ~main if self.slots == "released" else chosen
         index, stands = pack_right(main | others, most)
         if self.slots == "behind":
             turn = torch.arange(most, device=order.device).expand_as(index)

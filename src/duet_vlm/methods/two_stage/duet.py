@@ -183,7 +183,7 @@ class Duet(EncoderReducer, DecoderReducer):
             return plan_keep_all(tokens, depth)
         schedule = paper_schedule(depth) if self.schedule is None else self.schedule
         plan = plan_with_schedule(self, schedule, tokens, depth, target)
-        if not plan.merges:
+        if not plan.reduces_entry:
             return plan
         entry = plan.dominant
         contextual = duet_contextual_count(entry, tokens)

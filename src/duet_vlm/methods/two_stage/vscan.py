@@ -138,16 +138,16 @@ class VScan(EncoderReducer, DecoderReducer):
             else plan_with_schedule(self, schedule, tokens, depth, target)
         )
 
-    def _entering(self, asked: int, tokens: int) -> int:
-        """Number of tokens that enter where ``asked`` are requested."""
-        if self.local == "limit" or asked >= tokens:
-            return asked
+    def _entering(self, keep: int, tokens: int) -> int:
+        """Number of tokens that enter where ``keep`` are requested."""
+        if self.local == "limit" or keep >= tokens:
+            return keep
         each = max(1, math.isqrt(tokens) // self.window) ** 2
-        if asked // 2 < each:
+        if keep // 2 < each:
             raise ValueError(
-                f"{self.name}: keep={asked} has {asked // 2} local tokens for {each} windows: give at least {2 * each}"
+                f"{self.name}: keep={keep} has {keep // 2} local tokens for {each} windows: give at least {2 * each}"
             )
-        return asked // 2 // each * each + asked - asked // 2
+        return keep // 2 // each * each + keep - keep // 2
 
     def with_paper_schedule(self, depth: int, share: float | None = None) -> VScan:
         return self if self.schedule is not None else replace(self, schedule=halfway(depth))

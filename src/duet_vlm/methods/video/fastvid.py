@@ -91,7 +91,7 @@ class FastVID(VideoReducer):
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         plan = super().plan(tokens, depth, budget)
-        merged = int(plan.entry * self.context) if plan.merges else 0
+        merged = int(plan.entry * self.context) if plan.reduces_entry else 0
         return SpanPlan(tokens, plan.entry - merged, merged, plan.counts)
 
     def reduced(self, view: EncoderView, clips: VideoTokens, count: Tensor) -> VideoRows:
@@ -187,7 +187,7 @@ class FastVID(VideoReducer):
             windows.of_step(windows.first),
             windows.of_step(windows.first + windows.length - 1),
         )
-        each, most, found = (
+        each, most, best = (
             [],
             rows.new_full(clips.real.shape, float("-inf"), dtype=torch.float32),
             torch.full_like(clips.index, -1),
@@ -196,10 +196,10 @@ class FastVID(VideoReducer):
             frame = (last - back).clamp(min=0)
             there = gather_rows(peak, frame) & (last - back >= first)[..., None]
             cosine = (unit @ gather_rows(unit, frame).transpose(2, 3)).masked_fill_(~there[:, :, None], float("-inf"))
-            near, place = cosine.max(3) if cosine.shape[3] else (most, found)
+            near, nearest_frame = cosine.max(3) if cosine.shape[3] else (most, best)
             target = torch.where(
-                near > float("-inf"), gather_rows(clips.index, frame).gather(2, place.clamp(min=0)), -1
+                near > float("-inf"), gather_rows(clips.index, frame).gather(2, nearest_frame.clamp(min=0)), -1
             )
-            found, most = torch.where(near > most, target, found), torch.maximum(near, most)
+            best, most = torch.where(near > most, target, best), torch.maximum(near, most)
             each.append(target)
-        return [clips.rows(target) for target in each], clips.rows(found)
+        return [clips.rows(target) for target in each], clips.rows(best)

@@ -143,13 +143,13 @@ class HoliTom(ScheduledVideoReducer):
         weight = torch.where(peak, own, ((1 - own) / others.clamp(min=1)).gather(1, near))
         best = top(attention.flatten(0, 1), sets.real[:, steps:].flatten(0, 1), count[:, steps:].flatten())
         chosen = torch.cat([x.view(-1, steps, shape[2]) for x in (peak, best)], 1)
-        place = torch.arange(shape[2], device=near.device).expand(near.shape)
-        place = torch.cat(
-            [x.view(-1, steps, shape[2]) for x in (near.masked_fill(none, -1), torch.where(best, place, -1))], 1
+        column = torch.arange(shape[2], device=near.device).expand(near.shape)
+        column = torch.cat(
+            [x.view(-1, steps, shape[2]) for x in (near.masked_fill(none, -1), torch.where(best, column, -1))], 1
         )
         weight = torch.cat([x.view(-1, steps, shape[2]) for x in (weight, torch.ones_like(weight))], 1)
         return VideoRows(
-            sets.kept(chosen), *sets.joins(place, weight), sets.sequence() if self.rows == "sets" else None
+            sets.kept(chosen), *sets.joins(column, weight), sets.sequence() if self.rows == "sets" else None
         )
 
     def prune_tokens(self, view: DecoderView) -> Selection:

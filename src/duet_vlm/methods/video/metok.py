@@ -89,12 +89,12 @@ class METok(ScheduledVideoReducer):
         frames = unit_rows(clips.means(rows))
         events = self.events(frames, clips.length)
         words, real = unit_rows(question.embeddings), question.valid[..., None]
-        asked = (words * real).sum(1) / real.sum(1).clamp(min=1)
-        relevance = events.sums((frames @ asked[..., None])[..., 0]) / events.length.clamp(min=1)
+        question_mean = (words * real).sum(1) / real.sum(1).clamp(min=1)
+        relevance = events.sums((frames @ question_mean[..., None])[..., 0]) / events.length.clamp(min=1)
         fresh = self.fresh(rows, clips, events)
         share = torch.where(events.of_step(self.key_events(relevance, events)), 1.0, self.pooled)
-        kept, place, weight = pooled(clips.real, fresh, split_windows(count, share * fresh.sum(2), clips.sizes))
-        owner = clips.rows(clips.index.gather(2, place.clamp(min=0)).masked_fill(place < 0, -1)).masked_fill(
+        kept, target, weight = pooled(clips.real, fresh, split_windows(count, share * fresh.sum(2), clips.sizes))
+        owner = clips.rows(clips.index.gather(2, target.clamp(min=0)).masked_fill(target < 0, -1)).masked_fill(
             ~clips.placed, -1
         )
         notes = clips.of_step(events.of_step(self.weights(relevance, events)))
@@ -164,12 +164,14 @@ def pooled(real: Tensor, fresh: Tensor, count: Tensor) -> tuple[Tensor, Tensor, 
     rank = (fresh.cumsum(2) - 1).clamp(min=0)
     run = rank * runs // total.clamp(min=1)
     begins = fresh & (runs > 0) & ((rank == 0) | (run != (rank - 1).clamp(min=0) * runs // total.clamp(min=1)))
-    place = torch.arange(places, device=real.device).expand(real.shape)
+    column = torch.arange(places, device=real.device).expand(real.shape)
     joins = fresh & (runs > 0)
     first = (
-        torch.full_like(place, places).scatter_reduce(2, run, torch.where(joins, place, places), "amin").gather(2, run)
+        torch.full_like(column, places)
+        .scatter_reduce(2, run, torch.where(joins, column, places), "amin")
+        .gather(2, run)
     )
-    size = torch.zeros_like(place).scatter_add(2, run, joins.long()).gather(2, run)
+    size = torch.zeros_like(column).scatter_add(2, run, joins.long()).gather(2, run)
     more = spaced_picks((real & ~fresh).flatten(0, 1), (count - runs[..., 0]).flatten()).view(batch, steps, places)
-    into = torch.where(more, place, torch.where(joins, first, -1))
+    into = torch.where(more, column, torch.where(joins, first, -1))
     return begins | more, into, torch.where(more, 1.0, 1 / size.clamp(min=1))

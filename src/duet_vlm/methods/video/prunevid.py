@@ -155,7 +155,7 @@ def contiguous(label: Tensor, length: Tensor) -> FrameWindows:
     moves = ((size < longest) | (longest == 1)) & (size > 0)
     before, grown, behind = torch.zeros_like(size[:, 0]), torch.zeros_like(size[:, 0]), nn.functional.pad(size, (0, 1))
     # label on the left; labels of runs; runs that take the next one's label
-    beside, found, goes_on = torch.full_like(before, -1), [], []
+    beside, taken_by_run, goes_on = torch.full_like(before, -1), [], []
     for run in range(label.shape[1]):
         own, right = size[:, run] + grown, behind[:, run + 1]
         to_left = moves[:, run] & (before >= right) & (before > 0)
@@ -163,11 +163,11 @@ def contiguous(label: Tensor, length: Tensor) -> FrameWindows:
         taken = torch.where(to_left, beside, name[:, run])
         before = torch.where(to_right, before, own + torch.where(taken == beside, before, 0))
         beside, grown = torch.where(to_right, beside, taken), torch.where(to_right, own, 0)
-        found.append(taken)
+        taken_by_run.append(taken)
         goes_on.append(to_right)
-    for run in reversed(range(len(found) - 1)):
-        found[run] = torch.where(goes_on[run], found[run + 1], found[run])
-    return _runs(torch.stack(found, 1).gather(1, runs.number), length)
+    for run in reversed(range(len(taken_by_run) - 1)):
+        taken_by_run[run] = torch.where(goes_on[run], taken_by_run[run + 1], taken_by_run[run])
+    return _runs(torch.stack(taken_by_run, 1).gather(1, runs.number), length)
 
 
 def _runs(label: Tensor, length: Tensor) -> FrameWindows:

@@ -94,14 +94,18 @@ class VideoReducer(EncoderReducer):
         )
         count = view.dominant + view.contextual
         whole = (count >= view.valid.sum(1))[:, None]
-        found = self.reduced(view, clips, torch.where(whole[:, 0], clips.placed.sum(1), count))
-        kept = torch.where(whole, view.valid, found.kept)
+        reduced = self.reduced(view, clips, torch.where(whole[:, 0], clips.placed.sum(1), count))
+        kept = torch.where(whole, view.valid, reduced.kept)
         selection = join_windows(
-            kept, found.owner.masked_fill(whole, -1), found.weight, max(plan.entry for plan in view.plans), found.order
+            kept,
+            reduced.owner.masked_fill(whole, -1),
+            reduced.weight,
+            max(plan.entry for plan in view.plans),
+            reduced.order,
         )
-        if found.notes is None:
+        if reduced.notes is None:
             return selection
-        notes = found.notes.float().masked_fill(whole, 0)  # a clip that stays whole is not always shown
+        notes = reduced.notes.float().masked_fill(whole, 0)  # a clip that stays whole is not always shown
         return replace(selection, tags=notes.gather(1, selection.index))
 
     @abstractmethod

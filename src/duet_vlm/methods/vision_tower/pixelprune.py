@@ -65,13 +65,13 @@ class PixelPrune(ThresholdReducer):
         if as_they_are or self.threshold == 0:  # dropped units equal their predictions
             return self.above(pixels, self.predicted(pixels))
         rows, columns, _ = pixels.shape
-        value, found = pixels.clone(), pixels.new_zeros(rows, columns)
+        value, is_new = pixels.clone(), pixels.new_zeros(rows, columns)
         for row in range(rows):
             for column in range(columns):
                 guess = self.predicted(value[max(0, row - 1) : row + 1, max(0, column - 1) : column + 1])[-1, -1]
-                found[row, column] = self.above(pixels[row, column], guess) if row or column else torch.inf
-                value[row, column] = torch.where(found[row, column] > 0, pixels[row, column], guess)
-        return found
+                is_new[row, column] = self.above(pixels[row, column], guess) if row or column else torch.inf
+                value[row, column] = torch.where(is_new[row, column] > 0, pixels[row, column], guess)
+        return is_new
 
     def above(self, one: Tensor, other: Tensor) -> Tensor:
         apart = (one - other).abs()

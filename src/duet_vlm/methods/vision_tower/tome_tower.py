@@ -69,33 +69,33 @@ class ToMeTower(TowerReducer):
 
     def stage_counts(self, units: int, left: int, depth: int) -> Sequence[int]:
         shares = self.shares or (1,) * depth
-        found, here = [], units
+        counts, here = [], units
         for done in accumulate(shares):
             wanted = units - (units - left) * done // sum(shares)
             here = min(here, max(wanted, here - here // 2, self.least))
-            found.append(here)
+            counts.append(here)
         if here > left:
             raise ValueError(
                 f"{self.name}: {left} of {units} units cannot be reached, {here} are left when at most half of them leave in a block: raise keep, or "
                 "give other shares"
             )
-        return found
+        return counts
 
     def merge_pairs(self, units: int, left: int) -> int:
         return (units - units // 2) * (units // 2)
 
     def keep_patches(self, view: TowerView) -> MergePairs:
-        place = torch.arange(view.valid.shape[1], device=view.valid.device).expand(view.valid.shape)
-        index, real = pack_right(view.valid, place.shape[1])
+        column = torch.arange(view.valid.shape[1], device=view.valid.device).expand(view.valid.shape)
+        index, real = pack_right(view.valid, column.shape[1])
         keys, there = (
             nn.functional.pad(gather_rows(view.require(Input.BLOCK_KEYS), index), (0, 0, view.num_cls, 0)),
             nn.functional.pad(real, (view.num_cls, 0), value=True),
         )
         source, target = matched(keys, there, view.num_cls)
-        leaves = torch.arange(source.shape[1], device=place.device) < (view.valid.sum(1) - view.num_keep)[:, None]
-        everyone = torch.arange(keys.shape[1], device=place.device).expand(there.shape)
+        leaves = torch.arange(source.shape[1], device=column.device) < (view.valid.sum(1) - view.num_keep)[:, None]
+        everyone = torch.arange(keys.shape[1], device=column.device).expand(there.shape)
         joined = everyone.scatter(1, source, torch.where(leaves, target, source))[:, view.num_cls :] - view.num_cls
-        into = place.scatter(1, index, index.gather(1, joined))
+        into = column.scatter(1, index, index.gather(1, joined))
         if self.order == "raster":
             return MergePairs(into)
         looked = source if view.num_cls == 0 else source.sort(1).values

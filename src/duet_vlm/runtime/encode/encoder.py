@@ -332,7 +332,7 @@ class EncoderHooks:
         try:
             return context.config.plan_span(
                 (rows,), max(self.adapter.num_separator_rows(context.encoding, 1)), context.call.per_crop
-            ).merges
+            ).reduces_entry
         except ValueError:  # this many rows cannot be reduced so far (or not at all by these settings), fewer may
             return True
 
@@ -509,7 +509,7 @@ class EncoderHooks:
             self.adapter.num_cls_rows(context.encoding),
         )
         sizes = tuple(part_sizes(rows)[0] for rows in parts)
-        if not isinstance(reducer, EncoderReducer) or not any(plan.merges for plan in plans):
+        if not isinstance(reducer, EncoderReducer) or not any(plan.reduces_entry for plan in plans):
             return SpanSelection(plans, sizes=sizes)
         if reducer.options.cls_token:
             self.adapter.cls_module()  # raises: no CLS row here

@@ -127,7 +127,7 @@ def _encoded_elsewhere(modality: str, features: list[Tensor], config: ActiveConf
     All tokens enter, the decoder stages follow the plan.
     """
     plans = tuple(config.plan(len(rows)) for rows in features)
-    if any(plan.merges for plan in plans):
+    if any(plan.reduces_entry for plan in plans):
         raise ValueError(
             "the image features were encoded before the reducer was attached (or while it was paused), so they cannot be merged any more; "
             "encode them with the attached model, or use a method that only drops inside the decoder"

@@ -122,7 +122,7 @@ def select_tokens(
     """
     device = next(x.device for x in (*(x for layer in layers for x in layer.tensors()), features) if x is not None)
     part_numbers = upload(pad_sequence(list(parts), batch_first=True, padding_value=PADDING), device)
-    keeps_all = upload([not plan.merges for plan in plans], device)
+    keeps_all = upload([not plan.reduces_entry for plan in plans], device)
     structure = part_numbers == STRUCTURE  # of reduced spans such rows are dropped, or kept, without being ranked
     selectable = (part_numbers >= 0) | (structure & keeps_all[:, None])
     if tower_survivors is not None:

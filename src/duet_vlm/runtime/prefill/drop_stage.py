@@ -106,7 +106,7 @@ class StageGather:
         return padded.scatter(1, self.positions[..., None].expand_as(merged), merged)[:, :-1]
 
 
-def replay(earlier: LayerGroup, tokens: TokenMap, prompt_len: int, num_ranked: int) -> StageDecision:
+def replay(earlier: LayerGroup, tokens: TokenMap, prompt_len: int, num_prunable: int) -> StageDecision:
     """The decision of an earlier pass over the same prompt, for the current tokens; after a shorter prompt new
     positions are text."""
     kept = tokens.visual.new_zeros(len(tokens.prompt_index), prompt_len, dtype=torch.long)
@@ -115,7 +115,7 @@ def replay(earlier: LayerGroup, tokens: TokenMap, prompt_len: int, num_ranked: i
     still_kept = tokens.visual & kept.gather(1, tokens.prompt_index).bool()
     if earlier.merged_into is None:
         return StageDecision(still_kept)
-    rows, valid = pack_right(tokens.prunable, num_ranked)
+    rows, valid = pack_right(tokens.prunable, num_prunable)
     position = tokens.prompt_index.gather(1, rows).masked_fill(~valid, prompt_len)
     number = torch.zeros(len(position), prompt_len + 1, dtype=torch.long, device=position.device)
     number = number.scatter(1, position, torch.arange(position.shape[1], device=position.device).expand_as(position))
@@ -129,8 +129,8 @@ def decide_stage(
 ) -> StageDecision:
     """The method's decision for the visual tokens before layer ``index``; ``signals`` have one row for each token."""
     reducer = scorer.reducer
-    num_before = prompt_state.ranked(prompt_state.candidate_layer(index))
-    num_kept = prompt_state.ranked(index)
+    num_before = prompt_state.num_prunable(prompt_state.candidate_layer(index))
+    num_kept = prompt_state.num_prunable(index)
     rows, valid = pack_right(tokens.prunable, max(map(sum, num_before)))
     columns = {
         name: gather_rows(x, rows)

@@ -270,7 +270,7 @@ def _remove_marked(
     positions = prompt_positions(kwargs.get("position_ids"), embeds.shape[1], embeds.device)
     prompt_state.continuation.next_position = next_positions(positions, prompt_state.prompt.valid)
     visual_tokens = [sum(plan.tokens for plan in plans) for plans in prompt_state.plans]
-    entering = prompt_state.visual(-1)
+    entering = prompt_state.num_visual(-1)
     new_lengths = tuple(
         length - tokens + entered for length, tokens, entered in zip(lengths, visual_tokens, entering, strict=True)
     )

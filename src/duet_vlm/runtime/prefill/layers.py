@@ -122,31 +122,31 @@ class PrefillPass:
 
     def _repeated_stages(self) -> frozenset[int]:
         """With re-entry, stages at which other tokens may be awake, but not another number of them."""
-        depth, entered = self.prompt_state.depth, self.prompt_state.visual(-1)
-        first = next((layer for layer in range(depth) if self.prompt_state.visual(layer) != entered), depth)
+        depth, entered = self.prompt_state.depth, self.prompt_state.num_visual(-1)
+        first = next((layer for layer in range(depth) if self.prompt_state.num_visual(layer) != entered), depth)
         repeated = self.reducer.repeated_stages(depth, first)
-        return frozenset(layer for layer in repeated if self.prompt_state.visual(layer) != entered)
+        return frozenset(layer for layer in repeated if self.prompt_state.num_visual(layer) != entered)
 
     def _stage_counts(self, layer: int) -> list[int] | None:
         """Visual tokens per sample that are kept before ``layer``; None where there is no stage."""
-        counts = self.prompt_state.visual(layer)
+        counts = self.prompt_state.num_visual(layer)
         return (
             counts
-            if counts != self.prompt_state.visual(layer - 1) or (layer in self.forced_stages and any(counts))
+            if counts != self.prompt_state.num_visual(layer - 1) or (layer in self.forced_stages and any(counts))
             else None
         )
 
     def _chooses(self, stage: int) -> bool:
         """True if the method decides at ``stage``: not all tokens leave, nor do all that slept come back."""
-        kept = self.prompt_state.ranked(stage)
-        all_awake = self.stream is not None and kept == self.prompt_state.ranked(-1)
+        kept = self.prompt_state.num_prunable(stage)
+        all_awake = self.stream is not None and kept == self.prompt_state.num_prunable(-1)
         return any(any(row) for row in kept) and not all_awake
 
     def _refuse_empty_prompt(self) -> None:
         """Refuse a prompt of visual tokens only, if all of them are dropped (without ``protect_predicting_tokens``)."""
         lengths = self.prompt_state.layer_groups[0].lengths
-        entering = self.prompt_state.visual(-1)
-        layers = (self.prompt_state.visual(layer) for layer in range(self.prompt_state.depth))
+        entering = self.prompt_state.num_visual(-1)
+        layers = (self.prompt_state.num_visual(layer) for layer in range(self.prompt_state.depth))
         remaining = [min(counts) for counts in zip(*layers, strict=True)]
         for sample, (length, entered, kept) in enumerate(zip(lengths, entering, remaining, strict=True)):
             if length and length - entered + kept == 0:
@@ -311,7 +311,7 @@ class PrefillPass:
         group = self.prompt_state.layer_group(-1 if self.stream is not None else index)
         rotary = self._exact_rotary(group, index, hidden, kwargs["position_embeddings"])
         num_visual = max(
-            self.prompt_state.visual(-1 if group is self.prompt_state.layer_groups[0] else group.first_layer)
+            self.prompt_state.num_visual(-1 if group is self.prompt_state.layer_groups[0] else group.first_layer)
         )
         linear = self.kinds[index] == LINEAR
         signals = self.scorer.signals(
@@ -341,18 +341,18 @@ class PrefillPass:
         source = self.prompt_state.candidate_layer(index)
         group = self.prompt_state.layer_group(source)
         tokens = group.tokens.to(hidden.device)
-        num_alive = self.prompt_state.visual(source)
+        num_visual = self.prompt_state.num_visual(source)
         lengths = tuple(
             length - before + kept
-            for length, before, kept in zip(group.lengths, num_alive, self.stages[index], strict=True)
+            for length, before, kept in zip(group.lengths, num_visual, self.stages[index], strict=True)
         )
-        num_ranked = self.prompt_state.ranked(source)
+        num_prunable = self.prompt_state.num_prunable(source)
         if index in self.replay:
-            decision = replay(self.replay[index], tokens, self.prompt_state.prompt_len, max(map(sum, num_ranked)))
+            decision = replay(self.replay[index], tokens, self.prompt_state.prompt_len, max(map(sum, num_prunable)))
         elif self._chooses(index):
             decision = self._method_decision(index, layer, hidden, kwargs, tokens)
         else:
-            all_awake = any(map(sum, self.prompt_state.ranked(index)))
+            all_awake = any(map(sum, self.prompt_state.num_prunable(index)))
             decision = StageDecision(tokens.prunable if all_awake else torch.zeros_like(tokens.visual))
         keep = (tokens.valid & ~tokens.prunable) | decision.kept
         gather = StageGather.of(decision, keep, max(lengths), in_order=self.prompt_state.positions == "keep")

@@ -50,10 +50,10 @@ class SpanRows:
             for before in range(len(sample))
         ]
         start, size = upload([starts, sizes], device, torch.long)[..., None]
-        place = torch.arange(max(sizes, default=0), device=device)
-        valid = place < size
+        column = torch.arange(max(sizes, default=0), device=device)
+        valid = column < size
         owners = tuple(sample for sample, spans in enumerate(alive) for _ in spans)
-        return cls(torch.where(valid, start + place, 0), valid, len(alive), width, owners)
+        return cls(torch.where(valid, start + column, 0), valid, len(alive), width, owners)
 
     def take(self, x: Tensor) -> Tensor:
         """[B, V, ...] -> [S, W, ...]; what is not valid holds any row."""
@@ -77,8 +77,8 @@ class SpanRows:
         device = self.index.device
         row, start, turn = (upload(x, device)[:, None] for x in (self.owners, before, nth))
         column = self.index % self.width
-        place = start + torch.arange(selection.index.shape[1], device=device)
-        spare = torch.where(selection.valid, place, most)
+        target = start + torch.arange(selection.index.shape[1], device=device)
+        spare = torch.where(selection.valid, target, most)
         rows = column.gather(1, selection.index), selection.valid
         index, valid = (x.new_zeros(self.batch, most + 1).index_put((row, spare), x)[:, :-1] for x in rows)
         slot = turn * members + torch.arange(members, device=device)

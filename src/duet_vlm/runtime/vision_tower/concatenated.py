@@ -25,7 +25,7 @@ from duet_vlm.runtime.vision_tower.capabilities import is_flash, recomputation_e
 from duet_vlm.runtime.vision_tower.patch_groups import in_cells, in_patches, previous_pictures
 from duet_vlm.runtime.vision_tower.selection import select_patches
 from duet_vlm.runtime.vision_tower.tower_hooks import TowerHooks
-from duet_vlm.runtime.vision_tower.varlen import SurvivingPatches, VarlenTowerState, first_units
+from duet_vlm.runtime.vision_tower.varlen import PackedUnits, SurvivingPatches, VarlenTowerState, first_units
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -86,14 +86,16 @@ class ConcatenatedTowerState(VarlenTowerState):
         return torch.cat([units, spare])[self.patch_order(self.kept)[1]]
 
     def by_unit(self, rows: Tensor) -> Tensor:
-        return rows[self.block_positions[: len(self.entry_index) * self.unit]].unflatten(0, (-1, self.unit))
+        return rows[self.block_positions[: len(self.entry_index) * self.packed.unit]].unflatten(
+            0, (-1, self.packed.unit)
+        )
 
     def rows_of(self, units: Tensor) -> Tensor:
-        seats, count = self.block_positions, len(self.entry_index) * self.unit
+        seats, count = self.block_positions, len(self.entry_index) * self.packed.unit
         return torch.cat([seats[self.patches(units)], seats[count:]])[self.patch_order(self.kept[units])[1]]
 
     def with_units(self, rows: Tensor, units: Tensor) -> Tensor:
-        return rows.index_copy(0, self.block_positions[: len(units) * self.unit], units.flatten(0, 1))
+        return rows.index_copy(0, self.block_positions[: len(units) * self.packed.unit], units.flatten(0, 1))
 
     def row_sizes(self) -> Tensor:
         return self.in_block_order(super().row_sizes(), self.size.new_ones(len(self.spare)))
@@ -112,11 +114,11 @@ class ConcatenatedTowerState(VarlenTowerState):
 
     def positions_among_entered(self) -> Tensor:
         """Positions of the kept rows among those that entered the first block."""
-        place = torch.arange(len(self.entered), device=self.entered.device)
-        return self.entered.new_zeros(self.patches_before).index_copy(0, self.entered, place)[self.rows]
+        position = torch.arange(len(self.entered), device=self.entered.device)
+        return self.entered.new_zeros(self.patches_before).index_copy(0, self.entered, position)[self.rows]
 
     def survivors(self) -> Tensor:
-        is_output = self.is_output.float().repeat_interleave(self.unit)
+        is_output = self.is_output.float().repeat_interleave(self.packed.unit)
         return self.whole(self.in_block_order(is_output, is_output.new_ones(len(self.spare)))[None, :, None])
 
     def whole(self, rows: Tensor, dim: int = 1) -> Tensor:
@@ -144,7 +146,7 @@ class ConcatenatedTowerState(VarlenTowerState):
         """Arguments of flash attention: the number of kept rows of each picture."""
         if "cu_seq_lens_q" not in kwargs:
             return {}
-        ends = upload([0, *itertools.accumulate(self.row_counts())], self.units.device).int()
+        ends = upload([0, *itertools.accumulate(self.row_counts())], self.packed.units.device).int()
         return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}  # max lengths remain valid
 
 
@@ -185,7 +187,7 @@ class ConcatenatedTowerHooks(TowerHooks):
         if running is None or running[0].tower_work.state is None or running[0].call.standalone:
             return
         tower_state: ConcatenatedTowerState = running[0].tower_work.state
-        width = len(tower_state.entry_index) * tower_state.unit + len(tower_state.spare)
+        width = len(tower_state.entry_index) * tower_state.packed.unit + len(tower_state.spare)
 
         def full(rows: Tensor | None) -> Tensor | None:
             return rows if rows is None or rows.shape[1] != width else tower_state.whole(rows)
@@ -200,7 +202,7 @@ class ConcatenatedTowerHooks(TowerHooks):
         tower_state: ConcatenatedTowerState | None = (
             None if running is None or running[0].call.standalone else running[0].tower_work.state
         )
-        if tower_state is None or len(tower_state.entry_index) == len(tower_state.units):
+        if tower_state is None or len(tower_state.entry_index) == len(tower_state.packed.units):
             return None
         positions = tuple(table[tower_state.positions_among_entered()] for table in kwargs["position_embeddings"])
         return args, kwargs | {"position_embeddings": positions} | tower_state.lengths_of(kwargs)
@@ -272,16 +274,12 @@ class ConcatenatedTowerHooks(TowerHooks):
             uses_size_bias=uses_size_bias,
             invalid_code=survivors.wrong,
             pooled_count=survivors.pooled,
-            units=survivors.units,
-            order=positions,
-            slots=survivors.units,
+            packed=PackedUnits(survivors.units, positions, survivors.units, lengths, cell**2),
             size=survivors.size,
             is_output=survivors.is_output,
             entry_index=positions,
             block_index=pad_sequence(list(positions.split(list(survivors.counts))), batch_first=True),
             valid=upload(first_units(survivors.counts), device),
-            lengths=lengths,
-            unit=cell**2,
             remaining=survivors.counts,
             cells=cells,
             patches_before=starts[-1],

@@ -33,18 +33,39 @@ from duet_vlm.runtime.vision_tower.state import TowerState
 from duet_vlm.runtime.vision_tower.tower_hooks import TowerHooks
 
 
+@dataclasses.dataclass(frozen=True)
+class PackedUnits:
+    """The units of a packed sequence that enter the first block.
+
+    Attributes
+    ----------
+    units : Tensor
+        [K] their numbers in the whole sequence, in raster order.
+    order : Tensor
+        [K] their positions in block order, among those that enter.
+    slots : Tensor
+        [K] their positions in block order, in the whole sequence.
+    lengths : list of int
+        Units of each picture of the whole sequence.
+    unit : int
+        Patches of a unit.
+    """
+
+    units: Tensor
+    order: Tensor
+    slots: Tensor
+    lengths: list[int]
+    unit: int
+
+
 @dataclasses.dataclass(kw_only=True)
 class VarlenTowerState(TowerState):
     """State of a packed tower. The blocks process units in an order of their own (windows).
 
     Attributes
     ----------
-    units : Tensor
-        [K] units of the whole sequence that enter the first block, in raster order.
-    order : Tensor
-        [K] their positions in block order, among those that enter.
-    slots : Tensor
-        [K] their positions in block order, in the whole sequence.
+    packed : PackedUnits
+        The units that entered the first block.
     size : Tensor
         Of each kept unit, in block order, how many units it represents.
     entry_index : Tensor
@@ -54,10 +75,6 @@ class VarlenTowerState(TowerState):
         validity.
     is_output : Tensor
         Of each kept unit, in block order: it is used after the tower (False for pooled context).
-    lengths : list of int
-        Units of each picture of the whole sequence.
-    unit : int
-        Patches of a unit.
     kept_units : dict
         Block -> units that were kept there, in raster order.
     remaining : tuple of int
@@ -70,16 +87,12 @@ class VarlenTowerState(TowerState):
 
     pending_merges: ClassVar[bool] = True
 
-    units: Tensor
-    order: Tensor
-    slots: Tensor
+    packed: PackedUnits
     size: Tensor
     is_output: Tensor
     entry_index: Tensor
     block_index: Tensor
     valid: Tensor
-    lengths: list[int]
-    unit: int
     kept_units: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     remaining: tuple[int, ...] = ()
     segments: list[tuple[Tensor, Tensor]] = dataclasses.field(default_factory=list)
@@ -87,7 +100,7 @@ class VarlenTowerState(TowerState):
 
     @property
     def run_stages(self) -> list[TowerStages]:
-        ends = upload(self.lengths, self.units.device).cumsum(0)
+        ends = upload(self.packed.lengths, self.packed.units.device).cumsum(0)
         counts = [
             torch.bincount(torch.bucketize(units, ends, right=True), minlength=len(ends)).tolist()
             for units in self.kept_units.values()
@@ -99,34 +112,37 @@ class VarlenTowerState(TowerState):
 
     @property
     def patches_of_unit(self) -> int:
-        return self.unit
+        return self.packed.unit
 
     @property
     def total(self) -> int:
-        return sum(self.lengths)
+        return sum(self.packed.lengths)
 
     @property
     def kept(self) -> Tensor:
         """Kept units of the whole sequence, in block order."""
-        return self.units[self.order[self.entry_index]]
+        return self.packed.units[self.packed.order[self.entry_index]]
 
     def survivors(self) -> Tensor:
         return (
             self.size.new_zeros(self.total)
             .index_copy(0, self.kept, self.is_output.float())
-            .repeat_interleave(self.unit)[None, :, None]
+            .repeat_interleave(self.packed.unit)[None, :, None]
         )
 
     def whole(self, rows: Tensor) -> Tensor:
         """Expand rows of the units that entered the first block [K, D] to all units [U, D], zeros elsewhere."""
-        return rows.new_zeros(self.total, rows.shape[1]).index_copy(0, self.units, rows)
+        return rows.new_zeros(self.total, rows.shape[1]).index_copy(0, self.packed.units, rows)
 
     def record_attention(self, calls: list[RecordedQK]) -> list[RecordedQK]:
-        patches, segments = self.patches(self.slots[self.entry_index]), [n * self.unit for n in self.lengths]
+        patches, segments = (
+            self.patches(self.packed.slots[self.entry_index]),
+            [n * self.packed.unit for n in self.packed.lengths],
+        )
 
         def of_all(rows: Tensor) -> tuple[Tensor, ...]:
             shape = list(rows.shape)
-            shape[2] = self.total * self.unit
+            shape[2] = self.total * self.packed.unit
             return rows.new_zeros(shape).index_copy(2, patches, rows).split(segments, 2)
 
         query, key = (of_all(torch.cat([getattr(qk, name) for qk in calls], 2)) for name in ("query", "key"))
@@ -138,15 +154,15 @@ class VarlenTowerState(TowerState):
 
     def projected(self, rows: Tensor) -> Tensor:
         """Expand the merger's output for the kept units [n, D] to all units [U, D], in block order."""
-        return rows.new_zeros(self.total, rows.shape[1]).index_copy(0, self.slots[self.entry_index], rows)
+        return rows.new_zeros(self.total, rows.shape[1]).index_copy(0, self.packed.slots[self.entry_index], rows)
 
     def patches(self, units: Tensor) -> Tensor:
         """Numbers of units [n] as those of their patches [n * unit]."""
-        return (units[:, None] * self.unit + torch.arange(self.unit, device=units.device)).flatten()
+        return (units[:, None] * self.packed.unit + torch.arange(self.packed.unit, device=units.device)).flatten()
 
     def by_unit(self, rows: Tensor) -> Tensor:
         """Rows as the blocks have them [R, D], unit by unit [n, unit, D]."""
-        return rows.unflatten(0, (-1, self.unit))
+        return rows.unflatten(0, (-1, self.packed.unit))
 
     def rows_of(self, units: Tensor) -> Tensor:
         """Row numbers of these units among the current rows: [n] -> [R']."""
@@ -158,7 +174,7 @@ class VarlenTowerState(TowerState):
 
     def row_sizes(self) -> Tensor:
         """Of each row, in block order, how many it represents in the attention."""
-        return (self.size if self.uses_size_bias else torch.ones_like(self.size)).repeat_interleave(self.unit)
+        return (self.size if self.uses_size_bias else torch.ones_like(self.size)).repeat_interleave(self.packed.unit)
 
     def mask(self, mask: Any, key: Tensor) -> Any:
         """The bias of the next rows of the running block: attention is computed segment by segment."""
@@ -183,7 +199,7 @@ class VarlenTowerState(TowerState):
 
     def row_counts(self) -> list[int]:
         """Rows of each picture in the blocks."""
-        return [n * self.unit for n in self.remaining]
+        return [n * self.packed.unit for n in self.remaining]
 
     def kept_ends(self, ends: Tensor) -> Tensor:
         """Ends of the segments of the kept rows, of those of the rows that entered the first block.
@@ -195,18 +211,18 @@ class VarlenTowerState(TowerState):
             if whole is ends:
                 return kept_ends
         if len(ends) == len(self.remaining) + 1 and all(self.remaining):  # a segment for each picture
-            kept_ends = upload([0, *self.remaining], ends.device).cumsum(0) * self.unit
+            kept_ends = upload([0, *self.remaining], ends.device).cumsum(0) * self.packed.unit
         else:
             patches = self.patches(self.entry_index)
-            kept = torch.zeros(len(self.units) * self.unit, dtype=torch.long, device=patches.device).index_fill(
-                0, patches, 1
-            )
+            kept = torch.zeros(
+                len(self.packed.units) * self.packed.unit, dtype=torch.long, device=patches.device
+            ).index_fill(0, patches, 1)
             kept_ends = nn.functional.pad(kept.cumsum(0), (1, 0))[ends.long()].unique_consecutive()
         self.segments.append((ends, kept_ends.int()))
         return self.segments[-1][1]
 
     def view(self, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        starts = upload([0, *self.lengths[:-1]], self.units.device).cumsum(0)
+        starts = upload([0, *self.packed.lengths[:-1]], self.packed.units.device).cumsum(0)
         return self.valid, (self.kept[self.block_index] - starts[:, None]) * self.valid
 
     def sizes(self) -> Tensor:
@@ -225,7 +241,7 @@ class VarlenTowerState(TowerState):
             merged = (
                 weighed_means(units, self.sizes(), selection.into, selection.index)
                 .flatten(0, 1)[used][order]
-                .unflatten(1, (self.unit, -1))
+                .unflatten(1, (self.packed.unit, -1))
             )
         self.entry_index = self.entry_index[kept_positions]
         self.size = selection.size.flatten()[used][order]
@@ -387,7 +403,9 @@ class VarlenTowerHooks(TowerHooks):
             None if running is None or running[0].call.standalone else running[0].tower_work.state
         )
         return (
-            tower_state if tower_state is not None and len(tower_state.entry_index) < len(tower_state.units) else None
+            tower_state
+            if tower_state is not None and len(tower_state.entry_index) < len(tower_state.packed.units)
+            else None
         )
 
     def hand_over(self, block: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
@@ -408,7 +426,9 @@ class VarlenTowerHooks(TowerHooks):
         tower_state = self.cut_so_far()
         if tower_state is None or len(output) != len(tower_state.entry_index):
             return None
-        return output.new_zeros(len(tower_state.units), output.shape[1]).index_copy(0, tower_state.entry_index, output)
+        return output.new_zeros(len(tower_state.packed.units), output.shape[1]).index_copy(
+            0, tower_state.entry_index, output
+        )
 
     def _pack(
         self, context: EncodeContext, reducer: TowerReducer, tower: VarlenTower, stages: dict[int, tuple[int, ...]], spans: list[tuple[int, ...]],
@@ -447,16 +467,12 @@ class VarlenTowerHooks(TowerHooks):
             uses_size_bias=uses_size_bias,
             invalid_code=survivors.wrong,
             pooled_count=survivors.pooled,
-            units=survivors.units,
-            order=order,
-            slots=slots,
+            packed=PackedUnits(survivors.units, order, slots, lengths, unit),
             size=survivors.size[order],
             is_output=survivors.is_output[order],
             entry_index=torch.arange(len(order), device=device),
             block_index=pad_sequence(list(block_position.split(list(survivors.counts))), batch_first=True),
             valid=upload(first_units(survivors.counts), device),
-            lengths=lengths,
-            unit=unit,
             remaining=survivors.counts,
         )
         if 0 in stages:
