@@ -315,7 +315,7 @@ def test_workers_have_the_gpus_of_the_machine_to_themselves(
     """Three GPUs that are not there: each worker is told one, and this process's model is on none of them meanwhile."""
     loaded, seen = LoadedModel("tiny", *tiny.load()), []
 
-    def start(work: Any, places: Any, kept: str, advance: Any) -> None:
+    def start(work: Any, places: Any, kept: str, watch: Any) -> None:
         seen.append(places)
 
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)

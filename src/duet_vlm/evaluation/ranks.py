@@ -9,20 +9,15 @@ the next start, with any number of processes.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
-import signal
-import threading
-import traceback
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
-from multiprocessing.connection import wait
 from typing import Any
 
 from duet_vlm.evaluation.journal import Journal, Page
 
-PATIENCE = 10  # seconds for a process to end that was killed, or has closed its pipe
+PATIENCE = 10  # seconds for a process to end that was killed
+POLL = 2.0  # seconds between two looks at how far they are
 
 Work = Callable[[dict[str, list[str]]], Generator[tuple[str, Page], None, None]]
 
@@ -141,113 +136,52 @@ def recorded(
     return None if lacking(parts, runs, pages) else pages
 
 
-def start(
-    work: Callable[[WorkerRank, Any, Callable[[int], None]], None],
-    places: Sequence[Any],
-    kept: str,
-    advance: Callable[[int], None],
-) -> None:
+def start(work: Callable[[WorkerRank, Any], None], places: Sequence[Any], kept: str, watch: Callable[[], None]) -> None:
     """Run ``work`` in a process for each place, and wait for all of them; one that dies ends the others.
 
     Parameters
     ----------
     work : callable
-        Called in each process with its rank, its place, and a function that takes the number of its recorded parts. It
-        is pickled.
+        Called in each process with its rank and its place. It is pickled.
     kept : str
         End of the message about a process that died: where finished work is and how to go on.
-    advance : callable
-        Called with the recorded parts of all processes.
+    watch : callable
+        Called every other second meanwhile.
 
     Raises
     ------
     RuntimeError
         A process died, or its work raised an error; names it and how.
     """
-    context, done = multiprocessing.get_context("spawn"), [0] * len(places)
-    team: dict[Any, Any] = {}  # by the pipe of each process
-    names: dict[Any, str] = {}
+    from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
+
+    team: Any = start_processes(_serve, (work, places), len(places), join=False, daemon=True, start_method="spawn")
+
+    def named(error: Any) -> str:
+        place = places[error.error_index]
+        return f"worker {error.error_index + 1} of {len(places)}" + (f" on {place}" if place else "")
+
     try:
-        with _without_interrupts():
-            for number, device in enumerate(places):
-                ours, theirs = context.Pipe(duplex=False)
-                given = (theirs, work, WorkerRank(number, len(places), number), device)
-                team[ours] = context.Process(target=_serve, args=given, daemon=True)
-                team[ours].start()
-                theirs.close()  # the process has the only one now, so that the pipe ends with it
-                names[ours] = f"worker {number + 1} of {len(places)}" + (f" on {device}" if device else "")
-        working = dict(team)
-        while working:
-            pipe: Any
-            for pipe in wait(working):
-                process = working[pipe]
-                try:
-                    said = pipe.recv()
-                except (EOFError, OSError):  # also in the middle of a message
-                    process.join(PATIENCE)
-                    if process.exitcode != 0:
-                        raise RuntimeError(f"{names[pipe]} (process {process.pid}) {_end(process)}; {kept}") from None
-                    del working[pipe]
-                    continue
-                if isinstance(said, _Failure):
-                    raise RuntimeError(f"{names[pipe]}: {said.message}") from RuntimeError(said.where)
-                rank, count = said
-                done[rank] = count
-                advance(sum(done))
+        while not team.join(timeout=POLL):
+            watch()
+        watch()
+    except ProcessRaisedException as error:
+        kind, _, message = str(error).strip().splitlines()[-1].partition(": ")
+        raise RuntimeError(f"{named(error)}: {message or kind}") from error
+    except ProcessExitedException as error:
+        raise RuntimeError(f"{named(error)} (process {error.error_pid}) {_end(error)}; {kept}") from None
     finally:
-        for process in team.values():
+        for process in team.processes:
             process.kill()
-        for process in team.values():
             process.join(PATIENCE)
 
 
-@dataclass(frozen=True)
-class _Failure:
-    message: str
-    where: str
+def _serve(number: int, work: Callable[[WorkerRank, Any], None], places: Sequence[Any]) -> None:
+    work(WorkerRank(number, len(places), number), places[number])
 
 
-def _serve(pipe: Any, work: Callable[..., None], rank: WorkerRank, device: Any) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    try:
-        work(rank, device, lambda count: pipe.send((rank.rank, count)))
-    except Exception as error:
-        with contextlib.suppress(OSError):  # nobody listens where the parent was killed
-            pipe.send(_Failure(str(error) or type(error).__name__, traceback.format_exc()))
-
-
-def _end_with_parent() -> None:
-    """End the process if its parent was killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # this is a worker
-    parent.join()
-    os._exit(1)
-
-
-@contextlib.contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Processes that are started inside do not hear Ctrl-C, which a terminal sends to all of them: this one does, and
-    ends them. Blocked and not ignored: what comes in the meantime is heard at the end."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    # the first process that is started would start it, which (Python < 3.13) lets interrupts in again
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _end(process: Any) -> str:
-    code = process.exitcode
-    if code is None:
-        return "fell silent"
-    if code >= 0:
-        return f"ended by itself with exit code {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:  # one without a name
-        name = f"signal {-code}"
-    return f"was killed by {name}" + (", as the system does where memory runs out" if name == "SIGKILL" else "")
+def _end(error: Any) -> str:
+    if error.signal_name is None:
+        return f"ended by itself with exit code {error.exit_code}"
+    memory = ", as the system does where memory runs out" if error.signal_name == "SIGKILL" else ""
+    return f"was killed by {error.signal_name}{memory}"

@@ -227,12 +227,15 @@ def gather(
         for name, missing in parts.items():
             yield name, _page(loaded, todo[name], [possible[run] for run in missing], chosen_task)
 
+    def watch() -> None:
+        advance(len(todo) - len(lacking(list(todo), list(possible), journal.together())), len(todo))
+
     left = lacking(list(todo), list(possible), journal.together()) if workers > 1 else {}
     if len(left) > 1:
         kept = f"finished answers are kept in {journals}: give the same command again to go on, with fewer --workers if memory was short"
         places = devices_of(device, min(workers, len(left)), gpus())
         with _aside(loaded):
-            start(partial(_share, experiment, journals), places, kept, lambda done: advance(done, len(todo)))
+            start(partial(_share, experiment, journals), places, kept, watch)
     pages = recorded(journal, worker, list(todo), list(possible), work, advance=advance, over=over)
     if pages is None:
         return None
@@ -306,12 +309,10 @@ def _aside(loaded: LoadedModel) -> Iterator[None]:
     loaded.model.to(where)
 
 
-def _share(
-    experiment: Experiment, journals: Path, rank: WorkerRank, device: str | None, tell: Callable[[int], None]
-) -> None:
+def _share(experiment: Experiment, journals: Path, rank: WorkerRank, device: str | None) -> None:
     """One of several processes of a machine."""
     torch.set_num_threads(1)
-    gather(experiment, journals, device=device, worker=rank, advance=lambda done, total: tell(done))
+    gather(experiment, journals, device=device, worker=rank)
 
 
 def _page(loaded: LoadedModel, batch: QuestionBatch, runs: list[ExperimentCell], chosen_task: Task) -> Page:
