@@ -312,7 +312,24 @@ def knobs() -> str:
 
 CHAIN_GROUPS = ("queries", "positions", "stages", "schedule")
 GROUPS = ("queries", "positions", "cluster width", "contextual share", "stages", "schedule")
+
+
+def agreement() -> str:
+    """Rank correlation of each bench with print: rho, its interval, and how many methods."""
+    found = json.loads((COMPARISON / "agreement.json").read_text())
+    cells: dict[tuple[str, str], dict[int, str]] = {}
+    for row in found["rows"]:
+        low, high = row["rho_interval"]
+        told = f"{row['rho']:.2f} ({low:.2f} to {high:.2f}), tau {row['tau']:.2f}, n {len(row['methods'])}"
+        cells.setdefault((row["bench"], row["group"]), {})[row["tokens"]] = told
+    tokens = sorted({row["tokens"] for row in found["rows"]}, reverse=True)
+    head = ["bench", "methods", *(f"{n} tokens" for n in tokens)]
+    rows = [[bench, group, *(by_tokens.get(n, "-") for n in tokens)] for (bench, group), by_tokens in cells.items()]
+    return table(head, rows)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
+    "agreement": agreement,
     "kinds_chain": lambda: kinds("tiny-chain", "methods", 0.11),
     "recall_chain": lambda: recall("tiny-chain", "methods", 0.11),
     "which": which,

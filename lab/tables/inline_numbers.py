@@ -264,11 +264,19 @@ def regained(config: str, run: str) -> str:
     return f"{100 * (ours.mean() - free.mean()):.1f} points (95 %: {interval})"
 
 
+def rho(task: str, tokens: str, group: str = "all") -> str:
+    """Spearman's rho of a bench with print, its interval, and over how many methods."""
+    rows = json.loads((COMPARISON / "agreement.json").read_text())["rows"]
+    (row,) = (r for r in rows if (r["bench"], str(r["tokens"]), r["group"]) == (task, tokens, group))
+    low, high = row["rho_interval"]
+    return f"{row['rho']:.2f} ({low:.2f} to {high:.2f}; {len(row['methods'])} methods)"
+
+
 NUMBERS: dict[str, Callable[..., str]] = {
     each.__name__: each
     for each in (
         kept, whole, gap, lead, asked, place, untold, most_above, changed, settings, flops, needed, wide, tokens, first_token, compiled,
-        towers_met, step_beyond, overhead, tower_first, methods, compared, regained,
+        towers_met, step_beyond, overhead, tower_first, methods, compared, regained, rho,
     )
 }  # fmt: skip
 
