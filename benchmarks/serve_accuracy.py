@@ -1,0 +1,126 @@
+"""Accuracy of the embedded models on a server: stock vLLM, the first stage alone and both stages at equal mean tokens; and
+how many answers are those of the same method attached in transformers.
+
+    python benchmarks/serve_accuracy.py --questions 400     # in the environment of make test-vllm
+
+Questions are those that ``duet-vlm eval`` asks with the same seed. Both sides keep the same mean number of tokens over
+the decoder's layers: the first stage alone all of them at every layer, both stages more at first and fewer later.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import contextlib
+import io
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import serve
+import torch
+from PIL import Image
+
+import duet_vlm
+from duet_vlm.api.embedded import embedded_model
+from duet_vlm.api.loading import LoadedModel, load
+from duet_vlm.evaluation.run_sample import inputs_of
+from duet_vlm.evaluation.statistics import kept_interval
+from duet_vlm.evaluation.tasks import TaskQuestion, right, task
+
+SEED, AT_ONCE, BATCH = 7, 32, 20
+METHODS: dict[str, dict[str, Any]] = {"first": {"schedule": ()}, "both": {}}
+
+
+async def served(at: serve.Server, questions: list[TaskQuestion], share: float | None, longest: int) -> list[str]:
+    """Answers of a server, many at once."""
+    gate = asyncio.Semaphore(AT_ONCE)
+    extra = {} if share is None else {"mm_processor_kwargs": {"duet_budget": share}}
+
+    async def one(question: TaskQuestion) -> str:
+        pictures = [{"type": "image_url", "image_url": {"url": as_url(image)}} for image in question.images]
+        content = [*pictures, {"type": "text", "text": question.text}]
+        async with gate:
+            answer = await client.chat.completions.create(
+                model=at.model, messages=[{"role": "user", "content": content}], max_tokens=longest, temperature=0,
+                extra_body=extra,
+            )  # fmt: skip
+        return (answer.choices[0].message.content or "").strip()
+
+    async with serve.client_of(at) as client:
+        return list(await asyncio.gather(*map(one, questions)))
+
+
+def as_url(image: Image.Image) -> str:
+    held = io.BytesIO()
+    image.save(held, "PNG")
+    return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
+
+
+def attached(
+    loaded: LoadedModel, stages: str, questions: list[TaskQuestion], share: float | None, longest: int
+) -> list[str]:
+    """Answers of the same method attached in transformers."""
+    context = (
+        contextlib.nullcontext()
+        if share is None
+        else duet_vlm.attach(loaded.model, "duet", budget=share, **METHODS[stages])
+    )
+    said: list[str] = []
+    with context, torch.no_grad():
+        for first in range(0, len(questions), BATCH):
+            inputs = inputs_of(loaded, questions[first : first + BATCH])
+            made = loaded.model.generate(**inputs, max_new_tokens=longest, do_sample=False)
+            new = made[:, inputs["input_ids"].shape[1] :]
+            said += [text.strip() for text in loaded.processor.batch_decode(new, skip_special_tokens=True)]
+    return said
+
+
+def measure(name: str, count: int, shares: list[float]) -> list[dict[str, Any]]:
+    """Rows of one embedded model."""
+    asked, loaded = task(name), load(name, "cpu")
+    questions = [asked.ask(SEED, number) for number in range(count)]
+    folder, rows = str(embedded_model(name).folder), []
+    full: list[str] = []
+    for engine in ("stock", "first", "both"):
+        with tempfile.TemporaryDirectory() as logs:
+            with serve.server(folder, serve.ENGINES[engine], serve.CPU, Path(logs) / engine) as at:
+                for share in [None] if engine == "stock" else shares:
+                    said = asyncio.run(served(at, questions, share, asked.max_new_tokens))
+                    here = attached(loaded, engine, questions, share, asked.max_new_tokens)
+                    full = full or said
+                    hits = np.array([right(question, answer) for question, answer in zip(questions, said, strict=True)])
+                    base = np.array([right(question, answer) for question, answer in zip(questions, full, strict=True)])
+                    row = {
+                        "model": name,
+                        "stages": engine,
+                        "share": share,
+                        "questions": count,
+                        "right": int(hits.sum()),
+                        "kept": float(hits.sum() / base.sum()),
+                        "kept_interval": kept_interval(hits, base),
+                        "as_attached": sum(map(str.__eq__, said, here)),
+                    }
+                    print(row, file=sys.stderr)
+                    rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["tiny"], help="embedded models whose task has their name")
+    parser.add_argument("--questions", type=int, default=400)
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.33, 0.22, 0.11])
+    parser.add_argument("--out", type=Path, default=serve.HERE / "results" / "serve_accuracy.json")
+    given = parser.parse_args()
+    rows = [row for name in given.models for row in measure(name, given.questions, given.shares)]
+    made = {"benchmark": "serve_accuracy", "environment": serve.environment(), "seed": SEED, "results": rows}
+    given.out.write_text(json.dumps(made, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
