@@ -28,9 +28,8 @@ if __name__ == "__main__":
 """
 
 
-RANKED = [
-    ("llava", "duet"), ("llava_next", "duet_plus"), ("qwen2_5_vl", "duet"), ("llava_onevision", "duet"), ("internvl", "duet"), ("qwen3_vl", "duet")
-]  # fmt: skip
+# llava and qwen2_5_vl: test_stages_ranks.py
+RANKED = [("llava_next", "duet_plus"), ("llava_onevision", "duet"), ("internvl", "duet"), ("qwen3_vl", "duet")]
 
 
 @pytest.mark.parametrize(("family", "name"), RANKED)

@@ -167,12 +167,11 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(place: tuple[int
     assert time.monotonic() - began < 60
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_server_that_was_stopped_starts_again_with_the_same_answers(how: signal.Signals, tmp_path: Path) -> None:
+def test_a_server_that_was_stopped_starts_again_with_the_same_answers(tmp_path: Path) -> None:
     port, found = free_port(), []
-    for turn in range(2):
+    for turn, how in enumerate((signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGTERM)):
         with server(port, tmp_path / f"log{turn}") as process:
             found.append(ask(port).choices[0].message.content)
             process.send_signal(how)
             process.wait(60)
-    assert found[0] == found[1]
+    assert len(set(found)) == 1

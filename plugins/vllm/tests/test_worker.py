@@ -100,7 +100,7 @@ def test_the_layer_that_ranks(asked: int | None, layer: int) -> None:
 
 @pytest.mark.parametrize("asked", [23, -24, -1, 22])
 def test_a_layer_that_is_not_built_is_an_error(asked: int) -> None:
-    with pytest.raises(ValueError, match=rf"options.signal_layer={asked}: vLLM runs layers 0 to 21"):
+    with pytest.raises(ValueError, match=rf"signal_layer={asked}: vLLM runs layers 0 to 21"):
         layer_of(duet_vlm.get_method("visionzip")(dominant=9, options=TokenOptions(signal_layer=asked)), 20, 23, 22)
 
 
