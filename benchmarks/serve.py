@@ -70,7 +70,7 @@ QUIET = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 NEW, LONG, AGAIN = 16, 128, 4
-SYSTEM = "You look at pictures and answer questions about them in a few plain words. " * 12
+SYSTEM = "You look at pictures and answer questions about them in a few plain words. " * 4
 
 
 @dataclass(frozen=True)
