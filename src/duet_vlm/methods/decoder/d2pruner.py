@@ -58,7 +58,7 @@ class D2Pruner(ScheduledReducer):
     the mean over heads at layer 1.
     """
 
-    paper = "D2Pruner, AAAI 2026, from the paper"
+    paper = "D2Pruner, AAAI 2026, arXiv 2512.19443, from the paper"
     summary = "one early drop inside the decoder by attention without position bias, then by what resembles no other"
     paper_schedule: ClassVar[Schedule] = ((LAYER, 2 / 9),)
     min_layer: ClassVar[int] = LAYER

@@ -35,7 +35,7 @@ class V2Drop(ScheduledReducer):
     any length are not reduced. ``V2Drop.official`` has its counts.
     """
 
-    paper = "V2Drop, CVPR 2026, github.com/xuyang-liu16/V2Drop"
+    paper = "V2Drop, CVPR 2026, arXiv 2509.01552"
     summary = "drop in stages inside the decoder what the last layer changed least"
     paper_schedule: ClassVar[Schedule] = ((3, 0.5), (17, 0.25), (22, 0.0))
     requires = frozenset({Input.HIDDEN_STATES, Input.PREVIOUS_HIDDEN_STATES})

@@ -42,7 +42,7 @@ class DivPrune(EncoderReducer):
     no token is chosen twice. ``official``: rounded counts, compact positions.
     """
 
-    paper = "DivPrune, CVPR 2025"
+    paper = "DivPrune, CVPR 2025, arXiv 2503.02175"
     summary = "keep projected vision tokens that are least alike (max-min distance) before the decoder"
     requires = frozenset({Input.PROJECTED_FEATURES})
 

@@ -56,7 +56,7 @@ class HoloV(ScoreReducer):
     released ones stretch by stretch by falling attention.
     """
 
-    paper = "HoloV, NeurIPS 2025"
+    paper = "HoloV, NeurIPS 2025, arXiv 2510.02912"
     summary = "share the budget among stretches of the picture by attention and variety, and keep the best of each, before the decoder"
     requires = frozenset({Input.IMPORTANCE, Input.PROJECTED_FEATURES})
 

@@ -51,7 +51,7 @@ class PruneSID(ScoreReducer):
     crop.
     """
 
-    paper = "PruneSID, ICLR 2026"
+    paper = "PruneSID, ICLR 2026, arXiv 2603.09480"
     summary = "group vision tokens by principal directions, and keep attended ones that are unlike each other in every group, before the decoder"
     requires = frozenset({Input.IMPORTANCE, Input.FEATURES})
 

@@ -44,7 +44,7 @@ class Scope(ScoreReducer):
     CLS token saliency is the attention that a token receives, summed over the queries of its vision block.
     """
 
-    paper = "SCOPE, NeurIPS 2025"
+    paper = "SCOPE, NeurIPS 2025, arXiv 2510.24214"
     summary = "keep vision tokens by saliency times gain in coverage, one after the other, before the decoder"
     requires = frozenset({Input.IMPORTANCE, Input.FEATURES})
 
