@@ -69,7 +69,7 @@ QUIET = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
 }
-NEW, LONG, AGAIN = 16, 128, 4
+NEW, LONG, AGAIN = 16, 64, 4
 SYSTEM = "You look at pictures and answer questions about them in a few plain words. " * 4
 
 
@@ -83,7 +83,7 @@ class Traffic:
     kind: str = "fresh"
 
     def pictures(self, pictures: Pictures, least: int = 4) -> list[str]:
-        count = max(least, 2 * self.concurrency)
+        count = max(least, 3 * self.concurrency // 2)
         return [pictures.next()] * count if self.kind == "repeated" else [pictures.next() for _ in range(count)]
 
 
