@@ -45,6 +45,12 @@ BY_HAND: dict[str, tuple[int, int, tuple[tuple[int, int], ...]]] = {
     "pyramiddrop-192": (576, 0, ((576, 2), (322, 6), (180, 8), (101, 16))),
     "pyramiddrop-128": (576, 0, ((576, 2), (241, 6), (101, 8), (42, 16))),
     "pyramiddrop-64": (576, 0, ((576, 2), (109, 6), (20, 8), (3, 16))),
+    "pyramiddrop-reroute-192": (576, 0, ((576, 2), (259, 13), (129, 8), (64, 9))),
+    "pyramiddrop-reroute-128": (576, 0, ((576, 2), (152, 13), (76, 8), (38, 9))),
+    "pyramiddrop-reroute-84": (576, 0, ((576, 2), (80, 13), (40, 8), (20, 9))),
+    "pyramiddrop-reroute-flat-192": (576, 0, ((576, 3), (152, 29))),
+    "pyramiddrop-reroute-flat-128": (576, 0, ((576, 3), (81, 29))),
+    "pyramiddrop-reroute-flat-64": (576, 0, ((576, 3), (11, 29))),
     "fastv-306": (576, 0, ((576, 2), (288, 30))),
     "fastv-171": (576, 0, ((576, 2), (144, 30))),
     "fastv-315": (576, 0, ((576, 3), (288, 29))),
@@ -53,6 +59,8 @@ PUBLISHED_MEANS = {  # as papers, READMEs and the authors' answers state them
     "duet-192": 192, "duet-128": 128, "duet-64": 64, "duet-qwen2.5-vl-160": 160, "duet-video-llava-960": 960 / 8,
     "visionzip-192": 192, "visionzip-128": 128, "visionzip-64": 64,
     "pyramiddrop-270": 270, "pyramiddrop-192": 192, "pyramiddrop-128": 128, "pyramiddrop-64": 62.9,
+    "pyramiddrop-reroute-192": 191.5, "pyramiddrop-reroute-128": 127.4, "pyramiddrop-reroute-84": 84.1,
+    "pyramiddrop-reroute-flat-192": 191.8, "pyramiddrop-reroute-flat-128": 127.4, "pyramiddrop-reroute-flat-64": 64,
 }  # fmt: skip
 
 
@@ -85,7 +93,7 @@ def test_a_visionzip_budget_solves_to_the_counts_of_its_preset(method: str, pres
     assert duet_vlm.make_method(method).plan(576, 32, budget) == PRESETS[preset].reducer.plan(576, 32, None)
 
 
-PYRAMIDS = [name for name in PRESETS if name.startswith("pyramiddrop")]
+PYRAMIDS = [name for name in PRESETS if name.startswith("pyramiddrop") and "reroute" not in name]
 
 
 @pytest.mark.parametrize("name", PYRAMIDS)

@@ -23,6 +23,7 @@ LLAVA, QWEN, VIDEO_LLAVA = "LLaVA-1.5-7B", "Qwen2.5-VL-7B", "Video-LLaVA-7B"
 
 DUET = "AMD-AGI/DUET-VLM"
 VISIONZIP = "VisionZip paper; the released code's CLS row counts as a dominant token"
+REROUTE = "elmma/mllm-reroute, its budgets"
 UNPUBLISHED = "no settings published for this budget; solved under the schedule of"
 
 
@@ -70,6 +71,16 @@ def _powers(share: float) -> Schedule:
     return ((2, share), (8, share**2), (16, share**3))
 
 
+def _reroute(early: float, middle: float, late: float) -> PyramidDrop:
+    """Reroute with falling shares at its four decisions."""
+    return PyramidDrop.official_reroute(((2, early), (7, early), (15, middle), (23, late)))
+
+
+def _flat(share: float) -> PyramidDrop:
+    """Reroute with one share at four decisions."""
+    return PyramidDrop.official_reroute(tuple((layer, share) for layer in (3, 7, 15, 23)))
+
+
 # half of the entering tokens from half of the depth on, none from three quarters on
 OF_32, OF_28 = ((16, 0.5), (24, 0.0)), ((14, 0.5), (21, 0.0))
 
@@ -99,6 +110,12 @@ PRESETS: dict[str, Preset] = {
     "pyramiddrop-192": _llava(PyramidDrop.official(_powers(0.56)), 191.875, False, f"{UNPUBLISHED} pyramiddrop-64"),
     "pyramiddrop-128": _llava(PyramidDrop.official(_powers(0.42)), 127.4375, False, f"{UNPUBLISHED} pyramiddrop-64"),
     "pyramiddrop-64": _llava(PyramidDrop.official(_powers(0.19)), 62.9375, True, "Cooperx521/PyramidDrop issue 29, the author's answer"),
+    "pyramiddrop-reroute-192": _llava(_reroute(0.4502, 0.2251, 0.1126), 191.46875, True, REROUTE),
+    "pyramiddrop-reroute-128": _llava(_reroute(0.2655, 0.1328, 0.0664), 127.4375, True, REROUTE),
+    "pyramiddrop-reroute-84": _llava(_reroute(0.1392, 0.0696, 0.0348), 84.125, True, f"{REROUTE}, named 64 there"),
+    "pyramiddrop-reroute-flat-192": _llava(_flat(0.2644), 191.75, True, f"{REROUTE}, in place of FastV"),
+    "pyramiddrop-reroute-flat-128": _llava(_flat(0.1418), 127.40625, True, f"{REROUTE}, in place of FastV"),
+    "pyramiddrop-reroute-flat-64": _llava(_flat(0.01916), 63.96875, True, f"{REROUTE}, in place of FastV"),
     "fastv-306": _llava(FastV.official(), 306.0, True, "FastV paper: K = 2, R = 50 %"),
     "fastv-171": _llava(FastV.official(keep=0.25), 171.0, True, "FastV paper: K = 2, R = 75 %"),
     "fastv-315": _llava(FastV.official("lmms"), 315.0, True, "pkunlp-icler/FastV, its lmms-eval model: K = 3, R = 50 %"),
