@@ -849,6 +849,24 @@ def test_adjusted_p_values() -> None:
     assert statistics.adjusted([]) == []
 
 
+def test_holm_by_its_definition() -> None:
+    """Stepped down: the smallest of m times m, the next times m - 1, never less than the one before, at most 1."""
+    p = [0.04, 0.001, 0.3, 0.011]
+    assert statistics.holm(p) == pytest.approx([0.08, 0.004, 0.3, 0.033])
+    assert statistics.holm([0.5, 0.6]) == pytest.approx([1.0, 1.0]) and statistics.holm([]) == []
+
+
+@pytest.mark.parametrize(("won", "lost", "expected"), [(0, 0, True), (10, 10, True), (80, 80, False), (40, 5, False)])
+def test_level_is_two_one_sided_tests(won: int, lost: int, expected: bool) -> None:
+    """Of 1,000 questions; against the large-sample interval, which here decides the same."""
+    hits, other = np.zeros(1000, bool), np.zeros(1000, bool)
+    hits[:won], other[won : won + lost] = True, True
+    difference, spread = (won - lost) / 1000, np.sqrt(won + lost - (won - lost) ** 2 / 1000) / 1000
+    assert statistics.level(hits, other) == expected
+    assert bool(abs(difference) + 1.645 * spread < 0.02) == expected
+    assert not statistics.level(hits[:20], other[:20]) or won == lost == 0
+
+
 # ---- the command
 
 

@@ -135,7 +135,7 @@ def place(task: str, run: str) -> str:
 def untold(task: str, budget: str) -> str:
     """Rows of a budget that are not told apart from the reference, and all of them: ``18 of 30``."""
     rows = [row for row in _beside(task, budget) if row["against"]]
-    return f"{sum(columns.verdict(row) == '' for row in rows)} of {len(rows)}"
+    return f"{sum(columns.verdict(row) in columns.UNTOLD for row in rows)} of {len(rows)}"
 
 
 def most_above(*tasks: str) -> str:

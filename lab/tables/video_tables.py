@@ -43,7 +43,7 @@ def kept(name: str) -> str:
     seeds = ", ".join(map(str, result["experiment"]["seeds"]))
     note = f"{asked['count']:,} questions of task {result['task']} on test clips, {asked['per_seed']} for each of the seeds {seeds}, by the code of"
     note += f" commit {result['environment']['commit']};"
-    return f"{table(head, lines)}\n\n{note} ▲ and ▼ differ from `{reference}` at that budget (adjusted p < .05)."
+    return f"{table(head, lines)}\n\n{note} ▲ and ▼ differ from `{reference}` at that budget (adjusted p < .05; hollow where Holm's rule does not agree), = is level with it within 2 points."
 
 
 def _line(row: dict[str, Any]) -> list[str]:

@@ -9,6 +9,8 @@ import numpy as np
 
 RESAMPLES = 2000
 QUANTILE = 1.959963984540054  # of the normal distribution: 95 % lie within
+LEVEL_QUANTILE = 1.6448536269514722  # 90 % lie within: two one-sided tests of 5 % each
+MARGIN = 0.02  # two accuracies are level if they differ by less
 
 
 def mean_interval(hits: np.ndarray) -> tuple[float, float]:
@@ -46,9 +48,9 @@ def kept_interval(hits: np.ndarray, full: np.ndarray) -> tuple[float, float] | N
     return _edge(beyond, share, 0.0), _edge(beyond, share, far)
 
 
-def difference_interval(hits: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+def difference_interval(hits: np.ndarray, other: np.ndarray, quantile: float = QUANTILE) -> tuple[float, float]:
     """95 % score interval (Tango 1998) of a difference of accuracies on the same questions; both [questions] bool. It
-    holds where few answers differ, or none."""
+    holds where few answers differ, or none. Another ``quantile`` of the normal distribution makes another one."""
     _, won, lost = _counts(hits, other)
     count = len(hits)
 
@@ -57,7 +59,7 @@ def difference_interval(hits: np.ndarray, other: np.ndarray) -> tuple[float, flo
         linear = (2 * count - won + lost) * difference - won - lost
         root = math.sqrt(max(0.0, linear**2 + 8 * count * lost * difference * (1 - difference)))
         likely = (root - linear) / (4 * count)  # lost, of all
-        return (won - lost - count * difference) ** 2 - QUANTILE**2 * count * (
+        return (won - lost - count * difference) ** 2 - quantile**2 * count * (
             2 * likely + difference * (1 - difference)
         )
 
@@ -121,6 +123,22 @@ def adjusted(p_values: list[float]) -> list[float]:
     from scipy.stats import false_discovery_control
 
     return [float(p) for p in false_discovery_control(p_values)] if p_values else []
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """The same p-values held to a family-wise error rate (Holm 1979): the chance of any false finding in the table."""
+    order = np.argsort(p_values, kind="stable")
+    stepped = np.array(p_values)[order] * np.arange(len(p_values), 0, -1)
+    out = np.empty(len(p_values))
+    out[order] = np.minimum(np.maximum.accumulate(stepped), 1.0) if len(p_values) else stepped
+    return [float(p) for p in out]
+
+
+def level(hits: np.ndarray, other: np.ndarray, margin: float = MARGIN) -> bool:
+    """True if two accuracies on the same questions differ by less than ``margin``, by two one-sided tests of 5 %: the
+    90 % score interval of the difference lies within."""
+    low, high = difference_interval(hits, other, LEVEL_QUANTILE)
+    return -margin < low and high < margin
 
 
 def falling(values: np.ndarray) -> np.ndarray:

@@ -169,11 +169,14 @@ def _compare(rows: Rows, hits: dict[str, np.ndarray], label: str) -> None:
             "wins": wins,
             "losses": losses,
             "p_value": p_value,
+            "level": statistics.level(own, theirs),
         }
         row["against"] = difference
         tested.append(difference)
-    for difference, p in zip(tested, statistics.adjusted([d["p_value"] for d in tested]), strict=True):
-        difference["p_adjusted"] = p
+    p_values = [difference["p_value"] for difference in tested]
+    rates = zip(tested, statistics.adjusted(p_values), statistics.holm(p_values), strict=True)
+    for difference, false_discovery, any_error in rates:
+        difference |= {"p_adjusted": false_discovery, "p_holm": any_error}
 
 
 def _share(part: float, whole: float) -> float | None:

@@ -27,6 +27,10 @@ def _positive(value: Any) -> bool:
     return _number(value) and value > 0
 
 
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
 def _share(value: Any) -> bool:
     return _number(value) and 0 <= value <= 1
 
@@ -61,6 +65,7 @@ WANTED: dict[Test, str] = {
     _number: "a finite number",
     _positive: "a number above 0",
     _share: "a number from 0 to 1",
+    _flag: "true or false",
     _count: "a count, 0 or more",
     _list: "a list",
     _interval: "two numbers, low and high",
@@ -183,6 +188,8 @@ def _measured(run: dict[str, Any], where: str) -> Iterator[str]:
     for name, shape in NESTED.items():
         if run.get(name) is not None:
             yield from _wrong(run[name], shape, f"{where}, {name}")
+    if run.get("against") is not None:  # of later versions
+        yield from _wrong(run["against"], {"p_holm": _number, "level": _flag}, f"{where}, against", optional=True)
 
 
 def _wrong(entry: dict[str, Any], shape: Mapping[str, Test], where: str, optional: bool = False) -> Iterator[str]:

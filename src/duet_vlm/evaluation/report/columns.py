@@ -61,12 +61,18 @@ def name(run: Run) -> str:
     return f"{run['label']} {budget(run['budget'])}".strip()
 
 
+UNTOLD = ("", "=")  # verdicts on a run that is not told apart from the reference
+
+
 def verdict(run: Run, sure: float = 0.05) -> str:
-    """An arrow where the difference to the reference is significant: adjusted p-value below ``sure``."""
+    """The difference to the reference in one sign: an arrow where it is significant, adjusted p-value below ``sure``;
+    a hollow one where Holm's rule does not agree; "=" where both are level."""
     comparison = run.get("against")
-    if not comparison or comparison["p_adjusted"] >= sure:
+    if not comparison:
         return ""
-    return "▲" if comparison["difference"] > 0 else "▼"
+    if comparison["p_adjusted"] >= sure:
+        return "=" if comparison.get("level") else ""
+    return ("▲△" if comparison["difference"] > 0 else "▼▽")[comparison.get("p_holm", 0) >= sure]
 
 
 @dataclass(frozen=True)

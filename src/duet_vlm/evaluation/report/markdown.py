@@ -12,7 +12,8 @@ from duet_vlm.evaluation.report.style import one_line
 
 ORACLE = "`oracle` is no method but a reference: it is told which patches the answer needs."
 NOTE_KEPT = (
-    "Brackets hold 95 % intervals (score intervals, paired); ▲ and ▼ differ from the reference method at that budget (adjusted p < .05); "
+    "Brackets hold 95 % intervals (score intervals, paired); ▲ and ▼ differ from the reference method at that budget (adjusted p < .05; "
+    "hollow where Holm's rule does not agree), = is level with it within 2 points; "
     f"infeasible budgets give the method's floor in tokens. {ORACLE}"
 )
 NOTE = (
