@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, ONE, THREE, TWO, Picture, forward, generate, shared
-from transformers import CLIPConfig, CLIPModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 import duet_vlm
 from duet_vlm.evaluation.speed.prompts import encode
@@ -118,6 +122,46 @@ def test_cdpruner_reads_each_question_with_the_text_tower() -> None:
             texts = torch.nn.functional.normalize(tower.clip.text_projection(torch.cat(texts)), dim=-1)
             assert int(view.text_similarity_valid[sample].sum()) == len(texts) == math.ceil(len(ids) / 8)
             torch.testing.assert_close(likeness[sample], -(images[sample] @ texts.T).mean(1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def clip_folder(tmp_path: Path) -> Path:
+    """A CLIP model as ``save_pretrained`` writes it, with a tokenizer whose words are the ids."""
+    words = Tokenizer(WordLevel({str(number): number % 50 for number in range(100)} | {"<unk>": 57}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(tmp_path)
+    clip().save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("method", ["cdpruner", "cdpruner+fastv"])
+def test_a_clip_model_by_name_is_the_one_that_is_passed(method: str, clip_folder: Path) -> None:
+    model, inputs = shared("llava"), FAMILIES["llava"].inputs([ONE])
+    passed = ClipTextEncoder(CLIPModel.from_pretrained(clip_folder), AutoTokenizer.from_pretrained(clip_folder))
+    stage = "" if method == "cdpruner" else "cdpruner_"
+    settings: dict[str, Any] = {f"{stage}relevance": "contrastive", f"{stage}keep": 0.4}
+    with duet_vlm.attach(model, method, **settings, text_tower=passed, processor=Processor()) as handle:
+        forward(model, inputs)
+        expected = handle.trace
+    named = settings | {f"{stage}clip": str(clip_folder)}
+    with duet_vlm.attach(model, method, **named, processor=Processor()) as handle:
+        forward(model, inputs)
+        assert handle.trace == expected
+        with pytest.raises(ValueError, match="detach and attach again"):
+            handle.set(**{f"{stage}clip": "elsewhere"})
+    assert ClipTextEncoder.load(str(clip_folder), model.device) is ClipTextEncoder.load(str(clip_folder), model.device)
+
+
+def test_clip_models_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    model = shared("llava")
+    with pytest.raises(ValueError, match=r"clip='x' is read where relevance='contrastive', not 'decoder'"):
+        CDPruner(clip="x")
+    settings: dict[str, Any] = {"relevance": "contrastive", "keep": 0.4, "processor": Processor()}
+    with pytest.raises(ValueError, match=r"no such model here .*name a folder or a hub id"):
+        duet_vlm.attach(model, "cdpruner", clip=str(tmp_path / "none"), **settings)
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"a model of type 'llava'; name a CLIP model"):
+        duet_vlm.attach(model, "cdpruner", clip=str(tmp_path), **settings)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,12 @@ from typing import Any
 from torch import nn
 
 from duet_vlm.api.handle import Handle
+from duet_vlm.inputs.clip_text import ClipTextEncoder
 from duet_vlm.methods import lookup
 from duet_vlm.models.lookup import adapter_for, core_of
 from duet_vlm.planning.budget import Budget, check_budget
 from duet_vlm.reducers.base import Reducer
+from duet_vlm.reducers.encoder import EncoderReducer
 from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.persistence import KEY, is_method_file, load_from_config, load_from_file, to_checkpoint_record
 from duet_vlm.runtime.compat import check_version
@@ -117,6 +119,8 @@ def attach(
             "a reducer is attached to this model already: detach() its handle first (duet_vlm.detach(model) if nobody kept it), or change it "
             "with handle.set(...)"
         )
+    if text_tower is None and isinstance(reducer, EncoderReducer) and reducer.clip_model is not None:
+        text_tower = ClipTextEncoder.load(reducer.clip_model, model.device)
     handle = Handle(
         adapter,
         reducer,

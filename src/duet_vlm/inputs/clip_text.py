@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,6 +10,21 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from duet_vlm.ops.merge import unit_rows
+
+
+@functools.lru_cache(maxsize=2)
+def _loaded(name: str, device: str) -> ClipTextEncoder:
+    from transformers import AutoConfig, AutoTokenizer, CLIPModel
+
+    try:
+        kind = AutoConfig.from_pretrained(name).model_type
+        if kind != "clip":
+            raise ValueError(f"clip={name!r}: a model of type {kind!r}; name a CLIP model with its text tower")
+        return ClipTextEncoder(CLIPModel.from_pretrained(name).eval().to(device), AutoTokenizer.from_pretrained(name))
+    except OSError as error:
+        raise ValueError(
+            f"clip={name!r}: no such model here ({' '.join(str(error).split())[:200]}); name a folder or a hub id"
+        ) from error
 
 
 class ClipTextEncoder:
@@ -38,6 +54,17 @@ class ClipTextEncoder:
         self.tokenizer = tokenizer
         self.window = int(clip.text_model.config.max_position_embeddings)
         self.width = int(clip.visual_projection.in_features)
+
+    @classmethod
+    def load(cls, name: str, device: torch.device) -> ClipTextEncoder:
+        """The encoder of a CLIP model by folder or hub id, loaded once.
+
+        Raises
+        ------
+        ValueError
+            If there is no such model, or it is no CLIP model.
+        """
+        return _loaded(name, str(device))
 
     @torch.no_grad()
     def tokens(self, states: Tensor) -> Tensor:

@@ -278,6 +278,10 @@ class Pipeline(EncoderReducer):
     def signal_layers(self) -> tuple[Layer, ...]:
         return self._sees.signal_layers
 
+    @property
+    def clip_model(self) -> str | None:
+        return self._sees.clip_model
+
     # ---- how many
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:

@@ -78,6 +78,11 @@ class EncoderReducer(Reducer):
         return replace(plan, counts=(plan.entry,) * depth)
 
     @property
+    def clip_model(self) -> str | None:
+        """Folder or hub id of the CLIP model whose text tower reads the question, where the settings name one."""
+        return None
+
+    @property
     def signal_layers(self) -> tuple[Layer, ...]:
         """The vision layers that are read: numbers, shares of the tower's depth (0.25: the last layer of its first
         quarter), or None for the family's own."""

@@ -28,6 +28,7 @@ def hook_settings(reducer: Reducer) -> tuple[Any, ...]:
     compressor = compressor_of(reducer)
     module = None if compressor is None else (compressor.weights, compressor.seed, tuple(compressor.shape.items()))
     return (
+        reducer.clip_model if isinstance(reducer, EncoderReducer) else None,
         reducer.signal_layers,
         reducer.requires & (ENCODER_INPUTS - FEATURE_INPUTS),
         reducer.options.cls_token,
@@ -123,7 +124,7 @@ def _check_text_tower(adapter: Adapter, reducer: EncoderReducer, text_tower: Any
     if not isinstance(text_tower, ClipTextEncoder):
         got = "" if text_tower is None else f", got {type(text_tower).__name__}"
         raise ValueError(
-            f"{reducer.name} compares tokens with the question in the space of a text tower{got}: pass "
+            f"{reducer.name} compares tokens with the question in the space of a text tower{got}: name it (clip='openai/clip-vit-large-patch14-336'), pass "
             f"text_tower=duet_vlm.inputs.clip_text.ClipTextEncoder(clip, tokenizer) to attach(), or {WITHOUT[Input.TEXT_SIMILARITY.value]}"
         )
     if not hasattr(processor, "tokenizer"):

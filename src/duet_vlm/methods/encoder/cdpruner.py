@@ -35,11 +35,14 @@ class CDPruner(ScoreReducer):
     relevance : str
         "decoder": mean cosine of the projected token and the question's token embeddings, for any model. "contrastive":
         negated mean cosine of the token in CLIP's shared space and the segments of the question (CLIP patches are least
-        similar to the words for their content; the authors' rule for LLaVA): pass ``text_tower=`` and ``processor=`` to
-        ``attach``.
+        similar to the words for their content; the authors' rule for LLaVA): name its ``clip``, or pass ``text_tower=``
+        to ``attach``; and pass ``processor=``.
     scale : str
         Relevance is scaled over each "image", or over the whole "call" (released code: a result depends on the other
         images).
+    clip : str, optional
+        Folder or hub id of the CLIP model that the vision tower comes from, for "contrastive". LLaVA-1.5:
+        "openai/clip-vit-large-patch14-336".
 
     Cost: the projector runs on every token, an N x N table of cosines, and per kept token one pass over the rows chosen
     so far; 4 N^2 bytes. "contrastive": the text tower, and two small projections of each token. Needs: the question, so
@@ -55,11 +58,14 @@ class CDPruner(ScoreReducer):
 
     relevance: str = "decoder"
     scale: str = "image"
+    clip: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("relevance", self.relevance, ("decoder", "contrastive"))
         check_choice("scale", self.scale, ("image", "call"))
+        if self.clip is not None and self.relevance != "contrastive":
+            raise ValueError(f"clip={self.clip!r} is read where relevance='contrastive', not {self.relevance!r}")
 
     @classmethod
     def official(cls, keep: Keep = 64, **fields: Any) -> CDPruner:
@@ -73,6 +79,10 @@ class CDPruner(ScoreReducer):
     def requires(self) -> frozenset[Input]:  # type: ignore[override]
         question = {Input.STATES, Input.TEXT_SIMILARITY} if self.relevance == "contrastive" else {Input.QUESTION}
         return frozenset({Input.PROJECTED_FEATURES} | question)
+
+    @property
+    def clip_model(self) -> str | None:
+        return self.clip
 
     def choose(self, scores: Tensor, view: EncoderView) -> Tensor:
         kernel = conditional_kernel(cosine(view.require(Input.FEATURES), view.valid), scores)
