@@ -1,7 +1,8 @@
 """Accuracy of the embedded models on a server: stock vLLM, the first stage alone and both stages at equal mean tokens; and
 how many answers are those of the same method attached in transformers.
 
-    python benchmarks/serve_accuracy.py --questions 400     # in the environment of make test-vllm
+    python benchmarks/serve_accuracy.py               # in the environment of make test-vllm
+    python benchmarks/serve_accuracy.py --compare     # in that of make test, where methods are attached
 
 Questions are those that ``duet-vlm eval`` asks with the same seed. Both sides keep the same mean number of tokens over
 the decoder's layers: the first stage alone all of them at every layer, both stages more at first and fewer later.
@@ -15,12 +16,12 @@ import base64
 import contextlib
 import io
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import serve
 import torch
 from PIL import Image
@@ -29,7 +30,6 @@ import duet_vlm
 from duet_vlm.api.embedded import embedded_model
 from duet_vlm.api.loading import LoadedModel, load
 from duet_vlm.evaluation.run_sample import inputs_of
-from duet_vlm.evaluation.statistics import kept_interval
 from duet_vlm.evaluation.tasks import TaskQuestion, right, task
 
 SEED, AT_ONCE, BATCH = 7, 32, 20
@@ -81,44 +81,55 @@ def attached(
 
 
 def measure(name: str, count: int, shares: list[float]) -> list[dict[str, Any]]:
-    """Rows of one embedded model."""
-    asked, loaded = task(name), load(name, "cpu")
+    """Rows of one embedded model, with all answers."""
+    asked = task(name)
     questions = [asked.ask(SEED, number) for number in range(count)]
-    folder, rows = str(embedded_model(name).folder), []
+    rows: list[dict[str, Any]] = []
     full: list[str] = []
     for engine in ("stock", "first", "both"):
-        with tempfile.TemporaryDirectory() as logs:
-            with serve.server(folder, serve.ENGINES[engine], serve.CPU, Path(logs) / engine) as at:
+        with tempfile.TemporaryDirectory() as place:
+            copied = shutil.copytree(embedded_model(name).folder, Path(place) / "model")
+            folder = str(serve.named_as_on_the_hub(copied))
+            with serve.server(folder, serve.ENGINES[engine], serve.CPU, Path(place) / engine) as at:
                 for share in [None] if engine == "stock" else shares:
                     said = asyncio.run(served(at, questions, share, asked.max_new_tokens))
-                    here = attached(loaded, engine, questions, share, asked.max_new_tokens)
                     full = full or said
-                    hits = np.array([right(question, answer) for question, answer in zip(questions, said, strict=True)])
-                    base = np.array([right(question, answer) for question, answer in zip(questions, full, strict=True)])
+                    hits, base = (
+                        [right(q, a) for q, a in zip(questions, answers, strict=True)] for answers in (said, full)
+                    )
                     row = {
-                        "model": name,
-                        "stages": engine,
-                        "share": share,
-                        "questions": count,
-                        "right": int(hits.sum()),
-                        "kept": float(hits.sum() / base.sum()),
-                        "kept_interval": kept_interval(hits, base),
-                        "as_attached": sum(map(str.__eq__, said, here)),
-                    }
+                        "model": name, "stages": engine, "share": share, "questions": count,
+                        "right": sum(hits), "full": sum(base),
+                        "gained": sum(ours and not theirs for ours, theirs in zip(hits, base, strict=True)),
+                    }  # fmt: skip
                     print(row, file=sys.stderr)
-                    rows.append(row)
+                    rows.append(row | {"answers": said})
     return rows
+
+
+def compare(rows: list[dict[str, Any]]) -> None:
+    """Count the answers that the same method gives where it is attached in transformers."""
+    for row in rows:
+        asked, loaded = task(row["model"]), load(row["model"], "cpu")
+        questions = [asked.ask(SEED, number) for number in range(row["questions"])]
+        here = attached(loaded, row["stages"], questions, row["share"], asked.max_new_tokens)
+        row["as_attached"] = sum(map(str.__eq__, row["answers"], here))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["tiny"], help="embedded models whose task has their name")
-    parser.add_argument("--questions", type=int, default=400)
+    parser.add_argument("--questions", type=int, default=300)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.33, 0.22, 0.11])
+    parser.add_argument("--compare", action="store_true", help="ask nothing; count in --out the answers as attached")
     parser.add_argument("--out", type=Path, default=serve.HERE / "results" / "serve_accuracy.json")
     given = parser.parse_args()
-    rows = [row for name in given.models for row in measure(name, given.questions, given.shares)]
-    made = {"benchmark": "serve_accuracy", "environment": serve.environment(), "seed": SEED, "results": rows}
+    if given.compare:
+        made = json.loads(given.out.read_text())
+        compare(made["results"])
+    else:
+        rows = [row for name in given.models for row in measure(name, given.questions, given.shares)]
+        made = {"benchmark": "serve_accuracy", "environment": serve.environment(), "seed": SEED, "results": rows}
     given.out.write_text(json.dumps(made, indent=1) + "\n")
 
 
