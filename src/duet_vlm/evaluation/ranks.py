@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Generator, Mapping, Sequence
+import signal
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import Any
 
 from duet_vlm.evaluation.journal import Journal, Page
@@ -155,7 +157,8 @@ def start(work: Callable[[WorkerRank, Any], None], places: Sequence[Any], kept: 
     """
     from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
-    team: Any = start_processes(_serve, (work, places), len(places), join=False, daemon=True, start_method="spawn")
+    with _without_interrupts():
+        team: Any = start_processes(_serve, (work, places), len(places), join=False, daemon=True, start_method="spawn")
 
     def named(error: Any) -> str:
         place = places[error.error_index]
@@ -176,7 +179,27 @@ def start(work: Callable[[WorkerRank, Any], None], places: Sequence[Any], kept: 
             process.join(PATIENCE)
 
 
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes that are started inside do not hear Ctrl-C, which a terminal sends to all of them, until they are at
+    work. Blocked and not ignored: what comes in the meantime is heard at the end."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    # the first process that is started would start it, which (Python < 3.13) lets interrupts in again
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _serve(number: int, work: Callable[[WorkerRank, Any], None], places: Sequence[Any]) -> None:
+    if hasattr(signal, "pthread_sigmask"):
+        # also what the system sends when the parent was killed: nobody is left to read a traceback
+        signal.signal(signal.SIGINT, lambda *_: os._exit(0))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     work(WorkerRank(number, len(places), number), places[number])
 
 
