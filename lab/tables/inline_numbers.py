@@ -264,6 +264,12 @@ def regained(config: str, run: str) -> str:
     return f"{100 * (ours.mean() - free.mean()):.1f} points (95 %: {interval})"
 
 
+def soak(*keys: str) -> str:
+    """Numbers of the soak of a server, by their names, joined by commas."""
+    found = _file("serve_soak")
+    return ", ".join(f"{found[key]:,.0f}" for key in keys)
+
+
 def rho(task: str, tokens: str, group: str = "all") -> str:
     """Spearman's rho of a bench with print, its interval, and over how many methods."""
     rows = json.loads((COMPARISON / "agreement.json").read_text())["rows"]
@@ -276,7 +282,7 @@ NUMBERS: dict[str, Callable[..., str]] = {
     each.__name__: each
     for each in (
         kept, whole, gap, lead, asked, place, untold, most_above, changed, settings, flops, needed, wide, tokens, first_token, compiled,
-        towers_met, step_beyond, overhead, tower_first, methods, compared, regained, rho,
+        towers_met, step_beyond, overhead, tower_first, methods, compared, regained, rho, soak,
     )
 }  # fmt: skip
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import inline_numbers
 import lab_tables
+import numpy as np
 import readme_tables
 import scale_tables
 from folders import ROOT, SPEED
@@ -27,6 +28,7 @@ import duet_vlm
 from duet_vlm.api import catalogue
 from duet_vlm.cli.models import cell
 from duet_vlm.evaluation.report import columns
+from duet_vlm.evaluation.statistics import kept_interval
 from duet_vlm.models.lookup import support
 from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.reducers.decoder import DecoderReducer
@@ -200,6 +202,49 @@ def serving() -> str:
     return table(head, lines) + "\n\n" + told
 
 
+def serving_stages() -> str:
+    """The first stage alone and both stages at equal means, over stock vLLM, several requests at once: medians of
+    ratios, lowest and highest."""
+    found = result("serve_stages")
+    rows = {(row["new"], row["concurrency"], row["kind"], row["side"]): row for row in found["results"]}
+    cases = [case for case in dict.fromkeys(key[:3] for key in rows) if case[1] > 1]
+    shares = list(dict.fromkeys(key[3].split()[1] for key in rows if key[3] != "stock"))
+    lines = []
+    for new, concurrency, kind in cases:
+        stock = rows[new, concurrency, kind, "stock"]
+        for share in shares:
+            cells = [str(new), str(concurrency), kind, share]
+            for key in ("requests_per_second", "first_token_seconds", "kv_usage"):
+                for stages in ("first", "both"):
+                    row = rows[new, concurrency, kind, f"{stages} {share}"]
+                    pairs = zip(row["rounds"], stock["rounds"], strict=True)
+                    ratios = sorted(ours[key] / theirs[key] for ours, theirs in pairs if theirs[key])
+                    cells.append(f"{row[f'{key}_to_stock']:.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})" if ratios else "-")
+            lines.append(cells)
+    text, made = found["shape"]["text"], found["environment"]
+    told = f"Random LLaVA, decoder of {text['num_hidden_layers']} layers x {text['hidden_size']}; vLLM {made['vllm']}, {made['device']}; "
+    told += f"{len(found['results'][0]['rounds'])} rounds in turns, brackets hold the lowest and the highest ratio."
+    head = ["new tokens", "at once", "pictures", "mean", *(f"{what}, {stages}" for what in ("requests per second", "time to first token", "KV cache at most") for stages in ("first", "both"))]  # fmt: skip
+    return table(head, lines) + "\n\n" + told
+
+
+def serving_accuracy() -> str:
+    """Right answers of embedded models on a server, and answers that are those of the method attached."""
+    found = result("serve_accuracy")
+    lines = []
+    for row in found["results"]:
+        mean = "all" if row["share"] is None else f"{row['share']:.0%}"
+        both, asked = row["right"] - row["gained"], np.arange(row["questions"])
+        hits = (asked < both) | (asked >= row["full"]) & (asked < row["full"] + row["gained"])
+        interval = (
+            "" if row["share"] is None else columns.span(kept_interval(hits, asked < row["full"]), columns.percent)
+        )
+        kept = columns.Cell(0, columns.percent(row["right"] / row["full"]), interval)
+        same = f"{row['as_attached']} of {row['questions']}"
+        lines.append([row["model"], row["stages"], mean, str(kept), same])
+    return table(["model", "stages", "mean tokens", "accuracy kept, %", "answers as attached"], lines)
+
+
 def static() -> str:
     """A decode step with a dynamic and a static cache, layers as they are and compiled."""
     found = result("neighbours")
@@ -240,6 +285,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "pressing": pressing,
     "static": static,
     "serving": serving,
+    "serving_stages": serving_stages,
+    "serving_accuracy": serving_accuracy,
     "overhead": overhead,
     "speed": speed,
     "train_step": train_step,
