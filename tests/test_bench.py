@@ -309,7 +309,7 @@ def test_printed_speed_ups_are_those_of_printed_times(tmp_path: Path) -> None:
     assert head.split()[-7:] == ["first", "token", "speed-up", "by", "FLOPs", "peak", "MiB"] and len(rows) >= 4
     times, ratios = ([float(row.split()[place]) for row in rows] for place in (-4, -3))
     for taken, ratio in zip(times, ratios, strict=True):
-        assert ratio == pytest.approx(times[0] / taken, rel=0.012)  # both are rounded to three digits
+        assert ratio == pytest.approx(times[0] / taken, rel=0.016)  # three numbers, each rounded to three digits
     assert len({line for line in done.output.splitlines() if line.startswith("batch 1, ")}) == 1
     assert sum("visual and" in line for line in done.output.splitlines()) == 1  # on both streams together
 
