@@ -118,8 +118,9 @@ def left_behind(port: int, patience: float = 20) -> dict[str, float]:
     return left
 
 
-def main() -> None:
-    seconds, port = float(sys.argv[1]), free_port()
+def soaked(seconds: float) -> dict[str, Any]:
+    """What a server answered, whether anything was left behind, and whether it answers the same after a SIGKILL."""
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         with server(port, Path(folder) / "log", reduction=BOTH) as process:
             expected = asyncio.run(one_by_one(port))
@@ -129,7 +130,12 @@ def main() -> None:
             process.wait(60)
         with server(port, Path(folder) / "again", reduction=BOTH):
             made["same_after_kill"] = all(map(same, asyncio.run(one_by_one(port)), expected))
-    print(json.dumps({"seconds": seconds, "clients": CLIENTS} | made))
+    return {"seconds": seconds, "clients": CLIENTS} | made
+
+
+def main() -> None:
+    made = soaked(float(sys.argv[1]))
+    print(json.dumps(made))
     sys.exit(bool(made["differ"] or made["left_behind"] or not made["same_after_kill"]))
 
 
