@@ -34,7 +34,8 @@ from duet_vlm.evaluation.tasks import TaskQuestion, right, task
 
 SEED, AT_ONCE, BATCH = 7, 32, 20
 TASKS = ("tiny", "tiny-crowded", "tiny-chain", "tiny-page")
-METHODS: dict[str, dict[str, Any]] = {"first": {"schedule": ()}, "both": {}}
+COMPACT = {"options": {"positions": "compact"}}  # as served, for LLaVA
+METHODS: dict[str, dict[str, Any]] = {"first": {"schedule": (), **COMPACT}, "both": COMPACT}
 
 
 async def served(at: serve.Server, questions: list[TaskQuestion], share: float | None, longest: int) -> list[str]:
