@@ -229,20 +229,18 @@ def serving_stages() -> str:
 
 
 def serving_accuracy() -> str:
-    """Right answers of embedded models on a server, and answers that are those of the method attached."""
-    found = result("serve_accuracy")
+    """Accuracy kept of embedded models on a server, and answers that are those of the method attached."""
     lines = []
-    for row in found["results"]:
+    full: dict[str, np.ndarray] = {}
+    for row in result("serve_accuracy")["results"]:
+        hits = np.array(list(row["hits"])) == "1"
+        base = full.setdefault(row["task"], hits)  # stock vLLM comes first
         mean = "all" if row["share"] is None else f"{row['share']:.0%}"
-        both, asked = row["right"] - row["gained"], np.arange(row["questions"])
-        hits = (asked < both) | (asked >= row["full"]) & (asked < row["full"] + row["gained"])
-        interval = (
-            "" if row["share"] is None else columns.span(kept_interval(hits, asked < row["full"]), columns.percent)
-        )
-        kept = columns.Cell(0, columns.percent(row["right"] / row["full"]), interval)
+        interval = "" if row["share"] is None else columns.span(kept_interval(hits, base), columns.percent)
+        kept = columns.Cell(0, columns.percent(hits.sum() / base.sum()), interval)
         same = f"{row['as_attached']} of {row['questions']}"
-        lines.append([row["model"], row["stages"], mean, str(kept), same])
-    return table(["model", "stages", "mean tokens", "accuracy kept, %", "answers as attached"], lines)
+        lines.append([row["task"], row["stages"], mean, str(kept), same])
+    return table(["task", "stages", "mean tokens", "accuracy kept, %", "answers as attached"], lines)
 
 
 def static() -> str:
