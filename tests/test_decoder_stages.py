@@ -365,8 +365,8 @@ def test_attention_divided_by_positions_is_that_over_rotated_ones(family: str) -
     inputs, model = FAMILIES[family].inputs([ONE]), shared(family)
     views = []
     for positions in ("as_is", "divided"):
-        rules = ScoringRules(score_positions=positions)
-        cls = type("Each", (Seen,), {"score_heads": "each", "scoring_rules": lambda self, rules=rules: rules})
+        rules = ScoringRules(score_heads="each", score_positions=positions)
+        cls = type("Each", (Seen,), {"scoring_rules": lambda self, rules=rules: rules})
         with duet_vlm.attach(model, cls(options=TokenOptions(text_query="last"))):
             VIEWS.clear()
             forward(model, inputs)

@@ -24,6 +24,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SecondLogitsProcessor
 
 import duet_vlm
+from duet_vlm.reducers.scoring import ScoringRules
 from duet_vlm.serve.decoder_stages import DecoderStages
 from duet_vlm.serve.served_method import REQUEST_CHECKS, SCHEDULER, WORKER
 
@@ -126,7 +127,8 @@ def test_the_second_runner_can_be_tried(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize(("heads", "ranks", "refused"), [("max", 2, True), ("max", 1, False), ("mean", 2, False)])
 def test_methods_that_look_at_all_heads_at_once_have_one_rank(heads: str, ranks: int, refused: bool) -> None:
-    reducer = type("Own", (duet_vlm.get_method("pyramiddrop"),), {"score_heads": heads})(schedule=((2, 0.5),))
+    own = {"scoring_rules": lambda self: ScoringRules(score_heads=heads)}
+    reducer = type("Own", (duet_vlm.get_method("pyramiddrop"),), own)(schedule=((2, 0.5),))
     if refused:
         with pytest.raises(ValueError, match="serve it with one rank"):
             engine_checks.check_ranks(reducer, ranks)

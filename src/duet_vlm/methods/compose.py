@@ -42,7 +42,7 @@ from duet_vlm.utils.field_types import check_names
 
 ORDER = "at most one of each, in this order: a method in the tower, frames, a method that reduces before the decoder, a method that drops inside it"
 LEFT, SPARE = 0.56, 1.5  # of a picture, and of what enters, that go through the tower where nobody says how many
-DROPPING = ("score_layer_offset", "score_heads", "score_states", "merges")  # what a method inside the decoder declares
+DROPPING = ("score_layer_offset", "score_states", "merges")  # what a method inside the decoder declares
 
 
 def compose(*stages: Reducer) -> Pipeline:

@@ -249,7 +249,7 @@ def _decision_flops(reducer: DecoderReducer, before: int, stay: int, queries: in
         def rows(count: int, width: int) -> torch.Tensor:
             return torch.empty(1, count, width, device=meta)
 
-        score_shape = (1, before, shape.heads) if reducer.score_heads == "each" else (1, before)
+        score_shape = (1, before, shape.heads) if reducer.scoring_rules().score_heads == "each" else (1, before)
         positions = torch.zeros(1, before, dtype=torch.long, device=meta)
         decision = reducer.prune_tokens(
             DecoderView(

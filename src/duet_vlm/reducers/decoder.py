@@ -23,8 +23,6 @@ class DecoderReducer(Reducer):
     ----------
     score_layer_offset : int
         Layers between the one whose attention scores and the drop.
-    score_heads : str
-        The heads of ``Input.SCORES``: their "mean", their "max", the "most" of any head and query, or "each".
     score_states : bool
         Layers that have a state in place of attention rank by what text would read out of it
         (``Adapter.linear_attention_scores``); else the last attention before them does.
@@ -33,7 +31,6 @@ class DecoderReducer(Reducer):
     """
 
     available = DECODER_INPUTS
-    score_heads: ClassVar[str] = "mean"
     score_states: ClassVar[bool] = False
     option_names = frozenset({
         "text_query", "training_turns", "skip_unanswered", "multi_image", "trim_kv_cache", "reentry",

@@ -53,7 +53,7 @@ class DecoderView:
     span_index, token_index : Tensor or None
         [B, V] long, entry of ``spans`` that each token belongs to, and its number there. Need ``Input.TOKENS``.
     scores : Tensor or None
-        [B, V] float32 attention from the text queries; [B, V, H] where ``score_heads`` is "each". Needs
+        [B, V] float32 attention from the text queries; [B, V, H] where ``ScoringRules.score_heads`` is "each". Needs
         ``Input.SCORES``.
     hidden_states : Tensor or None
         [B, V, D] hidden states that the layer after the drop would read. Needs ``Input.HIDDEN_STATES``.

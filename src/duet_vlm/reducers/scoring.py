@@ -1,4 +1,4 @@
-"""Quirks of released code in how the scores of a method are made."""
+"""Rules by which the scores of a method are made."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ class ScoringRules:
         Attention is summed within the tower's own segments (images, frames, windows); False: over all of a call.
     signal_heads : str
         Attention of "each" head, added up; "one": all heads side by side as a single wide one.
+    score_heads : str
+        The heads of ``Input.SCORES``: their "mean", their "max", the "most" of any head and query, or "each".
     score_mask : str
         "causal": a text query sees what precedes it; "none": every token.
     score_positions : str
@@ -27,6 +29,7 @@ class ScoringRules:
 
     signal_segments: bool = True
     signal_heads: str = "each"
+    score_heads: str = "mean"
     score_mask: str = "causal"
     score_positions: str = "as_is"
     probe: str = "next"

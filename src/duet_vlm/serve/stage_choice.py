@@ -99,7 +99,9 @@ def attention_scores(
         own = tables.valid[:, None] & (order <= tables.queries[:, block, None])
         return own if seen_before is None else torch.cat([seen_before[:, None].expand(-1, own.shape[1], -1), own], 2)
 
-    scores = query_attention(asking, key, scaling, allowed, tables.queries_valid.float(), heads=reducer.score_heads)
+    scores = query_attention(
+        asking, key, scaling, allowed, tables.queries_valid.float(), heads=reducer.scoring_rules().score_heads
+    )
     return scores[:, before:]
 
 

@@ -29,6 +29,7 @@ from duet_vlm.reducers.observer import Observer
 from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.scheduled import ScheduledReducer
+from duet_vlm.reducers.scoring import ScoringRules
 from duet_vlm.utils.field_types import FILE, check_choice
 
 USUAL = 60
@@ -63,7 +64,6 @@ class FitPrune(ScheduledReducer):
     summary = "drop a few tokens after every layer, as many as a table fitted to the model says"
     paper_schedule: ClassVar[Schedule] = ()
     score_layer_offset = 1
-    score_heads = "max"
     requires = frozenset({Input.SCORES, Input.VISUAL_SELF_ATTENTION})
 
     table: str | None = field(default=None, metadata=FILE)
@@ -128,6 +128,9 @@ class FitPrune(ScheduledReducer):
                 )
         return [(1.0,) * depth, *lines, (1.0, *(0.0,) * (depth - 1))]
 
+    def scoring_rules(self) -> ScoringRules:
+        return ScoringRules(score_heads="max")
+
     def prune_tokens(self, view: DecoderView) -> Tensor:
         return top(view.require(Input.SCORES) * view.require(Input.VISUAL_SELF_ATTENTION), view.valid, view.num_keep)
 
@@ -139,8 +142,10 @@ class AttentionObserver(Observer):
     """
 
     score_layer_offset = 1
-    score_heads = "max"
     requires = frozenset({Input.SCORES, Input.VISUAL_SELF_ATTENTION})
+
+    def scoring_rules(self) -> ScoringRules:
+        return ScoringRules(score_heads="max")
 
     def extra_stages(self, depth: int) -> frozenset[int]:
         return frozenset(range(1, depth))

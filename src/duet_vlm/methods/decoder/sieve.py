@@ -15,6 +15,7 @@ from duet_vlm.reducers.decoder import DecoderView
 from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.scheduled import ScheduledReducer
+from duet_vlm.reducers.scoring import ScoringRules
 
 LEAST = 1e-6  # ridge beyond the last eigenvalue that is counted
 
@@ -51,7 +52,6 @@ class Sieve(ScheduledReducer):
     )
     paper_schedule: ClassVar[Schedule] = ((1, 218 / 576), (10, 128 / 576), (15, 54 / 576))
     requires = frozenset({Input.SCORES, Input.HIDDEN_STATES, Input.TEXT_HIDDEN_STATES})
-    score_heads = "each"
 
     heads: int = 12
     energy: float = 0.75
@@ -62,6 +62,9 @@ class Sieve(ScheduledReducer):
             raise ValueError(f"heads={self.heads}: a number of heads, at least 1")
         if not 0 < self.energy <= 1:
             raise ValueError(f"energy={self.energy}: a share in (0, 1]")
+
+    def scoring_rules(self) -> ScoringRules:
+        return ScoringRules(score_heads="each")
 
     def prune_tokens(self, view: DecoderView) -> Tensor:
         text_hidden_states, text_valid = view.require(Input.TEXT_HIDDEN_STATES)

@@ -67,7 +67,6 @@ class SparseVLM(ScheduledReducer):
     summary = "drop in stages inside the decoder by attention from visual words, and recycle a part of what leaves as cluster means"
     paper_schedule: ClassVar[Schedule] = ((3, 0.54), (7, 0.35), (16, 0.2))
     score_layer_offset = 1
-    score_heads = "each"
     requires = frozenset({Input.SCORES, Input.HIDDEN_STATES})
     merges = True
 
@@ -117,7 +116,7 @@ class SparseVLM(ScheduledReducer):
         return counts
 
     def scoring_rules(self) -> ScoringRules:
-        return ScoringRules(score_positions=self.score_positions)
+        return ScoringRules(score_heads="each", score_positions=self.score_positions)
 
     def prune_tokens(self, view: DecoderView) -> Tensor | Selection:
         scores, valid = self._mean(view.require(Input.SCORES), view.valid), view.valid

@@ -20,6 +20,7 @@ from duet_vlm.reducers.encoder import EncoderView
 from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.options import TokenOptions
 from duet_vlm.reducers.registry import register
+from duet_vlm.reducers.scoring import ScoringRules
 from duet_vlm.utils.field_types import check_choice
 
 NEIGHBOURS = 7  # tokens that decide how dense it is around one
@@ -63,7 +64,6 @@ class PruneVid(ScheduledVideoReducer):
     paper = "PruneVid, Findings of ACL 2025, arXiv 2412.16117"
     summary = "merge over time what stands still in windows of like frames, then every set into clusters; a drop by text in each"
     paper_schedule: ClassVar[Schedule] = ((11, 0.4),)
-    score_heads = "most"
     requires = frozenset({Input.PROJECTED_FEATURES, Input.SCORES, Input.TOKENS, Input.TAGS})
     compares_positions = True
 
@@ -123,6 +123,9 @@ class PruneVid(ScheduledVideoReducer):
         rank = torch.where(as_is, torch.arange(shape[2], device=rank.device), rank)
         order = sets.sequence(rank.view(shape)) if self.rows == "sets" else None
         return VideoRows(sets.kept(peak.view(shape)), *sets.joins(near.view(shape), weight.view(shape)), order)
+
+    def scoring_rules(self) -> ScoringRules:
+        return ScoringRules(score_heads="most")
 
     def prune_tokens(self, view: DecoderView) -> Tensor:
         span_index, _ = view.require(Input.TOKENS)

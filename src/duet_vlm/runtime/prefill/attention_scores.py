@@ -150,7 +150,7 @@ class TextAttentionScorer:
             scaling,
             lambda block: self._visible_keys(tokens, index[:, block]),
             valid.float(),
-            heads=self.reducer.score_heads,
+            heads=self.reducer.scoring_rules().score_heads,
             divisor=divisor,
         )
 

@@ -76,8 +76,8 @@ def check_ranks(reducer: DecoderReducer, ranks: int) -> None:
         Names the method.
     """
     keys = Input.DECODER_KEYS in reducer.requires
-    if ranks > 1 and (keys or reducer.score_heads not in ("mean", "each")):
-        what = "keys of all heads" if keys else f"the {reducer.score_heads} over heads"
+    if ranks > 1 and (keys or reducer.scoring_rules().score_heads not in ("mean", "each")):
+        what = "keys of all heads" if keys else f"the {reducer.scoring_rules().score_heads} over heads"
         raise ValueError(
             f"{reducer.name}: it looks at {what}, and each of {ranks} ranks has some of them: serve it with one rank"
         )
