@@ -128,6 +128,29 @@ def test_awake_are_those_with_the_largest_scores_of_all(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", SOME)
+def test_duet_plus_wakes_what_any_head_looks_at(family: str) -> None:
+    """By attention head by head, as another method is given it."""
+    inputs, model, seen = FAMILIES[family].inputs([ONE]), shared(family), []
+
+    class ByHead(duet_vlm.get_method("sieve")):  # type: ignore[misc]
+        requires = frozenset({Input.SCORES})
+
+        def prune_tokens(self, view: DecoderView) -> Tensor:
+            seen.append(view.require(Input.SCORES).amax(-1))
+            return top(seen[-1], view.valid, view.num_keep)
+
+    options = {"reentry": "layer", "text_query": "last"}
+    schedule = ((1, 0.4),)
+    with duet_vlm.attach(model, ByHead(schedule=schedule, options=options)) as handle:
+        forward(model, inputs)
+        expected = [stage.kept for stage in handle.trace[0][0].stages]
+    with duet_vlm.attach(model, "duet_plus", schedule=schedule, options=options) as handle:
+        forward(model, inputs)
+        assert [stage.kept for stage in handle.trace[0][0].stages] == expected
+    assert len(seen) == 7
+
+
+@pytest.mark.parametrize("family", SOME)
 def test_a_padded_row_equals_that_row_alone(family: str) -> None:
     made, model = FAMILIES[family], shared(family)
     with duet_vlm.attach(model, "pyramiddrop", schedule=SCHEDULE, options={"reentry": "layer"}) as handle:
@@ -339,7 +362,9 @@ def test_a_budget_gives_the_counts_that_it_gives_without() -> None:
                 duet_vlm.make_method(method, options={"reentry": kind, "trim_kv_cache": False}).plan(50, 32, budget)
                 for kind in ("none", *KINDS)
             ]
-            assert plans[0] == plans[1] == plans[2]
+            assert plans[0] == plans[1] and (plans[1] == plans[2] or method == "duet_plus")
+    own = duet_vlm.make_method("duet_plus", options={"reentry": "layer"}).plan(1000, 12, 0.11)
+    assert own.entry == own.counts[0] == 629 and own.counts[1:] == (62,) * 11 and own.mean <= 110
     growing = duet_vlm.get_method("duet_plus")(schedule=SCHEDULE, options={"reentry": "stage"})
     plan = growing.plan(100, 8, 0.5)
     assert plan.counts[6] > plan.counts[4] and 49 < plan.mean <= 50

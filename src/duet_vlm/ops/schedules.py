@@ -9,6 +9,7 @@ Drops = tuple[tuple[int, float], ...]  # a schedule of shares (``duet_vlm.planni
 LATE, EARLY = (8, 16, 24), (2, 8, 16)  # of 32 layers: PyramidDrop's stages, and its authors' answer for small budgets
 # kept per stage in the paper (a mean of 270 of 576 tokens), and early for a mean of 192
 LATE_SHARE, EARLY_SHARE = 0.5, 0.56
+AWAKE = 0.1  # of the tokens that enter: awake in each layer behind the first
 AMPLE, LEAN = 0.14, 0.1  # of a picture: from here on a budget needs no drops; below, they come earlier the less it is
 
 
@@ -55,3 +56,19 @@ def tapered_schedule(depth: int, share: float | None = None) -> Drops:
         return ()
     early = min(1.0, (LEAN if share is None else share) / LEAN)
     return tuple({max(1, depth // 4): early, max(1, depth // 2): early / 2, max(1, 3 * depth // 4): 0.0}.items())
+
+
+def awake_schedule(depth: int, share: float | None = None) -> Drops:
+    """DUET+'s schedule with re-entry: the first layer reads all that entered, each later one a tenth of them.
+
+    Chosen on validation questions of ``tiny-chain``, ``tiny-crowded`` and ``tiny-page``: the first layer gathers from
+    all, so that sleeping tokens are chosen by a text that has seen them.
+
+    Parameters
+    ----------
+    depth : int
+        Decoder layers; a single one keeps all.
+    share : float, optional
+        Share of the image's tokens that a budget allows; the schedule is the same for all.
+    """
+    return ((1, AWAKE),) if depth > 1 else ()

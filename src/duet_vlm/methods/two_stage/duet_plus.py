@@ -15,7 +15,7 @@ from duet_vlm.ops.greedy import conditional_kernel, cosine, greedy_dpp_map
 from duet_vlm.ops.merge_targets import merge_if_similar
 from duet_vlm.ops.ragged import pack_right, upload
 from duet_vlm.ops.saliency import of_largest
-from duet_vlm.ops.schedules import tapered_schedule
+from duet_vlm.ops.schedules import awake_schedule, tapered_schedule
 from duet_vlm.ops.select import ranking, top
 from duet_vlm.planning.budget import (
     EPSILON,
@@ -36,6 +36,7 @@ from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
 from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
+from duet_vlm.reducers.scoring import ScoringRules
 
 # of a token's own entry in the kernel that no other token explains: where all are explained the most salient are next
 FLOOR = 0.05
@@ -53,6 +54,9 @@ class DuetPlus(EncoderReducer, DecoderReducer):
     where the two are close. T2V drops between decoder layers by text attention as DUET-VLM does, where the budget is
     too small to keep the whole entry.
 
+    With ``options.reentry="layer"`` tokens are not dropped but sleep: in front of every layer those wake of all that
+    entered, which any head of any text token attends to most there.
+
     Parameters
     ----------
     keep : int or float, optional
@@ -65,8 +69,8 @@ class DuetPlus(EncoderReducer, DecoderReducer):
     tau : float
         Least cosine, in [-1, 1], between a token and the one that it merges into.
     schedule : ((layer, keep), ...), optional
-        T2V drops, as in ``Duet``; default ``tapered_schedule``. With a budget: fractions, and the largest entry that
-        the budget allows.
+        T2V drops, as in ``Duet``; default ``tapered_schedule``, or ``awake_schedule`` with re-entry. With a budget:
+        fractions, and the largest entry that the budget allows.
 
     Cost: as ``Duet``, and an N x N table of cosines and per chosen token one pass over the tokens chosen so far; 8 N^2
     bytes. Needs: vision attention, text after the image; no CLS token. Usable in training (the choice carries no
@@ -100,7 +104,7 @@ class DuetPlus(EncoderReducer, DecoderReducer):
             self, budget, self.keep is not None or (budget is None and self.schedule is not None), "keep=, schedule="
         )
         if budget is None:
-            schedule = tapered_schedule(depth) if self.schedule is None else self.schedule
+            schedule = self._usual_schedule(depth) if self.schedule is None else self.schedule
             entry = tokens if self.keep is None else count_of(self.keep, tokens)
             return SpanPlan(tokens, entry, 0, layer_counts(entry, depth, schedule, may_grow=self.reenters))
         check_shares(self.schedule)
@@ -110,12 +114,22 @@ class DuetPlus(EncoderReducer, DecoderReducer):
         if self.schedule is not None:
             return plan_with_schedule(self, self.schedule, tokens, depth, target)
         with contextlib.suppress(BudgetError):
-            return plan_with_schedule(self, tapered_schedule(depth, target / tokens), tokens, depth, target)
+            return plan_with_schedule(self, self._usual_schedule(depth, target / tokens), tokens, depth, target)
         # at a small budget one token can still enter
-        return plan_with_schedule(self, tapered_schedule(depth, 0.0), tokens, depth, target)
+        return plan_with_schedule(self, self._usual_schedule(depth, 0.0), tokens, depth, target)
+
+    @property
+    def _wakes(self) -> bool:
+        return self.options.reentry == "layer"
+
+    def _usual_schedule(self, depth: int, share: float | None = None) -> Schedule:
+        return (awake_schedule if self._wakes else tapered_schedule)(depth, share)
 
     def with_paper_schedule(self, depth: int, share: float | None = None) -> DuetPlus:
-        return self if self.schedule is not None else replace(self, schedule=tapered_schedule(depth, share))
+        return self if self.schedule is not None else replace(self, schedule=self._usual_schedule(depth, share))
+
+    def scoring_rules(self) -> ScoringRules:
+        return ScoringRules(score_heads="most" if self._wakes else "mean")
 
     def select_tokens(self, view: EncoderView) -> Selection:
         importance = view.require(Input.IMPORTANCE)
