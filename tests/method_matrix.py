@@ -54,6 +54,7 @@ from duet_vlm.utils.field_types import merged
 REDUCING: dict[str, dict[str, Any]] = {
     "d2pruner": {"schedule": ((3, 0.4),), "semantic": 0.5},
     "cdpruner": {"keep": 0.4},
+    "alvts": {"keep": 0.4},
     "adsc": {"schedule": ((2, 0.5), (4, 0.25), (6, 0.1))},
     "apet": {"keep": 0.5, "schedule": ((4, 0.2),), "basis": 3},
     "custom": {
@@ -112,7 +113,7 @@ REDUCING: dict[str, dict[str, Any]] = {
 }
 
 # methods whose usual drops come before the first attention of some families: a clear error
-TOO_EARLY = {name: ("qwen3_5", "qwen3_5_moe") for name in ("dart", "fitprune", "sparsevlm")}
+TOO_EARLY = {name: ("qwen3_5", "qwen3_5_moe") for name in ("alvts", "dart", "fitprune", "sparsevlm")}
 # methods that plan crop by crop, so that ``Handle.plan`` of all tokens of a picture is another plan
 PLANNED_BY_CROP = {name: ("llava_next", "llava_next_video", "llava_onevision") for name in ("pool", "quecc")}
 # methods whose choice rests on rounding in some families: a gradient through a linear layer; a linear projector, which
