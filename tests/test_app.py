@@ -101,8 +101,12 @@ def test_tokens_that_sleep_come_back() -> None:
         found = token_fates(trace, layer)
         assert (found.alive, found.asleep, found.dropped) == (awake, asleep, {3: 0}) and found.into == {4: (2,)}
     assert [history(trace, 1, layer) for layer in (3, 5)] == ["Row 1, column 2 is alive", "Row 1, column 2 is asleep"]
-    picture = Image.new("RGB", (50, 10))
-    assert at_depth(picture, trace, 3).note == "1 merged into 1 of them, 2 asleep, 1 dropped"
+    picture = Image.new("RGB", (50, 10), (200, 200, 200))
+    panel = at_depth(picture, trace, 3, size=50)
+    assert panel.note == "1 merged into 1 of them, 2 asleep, 1 dropped"
+    awake, asleep, dropped = (panel.picture.getpixel((10 * token + 5, 5)) for token in (1, 0, 3))
+    assert awake == (200, 200, 200) and asleep[2] > 1.5 * asleep[0] and max(dropped) < 60
+    assert panel.picture.getpixel((25, 5)) == asleep  # the one that stands for two
 
 
 def test_the_story_of_a_patch() -> None:

@@ -165,6 +165,20 @@ def test_the_legend_says_where_groups_began() -> None:
     assert draw(Image.new("RGB", (3, 2)), one).height > draw(Image.new("RGB", (3, 2)), nothing).height
 
 
+def test_sleeping_patches_are_blue_and_are_in_the_legend() -> None:
+    stages = (StageTrace(0, (0, 1, 2, 3), (4, 5)), StageTrace(4, (1,), (), {}, (0, 2, 3)))
+    sheet = draw(Image.new("RGB", (90, 60), GREY), SpanTrace(Span(0, 0, 6, (2, 3)), {}, stages), size=3 * CELL)
+    pixels, column = np.asarray(sheet), (sheet.width - 2 * MARGIN - 2 * GAP) // 3
+    left, top = MARGIN + 2 * (column + GAP), MARGIN + HEAD
+    panel = pixels[top : top + 2 * CELL, left : left + 3 * CELL]
+    asleep = centre(panel, 0)
+    assert asleep == centre(panel, 3) and asleep[2] > 1.5 * asleep[0]
+    assert centre(panel, 1) == GREY and centre(panel, 4) == DARK
+    never = draw(Image.new("RGB", (90, 60), GREY), SpanTrace(Span(0, 0, 6, (2, 3)), {}, stages[:1]), size=3 * CELL)
+    legends = [np.asarray(each)[-30:, :, 2].astype(int) - np.asarray(each)[-30:, :, 0] for each in (sheet, never)]
+    assert [bool((blue > 50).any()) for blue in legends] == [True, False]
+
+
 def test_scores_are_shown_below_by_rank() -> None:
     scores = [{0: 0.9, 1: 5.0, 2: 0.1, 4: 0.1}, None]
     sheet = draw(Image.new("RGB", (90, 60), GREY), trace(), size=3 * CELL, scores=scores)

@@ -27,8 +27,8 @@ WAITING = 20  # questions in the queue; more are refused
 KEPT = 3600  # seconds that an upload, and what a page remembers, are kept
 NO_BUDGET = "none"
 LEGEND = (
-    "Left: what is alive (clear), merged (tinted, with the number of the outlined patch that stands for it) and dropped "
-    "(dark); click a patch to read what became of it. Right: the scores that decided, light is high; there is no such "
+    "Left: what is alive (clear), merged (tinted, with the number of the outlined patch that stands for it), asleep (blue) "
+    "and dropped (dark); click a patch to read what became of it. Right: the scores that decided, light is high; there is no such "
     "picture where no score decided token by token."
 )
 SPEEDS = (

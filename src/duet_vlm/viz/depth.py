@@ -14,8 +14,10 @@ from duet_vlm.viz.colors import group
 from duet_vlm.viz.merges import numbered, stage_name, stages
 from duet_vlm.viz.overlay import (
     ANCHOR,
+    ASLEEP,
     DROPPED,
     MEMBER,
+    NIGHT,
     NUMBERED,
     SHADE,
     Panel,
@@ -142,7 +144,7 @@ def at_depth(
     -------
     Panel
         Kept patches are clear; merged ones are tinted and numbered by the group of the patch that they are merged into,
-        which is outlined; dropped ones are dark. ``scores`` is None where no score decided.
+        which is outlined; sleeping ones are blue, dropped ones dark. ``scores`` is None where no score decided.
 
     Raises
     ------
@@ -160,6 +162,7 @@ def at_depth(
     shares = [(token, group(groups[token]), ANCHOR) for token in anchors] + [
         (m, group(groups[ends[0]]), MEMBER) for m, ends in fates.into.items()
     ]
+    shares += [(token, NIGHT, ASLEEP) for token in fates.asleep]
     for token in fates.alive - anchors:
         _paint(out, pixels, cell_box(trace, token, cell))
     for token, color, share in shares:

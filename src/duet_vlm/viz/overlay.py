@@ -19,6 +19,8 @@ INK: Color = (28, 28, 32)
 FAINT: Color = (112, 112, 120)
 SHADE: Color = (14, 16, 24)  # dropped patches fade into this
 DROPPED = 0.82  # share of SHADE in a dropped patch
+NIGHT: Color = (52, 74, 168)  # sleeping patches fade into this
+ASLEEP = 0.7  # share of NIGHT in a sleeping patch
 MEMBER = 0.52  # share of the group's colour in a merged patch
 EVERYWHERE: Color = (150, 150, 158)  # in place of the colour, where every group holds the patch
 ANCHOR = 0.18
@@ -74,9 +76,9 @@ def draw(
     -------
     PIL.Image.Image
         RGB. First panel: the image. Then one per stage, beginning with a reduced tower: kept patches are clear, dropped
-        ones dark, those merged there tinted in the colour of their group and numbered. The patch that they are merged
-        into is outlined and keeps its number in later panels. A line below the legend says at which stage each group
-        began.
+        ones dark, sleeping ones blue, those merged there tinted in the colour of their group and numbered. The patch
+        that they are merged into is outlined and keeps its number in later panels. A line below the legend says at which
+        stage each group began.
 
     Raises
     ------
@@ -94,7 +96,7 @@ def draw(
         panels.append(_panel(base, through, 0, cell))
     shown = [*scores, *[None] * len(trace.stages)]
     panels += [_panel(base, trace, number, cell, shown[number]) for number in range(len(trace.stages))]
-    return _sheet(panels, title, lines, origins(trace))
+    return _sheet(panels, title, lines, origins(trace), asleep=any(stage.asleep for stage in trace.stages))
 
 
 def stack(sheets: Sequence[Image.Image]) -> Image.Image:
@@ -141,6 +143,8 @@ def _panel(
     }
     for token in kept:
         paint(token, pixels)
+    for token in stage.asleep:
+        paint(token, mix(pixels, NIGHT, ASLEEP))
     for anchor in anchors:
         paint(anchor, mix(pixels, group(numbers[anchor]), ANCHOR))
     for member, anchor in members:
@@ -214,7 +218,7 @@ def outline(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], color: Col
     pen.rectangle((left + width, top + width, right - 1 - width, bottom - 1 - width), outline=SHADE)
 
 
-def _sheet(panels: list[Panel], title: str, lines: Sequence[str], merging: str) -> Image.Image:
+def _sheet(panels: list[Panel], title: str, lines: Sequence[str], merging: str, asleep: bool) -> Image.Image:
     wide, tall = panels[0].picture.size
     column = max(wide, *(width(text, size) for p in panels for text, size in ((p.title, BOLD), (p.note, SMALL))))
     across = min(len(panels), PER_ROW)
@@ -239,13 +243,13 @@ def _sheet(panels: list[Panel], title: str, lines: Sequence[str], merging: str) 
         sheet.paste(panel.picture, (x, y + HEAD))
         if panel.scores is not None:
             sheet.paste(panel.scores, (x, y + HEAD + tall + GAP))
-    _legend(pen, bool(below), scored, above + down * each + 2)
+    _legend(pen, bool(below), asleep, scored, above + down * each + 2)
     for number, line in enumerate(below):
         write(pen, (MARGIN, above + down * each + 21 + 20 * number), line, SMALL, INK)
     return sheet
 
 
-def _legend(pen: ImageDraw.ImageDraw, merges: bool, scored: bool, y: int) -> None:
+def _legend(pen: ImageDraw.ImageDraw, merges: bool, asleep: bool, scored: bool, y: int) -> None:
     x, clear = MARGIN, (214, 208, 196)
     items: list[tuple[str, Color, Color | None]] = [("kept", clear, None)]
     if merges:
@@ -253,6 +257,8 @@ def _legend(pen: ImageDraw.ImageDraw, merges: bool, scored: bool, y: int) -> Non
             ("merged: a colour and a number per group", _blend(clear, group(1)), None),
             ("what the group is merged into", clear, group(0)),
         ]
+    if asleep:
+        items.append(("asleep: may come back", _blend(clear, NIGHT, ASLEEP), None))
     items.append(("dropped", _blend(clear, SHADE, DROPPED), None))
     for text, fill, border in items:
         pen.rectangle((x, y, x + 13, y + 13), fill=fill, outline=border or (150, 150, 150), width=3 if border else 1)
