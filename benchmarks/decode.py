@@ -65,8 +65,8 @@ def _step(
         rows = [layer.keys.shape[2] for layer in reduced.layers]
         left = real[:, : rows[0]] if masks else real.new_ones(len(real), rows[0])  # padding is in front on both sides
         sides = {
-            "attached": _stepper(attached, reduced, real, real.sum(1)),
-            "plain": _stepper(plain, _copy(reduced, plain), left, real.sum(1)),
+            "attached": stepper(attached, reduced, real, real.sum(1)),
+            "plain": stepper(plain, _copy(reduced, plain), left, real.sum(1)),
         }
         times = time_paired(sides, options.repeats(120), warmup=10)
     return side_by_side(name, shape, times["attached"], times["plain"], target, cache_rows=rows)
@@ -81,7 +81,7 @@ def _with_shorter(inputs: dict[str, Tensor], by: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _stepper(model: nn.Module, cache: Any, masked: Tensor, lengths: Tensor) -> Callable[[], Tensor]:
+def stepper(model: nn.Module, cache: Any, masked: Tensor, lengths: Tensor) -> Callable[[], Tensor]:
     """Steps as generate() makes them: mask and positions grow with every token. ``masked`` [B, n]: the rows behind the
     model's first step."""
     token, done = torch.full((len(masked), 1), 5), 0

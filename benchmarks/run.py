@@ -13,6 +13,7 @@ import decode
 import greedy
 import overhead
 import prefill
+import reentry
 import t2v
 import torch
 import tower
@@ -22,7 +23,7 @@ from common import HERE, Options, say, write
 
 BENCHMARKS = {
     "v2v": v2v.run, "greedy": greedy.run, "t2v": t2v.run, "decode": decode.run, "prefill": prefill.run, "tower": tower.run,
-    "overhead": overhead.run, "train_step": train_step.run,
+    "overhead": overhead.run, "train_step": train_step.run, "reentry": reentry.run,
 }  # fmt: skip
 
 

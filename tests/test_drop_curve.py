@@ -25,6 +25,8 @@ from duet_vlm.evaluation.drop_curve import (
     drops,
     layers_of,
     proposals,
+    sleeps,
+    slept,
     winners,
 )
 from duet_vlm.evaluation.experiment import Experiment
@@ -192,6 +194,42 @@ def test_questions_nobody_labelled_are_judged_by_the_full_model(tmp_path: Path) 
     assert agree < 5
 
 
+def test_tokens_that_sleep_answer_as_a_loop_over_the_layers_says(tmp_path: Path) -> None:
+    """The runs of a gap against the model's own layers, the visual rows put aside by hand in those of the gap."""
+    (cell,) = sleeps([2], DEPTH, 2)
+    assert [one["label"] for one in sleeps([1, 9, 10], DEPTH, 2)] == [
+        "asleep in layers 1 to 2",
+        "asleep in layers 9 to 10",
+    ]
+    found = run_experiment(
+        Experiment("tiny", (cell,), limit=12, against=FULL), "own", tmp_path / "j", device="cpu", timing_rounds=0
+    )
+    (point,) = slept(found)
+    assert (point.layer, point.accuracy) == (2, found["runs"][1]["accuracy"])
+    said = next(answers for label, answers in unpack(found)["answers"].items() if label != "none")
+    model, processor = tiny.load()
+    decoder, image = model.model.language_model, model.config.image_token_id
+    for index, answer in enumerate(said):
+        item = tiny.sample("test", index)
+        inputs = processor(images=item.image, text=tiny.prompt(item.question), return_tensors="pt")
+        words: list[int] = []
+        while not words or (words[-1] != processor.tokenizer.eos_token_id and len(words) < 6):
+            ids = torch.cat([inputs["input_ids"], torch.tensor([words], dtype=torch.long)], 1)
+            with torch.no_grad():
+                hidden = decoder.embed_tokens(ids)
+                features = model.get_image_features(inputs["pixel_values"]).pooler_output
+                hidden[ids == image] = torch.cat(list(features))
+                rotary = decoder.rotary_emb(hidden, torch.arange(ids.shape[1])[None])
+                text = (ids[0] != image).nonzero().flatten()
+                for number, layer in enumerate(decoder.layers):
+                    rows = text if number in (2, 3) else torch.arange(ids.shape[1])
+                    seen = torch.full((len(rows), len(rows)), -torch.inf).triu(1)[None, None]
+                    tables = tuple(table[:, rows] for table in rotary)
+                    hidden[:, rows] = layer(hidden[:, rows], attention_mask=seen, position_embeddings=tables)
+                words.append(int(model.lm_head(decoder.norm(hidden)[:, -1]).argmax()))
+        assert processor.decode(words, skip_special_tokens=True).strip() == answer.strip()
+
+
 @pytest.mark.slow
 def test_the_verb(tmp_path: Path) -> None:
     """Both parts, a picture, and a second call that measures nothing again."""
@@ -203,6 +241,8 @@ def test_the_verb(tmp_path: Path) -> None:
         "tiny",
         "--layers",
         "1,6",
+        "--asleep",
+        "6",
         "-b",
         "0.2",
         "--out",
@@ -217,12 +257,14 @@ def test_the_verb(tmp_path: Path) -> None:
         and found["curve"]["depth"] == DEPTH
     )
     assert [point["layer"] for point in found["curve"]["points"]] == [1, 6]
+    assert [(point["layer"], point["layers"]) for point in found["asleep"]] == [(1, 6)]  # from 6 on none comes back
     best = found["best"]["0.2"]
     assert best["accuracy"] == max(run["accuracy"] for run in found["contest"]["runs"][1:])
     shown = call(*options).stdout
     assert (
         shown.count("is finished already") == 2
         and "Visual tokens" in shown
+        and "asleep in layers 1 to 6: " in shown
         and "attach(model, 'duet_plus', budget=0.2, schedule=" in shown
     )
 
@@ -232,6 +274,9 @@ def test_the_verb(tmp_path: Path) -> None:
     [
         (["--layers", "12"], "--layers 12: the decoder has 12 layers: give numbers from 1 to 11"),
         (["--layers", "x"], "--layers x: give whole numbers"),
+        (["--asleep", "11"], "--asleep 11: of 12 layers, give 1 to 10 from layer 1 on"),
+        (["--asleep", "6", "--layers", "6"], "--asleep 6: of 12 layers, give 1 to 5 from layer 6 on"),
+        (["--asleep", "0"], "--asleep 0: "),
         (["--method", "deut"], "duet"),
         (["--name", "a/b"], "--name a/b: give a plain word"),
         (["--task", "tiny-clip"], "unknown task 'tiny-clip'"),

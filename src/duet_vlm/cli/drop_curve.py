@@ -15,7 +15,7 @@ from duet_vlm.cli.eval import limit_of, seeds_of
 from duet_vlm.cli.options import SEVERAL, AsJson, Debug, Device, budgets_of, method_of, several
 
 if TYPE_CHECKING:
-    from duet_vlm.evaluation.drop_curve import DropCurve
+    from duet_vlm.evaluation.drop_curve import CurvePoint, DropCurve
 
 OUT = Path("out/drop-curve")
 
@@ -31,6 +31,14 @@ def drop_curve(
     layers: Annotated[
         list[str] | None,
         typer.Option("--layers", help=f"Layers to measure. {SEVERAL} Default: all, or 12 spread over a deep decoder."),
+    ] = None,
+    asleep: Annotated[
+        int | None,
+        typer.Option(
+            "--asleep",
+            metavar="N",
+            help="Also let all of them sleep for N layers and come back: do stale states serve?",
+        ),
     ] = None,
     budgets: Annotated[
         list[str] | None,
@@ -82,6 +90,8 @@ def drop_curve(
             drops,
             layers_of,
             proposals,
+            sleeps,
+            slept,
             winners,
         )
         from duet_vlm.evaluation.experiment import Experiment
@@ -93,7 +103,9 @@ def drop_curve(
         source = model or usual_model(task)
         task_of(task).count(questions)
         if (stated := depth_of(check_model(source))) is not None:
-            layers_of(stated, wanted_layers)
+            given = layers_of(stated, wanted_layers)
+            if asleep is not None:
+                sleeps(given, stated, asleep)
         if importlib.util.find_spec("matplotlib") is None:  # said now, not after hours
             raise ImportError(
                 'the picture of the curve needs matplotlib: pip install ".[eval]" in your clone of duet-vlm'
@@ -103,7 +115,9 @@ def drop_curve(
         depth = config_of(source).get_text_config().num_hidden_layers
         if budgets_wanted:
             check_takes_schedules(method, depth)
-        job = Experiment(task, drops(layers_of(depth, wanted_layers)), source, numbers, questions, batch, FULL)
+        measured = layers_of(depth, wanted_layers)
+        cells = drops(measured) + (() if asleep is None else sleeps(measured, depth, asleep))
+        job = Experiment(task, cells, source, numbers, questions, batch, FULL)
         check_tasks([job])
         wanted = JobOptions.checked(out, restart, workers, 0, device, json_)
         file, result = run_job(job, name, wanted)
@@ -114,8 +128,13 @@ def drop_curve(
         picture.write_bytes(all_plots(result)["drops"][1])
         facts: dict[str, Any] = {"file": str(file), "picture": str(picture), "curve": _facts(curve, tolerance)}
         facts["schedules"] = proposals(curve, tolerance)
+        if asleep is not None:
+            facts["asleep"] = [{"layers": asleep} | _point(point) for point in slept(result)]
         if not json_:
             _show(curve, facts["schedules"], tolerance)
+            if asleep is not None:
+                for point in slept(result):
+                    print(_woken(point, curve, asleep))
             print(f"picture: {picture}")
         if budgets_wanted:
             second = Experiment(
@@ -143,11 +162,24 @@ def _layers(values: list[str] | None) -> tuple[int, ...]:
     return tuple(map(int, layers))
 
 
+def _point(p: CurvePoint) -> dict[str, Any]:
+    names = ("layer", "accuracy", "difference", "interval", "kinds")
+    return {name: getattr(p, name) for name in names}
+
+
+def _woken(point: CurvePoint, curve: DropCurve, gap: int) -> str:
+    """A line: the loss by sleeping for ``gap`` layers, beside that by dropping."""
+    low, high = point.interval
+    dropped = next(each.difference for each in curve.points if each.layer == point.layer)
+    where = f"layers {point.layer} to {point.layer + gap - 1}" if gap > 1 else f"layer {point.layer}"
+    return (
+        f"asleep in {where}: {100 * point.difference:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f}); "
+        f"dropped there: {100 * dropped:+.1f}"
+    )
+
+
 def _facts(curve: DropCurve, tolerance: float) -> dict[str, Any]:
-    points = [
-        {"layer": p.layer, "accuracy": p.accuracy, "difference": p.difference, "interval": p.interval, "kinds": p.kinds}
-        for p in curve.points
-    ]
+    points = [_point(point) for point in curve.points]
     return {
         "depth": curve.depth,
         "full": curve.full,

@@ -19,6 +19,7 @@ from duet_vlm.planning.budget import Schedule
 METHOD = "duet"  # with a schedule and nothing else: all tokens enter
 FULL = "full model"
 LABEL = "none from layer "
+SLEPT = "asleep in layers "
 POINTS = 12  # layers that are measured where nobody says which
 TOLERANCE = 0.01
 PAPER, DEEP = "paper", "deep"
@@ -126,6 +127,36 @@ def drops(layers: Sequence[int]) -> Cells:
     return tuple(
         {"method": METHOD, "settings": {"schedule": [[layer, 0.0]]}, "label": f"{LABEL}{layer}"} for layer in layers
     )
+
+
+def sleeps(layers: Sequence[int], depth: int, gap: int) -> Cells:
+    """The runs in which all visual tokens sleep for ``gap`` layers from one on, and come back with the states that they
+    had: where nothing is lost that dropping them there loses, stale states serve.
+
+    Raises
+    ------
+    ValueError
+        A gap after which no layer is left in which they could come back.
+    """
+    behind = [layer for layer in layers if layer + gap < depth]
+    if gap < 1 or not behind:
+        raise ValueError(
+            f"--asleep {gap}: of {depth} layers, give 1 to {depth - 1 - min(layers)} from layer {min(layers)} on"
+        )
+    return tuple(
+        {
+            "method": METHOD,
+            "settings": {"schedule": [[layer, 0.0], [layer + gap, 1.0]], "options": {"reentry": "stage"}},
+            "label": f"{SLEPT}{layer} to {layer + gap - 1}",
+        }
+        for layer in behind
+    )
+
+
+def slept(result: dict[str, Any]) -> tuple[CurvePoint, ...]:
+    """Points of the runs in which tokens slept, by the first layer of the gap; empty where a result has none."""
+    rows = [row for row in result["runs"][1:] if row["label"].startswith(SLEPT) and row["status"] == "ok"]
+    return tuple(sorted((_point(row) for row in rows), key=lambda point: point.layer))
 
 
 def curve_of(result: dict[str, Any]) -> DropCurve | None:
