@@ -447,7 +447,7 @@ def test_a_file_with_settings_is_timed_with_them(tmp_path: Path) -> None:
 def test_help_says_what_is_searched() -> None:
     said = "".join(call("tune", "--help").stdout.split())
     assert (
-        "Default:duet,duet_plus,scope,visionzip,pyramiddrop,fastv." in said
+        "Default:duet,duet_plus,duet_plus[options.reentry=layer],scope,visionzip,pyramiddrop,fastv." in said
         and "Default:0.75,0.5,0.33,0.22,0.11,0.06." in said
     )
 
@@ -676,6 +676,18 @@ def test_the_name_of_the_chosen_setting_covers_no_marker(monkeypatch: pytest.Mon
 
 def test_the_verdict_gives_the_ratio_of_the_times_that_it_names() -> None:
     assert verdict(RESULT).startswith("duet@0.22: 1.51 times faster to the first token (44 ms, the full model 66.3 ms)")
+
+
+def test_settings_in_brackets_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Brackets are markup to the library that prints."""
+    name = "duet[options.reentry=stage]@0.22"
+    found = RESULT | {"chosen": name, "environment": RESULT["environment"] | {"commit": "abc"}}
+    found["candidates"] = [
+        row | ({"id": name} if row["id"] == RESULT["chosen"] else {}) for row in RESULT["candidates"]
+    ]
+    tune_verb._write(found, tmp_path, False, "tiny", False)
+    shown = capsys.readouterr().out
+    assert "".join(shown.split()).count(name) == 2 and f"{name}: 1.51 times faster" in shown
 
 
 def test_the_table_fits_where_it_is_piped_to(

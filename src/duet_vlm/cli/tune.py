@@ -117,12 +117,9 @@ def tune(
         WorkerRank.here().check_alone("tune")
         size = None if memory is None else size_of(memory)
         goal = Goal(KEEP if keep is None and speedup is None and size is None else keep, speedup, size)
-        named = (
-            [method_of(each) + (settings_of(pairs),) for each, pairs in cells_of(",".join(several(methods)))]
-            if methods
-            else []
-        )
-        wanted = [(method, merged(kept, own)) for method, _, kept, own in named] or [(method, {}) for method in METHODS]
+        cells = cells_of(",".join(several(methods) or METHODS))
+        named = [method_of(each) + (settings_of(pairs),) for each, pairs in cells]
+        wanted = [(method, merged(kept, own)) for method, _, kept, own in named]
         for method, settings in wanted:
             check_settings(method, settings)
         amounts = budgets_of(budgets) or BUDGETS
@@ -197,7 +194,7 @@ def _searched(
 
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("answers"),
@@ -254,7 +251,7 @@ def _write(result: dict[str, Any], folder: Path, as_json: bool, model: str, clip
     """Write the files and show the result."""
     from rich.box import SIMPLE
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from duet_vlm.evaluation.console import console
     from duet_vlm.evaluation.results import save
@@ -273,7 +270,9 @@ def _write(result: dict[str, Any], folder: Path, as_json: bool, model: str, clip
         print(json.dumps({"folder": str(folder)} | result))
         return
     screen = console(100)
-    table = Table("candidate", "ms", "kept", "asked", "what became of it", box=SIMPLE, pad_edge=False)
+    table = Table(
+        Column("candidate", overflow="fold"), "ms", "kept", "asked", "what became of it", box=SIMPLE, pad_edge=False
+    )
     num_asked = {each["id"]: each["choosing"]["asked"] + each["testing"]["asked"] for each in result["candidates"]}
     rows = sorted(
         result["candidates"],
@@ -292,7 +291,7 @@ def _write(result: dict[str, Any], folder: Path, as_json: bool, model: str, clip
             soft_wrap=True,
             markup=False,
         )
-    screen.print(result["verdict"], soft_wrap=True)
+    screen.print(result["verdict"], soft_wrap=True, markup=False)
     for lost in result["lost"]:
         said = f"  lost: {lost['question']!r}: the full model says {lost['full']!r}, this one {lost['reduced']!r}"
         screen.print(said, soft_wrap=True, markup=False)
@@ -300,4 +299,4 @@ def _write(result: dict[str, Any], folder: Path, as_json: bool, model: str, clip
         use = f'\nPython: {lines["python"]}\n    or: handle = duet_vlm.attach(model, "{setting}")\nshell:  {lines["shell"]}'
         screen.print(use, soft_wrap=True, markup=False)
     files = [folder / "result.json", folder / "pareto.png", *([] if row is None else [setting])]
-    screen.print(f"written: {', '.join(map(str, files))}", soft_wrap=True)
+    screen.print(f"written: {', '.join(map(str, files))}", soft_wrap=True, markup=False)
