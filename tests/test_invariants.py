@@ -212,10 +212,10 @@ def test_survivors_are_those_with_the_largest_scores(case: Case) -> None:
     inputs, model = FAMILIES[case.family].inputs(RAGGED), case.model()
     with case.attach() as handle:
         forward(model, inputs)
-        choices = choices_of(handle)
+        choices, reducer = choices_of(handle), handle.reducer
     drops = [layer for layer in choices[0].alive if layer > 0]
     # FastV: by the attention of the layer before the drop
-    watch = [FAMILIES[case.family].ranking(layer - (case.method == "fastv")) for layer in drops]
+    watch = [FAMILIES[case.family].ranking(layer - reducer.score_layer_offset) for layer in drops]
     walks = walk_batch(shared(case.family, "eager"), inputs, choices, watch=watch)
     ranked = 0
     for choice, walk in zip(choices, walks, strict=True):
@@ -223,11 +223,7 @@ def test_survivors_are_those_with_the_largest_scores(case: Case) -> None:
             continue
         first_query = max(slot for places in choice.places for slot in places) + 1
         spans = {places[token] for places, rows in zip(choice.places, choice.rows, strict=True) for token in rows}
-        queries = (
-            range(first_query, choice.slots)
-            if case.method in ("custom", "duet", "duet_plus", "stateful")
-            else [choice.slots - 1]
-        )
+        queries = range(first_query, choice.slots) if reducer.options.text_query == "all" else [choice.slots - 1]
         for drop, layer in zip(drops, watch, strict=True):
             score = walk.attention[layer][list(queries)].mean(0)
             before, after = choice.visible(drop - 1) & spans, choice.visible(drop) & spans

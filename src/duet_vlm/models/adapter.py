@@ -208,8 +208,8 @@ class Adapter(ABC):
     """A family. Subclasses say in their attributes and methods what differs from the usual; nothing else knows the
     family.
 
-    A family must have ``family``, ``model_types``, ``example``, and the methods marked abstract; everything else has the
-    usual value.
+    A family must have ``family``, ``model_types``, ``example``, ``notes``, the methods marked abstract and ``rotate``
+    (``LlamaLike`` has one); everything else has the usual value.
 
     Attributes
     ----------

@@ -30,7 +30,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Selection:
-    """The decision of a method before the decoder, for B spans.
+    """The decision of a method before the decoder, or of one that merges inside it, for B spans.
 
     Attributes
     ----------

@@ -29,7 +29,7 @@ Self = TypeVar("Self", bound="ScheduledReducer")
 @dataclass(frozen=True)
 class ScheduledReducer(DecoderReducer):
     """A method that drops at a few layers; a subclass says what stays (`prune_tokens`), and at which layers its paper
-    drops (``stages``).
+    drops (``paper_schedule``).
 
     With a budget every token enters, and each stage of the paper keeps the same multiple of the share that it keeps
     there, never more than all: the largest that the budget allows. What rounding leaves over goes to the last stage.
