@@ -39,7 +39,7 @@ from duet_vlm.methods.encoder.visionzip import VisionZip
 from duet_vlm.methods.two_stage.duet import Duet
 from duet_vlm.methods.two_stage.duet_plus import DuetPlus
 from duet_vlm.methods.video.frames import Frames
-from duet_vlm.ops.schedules import paper_schedule
+from duet_vlm.ops.schedules import duet_schedule
 from duet_vlm.planning.budget import target_mean
 from duet_vlm.reducers import registry
 from duet_vlm.reducers.inputs import Input
@@ -182,7 +182,7 @@ def test_settings_of_the_stages_without_a_budget() -> None:
     assert (plan.dominant, plan.contextual, plan.counts) == (100, 0, (100, 100, 50, 50))
     assert compose(Frames(keep=0.5), VisionZip(dominant=1.0)).plan(200, 4, None).counts == (100,) * 4
     plan = compose(Frames(), Duet(dominant=50, contextual=10)).plan(200, 32, None)
-    assert plan.counts == Duet(dominant=50, contextual=10).plan(200, 32, None).counts and paper_schedule(32)[0] == (
+    assert plan.counts == Duet(dominant=50, contextual=10).plan(200, 32, None).counts and duet_schedule(32)[0] == (
         16,
         0.5,
     )

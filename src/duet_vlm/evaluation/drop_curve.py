@@ -14,6 +14,7 @@ import numpy as np
 
 import duet_vlm
 from duet_vlm.evaluation.statistics import falling
+from duet_vlm.ops.schedules import duet_schedule
 from duet_vlm.planning.budget import Schedule
 
 METHOD = "duet"  # with a schedule and nothing else: all tokens enter
@@ -25,13 +26,6 @@ TOLERANCE = 0.01
 PAPER, DEEP = "paper", "deep"
 LEVELS = (0.6, 0.3, 0.1)  # of the entering tokens, kept from one layer on each
 Cells = tuple[dict[str, Any], ...]
-
-
-def paper_schedule(depth: int) -> Schedule:
-    """DUET's own drops."""
-    made: Any = duet_vlm.get_method("duet")()
-    schedule: Schedule = made.with_paper_schedule(depth).schedule
-    return schedule
 
 
 def deep_schedule(depth: int) -> Schedule:
@@ -48,7 +42,7 @@ def deep_schedule(depth: int) -> Schedule:
 
 
 # by depth alone: they ask for no curve
-FIXED: dict[str, Callable[[int], Schedule]] = {PAPER: paper_schedule, DEEP: deep_schedule}
+FIXED: dict[str, Callable[[int], Schedule]] = {PAPER: duet_schedule, DEEP: deep_schedule}
 
 
 @dataclass(frozen=True)

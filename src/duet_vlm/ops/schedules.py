@@ -13,7 +13,7 @@ AWAKE = 0.1  # of the tokens that enter: awake in each layer behind the first
 AMPLE, LEAN = 0.14, 0.1  # of a picture: from here on a budget needs no drops; below, they come earlier the less it is
 
 
-def paper_schedule(depth: int) -> Drops:
+def duet_schedule(depth: int) -> Drops:
     """DUET-VLM's schedule: half of the entering tokens from half of the depth on, none from three quarters on.
 
     That is [16, 24] of 32 layers in the paper.

@@ -294,7 +294,7 @@ MERGERS = {
 # ---- schedules: of a decoder's depth and the share of its tokens that a budget leaves a picture (None: no budget)
 
 SCHEDULES: dict[str, Callable[[int, float | None], Schedule]] = {
-    "duet": lambda depth, share: schedules.paper_schedule(depth),
+    "duet": lambda depth, share: schedules.duet_schedule(depth),
     "pyramid": lambda depth, share: schedules.pyramid(depth),
     "halfway": lambda depth, share: schedules.halfway(depth),
     "tapered": schedules.tapered_schedule,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from duet_vlm.ops.merge_targets import duet_contextual_count, merge_around_anchors
 from duet_vlm.ops.ragged import pack_right
-from duet_vlm.ops.schedules import paper_schedule
+from duet_vlm.ops.schedules import duet_schedule
 from duet_vlm.ops.select import ranking, ranks, top
 from duet_vlm.planning.budget import (
     Budget,
@@ -167,7 +167,7 @@ class Duet(EncoderReducer, DecoderReducer):
                         f"dominant={dominant} (CLS included) + contextual={contextual} rows do not fit the image's {tokens} placeholders"
                     )
                 contextual = tokens - dominant
-        schedule = paper_schedule(depth) if self.schedule is None else self.schedule
+        schedule = duet_schedule(depth) if self.schedule is None else self.schedule
         return SpanPlan(
             tokens,
             dominant,
@@ -181,7 +181,7 @@ class Duet(EncoderReducer, DecoderReducer):
         """
         if target >= tokens:
             return plan_keep_all(tokens, depth)
-        schedule = paper_schedule(depth) if self.schedule is None else self.schedule
+        schedule = duet_schedule(depth) if self.schedule is None else self.schedule
         plan = plan_with_schedule(self, schedule, tokens, depth, target)
         if not plan.reduces_entry:
             return plan
@@ -190,7 +190,7 @@ class Duet(EncoderReducer, DecoderReducer):
         return replace(plan, dominant=entry - contextual, contextual=contextual)
 
     def with_paper_schedule(self, depth: int, share: float | None = None) -> Duet:
-        return self if self.schedule is not None else replace(self, schedule=paper_schedule(depth))
+        return self if self.schedule is not None else replace(self, schedule=duet_schedule(depth))
 
     # ---- which
 
