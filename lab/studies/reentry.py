@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from duet_vlm.api.loading import config_of
+from duet_vlm.ops.schedules import awake_schedule
 from duet_vlm_lab.streams import opened
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,19 +25,26 @@ NAME = "reentry"
 QUESTIONS = {"tiny-chain": 1000, "tiny-crowded": 1000, "tiny-video": 1000, "tiny-page": 500}
 MODELS = {"tiny-crowded": "tiny"}  # of other tasks: one of the same name
 BUDGETS = (0.11, 0.07, 0.05)
-AWAKE = [[1, 0.1]]  # the usual schedule of duet_plus with re-entry, for the control that drops at it
-CELLS: tuple[dict[str, Any], ...] = (
-    {"method": "duet_plus", "label": "duet_plus"},
-    {
-        "method": "duet_plus",
-        "settings": {"options": {"reentry": "layer"}},
-        "label": "duet_plus, in front of every layer",
-    },
-    {"method": "duet_plus", "settings": {"schedule": AWAKE}, "label": "duet_plus, the same counts, dropped"},
-    {"method": "duet", "label": "duet"},
-    {"method": "duet", "settings": {"options": {"reentry": "stage"}}, "label": "duet, at its stages"},
-    {"method": "alvts", "label": "alvts"},
-)
+
+
+def cells(depth: int) -> list[dict[str, Any]]:
+    """The usual drops, re-entry, re-entry's counts with drops as control, and the published method that comes nearest."""
+    control = [
+        {
+            "method": "duet_plus",
+            "settings": {"schedule": [list(stage) for stage in awake_schedule(depth, budget)]},
+            "label": "duet_plus, the same counts, dropped",
+            "budgets": [budget],
+        }
+        for budget in BUDGETS
+    ]
+    woken = {"options": {"reentry": "layer"}}
+    return [
+        {"method": "duet_plus", "label": "duet_plus", "budgets": list(BUDGETS)},
+        {"method": "duet_plus", "settings": woken, "label": "duet_plus, re-entry", "budgets": list(BUDGETS)},
+        *control,
+        {"method": "alvts", "label": "alvts", "budgets": list(BUDGETS)},
+    ]
 
 
 def main() -> None:
@@ -45,10 +54,11 @@ def main() -> None:
     parser.add_argument("--workers", default="2", help="processes that answer")
     args = parser.parse_args()
     for task in args.tasks.split(","):
+        model = MODELS.get(task, task)
         experiment = {
             "task": task,
-            "model": MODELS.get(task, task),
-            "cells": [cell | {"budgets": list(BUDGETS)} for cell in CELLS],
+            "model": model,
+            "cells": cells(config_of(model).get_text_config().num_hidden_layers),
             "seeds": [opened(HOME / "streams.json", f"{task}/results/{NAME}.json")],
             "limit": QUESTIONS[task],
             "against": "duet_plus",

@@ -9,7 +9,7 @@ Drops = tuple[tuple[int, float], ...]  # a schedule of shares (``duet_vlm.planni
 LATE, EARLY = (8, 16, 24), (2, 8, 16)  # of 32 layers: PyramidDrop's stages, and its authors' answer for small budgets
 # kept per stage in the paper (a mean of 270 of 576 tokens), and early for a mean of 192
 LATE_SHARE, EARLY_SHARE = 0.5, 0.56
-AWAKE = 0.1  # of the tokens that enter: awake in each layer behind the first
+AWAKE, SCARCE = 0.05, 0.06  # of the entering tokens awake in later layers; of a picture: below, more in more layers
 AMPLE, LEAN = 0.14, 0.1  # of a picture: from here on a budget needs no drops; below, they come earlier the less it is
 
 
@@ -59,16 +59,22 @@ def tapered_schedule(depth: int, share: float | None = None) -> Drops:
 
 
 def awake_schedule(depth: int, share: float | None = None) -> Drops:
-    """DUET+'s schedule with re-entry: the first layer reads all that entered, each later one a tenth of them.
+    """DUET+'s schedule with re-entry, by the share of its tokens that a budget allows an image.
 
-    Chosen on validation questions of ``tiny-chain``, ``tiny-crowded`` and ``tiny-page``: the first layer gathers from
-    all, so that sleeping tokens are chosen by a text that has seen them.
+    A third of the layers reads all that entered, each later one a twentieth; below ``SCARCE`` the first layer alone
+    reads all and the later ones a tenth, so that more can enter. Chosen on validation questions of ``tiny-chain``,
+    ``tiny-crowded`` and ``tiny-page`` (docs/reentry.md): the first layers gather from all, so that sleeping tokens are
+    chosen by a text that has seen them.
 
     Parameters
     ----------
     depth : int
         Decoder layers; a single one keeps all.
     share : float, optional
-        Share of the image's tokens that a budget allows; the schedule is the same for all.
+        Share of the image's tokens, in [0, 1]; None: as for a large one.
     """
-    return ((1, AWAKE),) if depth > 1 else ()
+    if depth == 1:
+        return ()
+    if share is not None and share < SCARCE:
+        return ((1, 2 * AWAKE),)
+    return ((max(1, depth // 3), AWAKE),)
