@@ -328,8 +328,39 @@ def agreement() -> str:
     return table(head, rows)
 
 
+def reentry() -> str:
+    """Percent kept with and without re-entry on sealed streams, and points against ``duet_plus``."""
+    lines: list[list[str]] = []
+    budgets: list[float] = []
+    for stream in json.loads((COMPARISON / "streams.json").read_text()):
+        task, _, file = stream["result"].split("/")
+        if file != "reentry.json":
+            continue
+        rows = [row for row in done(task, "reentry") if row["beside"]]
+        budgets = sorted({row["beside"] for row in rows}, reverse=True)
+        for label in dict.fromkeys(row["label"] for row in rows):
+            own = {row["beside"]: row for row in rows if row["label"] == label}
+            cells = [columns.percent(own[b]["kept"]) + _more(own[b]) for b in budgets]
+            lines.append([f"`{task}`", label, *cells])
+    return table(["task", "method", *(f"{budget:.0%}" for budget in budgets)], lines)
+
+
+def stale() -> str:
+    """Cosine of a visual token's state with that behind a gap, from a third of the depth on: mean, and lowest layer."""
+    found = json.loads((STUDIES / "stale_states.json").read_text())["results"]
+    gaps = list(next(iter(found.values()))["cosines"])
+    lines = []
+    for task, each in found.items():
+        first = (len(each["cosines"][gaps[0]]) + 1) // 3
+        later = [each["cosines"][gap][first:] for gap in gaps]
+        lines.append([f"`{task}`", *(f"{np.mean(means):.2f} ({min(means):.2f})" if means else "-" for means in later)])
+    return table(["read by the full model", *(f"{gap} layer{'s'[: gap != '1']}" for gap in gaps)], lines)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "agreement": agreement,
+    "reentry": reentry,
+    "stale": stale,
     "kinds_chain": lambda: kinds("tiny-chain", "methods", 0.11),
     "recall_chain": lambda: recall("tiny-chain", "methods", 0.11),
     "which": which,

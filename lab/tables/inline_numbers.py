@@ -80,6 +80,16 @@ def kept(task: str, *runs: str) -> str:
     return columns.percent(found[0]) if len(found) == 1 else _range(100 * share for share in found)
 
 
+def woken(task: str, budget: str) -> str:
+    """Percent of the full model's accuracy that ``duet_plus`` with re-entry keeps, on a sealed stream."""
+    (row,) = (
+        r
+        for r in _result(task, "reentry")["runs"]
+        if (r["label"], r["beside"]) == ("duet_plus, re-entry", float(budget))
+    )
+    return columns.percent(row["kept"])
+
+
 def whole(task: str, run: str) -> str:
     """The same, to a whole number."""
     return f"{100 * _run(task, run)['kept']:.0f}"
@@ -282,7 +292,7 @@ NUMBERS: dict[str, Callable[..., str]] = {
     each.__name__: each
     for each in (
         kept, whole, gap, lead, asked, place, untold, most_above, changed, settings, flops, needed, wide, tokens, first_token, compiled,
-        towers_met, step_beyond, overhead, tower_first, methods, compared, regained, rho, soak,
+        towers_met, step_beyond, overhead, tower_first, methods, compared, regained, rho, soak, woken,
     )
 }  # fmt: skip
 

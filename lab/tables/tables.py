@@ -144,6 +144,17 @@ def pressing() -> str:
     return table(head, lines) + "\n\n" + told
 
 
+def reentry_cost() -> str:
+    """Time with re-entry over time with drops."""
+    lines = []
+    for row in result("reentry")["results"]:
+        low, high = row["interval"]
+        held = "-" if row["target"] is None else f"{row['target']:.2f}: {'met' if row['met'] else '**missed**'}"
+        flops = f"{row['predicted']:.3f}" if "predicted" in row else "-"
+        lines.append([row["name"], f"{row['median']:.3f} ({low:.3f}-{high:.3f})", flops, held])
+    return table(["what", "ratio", "by FLOPs", "target"], lines)
+
+
 def overhead() -> str:
     """Cost of every method by itself, of the prefill and of one wide layer; those that cannot run below the table."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
@@ -286,6 +297,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "serving_stages": serving_stages,
     "serving_accuracy": serving_accuracy,
     "overhead": overhead,
+    "reentry_cost": reentry_cost,
     "speed": speed,
     "train_step": train_step,
     "train_flops": train_flops,
@@ -297,7 +309,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
 }
 PAGES = (
     "README.md", "docs/choose.md", "docs/comparison.md", "docs/drop-curve.md", "docs/families.md", "docs/methods.md",
-    "docs/reduce-in-the-tower.md", "docs/serve.md", "docs/train-with-reduction.md", "docs/trained-compressors.md", "docs/video.md",
+    "docs/reduce-in-the-tower.md", "docs/reentry.md", "docs/serve.md", "docs/train-with-reduction.md", "docs/trained-compressors.md", "docs/video.md",
     "benchmarks/README.md", "lab/NOTEBOOK.md",
 )  # fmt: skip
 

@@ -15,6 +15,7 @@ LIST = Path(__file__).parents[1] / "comparison" / "streams.json"
 
 def test_listed_streams_are_those_of_their_results() -> None:
     listed = json.loads(LIST.read_text())
+    assert listed
     for stream in listed:
         result = json.loads((LIST.parent / stream["result"]).read_text())
         assert result["experiment"]["seeds"] == [stream["seed"]] == [int(stream["commit"][:6], 16)]

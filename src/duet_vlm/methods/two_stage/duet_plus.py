@@ -54,8 +54,8 @@ class DuetPlus(EncoderReducer, DecoderReducer):
     where the two are close. T2V drops between decoder layers by text attention as DUET-VLM does, where the budget is
     too small to keep the whole entry.
 
-    With ``options.reentry="layer"`` tokens are not dropped but sleep: in front of every layer those wake of all that
-    entered, which any head of any text token attends to most there.
+    With ``options.reentry="layer"`` tokens are not dropped but sleep: the first layers read all that entered, and in
+    front of each later one those wake which any head of any text token attends to most there.
 
     Parameters
     ----------
