@@ -18,7 +18,7 @@ CARDS: dict[str, tuple[str, dict[str, str]]] = {  # I want to ... -> in a senten
     ),
     "choose a method and a budget": (
         "Let your model and your questions decide, or start from what was measured.",
-        {"Method and budget": "choose.md", "drop curve": "drop-curve.md"},
+        {"Method and budget": "choose.md", "drop curve": "drop-curve.md", "tokens that come back": "reentry.md"},
     ),
     "see what is lost": (
         "Every method at equal numbers of tokens, with intervals.",
