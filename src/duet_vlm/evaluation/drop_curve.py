@@ -14,7 +14,6 @@ import numpy as np
 
 import duet_vlm
 from duet_vlm.evaluation.statistics import falling
-from duet_vlm.ops.schedules import duet_schedule
 from duet_vlm.planning.budget import Schedule
 
 METHOD = "duet"  # with a schedule and nothing else: all tokens enter
@@ -26,6 +25,13 @@ TOLERANCE = 0.01
 PAPER, DEEP = "paper", "deep"
 LEVELS = (0.6, 0.3, 0.1)  # of the entering tokens, kept from one layer on each
 Cells = tuple[dict[str, Any], ...]
+
+
+def duet_schedule(depth: int) -> Schedule:
+    """DUET's own drops."""
+    made: Any = duet_vlm.get_method("duet")()
+    schedule: Schedule = made.with_paper_schedule(depth).schedule
+    return schedule
 
 
 def deep_schedule(depth: int) -> Schedule:
