@@ -120,7 +120,7 @@ def tune(
         cells = cells_of(",".join(several(methods) or METHODS))
         named = [method_of(each) + (settings_of(pairs),) for each, pairs in cells]
         wanted = [(method, merged(kept, own)) for method, _, kept, own in named]
-        for method, settings in wanted:
+        for method, settings in wanted if methods else ():  # what is searched unless told otherwise is right
             check_settings(method, settings)
         amounts = budgets_of(budgets) or BUDGETS
         chosen_task = task_of(data, prompt)
