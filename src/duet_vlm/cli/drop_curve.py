@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -129,7 +130,7 @@ def drop_curve(
         facts: dict[str, Any] = {"file": str(file), "picture": str(picture), "curve": _facts(curve, tolerance)}
         facts["schedules"] = proposals(curve, tolerance)
         if asleep is not None:
-            facts["asleep"] = [{"layers": asleep} | _point(point) for point in slept(result)]
+            facts["asleep"] = [{"layers": asleep} | asdict(point) for point in slept(result)]
         if not json_:
             _show(curve, facts["schedules"], tolerance)
             if asleep is not None:
@@ -162,11 +163,6 @@ def _layers(values: list[str] | None) -> tuple[int, ...]:
     return tuple(map(int, layers))
 
 
-def _point(p: CurvePoint) -> dict[str, Any]:
-    names = ("layer", "accuracy", "difference", "interval", "kinds")
-    return {name: getattr(p, name) for name in names}
-
-
 def _woken(point: CurvePoint, curve: DropCurve, gap: int) -> str:
     """A line: the loss by sleeping for ``gap`` layers, beside that by dropping."""
     low, high = point.interval
@@ -179,13 +175,12 @@ def _woken(point: CurvePoint, curve: DropCurve, gap: int) -> str:
 
 
 def _facts(curve: DropCurve, tolerance: float) -> dict[str, Any]:
-    points = [_point(point) for point in curve.points]
     return {
         "depth": curve.depth,
         "full": curve.full,
         "needed_until": curve.needed_until(tolerance),
         "needs": curve.needs(),
-        "points": points,
+        "points": [asdict(point) for point in curve.points],
     }
 
 
