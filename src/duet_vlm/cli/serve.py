@@ -44,7 +44,7 @@ Stages = Annotated[
     typer.Option(
         "--stages",
         metavar="first|all",
-        help="On vLLM: before the decoder only, or drops inside it, too (LLaVA-1.5, Qwen2.5-VL). Default: first.",
+        help="On vLLM: before the decoder only, or drops inside it, too. Default: first.",
     ),
 ]
 Settings = Annotated[
